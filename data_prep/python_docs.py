@@ -1,0 +1,155 @@
+"""The embedded corpus: the English of Python's own documentation, found on every machine that runs Python.
+
+    python -m data_prep.python_docs --out data/python_docs
+
+It is made of the language reference that `help()` shows (`pydoc_data.topics`) and of the docstrings of the
+standard library, read from its source with `ast`; no module is imported. It depends on the version of Python
+and on nothing else: neither on the file system's order nor on installed packages.
+"""
+
+import argparse
+import ast
+import os
+import platform
+import re
+import sys
+import sysconfig
+import textwrap
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from data_prep.documents import add_options, core_settings, prepare, summary
+from hgpt.baselines import unigram_loss
+from hgpt.errors import UserError
+from hgpt.shards import TokenShards
+
+# Folders of the standard library that are not its documentation: tests, what pip put there, vendored code.
+EXCLUDED = {
+    "__pycache__",
+    "_bundled",
+    "dist-packages",
+    "idle_test",
+    "pydoc_data",
+    "site-packages",
+    "test",
+    "tests",
+}
+
+
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def python_docs() -> list[str]:
+    """The documents, in a fixed order: the topics, then one for each module and for each of its classes.
+
+    A document of the library begins with what it is about, and each docstring stands indented under its
+    signature, as `help()` prints it:
+
+        class textwrap.TextWrapper
+
+            Object for wrapping/filling text. ...
+
+        textwrap.TextWrapper.wrap(self, text)
+
+            Reformat the single paragraph in 'text' so it fits in lines of ...
+
+    A docstring that is not prose, or was seen before (as overriding methods have it), is left out.
+    """
+    from pydoc_data.topics import topics
+
+    documents = list(dict.fromkeys(topics[name].strip() + "\n" for name in sorted(topics)))
+    seen: set[str] = set()
+    for name, path in _modules(Path(sysconfig.get_path("stdlib"))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old escape sequences in the library's own strings
+            try:
+                tree = ast.parse(path.read_bytes())
+            except (SyntaxError, ValueError):  # templates and samples, not modules
+                continue
+        documents += _documents_of(tree, f"module {name}", name, seen)
+    return documents
+
+
+def _modules(stdlib: Path) -> list[tuple[str, Path]]:
+    """(dotted name, path) of each module, public ones first, so that they keep a docstring that both have."""
+    modules = []
+    for folder, subfolders, files in os.walk(stdlib):
+        subfolders[:] = [name for name in subfolders if name not in EXCLUDED]
+        for file in files:
+            # _sysconfigdata and the like are written by the build and differ from machine to machine.
+            if file.endswith(".py") and not file.startswith("_sysconfigdata"):
+                path = Path(folder, file)
+                parts = path.relative_to(stdlib).with_suffix("").parts
+                modules.append((".".join(part for part in parts if part != "__init__"), path))
+    return sorted(modules, key=lambda module: (module[0].startswith("_"), module[0]))
+
+
+def _documents_of(node: ast.Module | ast.ClassDef, heading: str, name: str, seen: set[str]) -> Iterator[str]:
+    """The document of a module or class, with its functions; then those of the classes inside it."""
+    sections = [_section(heading, node, seen)]
+    for child in node.body:
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            signature = f"{name}.{child.name}({ast.unparse(child.args)})"
+            sections.append(_section(signature, child, seen))
+    text = "\n".join(section for section in sections if section)
+    if text:
+        yield text
+    for child in node.body:
+        if isinstance(child, ast.ClassDef):
+            yield from _documents_of(child, f"class {name}.{child.name}", f"{name}.{child.name}", seen)
+
+
+def _section(heading: str, node: Documented, seen: set[str]) -> str | None:
+    docstring = ast.get_docstring(node)
+    if docstring is None or not _is_prose(docstring):
+        return None
+    words = " ".join(docstring.split())
+    if words in seen:
+        return None
+    seen.add(words)
+    return f"{heading}\n\n{textwrap.indent(docstring.strip(), '    ')}\n"
+
+
+def _is_prose(docstring: str) -> bool:
+    """Some words, and mostly letters: neither empty, nor a single word, nor a table or a code."""
+    letters = sum(character.isalpha() or character.isspace() for character in docstring)
+    return len(re.findall(r"[A-Za-z]{2,}", docstring)) >= 4 and letters >= 0.7 * len(docstring)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.python_docs",
+        description="Turn the documentation of this Python (help topics and docstrings of the standard "
+        "library) into token shards to train on: a small corpus of English that needs no download.",
+    )
+    parser.add_argument(
+        "--out",
+        default="data/python_docs",
+        metavar="FOLDER",
+        help="data folder to write, new or empty (default: %(default)s)",
+    )
+    add_options(parser, tokenizer="bpe:2048", val_fraction=0.05)
+    options = parser.parse_args(arguments)
+    try:
+        documents = python_docs()
+        prepared = prepare(
+            lambda: (document.encode() for document in documents),
+            options.out,
+            source="documentation of Python: pydoc_data.topics and the docstrings of the standard library",
+            source_revision=f"Python {platform.python_version()}",
+            total=len(documents),
+            **core_settings(options),
+        )
+        train, val = (TokenShards.open(options.out, split) for split in ("train", "val"))
+        baseline = unigram_loss(train, val)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(summary(prepared))
+    print(f"unigram model     {baseline:.4f} nats/token on val: what a language model has to beat")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""GPT-2 language models with a harmonic distance layer as unembedding.
+
+Importing this package registers the model with transformers, so that `AutoConfig`, `AutoModel` and
+`AutoModelForCausalLM` load every checkpoint that it writes.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration_hgpt import HGPTConfig
+from .harmax import harmax, harmonic_loss, log_harmax, relative_distances, squared_distances
+from .heads import HarmonicHead, SoftmaxHead
+from .modeling_hgpt import HGPTForCausalLM, HGPTModel
+
+AutoConfig.register(HGPTConfig.model_type, HGPTConfig, exist_ok=True)
+AutoModel.register(HGPTConfig, HGPTModel, exist_ok=True)
+AutoModelForCausalLM.register(HGPTConfig, HGPTForCausalLM, exist_ok=True)
+# What is saved takes its code along, for processes where hgpt is not installed (trust_remote_code=True).
+HGPTConfig.register_for_auto_class()
+HGPTModel.register_for_auto_class("AutoModel")
+HGPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = [
+    "HGPTConfig",
+    "HGPTForCausalLM",
+    "HGPTModel",
+    "HarmonicHead",
+    "SoftmaxHead",
+    "harmax",
+    "harmonic_loss",
+    "log_harmax",
+    "relative_distances",
+    "squared_distances",
+]

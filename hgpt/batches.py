@@ -1,0 +1,113 @@
+"""Which windows of the token stream make up each step: pure functions, so that resuming is an integer.
+
+Window i of a stream of N tokens, with T = seq_len, is tokens[i·T : i·T + T + 1]: T inputs and their T targets.
+Sample g of a run (g counts sequences over the whole run and all processes) is window
+permutation(seed, epoch)[g mod W], epoch = g div W, W = ⌊(N − 1) / T⌋; step s reads the samples
+s·B … s·B + B − 1, whatever the number of processes, the micro-batch or a restart.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hgpt.errors import UserError
+from hgpt.shards import TokenShards
+
+
+def num_windows(num_tokens: int, seq_len: int) -> int:
+    """W = ⌊(N − 1) / T⌋: whole windows, each T tokens and the one that follows them."""
+    return max(0, (num_tokens - 1) // seq_len)
+
+
+@lru_cache(maxsize=2)  # a batch reaches over at most one boundary between epochs
+def epoch_permutation(seed: int, epoch: int, windows: int) -> np.ndarray:
+    """The order of the windows in an epoch, a permutation of 0 … windows − 1 that depends on the arguments alone.
+
+    NumPy guarantees the stream of `RandomState` for all versions to come (NEP 19), which it does not for its
+    newer generators; a test pins the values.
+    """
+    bits = np.random.MT19937(np.random.SeedSequence((seed, epoch)))
+    return np.random.RandomState(bits).permutation(windows)
+
+
+def window_of_sample(sample: int, *, seed: int, windows: int) -> int:
+    """The window that sample g of the run is: permutation(seed, g div W)[g mod W]."""
+    epoch, position = divmod(sample, windows)
+    return int(epoch_permutation(seed, epoch, windows)[position])
+
+
+class TrainingBatches:
+    """The batches of a run: `batches(step, micro_step)` is this process's share, a pure function.
+
+    Step s is cut into `accumulation` micro-steps, each into one micro-batch per process, so that every sample
+    s·B … s·B + B − 1 is read by exactly one process.
+    """
+
+    def __init__(
+        self,
+        shards: TokenShards,
+        *,
+        seq_len: int,
+        global_batch: int,
+        micro_batch: int,
+        world_size: int,
+        rank: int,
+        seed: int,
+    ) -> None:
+        self.shards = shards
+        self.seq_len = seq_len
+        self.windows = num_windows(len(shards), seq_len)
+        if self.windows == 0:
+            raise UserError(
+                f"{shards.folder}: the {shards.split} split has {len(shards):,} tokens, fewer than one sequence of "
+                f"data.seq_len + 1 = {seq_len + 1}. Prepare more text, or lower data.seq_len."
+            )
+        self.global_batch = global_batch
+        self.micro_batch = micro_batch
+        self.accumulation = accumulation_steps(global_batch, micro_batch, world_size)
+        self.world_size = world_size
+        self.rank = rank
+        self.seed = seed
+
+    def samples(self, step: int, micro_step: int) -> range:
+        """The run's sample numbers in one micro-batch of this process."""
+        first = step * self.global_batch + (micro_step * self.world_size + self.rank) * self.micro_batch
+        return range(first, first + self.micro_batch)
+
+    def __call__(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of one micro-batch, each (micro_batch, seq_len), int64."""
+        windows = [window_of_sample(g, seed=self.seed, windows=self.windows) for g in self.samples(step, micro_step)]
+        return read_windows(self.shards, windows, self.seq_len)
+
+
+def read_windows(shards: TokenShards, windows: list[int], seq_len: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (len(windows), seq_len), int64; a last, shorter window is filled with targets −100."""
+    tokens = np.zeros((len(windows), seq_len + 1), dtype=np.int64)
+    targets = np.full((len(windows), seq_len), -100, dtype=np.int64)
+    for row, window in enumerate(windows):
+        start = window * seq_len
+        part = shards.read(start, min(start + seq_len + 1, len(shards)))
+        tokens[row, : len(part)] = part
+        targets[row, : len(part) - 1] = part[1:]
+    return torch.from_numpy(tokens[:, :-1]), torch.from_numpy(targets)
+
+
+def accumulation_steps(global_batch: int, micro_batch: int, world_size: int) -> int:
+    """global_batch / (micro_batch · world_size); UserError naming the nearest settings when that is no whole number."""
+    per_step = micro_batch * world_size
+    if global_batch % per_step == 0:
+        return global_batch // per_step
+    below, above = global_batch // per_step * per_step, -(-global_batch // per_step) * per_step
+    batches = " or ".join(str(batch) for batch in dict.fromkeys((below, above)) if batch)
+    way_out = f"set train.global_batch to {batches}"
+    if global_batch % world_size == 0:
+        share = global_batch // world_size
+        fitting = [size for size in range(1, share + 1) if share % size == 0]
+        nearest = min(fitting, key=lambda size: abs(size - micro_batch))
+        way_out += f", or train.micro_batch to {nearest}"
+    raise UserError(
+        f"train.global_batch = {global_batch} cannot be reached with train.micro_batch = {micro_batch} on "
+        f"{world_size} process{'es' if world_size > 1 else ''}: it must be a multiple of {per_step}; {way_out}."
+    )

@@ -1,0 +1,296 @@
+"""Checkpoints: saved atomically, found again, and the Hugging Face model inside each.
+
+    runs/<name>/checkpoints/step_0000500/
+      model/                    the exported Hugging Face model: float32 weights, tokenizer, model card
+      optimizer.safetensors     AdamW's state by parameter name: "exp_avg/transformer.wte.weight", ...
+      rng_00000.safetensors     random-number generators of process 0, one such file per process
+      state.json                step, tokens, validation loss, settings, data, package versions
+      manifest.json             size and SHA-256 of every file above; written last
+
+A checkpoint is written under another name and renamed, so it is complete or absent. The weights are kept once: the
+exported model is what a run goes on from.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from hgpt.errors import UserError
+from hgpt.modeling_hgpt import HGPTForCausalLM
+from hgpt.shards import TokenShards
+
+CHECKPOINTS = "checkpoints"
+LATEST = "latest"
+MODEL = "model"
+MANIFEST = "manifest.json"
+STATE = "state.json"
+OPTIMIZER = "optimizer.safetensors"
+
+_PACKAGES = ("hgpt", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints.
+
+    Args:
+        every: steps between checkpoints; the last step is always saved.
+        keep_last: newest checkpoints that are kept; 0 keeps all.
+        on_interrupt: on Ctrl-C or SIGTERM, finish the step and save a checkpoint before stopping.
+    """
+
+    every: int = 1000
+    keep_last: int = 3
+    on_interrupt: bool = True
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UserError(f"checkpoint.every must be at least 1 step; got {self.every}")
+        if self.keep_last < 0:
+            raise UserError(f"checkpoint.keep_last must be 0 (keep all) or more; got {self.keep_last}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """What a run needs besides tensors to go on, and what a reader wants to know of a checkpoint.
+
+    `step` counts finished optimiser steps, `tokens` the training tokens they saw; `validation_loss` was measured at
+    `validation_step`. `settings` are the resolved settings by dotted name; `data` identifies the token shards
+    (`data_fingerprint`).
+    """
+
+    step: int
+    tokens: int
+    validation_loss: float | None
+    validation_step: int | None
+    settings: dict[str, Any]
+    data: str
+    world_size: int
+    packages: dict[str, str] = field(default_factory=lambda: package_versions())
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a run computes."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # a source checkout on the path
+            versions[package] = "not installed"
+    return versions
+
+
+def data_fingerprint(*splits: TokenShards) -> str:
+    """SHA-256 of the checksums in meta.json of these splits; of their lengths for a bare nanoGPT folder."""
+    parts: list[Any] = []
+    for shards in splits:
+        meta = shards.meta
+        parts.append(len(shards) if meta is None else [record.sha256 for record in meta.splits[shards.split].shards])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Finding
+
+
+def checkpoint_step(folder: Path) -> int:
+    """The step in a checkpoint's name, step_0000500."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def checkpoints(run_folder: Path) -> list[Path]:
+    """The run's checkpoint folders by rising step."""
+    found = [path for path in (run_folder / CHECKPOINTS).glob("step_*") if path.name[5:].isdigit() and path.is_dir()]
+    return sorted(found, key=checkpoint_step)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, None if nothing is: every file of the manifest, its size and its SHA-256."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    for name, entry in manifest.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+        if _sha256(path) != entry["sha256"]:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def newest_checkpoint(run_folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest complete checkpoint of a run; a damaged one is named through `warn` and passed over."""
+    for checkpoint in reversed(checkpoints(run_folder)):
+        fault = damage(checkpoint)
+        if fault is None:
+            return checkpoint
+        warn(f"{checkpoint} is damaged and passed over: {fault}")
+    return None
+
+
+def model_folder(path: str | Path) -> Path:
+    """The exported model that `path` stands for: a run folder, a checkpoint folder or an exported model folder.
+
+    Raises UserError when it is none of them.
+    """
+    path = Path(path)
+    for candidate in (path, path / MODEL, path / LATEST / MODEL):
+        if (candidate / "config.json").is_file():
+            return candidate
+    if not path.exists():
+        raise UserError(f"{path}: there is no such folder; give a run folder, a checkpoint folder or an exported model")
+    if (path / "config.toml").is_file():
+        raise UserError(f"{path}: the run has no checkpoint yet; wait for checkpoint.every steps or train on")
+    raise UserError(
+        f"{path} is no model: a run folder holds {LATEST}/, a checkpoint folder {MODEL}/, an exported model config.json"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Saving
+
+
+def partial_folder(target: Path) -> Path:
+    """The name under which `target` is written, known to every process."""
+    return target.with_name(f".{target.name}.partial")
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, which gets the name `target` only when the block ends well; otherwise it is removed."""
+    partial = partial_folder(target)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            _sync(path)
+        if target.exists():  # a damaged checkpoint of the same step
+            shutil.rmtree(target)
+        os.replace(partial, target)
+        _sync(target.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"could not write {target}: {error}. Nothing was left behind and older checkpoints are untouched; "
+            "make room, then go on with --resume auto"
+        ) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_manifest(folder: Path) -> None:
+    """Enter size and SHA-256 of every file of `folder` into its manifest.json."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+    }
+    (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=1))
+
+
+def save_training_state(
+    folder: Path, model: HGPTForCausalLM, optimizer: torch.optim.Optimizer, state: TrainState
+) -> None:
+    """Optimiser state by parameter name and state.json into `folder`."""
+    tensors = {
+        f"{key}/{name}": value.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+    save_file(tensors, folder / OPTIMIZER)
+    (folder / STATE).write_text(json.dumps(asdict(state), indent=1))
+
+
+def save_random_state(folder: Path, rank: int) -> None:
+    """The generators that training draws from (dropout), for one process."""
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    save_file(tensors, _random_state_file(folder, rank))
+
+
+def point_latest(run_folder: Path, checkpoint: Path) -> None:
+    """Make run_folder/latest a link to `checkpoint`, in one step."""
+    link = run_folder / f".{LATEST}.partial"
+    link.unlink(missing_ok=True)
+    link.symlink_to(checkpoint.relative_to(run_folder))
+    os.replace(link, run_folder / LATEST)
+
+
+def remove_old(run_folder: Path, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints; 0 keeps all."""
+    if keep_last:
+        for checkpoint in checkpoints(run_folder)[:-keep_last]:
+            # Out of sight first: a deletion that breaks off must not leave half a checkpoint under its name.
+            doomed = checkpoint.with_name(f".{checkpoint.name}.deleted")
+            os.replace(checkpoint, doomed)
+            shutil.rmtree(doomed)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Resuming
+
+
+def load_state(checkpoint: Path) -> TrainState:
+    return TrainState(**json.loads((checkpoint / STATE).read_text()))
+
+
+def load_optimizer(checkpoint: Path, model: HGPTForCausalLM, optimizer: torch.optim.Optimizer) -> None:
+    """Give `optimizer` the state saved for each of the model's parameters. UserError if the names are not the same."""
+    saved = load_file(checkpoint / OPTIMIZER)
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    saved_names = {key.split("/", 1)[1] for key in saved}
+    if saved_names != names:
+        raise UserError(
+            f"{checkpoint / OPTIMIZER} belongs to another model: "
+            f"not in the model {sorted(saved_names - names)}, not in the file {sorted(names - saved_names)}"
+        )
+    for name, parameter in model.named_parameters():
+        state = {key.split("/", 1)[0]: value for key, value in saved.items() if key.split("/", 1)[1] == name}
+        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+
+
+def load_random_state(checkpoint: Path, rank: int) -> bool:
+    """Set this process's generators; False if the checkpoint has none for this rank (another number of processes)."""
+    path = _random_state_file(checkpoint, rank)
+    if not path.exists():
+        return False
+    tensors = load_file(path)
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+    return True
+
+
+def _random_state_file(folder: Path, rank: int) -> Path:
+    return folder / f"rng_{rank:05d}.safetensors"
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Ask the disk to keep what was written: a rename must not survive a power cut that its content does not."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,164 @@
+"""HarMax as pure functions: squared distances, scores, probabilities, their inverse, the dense loss.
+
+For a hidden state x ∈ R^D and a centre w_i ∈ R^D for each of V classes
+
+    d_i = ||w_i − x||₂        p_i = d_i^(−n) / Σ_j d_j^(−n)        loss = −log p_y
+
+(Baek, Liu, Tyagi, Tegmark, *Harmonic Loss Trains Interpretable AI Models*, arXiv:2502.01628, §2). The
+exponent n is defined on the distance d everywhere in this project, never on d².
+
+All of it stays in log space: HarMax is softmax(z) with the scores z_i = −(n/2) · log d_i², because d^(−n)
+itself leaves float32's range long before p does.
+"""
+
+import math
+import re
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+DISTANCES = ("euclidean",)
+
+_EXPONENT = re.compile(r"(?:(?P<factor>[0-9.eE+-]+)\s*\*\s*)?(?P<base>sqrt_dim|dim)")
+
+# The rounding error of |x|² + |w|² − 2 x·w, in units of the accumulation dtype's epsilon times |x|². Below it
+# a computed d² is noise. Near d = 0 both squared norms are equal, hence the factor 2 of four ulps each.
+_ROUNDING_ULPS = 8.0
+
+
+def resolve_exponent(exponent: float | str, dim: int) -> float:
+    """n as a number: a positive number itself, `"dim"` = D, `"sqrt_dim"` = √D, or a multiple, `"2*sqrt_dim"`.
+
+    Raises:
+        ValueError: for anything else, and for n ≤ 0.
+    """
+    value = None
+    if isinstance(exponent, str):
+        match = _EXPONENT.fullmatch(exponent.strip())
+        try:
+            if match is None:
+                value = float(exponent)
+            else:
+                base = float(dim) if match["base"] == "dim" else math.sqrt(dim)
+                value = float(match["factor"] or 1) * base
+        except ValueError:
+            value = None
+    else:
+        value = float(exponent)
+    if value is None or not 0 < value < math.inf:
+        raise ValueError(
+            'exponent (n on the distance d) must be a positive number, "dim", "sqrt_dim" or a multiple such '
+            f'as "2*sqrt_dim"; got {exponent!r}'
+        )
+    return value
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which distances of `dtype` operands are accumulated: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def inner_products(x: Tensor, w: Tensor) -> Tensor:
+    """x·w_i for every pair, (N, D), (V, D) → (N, V), accumulated and returned in `accumulation_dtype`.
+
+    A bfloat16 product that is rounded to bfloat16 on return would lose the difference between near centres:
+    d² is a small difference of large numbers.
+    """
+    if x.dtype == accumulation_dtype(x.dtype):
+        return x @ w.T
+    if x.is_cuda and not (torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)):
+        return torch.mm(x, w.T, out_dtype=torch.float32)  # tensor cores; this overload has no autograd
+    return x.float() @ w.float().T  # the same products, since the operands are already rounded
+
+
+def distance_floor(x_sq: Tensor) -> Tensor:
+    """The smallest d² that |x|² + |w|² − 2 x·w can tell from rounding noise, for |x|² of shape (N, 1).
+
+    A few units in the last place of |x|², and never 0. An entry can only come near it where |w| ≈ |x|, so a
+    far-away centre neither raises it nor is affected by it.
+    """
+    limits = torch.finfo(x_sq.dtype)
+    return (_ROUNDING_ULPS * limits.eps * x_sq).clamp_min(limits.tiny)
+
+
+def squared_distances(x: Tensor, w: Tensor) -> Tensor:
+    """d²_ti = |x_t|² + |w_i|² − 2 x_t·w_i, clamped from below at `distance_floor(|x_t|²)`.
+
+    Args:
+        x: hidden states, (..., D), any float dtype.
+        w: centres, (V, D), the dtype of `x`.
+
+    Returns:
+        (..., V) in float32 (float64 for float64 operands). The squared norms are summed in that dtype from
+        the very values that enter the product, so that the terms cancel as they should also for bfloat16. A
+        clamped entry passes no gradient.
+
+    Raises:
+        ValueError: when the dtypes or the last dimensions of `x` and `w` differ.
+    """
+    if x.dtype != w.dtype:
+        raise ValueError(f"x and w must have one dtype: x is {x.dtype}, w is {w.dtype}; cast both once before")
+    if x.shape[-1] != w.shape[-1]:
+        raise ValueError(f"x and w must have one width: x is {tuple(x.shape)}, w is {tuple(w.shape)}")
+    rows = x.reshape(-1, x.shape[-1])  # (N, D)
+    dtype = accumulation_dtype(x.dtype)
+    x_sq = rows.to(dtype).square().sum(-1, keepdim=True)  # (N, 1)
+    w_sq = w.to(dtype).square().sum(-1)  # (V,)
+    d_sq = x_sq + (w_sq - 2 * inner_products(rows, w))  # (N, V)
+    floor = distance_floor(x_sq.detach())
+    # Asked this way round, a nan stays one: it is to stop the run, not to pass for a distance of nearly 0.
+    return torch.where(d_sq <= floor, floor, d_sq).reshape(*x.shape[:-1], w.shape[0])
+
+
+def harmonic_scores(d_sq: Tensor, exponent: float | Tensor) -> Tensor:
+    """z = −(n/2) · log d²: the scores whose softmax is HarMax. `d_sq` > 0, any shape; `exponent`: n on d."""
+    return -0.5 * exponent * d_sq.log()
+
+
+def log_harmax(d_sq: Tensor, exponent: float | Tensor) -> Tensor:
+    """log p_i = −(n/2) log d_i² − log Σ_j exp(−(n/2) log d_j²) over the last dimension."""
+    return F.log_softmax(harmonic_scores(d_sq, exponent), dim=-1)
+
+
+def harmax(d_sq: Tensor, exponent: float | Tensor) -> Tensor:
+    """p_i = d_i^(−n) / Σ_j d_j^(−n) over the last dimension, from squared distances."""
+    return F.softmax(harmonic_scores(d_sq, exponent), dim=-1)
+
+
+def relative_distances(log_probs: Tensor, exponent: float | Tensor) -> Tensor:
+    """The inverse of HarMax: d_i / d_min = (p_max / p_i)^(1/n) over the last dimension.
+
+    Args:
+        log_probs: log p_i, or any scores that differ from them by a constant per row, (..., V). Classes that
+            are masked with −inf come back at distance inf.
+        exponent: n on d.
+
+    Returns:
+        (..., V), at least 1. The scale d_min is not in the probabilities: HarMax is invariant to d → c·d.
+    """
+    return torch.exp((log_probs.amax(dim=-1, keepdim=True) - log_probs) / exponent)
+
+
+def harmonic_loss(
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    exponent: float | Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """−log p_y with the whole (N, V) matrix in memory: the reference that `fused_loss` is tested against.
+
+    Args:
+        x: hidden states, (..., D).
+        w: centres, (V, D), the dtype of `x`.
+        targets: class indices, (...), int64; `ignore_index` drops a position.
+        exponent: n on d.
+        reduction: "mean" over the counted positions, "sum" or "none".
+    """
+    scores = harmonic_scores(squared_distances(x, w), exponent)
+    return F.cross_entropy(
+        scores.reshape(-1, w.shape[0]), targets.reshape(-1), ignore_index=ignore_index, reduction=reduction
+    )

@@ -1,0 +1,158 @@
+"""The two unembeddings, as modules of one interface: `head(x)` gives logits, `head(x, targets)` the loss.
+
+`HarmonicHead` is the harmonic distance layer of arXiv:2502.01628; `SoftmaxHead` its twin, a linear layer
+without bias. Both are used by `HGPTForCausalLM`, and `HarmonicHead` stands on its own as the last layer of
+any classifier trained with `torch.nn.functional.cross_entropy`.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .fused_loss import fused_harmonic_loss, fused_softmax_loss
+from .harmax import DISTANCES, harmonic_scores, inner_products, resolve_exponent, squared_distances
+
+
+class _Head(nn.Module):
+    """One row of `weight` for each class, and rows of padding after them that never become a class."""
+
+    def __init__(self, in_features: int, num_classes: int, rows: int | None) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.num_classes = num_classes
+        self.weight = nn.Parameter(torch.empty(num_classes if rows is None else rows, in_features))
+        if not 1 <= num_classes <= self.weight.shape[0]:
+            raise ValueError(
+                f"num_classes must lie between 1 and the number of rows, {self.weight.shape[0]}; got {num_classes}"
+            )
+
+    def forward(
+        self,
+        x: Tensor,
+        targets: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        num_items: Tensor | float | None = None,
+    ) -> Tensor:
+        """`logits(x)`, or with `targets` `loss(x, targets)`.
+
+        One entry for both uses, and the only place where the weight is read: engines that shard parameters
+        gather them when a module is called.
+        """
+        if targets is None:
+            return self.logits(x)
+        return self.loss(x, targets, ignore_index=ignore_index, num_items=num_items)
+
+    def logits(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def loss(
+        self, x: Tensor, targets: Tensor, *, ignore_index: int = -100, num_items: Tensor | float | None = None
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x and the weight in the compute dtype: autocast's where it is on, otherwise that of x."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return x.to(dtype), self.weight.to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, num_classes={self.num_classes}, rows={self.weight.shape[0]}"
+
+
+class HarmonicHead(_Head):
+    """d_i = ||w_i − x||₂ and logits z_i = −n log d_i, so softmax(logits) = HarMax = d_i^(−n) / Σ_j d_j^(−n).
+
+    Works in place of the last `nn.Linear` of a classifier with a plain `F.cross_entropy` on its output:
+
+        >>> head = HarmonicHead(in_features=64, num_classes=10)
+        >>> loss = F.cross_entropy(head(features), labels)    # or head(features, labels), without the logits
+
+    Args:
+        in_features: D, the width of x.
+        num_classes: V, the number of classes.
+        exponent: n on d: a number, "sqrt_dim" (the default: √D, as in arXiv:2502.01628), "dim" or a multiple,
+            "2*sqrt_dim".
+        distance: the metric; "euclidean".
+        init_std: standard deviation of the normal distribution that the centres are drawn from; default
+            1/√D, centres of norm about 1. HarMax does not see a common scale of x and w, but optimisers
+            with absolute steps do: hidden states should be of about the centres' norm.
+        rows: rows of the weight, at least `num_classes`; the rest is padding, which takes no probability.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        exponent: float | str = "sqrt_dim",
+        *,
+        distance: str = "euclidean",
+        init_std: float | None = None,
+        rows: int | None = None,
+    ) -> None:
+        super().__init__(in_features, num_classes, rows)
+        if distance not in DISTANCES:
+            raise ValueError(f"distance must be one of {', '.join(DISTANCES)}; got {distance!r}")
+        self.distance = distance
+        self.exponent = resolve_exponent(exponent, in_features)
+        self.init_std = in_features**-0.5 if init_std is None else init_std
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.init_std)
+
+    def distances_squared(self, x: Tensor) -> Tensor:
+        """d²_i to every class, (..., D) → (..., num_classes), in float32 (float64 for float64 input)."""
+        x, w = self._operands(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return squared_distances(x, w)[..., : self.num_classes]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """z_i = −(n/2) log d_i², (..., D) → (..., num_classes), in float32 (float64 for float64 input)."""
+        return harmonic_scores(self.distances_squared(x), self.exponent)
+
+    def loss(
+        self, x: Tensor, targets: Tensor, *, ignore_index: int = -100, num_items: Tensor | float | None = None
+    ) -> Tensor:
+        """Σ −log p_y / num_items, by default the mean over targets other than `ignore_index`."""
+        x, w = self._operands(x)
+        return fused_harmonic_loss(
+            x,
+            w,
+            targets,
+            self.exponent,
+            num_classes=self.num_classes,
+            ignore_index=ignore_index,
+            num_items=num_items,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, exponent={self.exponent:g}, distance={self.distance}"
+
+
+class SoftmaxHead(_Head):
+    """The twin: logits_i = w_i · x, as nanoGPT's and GPT-2's `lm_head`."""
+
+    def __init__(self, in_features: int, num_classes: int, *, init_std: float = 0.02, rows: int | None = None) -> None:
+        super().__init__(in_features, num_classes, rows)
+        self.init_std = init_std
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.init_std)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """w_i · x, (..., D) → (..., num_classes), in float32 (float64 for float64 input)."""
+        x, w = self._operands(x)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = inner_products(x.reshape(-1, self.in_features), w[: self.num_classes])
+        return logits.reshape(*x.shape[:-1], self.num_classes)
+
+    def loss(
+        self, x: Tensor, targets: Tensor, *, ignore_index: int = -100, num_items: Tensor | float | None = None
+    ) -> Tensor:
+        """Σ −log softmax(w · x)_y / num_items, by default the mean over targets other than `ignore_index`."""
+        x, w = self._operands(x)
+        return fused_softmax_loss(
+            x, w, targets, num_classes=self.num_classes, ignore_index=ignore_index, num_items=num_items
+        )

@@ -1,0 +1,164 @@
+"""What a run reports: tokens/s, model FLOPs utilisation, metrics.jsonl and the trackers."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+
+from hgpt.configuration_hgpt import HGPTConfig
+from hgpt.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Reporting.
+
+    Args:
+        every: steps between logged training losses.
+        trackers: "tensorboard" (files in the run folder), "wandb", or both; none for an empty list.
+        wandb_project: project name for Weights & Biases.
+    """
+
+    every: int = 10
+    trackers: list[Literal["tensorboard", "wandb"]] | tuple[()] = ("tensorboard",)  # type: ignore[assignment]
+    wandb_project: str = "hgpt"
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UserError(f"log.every must be at least 1 step; got {self.every}")
+
+
+# Dense bf16 peak in TFLOP/s by a part of the device's name, first match wins. From the vendors' data sheets, without
+# sparsity. A device that is not here gets no MFU rather than a wrong one.
+_PEAK_BF16_TFLOPS = (
+    ("H100 PCIe", 756.0),
+    ("H100 NVL", 835.0),
+    ("H100", 989.0),
+    ("H200", 989.0),
+    ("GH200", 989.0),
+    ("A100", 312.0),
+    ("L40S", 362.0),
+    ("L4", 121.0),
+    ("A10G", 70.0),
+    ("A10", 125.0),
+    ("RTX 4090", 165.0),
+    ("RTX 3090", 71.0),
+)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 peak in FLOP/s of a device name as CUDA reports it ("NVIDIA H100 80GB HBM3"), None if unknown."""
+    words = device_name.replace("-", " ").split()
+    for name, teraflops in _PEAK_BF16_TFLOPS:
+        parts = name.split()
+        if any(words[i : i + len(parts)] == parts for i in range(len(words))):
+            return teraflops * 1e12
+    return None
+
+
+def flops_per_token(config: HGPTConfig, seq_len: int) -> float:
+    """Forward and backward FLOPs per token: 6 · (weights in matrix products) + 12 · L · D · T for attention.
+
+    The convention of PaLM (arXiv:2204.02311, appendix B) and nanoGPT: embeddings are look-ups and count only as
+    the unembedding; of a harmonic head the same product is counted and nothing of its pointwise work.
+    """
+    weights = 12 * config.n_layer * config.n_embd**2 + config.padded_vocab_size * config.n_embd
+    return 6.0 * weights + 12.0 * config.n_layer * config.n_embd * seq_len
+
+
+class Throughput:
+    """Tokens per second since the last reading, with pauses (evaluations, checkpoints) taken out."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._paused = 0.0
+        self._tokens = 0
+
+    def add(self, tokens: int) -> None:
+        self._tokens += tokens
+
+    def pause(self, seconds: float) -> None:
+        """Time that was not spent on training."""
+        self._paused += seconds
+
+    def read(self) -> float:
+        """Tokens per second since the last call (or since construction), and start anew."""
+        now = time.perf_counter()
+        rate = self._tokens / max(now - self._start - self._paused, 1e-9)
+        self._start, self._paused, self._tokens = now, 0.0, 0
+        return rate
+
+
+class MetricsLog:
+    """`metrics.jsonl`, one object per line, and beside it whatever trackers the run asked for.
+
+    The file is the run's own record: a resumed run drops the lines after the step it goes on from, so every step stands
+    once in it. Values that are not finite are written as null, since JSON has no NaN.
+    """
+
+    def __init__(
+        self, run_folder: Path, trackers: list[GeneralTracker], settings: Mapping[str, Any], step: int
+    ) -> None:
+        self._path = run_folder / METRICS_FILE
+        self._trackers = trackers
+        if self._path.exists():
+            kept = [line for line in self._path.read_text().splitlines(keepends=True) if _is_before(line, step)]
+            self._path.write_text("".join(kept))
+        self._file = self._path.open("a", buffering=1)
+        plain = {name: v if isinstance(v, int | float | str) else str(v) for name, v in settings.items()}
+        for tracker in trackers:
+            tracker.start()
+            tracker.store_init_configuration(plain)
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """One line {"kind", "step", "time", values…}; the trackers get the values as kind/name."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"kind": kind, "step": step, "time": time.time(), **finite}) + "\n")
+        for tracker in self._trackers:
+            tracker.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.finish()
+
+
+def _is_before(line: str, step: int) -> bool:
+    """Whether a line is whole and belongs to the run up to `step`; the line a killed run broke off is not."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    # An evaluation at step s is made before step s is trained, and repeated by the run that goes on there.
+    return line.endswith("\n") and (record["step"] < step or (record["kind"] == "train" and record["step"] == step))
+
+
+def build_trackers(config: LogConfig, run_folder: Path, run_name: str) -> list[GeneralTracker]:
+    """Accelerate's trackers for `log.trackers`; UserError when the package of one is not installed."""
+    trackers: list[GeneralTracker] = []
+    for name in config.trackers:
+        if name == "tensorboard":
+            trackers.append(TensorBoardTracker("tensorboard", run_folder))
+        else:
+            try:
+                import wandb  # noqa: F401
+            except ImportError as error:
+                raise UserError(
+                    'log.trackers names "wandb", which is not installed: pip install "hgpt[wandb]", '
+                    'or set log.trackers = ["tensorboard"]'
+                ) from error
+            trackers.append(WandBTracker(config.wandb_project, name=run_name, dir=run_folder, resume="allow"))
+    return trackers
+
+
+def device_name(device: torch.device) -> str:
+    """What CUDA calls a GPU; elsewhere the kind of the device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

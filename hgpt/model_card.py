@@ -1,0 +1,90 @@
+"""The README.md of an exported model."""
+
+from hgpt.configuration_hgpt import HGPTConfig
+
+_HARMONIC = """\
+The unembedding is a harmonic distance layer (Baek et al., arXiv:2502.01628): with the hidden state x and a centre
+w_i for each token, d_i = ||w_i − x||, and the probability of token i is
+
+    p_i = d_i^(−n) / Σ_j d_j^(−n),    n = {exponent:g}
+
+`logits` are −n log d_i, so softmax, temperature (which is the exponent n/T), top-k, top-p, beams and cross-entropy
+on them are right as they stand. Distances come back from probabilities as d_i / d_min = (p_max / p_i)^(1/n).
+"""
+
+_SOFTMAX = """\
+The unembedding is the ordinary softmax layer, logits w_i · x: the twin of a harmonic model of the same training code.
+"""
+
+_WARNING = """\
+**Do not serve this model with an engine that puts its own linear head on the trunk** (vLLM's transformers backend
+does): it would compute dot products where this model needs distances, and say nothing.
+"""
+
+_TEMPLATE = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- hgpt
+- {head}
+---
+
+# {name}
+
+A GPT-2 with a {head} head, trained with hgpt: {parameters:,} parameters, {n_layer} blocks, width {n_embd},
+{n_head} attention heads, context {n_positions}, vocabulary {vocab_size:,}.
+
+{description}
+| | |
+| --- | --- |
+| data | {data} |
+| training tokens | {tokens:,} in {steps:,} steps |
+| validation loss | {loss} |
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+# `import hgpt` before makes trust_remote_code unnecessary.
+model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("this folder")
+inputs = tokenizer("{prompt}", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=True)[0]))
+```
+{warning}"""
+
+
+def model_card(
+    config: HGPTConfig,
+    *,
+    name: str,
+    parameters: int,
+    data: str,
+    tokens: int,
+    steps: int,
+    validation_loss: float | None,
+    validation_step: int | None,
+    prompt: str = "The",
+) -> str:
+    """Markdown that says what the model is, what it saw, how good it is, how to load it and how not to serve it."""
+    harmonic = config.head == "harmonic"
+    loss = "not measured"
+    if validation_loss is not None:
+        loss = f"{validation_loss:.4f} nats per token, unsmoothed, at step {validation_step:,}"
+    return _TEMPLATE.format(
+        name=name,
+        head=config.head,
+        parameters=parameters,
+        n_layer=config.n_layer,
+        n_embd=config.n_embd,
+        n_head=config.n_head,
+        n_positions=config.n_positions,
+        vocab_size=config.vocab_size,
+        description=_HARMONIC.format(exponent=config.exponent) if harmonic else _SOFTMAX,
+        data=data,
+        tokens=tokens,
+        steps=steps,
+        loss=loss,
+        prompt=prompt,
+        warning="\n" + _WARNING if harmonic else "",
+    )

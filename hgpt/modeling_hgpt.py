@@ -1,0 +1,381 @@
+"""GPT-2 as in nanoGPT (pre-norm blocks, learned positions), as a transformers model with either head.
+
+The trunk computes what `transformers.GPT2Model` computes, with nanoGPT's parameter names and layouts; a test
+holds it to that.
+"""
+
+import math
+from collections.abc import Callable
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_hgpt import HGPTConfig
+from .heads import HarmonicHead, SoftmaxHead
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """softmax(scaling · q kᵀ + mask) v, (B, H, T, D/H) → (B, T, H, D/H), and the weights (B, H, T, S)."""
+    scores = scaling * query @ key.transpose(-1, -2)  # (B, H, T, S)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.dropout(F.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype), dropout, module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class ResidualProjection(nn.Linear):
+    """A projection back into the residual stream, which 2 · n_layer of them add to."""
+
+
+class HGPTAttention(nn.Module):
+    """Causal multi-head self-attention through transformers' attention interface."""
+
+    is_causal = True
+
+    def __init__(self, config: HGPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.n_embd // config.n_head
+        self.scaling = self.head_dim**-0.5
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scaling /= layer_idx + 1
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = ResidualProjection(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(
+        self, hidden: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        B, T, D = hidden.shape
+        heads = (B, T, -1, self.head_dim)
+        query, key, value = (part.view(heads).transpose(1, 2) for part in self.c_attn(hidden).split(D, dim=2))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        mixed, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        out = self.c_proj(mixed.reshape(B, T, D))
+        return F.dropout(out, self.config.dropout, self.training), weights
+
+
+class HGPTMLP(nn.Module):
+    def __init__(self, config: HGPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.act = ACT2FN[config.activation_function]
+        self.c_proj = ResidualProjection(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.dropout(self.c_proj(self.act(self.c_fc(hidden))), self.config.dropout, self.training)
+
+
+class HGPTBlock(GradientCheckpointingLayer):
+    """x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
+
+    def __init__(self, config: HGPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
+        self.attn = HGPTAttention(config, layer_idx)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
+        self.mlp = HGPTMLP(config)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        mixed, weights = self.attn(self.ln_1(hidden), attention_mask, past_key_values, **kwargs)
+        hidden = hidden + mixed
+        return hidden + self.mlp(self.ln_2(hidden)), weights
+
+
+class HGPTPreTrainedModel(PreTrainedModel):
+    """Initialisation and transformers' declarations, shared by the trunk and the language model."""
+
+    config_class = HGPTConfig
+    config: HGPTConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HGPTBlock"]  # noqa: RUF012 (transformers' own declaration)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """GPT-2's initial values (its paper, §2.3) for the parameters that `module` itself owns.
+
+        The head and the final norm have scales of their own in the configuration. transformers' `init`
+        functions leave parameters alone that were loaded from a file.
+
+        Raises:
+            TypeError: a module whose parameters nothing is said about.
+        """
+        config, trunk = self.config, self.base_model
+        is_centres = isinstance(module, HarmonicHead | SoftmaxHead) or (
+            module is trunk.wte and config.tie_word_embeddings
+        )
+        if is_centres:
+            init.normal_(module.weight, std=config.centre_init_std)
+        elif isinstance(module, ResidualProjection):
+            init.normal_(module.weight, std=config.initializer_range / math.sqrt(2 * config.n_layer))
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            init.normal_(module.weight, std=config.initializer_range)
+        elif isinstance(module, nn.LayerNorm):
+            init.constant_(module.weight, config.final_norm_gain if module is trunk.ln_f else 1.0)
+        elif next(module.parameters(recurse=False), None) is not None:
+            raise TypeError(f"no initialisation is defined for the parameters of {type(module).__name__}")
+        if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:
+            init.zeros_(module.bias)
+
+    def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:
+        # transformers enters only the saved class itself; AutoModel has to find the trunk as well.
+        self.config.auto_map = {"AutoModel": "modeling_hgpt.HGPTModel"} | (getattr(self.config, "auto_map", None) or {})
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class HGPTModel(HGPTPreTrainedModel):
+    """The trunk: token and position embeddings, blocks, final layer norm."""
+
+    def __init__(self, config: HGPTConfig) -> None:
+        super().__init__(config)
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList([HGPTBlock(config, layer_idx) for layer_idx in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.wte
+
+    def set_input_embeddings(self, value: Any) -> None:
+        self.wte = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple:
+        """Hidden states after the final norm, (B, T, D).
+
+        Without `position_ids`, positions count the attended tokens, so that left padding shifts nothing. The
+        other arguments are those of every transformers decoder.
+
+        Raises:
+            ValueError: both or none of `input_ids` and `inputs_embeds`; a sequence longer than `n_positions`.
+        """
+        config = self.config
+        use_cache = config.use_cache and not self.training if use_cache is None else use_cache
+        return_dict = config.return_dict if return_dict is None else return_dict
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.wte(input_ids)
+        if self.gradient_checkpointing and self.training:
+            use_cache, past_key_values = False, None  # a recomputed block would enter the cache twice
+        elif use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=config)
+
+        T = inputs_embeds.shape[1]
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        length = past + T if isinstance(past, int) else T  # a static cache counts on the device
+        if length > config.n_positions:
+            raise ValueError(
+                f"the model has {config.n_positions} positions (n_positions), and the sequence has {length} "
+                "tokens: shorten the prompt or generate fewer tokens"
+            )
+        # Before the default positions are filled in: from positions given without a mask, transformers infers
+        # packed sequences, at the price of a synchronisation.
+        mask = create_causal_mask(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if position_ids is None:
+            if attention_mask is not None and attention_mask.ndim == 2:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -T:]  # (B, T)
+            else:
+                position_ids = (torch.arange(T, device=inputs_embeds.device) + past)[None]  # (1, T)
+
+        hidden = inputs_embeds + self.wpe(position_ids)  # (B, T, D)
+        hidden = F.dropout(hidden, config.dropout, self.training)
+        all_hidden: tuple[Tensor, ...] = ()
+        all_weights: tuple[Any, ...] = ()  # None where the attention implementation gives none
+        for block in self.h:
+            if output_hidden_states:
+                all_hidden += (hidden,)
+            hidden, weights = block(hidden, mask, past_key_values, **kwargs)
+            if output_attentions:
+                all_weights += (weights,)
+        hidden = self.ln_f(hidden)
+
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*all_hidden, hidden) if output_hidden_states else None,
+            attentions=all_weights if output_attentions else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
+    """The language model: trunk and head.
+
+    `logits` are the head's scores over the `vocab_size` real tokens, in float32. With the harmonic head they
+    are −n log d_i, so that softmax(logits) is HarMax and everything that works on logits works.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+
+    def __init__(self, config: HGPTConfig) -> None:
+        super().__init__(config)
+        self.transformer = HGPTModel(config)
+        self.lm_head = self._new_head(config.padded_vocab_size)
+        self.post_init()
+
+    def _new_head(self, rows: int) -> HarmonicHead | SoftmaxHead:
+        config = self.config
+        shape = {"in_features": config.n_embd, "num_classes": min(config.vocab_size, rows), "rows": rows}
+        if config.head == "softmax":
+            return SoftmaxHead(**shape, init_std=config.centre_init_std)
+        return HarmonicHead(
+            **shape, exponent=config.exponent, distance=config.distance, init_std=config.centre_init_std
+        )
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """As in transformers; the number of tokens is kept apart from the number of (padded) rows."""
+        if new_num_tokens is None:
+            return self.transformer.wte
+        if pad_to_multiple_of is not None:
+            self.config.pad_vocab_to_multiple_of = pad_to_multiple_of
+        embedding = super().resize_token_embeddings(new_num_tokens, self.config.pad_vocab_to_multiple_of, mean_resizing)
+        self.config.vocab_size = self.vocab_size = self.lm_head.num_classes = new_num_tokens
+        return embedding
+
+    def _get_resized_lm_head(
+        self,
+        old_lm_head: Any,
+        new_num_tokens: int | None = None,
+        transposed: bool = False,
+        mean_resizing: bool = True,
+    ) -> Any:
+        rows = nn.Embedding.from_pretrained(old_lm_head.weight.data)
+        rows = self._get_resized_embeddings(rows, new_num_tokens, mean_resizing=mean_resizing)
+        head = self._new_head(rows.num_embeddings)
+        head.weight = nn.Parameter(rows.weight.data)
+        return head
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        *,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        loss_only: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits (B, T, vocab_size) and, with labels, the loss −log p_y.
+
+        Args:
+            labels: (B, T), shifted inside: position t is scored on label t + 1. −100 is ignored.
+            shift_labels: (B, T), labels that are shifted already; takes the place of `labels`.
+            num_items_in_batch: divisor of the summed loss; default the number of counted labels.
+            loss_only: with labels, compute no logits (they are None). Default: in training mode. The loss
+                then never holds a (B · T, vocab_size) tensor.
+            logits_to_keep: only the last that many positions get logits, or those of an index tensor; 0: all.
+
+        The other arguments are those of every transformers decoder.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        trunk = self.transformer(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden = trunk.last_hidden_state  # (B, T, D)
+        if labels is not None and shift_labels is None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+        loss = logits = None
+        if shift_labels is not None:
+            loss = self.lm_head(hidden, shift_labels.to(hidden.device), num_items=num_items_in_batch)
+        if loss is None or not (self.training if loss_only is None else loss_only):
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])  # (B, T, V)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=trunk.past_key_values,
+            hidden_states=trunk.hidden_states,
+            attentions=trunk.attentions,
+        )
+        return output if return_dict else output.to_tuple()

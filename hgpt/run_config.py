@@ -1,0 +1,354 @@
+"""The configuration of a run: frozen dataclasses, read from TOML and the command line.
+
+    python train.py --config configs/x.toml --optim.lr 1e-3
+
+Every section stands beside the code that it configures, where that reads well, and they are composed here. A setting
+that cannot take effect is an error.
+"""
+
+import difflib
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from hgpt.checkpoint import CheckpointConfig
+from hgpt.configuration_hgpt import HGPTConfig
+from hgpt.errors import UserError
+from hgpt.evaluation import EvalConfig
+from hgpt.metrics import LogConfig
+from hgpt.optim import OptimConfig
+
+CONFIG_FILE = "config.toml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """The unembedding.
+
+    Args:
+        type: "harmonic" (logits −n log d) or "softmax" (logits w · x).
+        exponent: n on the distance d: a number, "sqrt_dim" (√D), "dim" or a multiple such as "2*sqrt_dim".
+            Harmonic only, and there required.
+        distance: the metric, "euclidean". Harmonic only.
+        final_norm_gain: initial weight of the final layer norm, which sets the norm of the hidden states.
+        centre_init_std: initial standard deviation of the centres (of the token embedding, where tied).
+    """
+
+    type: Literal["harmonic", "softmax"] = "harmonic"
+    exponent: float | str | None = None
+    distance: Literal["euclidean"] | None = None
+    final_norm_gain: float = 1.0
+    centre_init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.type == "softmax":
+            for name in ("exponent", "distance"):
+                if getattr(self, name) is not None:
+                    raise UserError(
+                        f'model.head.{name} = {getattr(self, name)!r} has no effect with model.head.type = "softmax": '
+                        'remove it, or set model.head.type = "harmonic"'
+                    )
+        elif self.exponent is None:
+            raise UserError(
+                'model.head.exponent is required with model.head.type = "harmonic": n on the distance d, for example '
+                '"2*sqrt_dim"'
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model; the vocabulary comes from the data, the context length is data.seq_len.
+
+    Args:
+        n_layer: blocks.
+        n_head: attention heads.
+        n_embd: width D.
+        bias: whether linear layers and layer norms have biases.
+        dropout: after the embedding, in attention and after each block's projections.
+        activation_function: "gelu" as in nanoGPT, "gelu_pytorch_tanh" as in GPT-2.
+        scale_attn_by_inverse_layer_idx: divide the attention scores of block i (from 0) by i + 1.
+        initializer_range: standard deviation of initial weights.
+        tie_word_embeddings: the centres are the token embedding.
+        pad_vocab_to_multiple_of: rows of the embedding are rounded up to a multiple of this, for speed.
+        init_from: where the weights come from: a Hugging Face GPT-2 (folder or id), an hgpt model folder, or a nanoGPT
+            checkpoint (a .pt file). Nothing: random initialisation.
+        head: the unembedding.
+    """
+
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    bias: bool = False
+    dropout: float = 0.0
+    activation_function: str = "gelu"
+    scale_attn_by_inverse_layer_idx: bool = False
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    pad_vocab_to_multiple_of: int = 64
+    init_from: str | None = None
+    head: HeadConfig
+
+    def to_hf(self, *, vocab_size: int, seq_len: int, end_of_text: int | None = None) -> HGPTConfig:
+        """The Hugging Face configuration of this model for a vocabulary and a context length."""
+        head = self.head
+        shared: dict[str, Any] = asdict(self)
+        del shared["init_from"], shared["head"]
+        if head.exponent is not None:
+            shared["exponent"] = head.exponent
+        try:
+            return HGPTConfig(
+                vocab_size=vocab_size,
+                n_positions=seq_len,
+                head=head.type,
+                distance=head.distance or "euclidean",
+                final_norm_gain=head.final_norm_gain,
+                centre_init_std=head.centre_init_std,
+                bos_token_id=end_of_text,
+                eos_token_id=end_of_text,
+                pad_token_id=end_of_text,
+                **shared,
+            )
+        except ValueError as error:
+            raise UserError(f"[model] {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The data.
+
+    Args:
+        path: a folder written by data_prep, or a bare nanoGPT folder with train.bin and val.bin.
+        seq_len: tokens per sequence T, and the context length of the model.
+        vocab_size: only for a bare nanoGPT folder, which does not say it.
+    """
+
+    path: str
+    seq_len: int = 1024
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 1:
+            raise UserError(f"data.seq_len must be at least 1 token; got {self.seq_len}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop.
+
+    Args:
+        steps: optimiser steps.
+        global_batch: sequences per optimiser step, over all processes; tokens per step = global_batch · seq_len.
+        micro_batch: sequences per forward pass and process; accumulation follows from the number of processes.
+        seed: of the initial weights, the order of the data and dropout.
+        precision: "bf16" (autocast), "fp32", or "auto": bf16 on GPUs that have it, fp32 elsewhere.
+        compile: torch.compile each block.
+        activation_checkpointing: keep only the inputs of blocks and recompute the rest in the backward pass.
+    """
+
+    steps: int
+    global_batch: int
+    micro_batch: int
+    seed: int = 1337
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    compile: bool = False
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} must be at least 1; got {getattr(self, name)}")
+        if self.seed < 0:
+            raise UserError(f"train.seed must be 0 or more; got {self.seed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run.
+
+    Args:
+        name: the run folder is runs_dir/name.
+        runs_dir: folder of all runs.
+        resume: "never" refuses a run folder that exists; "auto" goes on from its newest complete checkpoint, or starts
+            if there is none; a checkpoint's path goes on from that one.
+        model: the model.
+        data: the data.
+        train: the loop.
+        optim: the optimiser.
+        eval: evaluation.
+        checkpoint: checkpoints.
+        log: reporting.
+    """
+
+    name: str
+    runs_dir: str = "runs"
+    resume: str = "never"
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        if not self.name or Path(self.name).name != self.name:
+            raise UserError(f"name must be a plain folder name, the run folder under runs_dir; got {self.name!r}")
+        if self.optim.warmup_steps >= self.train.steps:
+            raise UserError(
+                f"optim.warmup_steps = {self.optim.warmup_steps} must be fewer than train.steps = {self.train.steps}: "
+                "lower the one or raise the other"
+            )
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+
+def load_run_config(arguments: Sequence[str]) -> RunConfig:
+    """A run from command-line arguments: `--config FILE.toml` and `--section.key value`, later ones win.
+
+    Raises UserError for a file that is missing or no TOML, an unknown key (naming the nearest known ones), a value of
+    the wrong type, and values out of range. `--help` prints every setting and exits.
+    """
+    parser = ArgumentParser(prog="train.py", parser_mode="toml", exit_on_error=False, description=RunConfig.__doc__)
+    parser.add_argument("--config", action="config", help="a TOML file; configs/ holds those that ship")
+    parser.add_class_arguments(RunConfig, sub_configs=False)
+    known = known_settings(RunConfig)
+    _check_arguments(arguments, known)
+    try:
+        parsed = parser.parse_args(list(arguments))
+        sections = parser.instantiate(parsed)
+    except ArgumentError as error:
+        raise UserError(_readable(str(error))) from error
+    values = {entry.name: sections[entry.name] for entry in fields(RunConfig)}
+    return RunConfig(**values)
+
+
+def known_settings(section: Any, prefix: str = "") -> list[str]:
+    """Dotted names of all settings of a dataclass, `model.head.exponent`."""
+    names = []
+    for entry in fields(section):
+        if is_dataclass(entry.type):
+            names += known_settings(entry.type, f"{prefix}{entry.name}.")
+        else:
+            names.append(prefix + entry.name)
+    return names
+
+
+def _check_arguments(arguments: Sequence[str], known: list[str]) -> None:
+    """Files that cannot be read and names that do not exist, before jsonargparse, to say what was meant instead."""
+    tokens = iter(arguments)
+    for token in tokens:
+        if not token.startswith("--"):
+            continue
+        name, equals, value = token[2:].partition("=")
+        if name == "config":
+            path = Path(value if equals else next(tokens, ""))
+            for key in _toml_keys(path):
+                _check_name(key, known, str(path))
+        elif name not in ("help", "print_config"):
+            _check_name(name, known, "command line")
+
+
+def _toml_keys(path: Path) -> list[str]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot read the file ({error}); configs/ holds those that ship") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"--config {path}: not valid TOML: {error}") from error
+    return list(flatten(table))
+
+
+def _check_name(name: str, known: list[str], where: str) -> None:
+    sections = {key[: key.rindex(".")] for key in known if "." in key}
+    if name in known or name in sections:
+        return
+    # A right name in the wrong section is as common as a slip of the pen.
+    same_end = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    close = list(dict.fromkeys(same_end + difflib.get_close_matches(name, known, n=3)))[:3]
+    hint = f"did you mean {' or '.join(close)}?" if close else "python train.py --help lists all settings"
+    raise UserError(f"{where}: there is no setting {name}; {hint}")
+
+
+def _readable(message: str) -> str:
+    """jsonargparse's message in one line, without Python's class notation."""
+    message = " ".join(message.split())
+    for kind in ("int", "float", "bool", "str"):
+        message = message.replace(f"<class '{kind}'>", kind)
+    return message.replace("Parser key", "setting")
+
+
+def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """The resolved settings by dotted name; what is not set is left out."""
+    return {name: value for name, value in flatten(asdict(config)).items() if value is not None}
+
+
+def write_toml(config: RunConfig, path: Path) -> None:
+    """The resolved configuration as TOML, which `load_run_config(["--config", path])` reads back to the same."""
+    path.write_text(to_toml(config), encoding="utf-8")
+
+
+def to_toml(config: RunConfig) -> str:
+    import toml
+
+    table = _without_none(asdict(config))
+    return toml.dumps(table)
+
+
+def _without_none(table: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(value) if isinstance(value, dict) else list(value) if isinstance(value, tuple) else value
+        for key, value in table.items()
+        if value is not None
+    }
+
+
+# What may differ between a checkpoint and the run that goes on from it: nothing that changes the model or the data.
+_FIXED_ON_RESUME = ("model.", "data.", "train.seed", "train.global_batch")
+_FREE_ON_RESUME = ("model.init_from", "data.path")
+
+
+def check_resume(saved: dict[str, Any], config: RunConfig, checkpoint: Path) -> list[str]:
+    """Compare `saved` (dotted settings of the checkpoint) with the configuration of the run that goes on.
+
+    Returns the differences that are allowed, one line each, to be shown. Raises UserError listing those that
+    change the model or the order of the data.
+    """
+    now = settings(config)
+    changed = {name: (saved.get(name), now.get(name)) for name in sorted(saved.keys() | now.keys())}
+    lines = {
+        name: f"{name}: {_shown(old)} in the checkpoint, {_shown(new)} now"
+        for name, (old, new) in changed.items()
+        if _plain(old) != _plain(new) and name != "resume"
+    }
+    fixed = [line for name, line in lines.items() if name.startswith(_FIXED_ON_RESUME) and name not in _FREE_ON_RESUME]
+    if fixed:
+        raise UserError(
+            f"cannot go on from {checkpoint}: the configuration differs in what makes the model or the data.\n  "
+            + "\n  ".join(fixed)
+            + "\nSet these back to go on, or give the run another name to start anew (model.init_from takes the "
+            "weights along)."
+        )
+    return list(lines.values())
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else repr(value)

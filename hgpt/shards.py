@@ -1,0 +1,536 @@
+"""Token shards on disk: write, open, read, verify.
+
+A data folder, as written by `data_prep`:
+
+    train_000000.bin ...   shards in the format of llm.c: 256 int32 of header (magic 20240520, version 1,
+    token val_000000.bin ...     count), then the tokens as uint16, all little-endian
+    tokenizer.json         the tokenizer, as Hugging Face's `tokenizers` reads it
+    meta.json              `DataMeta`; written last, so a folder without it was never finished
+
+A nanoGPT folder (`train.bin` and `val.bin`, uint16 tokens without header) opens as well. Its vocabulary is
+nowhere on disk (its `meta.pkl` is a pickle and is never opened), so the caller states it.
+"""
+
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, TypeVar
+
+import numpy as np
+
+from hgpt.errors import UserError
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 256 * 4
+TOKEN = np.dtype("<u2")
+MAX_VOCAB_SIZE = 65_535
+SPLITS = ("train", "val")
+META_FILE = "meta.json"
+TOKENS_PER_SHARD = 100_000_000  # 200 MB a file, as llm.c's data scripts write
+
+Kind = TypeVar("Kind")
+
+PREPARE_AGAIN = "Delete the folder and prepare the data again (python -m data_prep.documents --help)."
+
+
+def check_vocab_size(vocab_size: int, origin: str) -> None:
+    """Raise UserError unless 1 ≤ vocab_size ≤ 65,535; `origin` says where the number came from."""
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise UserError(
+            f"{origin}: a vocabulary of {vocab_size:,} tokens does not fit the shard format, which stores "
+            f"uint16 and takes at most {MAX_VOCAB_SIZE:,}. Use a smaller tokenizer (gpt2 has 50,257) until "
+            "a uint32 version of the format exists."
+        )
+    if vocab_size < 1:
+        raise UserError(f"{origin}: the vocabulary size must be at least 1, not {vocab_size}.")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# meta.json
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """One shard: its file name, its number of tokens, the SHA-256 of the file (what `sha256sum` prints)."""
+
+    file: str
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitMeta:
+    """One split: tokens (one end-of-text per document included), documents, bytes of UTF-8 text, shards."""
+
+    tokens: int
+    documents: int
+    bytes: int
+    shards: tuple[ShardRecord, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataMeta:
+    """What `meta.json` says about a data folder.
+
+    `source` says where the text came from and `source_revision` which version of it, where there is one.
+    `preparation` holds the settings that decide the content of the shards (seed, validation fraction, ...)
+    and `packages` the versions of the packages that did the work: together they reproduce the folder.
+    """
+
+    tokenizer: str
+    vocab_size: int
+    end_of_text: int
+    splits: dict[str, SplitMeta]
+    source: str
+    source_revision: str | None = None
+    preparation: dict[str, Any] = field(default_factory=dict)
+    packages: dict[str, str] = field(default_factory=dict)
+
+
+def write_meta(folder: str | Path, meta: DataMeta) -> None:
+    """Write `meta.json` atomically. Call it last: it is what makes a data folder complete."""
+    check_vocab_size(meta.vocab_size, f"tokenizer {meta.tokenizer}")
+    content = json.dumps({"format_version": VERSION, **asdict(meta)}, indent=2, ensure_ascii=False) + "\n"
+    path = Path(folder) / META_FILE
+    unfinished = path.with_name(f".{META_FILE}.unfinished")
+    with open(unfinished, "wb") as file:
+        file.write(content.encode())
+        _flush_to_disk(file)
+    os.replace(unfinished, path)
+    _sync_folder(path.parent)
+
+
+def read_meta(folder: str | Path) -> DataMeta:
+    """Read and check `meta.json`. Raises UserError when it, or a key in it, is missing or broken."""
+    path = Path(folder) / META_FILE
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} is missing, so the preparation of this data folder was never finished. {PREPARE_AGAIN}"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}). {PREPARE_AGAIN}") from error
+    origin = str(path)
+    if _entry(content, "format_version", int, origin) != VERSION:
+        raise UserError(
+            f"{path}: format_version is {content['format_version']}, this version of hgpt reads {VERSION}. "
+            "Use the version of hgpt that wrote the folder, or prepare the data again."
+        )
+    splits = {
+        name: _split_meta(split, f"{path}: splits.{name}")
+        for name, split in _entry(content, "splits", dict, origin).items()
+    }
+    meta = DataMeta(
+        tokenizer=_entry(content, "tokenizer", str, origin),
+        vocab_size=_entry(content, "vocab_size", int, origin),
+        end_of_text=_entry(content, "end_of_text", int, origin),
+        splits=splits,
+        source=_entry(content, "source", str, origin),
+        source_revision=content.get("source_revision"),
+        preparation=_entry(content, "preparation", dict, origin),
+        packages=_entry(content, "packages", dict, origin),
+    )
+    check_vocab_size(meta.vocab_size, f"{path}: vocab_size")
+    if not 0 <= meta.end_of_text < meta.vocab_size:
+        raise UserError(
+            f"{path}: end_of_text must be a token of the vocabulary, 0 to {meta.vocab_size - 1}, "
+            f"not {meta.end_of_text}. {PREPARE_AGAIN}"
+        )
+    return meta
+
+
+def _split_meta(content: object, origin: str) -> SplitMeta:
+    records = tuple(
+        ShardRecord(
+            file=_entry(shard, "file", str, f"{origin}.shards"),
+            tokens=_entry(shard, "tokens", int, f"{origin}.shards"),
+            sha256=_entry(shard, "sha256", str, f"{origin}.shards"),
+        )
+        for shard in _entry(content, "shards", list, origin)
+    )
+    for record in records:
+        # A file name only: meta.json may come from elsewhere and must not point outside its folder.
+        if Path(record.file).name != record.file:
+            raise UserError(f"{origin}: the shard {record.file!r} is not a plain file name. {PREPARE_AGAIN}")
+    split = SplitMeta(
+        tokens=_entry(content, "tokens", int, origin),
+        documents=_entry(content, "documents", int, origin),
+        bytes=_entry(content, "bytes", int, origin),
+        shards=records,
+    )
+    in_shards = sum(record.tokens for record in records)
+    if split.tokens != in_shards:
+        raise UserError(f"{origin}: tokens is {split.tokens}, but its shards sum to {in_shards}. {PREPARE_AGAIN}")
+    return split
+
+
+def _entry(content: object, key: str, kind: type[Kind], origin: str) -> Kind:
+    value = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        found = "missing" if value is None else repr(value)
+        raise UserError(f"{origin}: {key} must be {_KINDS[kind]}, but is {found}. {PREPARE_AGAIN}")
+    return value
+
+
+_KINDS: dict[type, str] = {int: "an integer", str: "a string", dict: "a table", list: "a list"}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+class ShardWriter:
+    """Writes one split as shards of `tokens_per_shard` tokens, the last one shorter.
+
+    A shard is written under a temporary name, flushed to the disk and renamed, so a file with a shard's name
+    is whole. Leaving the context by an exception removes the unfinished file.
+    """
+
+    def __init__(self, folder: str | Path, split: str, tokens_per_shard: int = TOKENS_PER_SHARD) -> None:
+        if tokens_per_shard < 1:
+            raise UserError(f"tokens_per_shard must be at least 1, not {tokens_per_shard}.")
+        self.folder = Path(folder)
+        self.split = split
+        self.tokens_per_shard = tokens_per_shard
+        self.tokens = 0
+        self._records: list[ShardRecord] = []
+        self._file: BinaryIO | None = None
+        self._in_shard = 0
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
+
+    def write(self, tokens: np.ndarray) -> None:
+        """Append `tokens`, a one-dimensional integer array with values in 0..65,535."""
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise ValueError(f"tokens must be a 1-D integer array, not {tokens.ndim}-D of dtype {tokens.dtype}")
+        if tokens.dtype != TOKEN and tokens.size and not 0 <= tokens.min() <= tokens.max() <= 0xFFFF:
+            raise ValueError(f"tokens from {tokens.min()} to {tokens.max()} do not fit uint16")
+        tokens = np.ascontiguousarray(tokens, dtype=TOKEN)
+        while tokens.size:
+            if self._file is None:
+                self._file = open(self._unfinished(), "wb")  # noqa: SIM115
+                self._file.write(bytes(HEADER_BYTES))
+            part, tokens = np.split(tokens, [self.tokens_per_shard - self._in_shard])
+            self._file.write(part.data)
+            self._in_shard += part.size
+            self.tokens += part.size
+            if self._in_shard == self.tokens_per_shard:
+                self._finish_shard()
+
+    def close(self) -> tuple[ShardRecord, ...]:
+        """Finish the last shard; returns the records of all shards, for `SplitMeta.shards`. Idempotent."""
+        if self._file is not None:
+            self._finish_shard()
+        return tuple(self._records)
+
+    def abandon(self) -> None:
+        """Drop the unfinished shard. Finished ones stay: whoever owns the folder decides about them."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            self._unfinished().unlink(missing_ok=True)
+
+    def _unfinished(self) -> Path:
+        return self.folder / f".{self.split}_{len(self._records):06d}.bin.unfinished"
+
+    def _finish_shard(self) -> None:
+        assert self._file is not None
+        header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
+        header[:3] = MAGIC, VERSION, self._in_shard
+        self._file.seek(0)
+        self._file.write(header.data)
+        _flush_to_disk(self._file)
+        self._file.close()
+        self._file = None
+        path = self.folder / f"{self.split}_{len(self._records):06d}.bin"
+        # The header holds the count, which is known only now: the checksum is taken from the file.
+        record = ShardRecord(file=path.name, tokens=self._in_shard, sha256=_sha256(self._unfinished()))
+        os.replace(self._unfinished(), path)
+        _sync_folder(self.folder)
+        self._records.append(record)
+        self._in_shard = 0
+
+
+def _flush_to_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+class TokenShards:
+    """The tokens of one split as one logical stream, the concatenation of its shards, memory-mapped.
+
+    `len(shards)` is the number of tokens; `read(start, stop)` a slice of the stream. Made by `open`; may be
+    pickled and forked (each process maps the files itself when it first reads them).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        files: list[tuple[Path, int, int]],
+        vocab_size: int,
+        meta: DataMeta | None,
+    ) -> None:
+        """`files`: (path, bytes of header, tokens) of each shard, in order. Use `open`, which checks them."""
+        self.folder = folder
+        self.split = split
+        self.vocab_size = vocab_size
+        self.meta = meta
+        self.end_of_text = None if meta is None else meta.end_of_text
+        self._files = files
+        self._starts = [0]  # position in the stream where each shard starts, and the length of the stream
+        for _, _, tokens in files:
+            self._starts.append(self._starts[-1] + tokens)
+        self._maps: list[np.ndarray | None] = [None] * len(files)
+
+    @classmethod
+    def open(cls, folder: str | Path, split: str, vocab_size: int | None = None) -> "TokenShards":
+        """Open a split after cheap checks: header, file size and `meta.json` of every shard must agree.
+
+        `vocab_size` is needed for a bare nanoGPT folder; elsewhere it comes from `meta.json` and, when given,
+        must be the same. `end_of_text` and `meta` are None for a bare folder. `verify` does the full check.
+        Raises UserError naming the file, the rule and the way out.
+        """
+        folder = Path(folder)
+        if vocab_size is not None:
+            check_vocab_size(vocab_size, "vocab_size")
+        meta, files = _locate(folder, split)
+        if meta is None:
+            if vocab_size is None:
+                raise UserError(
+                    f"{folder} is a bare nanoGPT folder, which does not say how large its vocabulary is: "
+                    "state vocab_size (50257 for GPT-2's tokenizer; the number of characters for a character "
+                    "model)."
+                )
+        elif vocab_size is None:
+            vocab_size = meta.vocab_size
+        elif vocab_size != meta.vocab_size:
+            raise UserError(
+                f"vocab_size {vocab_size} does not match {folder / META_FILE}, whose tokenizer "
+                f"{meta.tokenizer} has {meta.vocab_size} tokens. Leave the setting out, or use data prepared "
+                "with the tokenizer it was meant for."
+            )
+        return cls(folder, split, files, vocab_size, meta)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """tokens[start:stop] of the logical stream as int64, 0 ≤ start ≤ stop ≤ len.
+
+        Raises UserError, with file and position, when a token is outside the vocabulary: such a token would
+        otherwise surface as an illegal memory access on a GPU.
+        """
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"tokens[{start}:{stop}] of a stream of {len(self)}")
+        out = np.empty(stop - start, dtype=np.int64)
+        shard = bisect_right(self._starts, start) - 1
+        done = 0
+        while done < out.size:
+            first = start + done - self._starts[shard]
+            part = self._tokens(shard)[first : first + out.size - done]
+            if part.max() >= self.vocab_size:
+                path = self._files[shard][0]
+                raise UserError(_beyond_vocabulary(path, part, first, self.vocab_size))
+            out[done : done + part.size] = part
+            done += part.size
+            shard += 1
+        return out
+
+    def chunks(self, size: int = 1 << 22) -> Iterator[np.ndarray]:
+        """The whole stream in order, as int64 arrays of at most `size` tokens."""
+        for start in range(0, len(self), size):
+            yield self.read(start, min(start + size, len(self)))
+
+    def _tokens(self, shard: int) -> np.ndarray:
+        tokens = self._maps[shard]
+        if tokens is None:
+            path, header, count = self._files[shard]
+            tokens = np.memmap(path, dtype=TOKEN, mode="r", offset=header, shape=(count,)).view(np.ndarray)
+            self._maps[shard] = tokens
+        return tokens
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": [None] * len(self._files)}
+
+
+def verify(folder: str | Path, vocab_size: int | None = None) -> None:
+    """Read every byte of a data folder and raise one UserError that lists all that is damaged.
+
+    Checked per shard: what `TokenShards.open` checks, the checksum, and that every token is in the
+    vocabulary. `vocab_size` as for `TokenShards.open`.
+    """
+    folder = Path(folder)
+    damage: list[str] = []
+    for split in SPLITS:
+        try:
+            shards = TokenShards.open(folder, split, vocab_size)
+        except UserError as error:
+            damage += [line for line in str(error).splitlines() if line not in damage]
+            continue
+        records = () if shards.meta is None else shards.meta.splits[split].shards
+        for record in records:
+            if _sha256(folder / record.file) != record.sha256:
+                damage.append(
+                    f"{folder / record.file}: checksum failure; its SHA-256 is not the one in {META_FILE}. "
+                    f"Copy the file again from its origin. Otherwise: {PREPARE_AGAIN}"
+                )
+        for shard, (path, _, _) in enumerate(shards._files):
+            tokens = shards._tokens(shard)
+            for start in range(0, tokens.size, 1 << 24):
+                part = tokens[start : start + (1 << 24)]
+                if part.max() >= shards.vocab_size:
+                    damage.append(_beyond_vocabulary(path, part, start, shards.vocab_size))
+                    break
+    if damage:
+        raise UserError("\n".join(damage))
+
+
+def _beyond_vocabulary(path: Path, part: np.ndarray, start: int, vocab_size: int) -> str:
+    """The message about the first token of `part` ≥ vocab_size; `part` starts at token `start` of `path`."""
+    index = int(np.argmax(part >= vocab_size))
+    return (
+        f"{path}: token {int(part[index])} at position {start + index} is beyond the vocabulary of "
+        f"{vocab_size}. The file is damaged or was written with another tokenizer: use the vocabulary of "
+        "that tokenizer, or prepare the data again."
+    )
+
+
+def _locate(folder: Path, split: str) -> tuple[DataMeta | None, list[tuple[Path, int, int]]]:
+    """`meta.json`, or None for a bare nanoGPT folder, and (path, bytes of header, tokens) of each shard."""
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise UserError(
+            f"data folder {folder} {what}. Prepare one with: "
+            f"python -m data_prep.documents --out {folder} --tokenizer gpt2 FILES..."
+        )
+    present = {path.name for path in folder.iterdir()}
+    bare = folder / f"{split}.bin"
+    if META_FILE not in present and bare.name in present:
+        return None, [_bare_shard(bare)]
+    if not any(name.endswith(".bin") for name in present) and META_FILE not in present:
+        raise UserError(
+            f"data folder {folder} holds no token shards (train_*.bin and val_*.bin, or nanoGPT's train.bin "
+            "and val.bin). Prepare data with: "
+            f"python -m data_prep.documents --out {folder} --tokenizer gpt2 FILES..."
+        )
+    if META_FILE not in present and any(f"{name}.bin" in present for name in SPLITS):
+        raise UserError(
+            f"data folder {folder} has no {bare.name}. A nanoGPT folder has train.bin and val.bin: "
+            "put the missing one beside the other."
+        )
+    meta = read_meta(folder)
+    if split not in meta.splits or not meta.splits[split].shards:
+        raise UserError(
+            f"data folder {folder} has no shards of the split {split!r}; {META_FILE} names "
+            f"{', '.join(sorted(meta.splits)) or 'none'}. {PREPARE_AGAIN}"
+        )
+    records = meta.splits[split].shards
+    strangers = {name for name in present if name.startswith(f"{split}_") and name.endswith(".bin")}
+    strangers -= {record.file for record in records}
+    damage = []
+    if strangers:
+        damage.append(
+            f"{folder} holds {', '.join(sorted(strangers))}, which {META_FILE} does not name: files of two "
+            f"data sets are mixed up. Remove the ones that do not belong. Otherwise: {PREPARE_AGAIN}"
+        )
+    files = []
+    for record in records:
+        try:
+            files.append(_checked_shard(folder / record.file, record.tokens))
+        except UserError as error:
+            damage.append(str(error))
+    if damage:
+        raise UserError("\n".join(damage))
+    return meta, files
+
+
+def _checked_shard(path: Path, tokens: int) -> tuple[Path, int, int]:
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            header = np.frombuffer(file.read(HEADER_BYTES), dtype="u1")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing, but {META_FILE} names it. Copy it again, or: {PREPARE_AGAIN}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    if header.size < HEADER_BYTES:
+        raise UserError(
+            f"{path} is truncated: {size} bytes, less than the header's {HEADER_BYTES}. Copy it again, or: "
+            f"{PREPARE_AGAIN}"
+        )
+    magic, version, count = (int(value) for value in header.view("<i4")[:3])
+    if magic != MAGIC:
+        raise UserError(
+            f"{path} is no token shard: it starts with {magic}, not with the magic number {MAGIC}. {PREPARE_AGAIN}"
+        )
+    if version != VERSION:
+        raise UserError(
+            f"{path} has version {version} of the shard format, this version of hgpt reads {VERSION}. Use "
+            "the version of hgpt that wrote it, or prepare the data again."
+        )
+    if count != tokens:
+        raise UserError(
+            f"{path}: its header says {count} tokens, {META_FILE} says {tokens}: they belong to different "
+            f"preparations. {PREPARE_AGAIN}"
+        )
+    expected = HEADER_BYTES + count * TOKEN.itemsize
+    if size != expected:
+        state = "truncated" if size < expected else "too long"
+        raise UserError(
+            f"{path} is {state}: {size} bytes, where {count} tokens take {expected}. Copy it again, or: {PREPARE_AGAIN}"
+        )
+    return path, HEADER_BYTES, count
+
+
+def _bare_shard(path: Path) -> tuple[Path, int, int]:
+    """nanoGPT's train.bin or val.bin: uint16 tokens and nothing else."""
+    size = path.stat().st_size
+    if size == 0 or size % TOKEN.itemsize:
+        raise UserError(
+            f"{path} is {'empty' if size == 0 else 'truncated'}: {size} bytes, where uint16 tokens take a "
+            "positive even number. Copy it again from its origin."
+        )
+    with open(path, "rb") as file:
+        if file.read(4) == np.array(MAGIC, dtype="<i4").tobytes():
+            raise UserError(
+                f"{path} has llm.c's header, which nanoGPT's {path.name} has not; shards with a header are "
+                f"named {path.stem}_000000.bin and need a {META_FILE}. {PREPARE_AGAIN}"
+            )
+    return path, 0, size // TOKEN.itemsize

