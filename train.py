@@ -104,7 +104,7 @@ def main(config: RunConfig) -> dict[str, float]:
                 say(f"{config.model.init_from}: {note}")
     set_seed(config.train.seed, device_specific=True)
     if config.train.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     if config.train.compile:
         for block in model.transformer.h:  # in place: parameters keep their names
             block.compile()

@@ -48,7 +48,7 @@ from hgpt.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, package_ve
 
 BATCH_BYTES = 1 << 20  # text handed to a worker at once: about 70 ms of work with tiktoken
 BATCH_DOCUMENTS = 1024
-FEW_BATCHES = 16  # less than this is encoded before worker processes have even started
+FEW_BATCHES = 32  # less than this is encoded before worker processes have even imported their modules
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -626,24 +626,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--text-column", default="text", help="field or column that holds the text (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
+    return exit_status(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    files, ignored = find_files(options.files)
+    if ignored:
+        left_out = ", ".join(path.name for path in ignored[:5]) + (", ..." if len(ignored) > 5 else "")
+        print(f"left out {len(ignored)} files of other kinds: {left_out}", file=sys.stderr)
+    names = [path.name for path in files]
+    prepared = prepare(
+        lambda: read_documents(files, options.text_column),
+        options.out,
+        source=", ".join(names[:4]) + (f" and {len(names) - 4} more files" if len(names) > 4 else ""),
+        preparation={"text_column": options.text_column},
+        total=count_documents(files),
+        **core_settings(options),
+    )
+    print(summary(prepared))
+
+
+def exit_status(run: Callable[[], None]) -> int:
+    """The exit status of a script that does `run`: 0, 2 for bad input, 130 for Ctrl-C; no traceback."""
     try:
-        files, ignored = find_files(options.files)
-        if ignored:
-            left_out = ", ".join(path.name for path in ignored[:5]) + (", ..." if len(ignored) > 5 else "")
-            print(f"left out {len(ignored)} files of other kinds: {left_out}", file=sys.stderr)
-        names = [path.name for path in files]
-        prepared = prepare(
-            lambda: read_documents(files, options.text_column),
-            options.out,
-            source=", ".join(names[:4]) + (f" and {len(names) - 4} more files" if len(names) > 4 else ""),
-            preparation={"text_column": options.text_column},
-            total=count_documents(files),
-            **core_settings(options),
-        )
+        run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(summary(prepared))
+    except KeyboardInterrupt:
+        print("interrupted: what was written so far was removed again", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -19,10 +19,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_prep.documents import add_options, core_settings, prepare, summary
+from data_prep.documents import add_options, core_settings, exit_status, prepare, summary
 from hgpt.baselines import unigram_loss
-from hgpt.errors import UserError
-from hgpt.shards import TokenShards
+from hgpt.shards import SPLITS, TokenShards
 
 # Folders of the standard library that are not its documentation: tests, what pip put there, vendored code.
 EXCLUDED = {
@@ -131,24 +130,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_options(parser, tokenizer="bpe:2048", val_fraction=0.05)
     options = parser.parse_args(arguments)
-    try:
-        documents = python_docs()
-        prepared = prepare(
-            lambda: (document.encode() for document in documents),
-            options.out,
-            source="documentation of Python: pydoc_data.topics and the docstrings of the standard library",
-            source_revision=f"Python {platform.python_version()}",
-            total=len(documents),
-            **core_settings(options),
-        )
-        train, val = (TokenShards.open(options.out, split) for split in ("train", "val"))
-        baseline = unigram_loss(train, val)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    documents = python_docs()
+    prepared = prepare(
+        lambda: (document.encode() for document in documents),
+        options.out,
+        source="documentation of Python: pydoc_data.topics and the docstrings of the standard library",
+        source_revision=f"Python {platform.python_version()}",
+        total=len(documents),
+        **core_settings(options),
+    )
     print(summary(prepared))
-    print(f"unigram model     {baseline:.4f} nats/token on val: what a language model has to beat")
-    return 0
+    train, val = (TokenShards.open(options.out, split) for split in SPLITS)
+    print(f"unigram model     {unigram_loss(train, val):.4f} nats/token on val: what a model has to beat")
 
 
 if __name__ == "__main__":

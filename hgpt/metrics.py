@@ -28,7 +28,7 @@ class LogConfig:
     """
 
     every: int = 10
-    trackers: list[Literal["tensorboard", "wandb"]] | tuple[()] = ("tensorboard",)  # type: ignore[assignment]
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     wandb_project: str = "hgpt"
 
     def __post_init__(self) -> None:
@@ -143,7 +143,7 @@ def _is_before(line: str, step: int) -> bool:
 
 def build_trackers(config: LogConfig, run_folder: Path, run_name: str) -> list[GeneralTracker]:
     """Accelerate's trackers for `log.trackers`; UserError when the package of one is not installed."""
-    trackers: list[GeneralTracker] = []
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     for name in config.trackers:
         if name == "tensorboard":
             trackers.append(TensorBoardTracker("tensorboard", run_folder))

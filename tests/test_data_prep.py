@@ -146,6 +146,18 @@ def test_nothing_is_left_of_a_preparation_that_fails(tmp_path, error):
     assert not list((tmp_path / "empty").iterdir())
 
 
+def test_ctrl_c_ends_without_a_traceback(tmp_path, capsys, monkeypatch):
+    def interrupted(encoder, batches, workers):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(documents_module, "_encode_in_order", interrupted)
+    (tmp_path / "a.txt").write_text("x")
+    assert main(["--out", str(tmp_path / "out"), str(tmp_path / "a.txt")]) == 130
+    assert capsys.readouterr().err.endswith("interrupted: what was written so far was removed again\n")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_killed_worker_is_reported(tmp_path, monkeypatch):
     def killed(encoder, batches, workers):
         raise documents_module.BrokenProcessPool

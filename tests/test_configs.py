@@ -1,0 +1,80 @@
+"""Every configuration that ships: it parses, its model builds, and it is what its comment says."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from hgpt.modeling_hgpt import HGPTForCausalLM
+from hgpt.run_config import RunConfig, load_run_config, settings
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.toml"))
+
+# 12 · L · D² + V · D + T · D + (2 · L + 1) · D for tied models without biases, V padded to a multiple of 64: by hand.
+PARAMETERS = {
+    "quickstart": 2_188_992,
+    "quickstart_softmax": 2_188_992,
+    "gpt2_small_harmonic": 124_373_760,
+    "gpt2_small_softmax": 124_373_760,
+    "gpt2_medium_harmonic": 354_599_936,
+    "gpt2_large_harmonic": 773_528_320,
+    "gpt2_xl_harmonic": 1_556_706_400,
+    "baek2025_harmonic": 124_373_760,
+    "baek2025_softmax": 124_373_760,
+}
+
+
+def load(name: str) -> RunConfig:
+    return load_run_config(["--config", str(CONFIGS / f"{name}.toml")])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_builds_its_model(name):
+    config = load(name)
+    vocab_size = 2048 if name.startswith("quickstart") else 50257
+    with torch.device("meta"):
+        model = HGPTForCausalLM(config.model.to_hf(vocab_size=vocab_size, seq_len=config.data.seq_len))
+    assert model.num_parameters() == PARAMETERS[name]
+    assert config.name == name
+    assert model.config.head == config.model.head.type
+
+
+def test_every_config_is_counted():
+    assert set(NAMES) == PARAMETERS.keys()
+
+
+@pytest.mark.parametrize("pair", ["quickstart quickstart_softmax", "gpt2_small_harmonic gpt2_small_softmax"])
+def test_twins_differ_in_the_head_and_the_learning_rate_only(pair):
+    harmonic, softmax = (settings(load(name)) for name in pair.split())
+    different = {name for name in harmonic.keys() | softmax.keys() if harmonic.get(name) != softmax.get(name)}
+    different -= {"name", "optim.lr", "optim.min_lr"}
+    assert "model.head.type" in different
+    assert all(name.startswith("model.head.") for name in different)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name.endswith("harmonic") and "baek" not in name] + ["quickstart"]
+)
+def test_harmonic_configs_are_harmonic(name):
+    """√D ≤ n ≤ 4√D, and hidden states that start small; n = D is softmax under another name."""
+    config = load(name)
+    exponent = config.model.to_hf(vocab_size=64, seq_len=8).exponent
+    root = math.sqrt(config.model.n_embd)
+    assert root <= exponent <= 4 * root * (1 + 1e-9)
+    assert config.model.head.final_norm_gain <= 0.1
+
+
+def test_the_recipe_of_the_first_paper():
+    """arXiv:2502.01628 as its code was released: (d²)^(−768) is n = 1536 on d."""
+    harmonic, softmax = load("baek2025_harmonic"), load("baek2025_softmax")
+    assert harmonic.model.to_hf(vocab_size=50257, seq_len=1024).exponent == 2 * 768
+    for config in (harmonic, softmax):
+        assert config.train.global_batch * config.data.seq_len == 491_520
+        assert config.train.steps == 10_000
+        assert config.model.scale_attn_by_inverse_layer_idx and config.model.tie_word_embeddings
+        assert not config.model.bias
+        assert (config.optim.betas, config.optim.weight_decay, config.optim.grad_clip) == ((0.9, 0.95), 0.0, 1.0)
+    assert (harmonic.optim.lr, harmonic.optim.min_lr, harmonic.optim.warmup_steps) == (6e-3, 3e-4, 1000)
+    assert (softmax.optim.lr, softmax.optim.min_lr, softmax.optim.warmup_steps) == (6e-4, 3e-5, 2000)

@@ -1,0 +1,143 @@
+"""The two heads as modules: a drop-in classifier, logits against loss, padding rows, dtypes, errors."""
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hgpt import HarmonicHead, SoftmaxHead
+
+D, V, ROWS = 12, 29, 32
+
+
+def heads(rows: int | None = None, dtype: torch.dtype = torch.float64) -> list[HarmonicHead | SoftmaxHead]:
+    return [HarmonicHead(D, V, rows=rows).to(dtype), SoftmaxHead(D, V, init_std=0.5, rows=rows).to(dtype)]
+
+
+def test_drop_in_classifier_learns_digits() -> None:
+    """Defaults, Adam at an ordinary rate, plain F.cross_entropy, scikit-learn's 1797 digits."""
+    pixels, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
+    x, test = pixels.float() / 16, torch.arange(len(labels)) % 5 == 0
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), HarmonicHead(32, 10))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    train_x, train_y = x[~test], labels[~test]
+    for _ in range(10):
+        for batch in torch.randperm(len(train_y)).split(128):
+            loss = F.cross_entropy(model(train_x[batch]), train_y[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    accuracy = (model(x[test]).argmax(-1) == labels[test]).float().mean()
+    assert accuracy > 0.95
+
+
+def test_harmonic_logits_are_minus_n_log_d() -> None:
+    head = HarmonicHead(D, V, "2*sqrt_dim").double()
+    x = torch.randn(4, 5, D, dtype=torch.float64)
+    n = 2 * D**0.5
+    assert head.exponent == pytest.approx(n)
+    d = torch.cdist(x, head.weight.detach().expand(4, V, D))
+    torch.testing.assert_close(head(x), -n * d.log())
+    torch.testing.assert_close(head.distances_squared(x), d.square())
+    torch.testing.assert_close(head(x).softmax(-1), d**-n / (d**-n).sum(-1, keepdim=True))
+
+
+def test_softmax_head_is_a_linear_layer() -> None:
+    head = SoftmaxHead(D, V).double()
+    x, targets = torch.randn(4, 5, D, dtype=torch.float64), torch.randint(V, (4, 5))
+    logits = F.linear(x, head.weight)
+    torch.testing.assert_close(head(x), logits)
+    torch.testing.assert_close(head(x, targets), F.cross_entropy(logits.view(-1, V), targets.view(-1)))
+
+
+@pytest.mark.parametrize("rows", [None, ROWS])
+@pytest.mark.parametrize("which", [0, 1], ids=["harmonic", "softmax"])
+def test_loss_is_the_cross_entropy_of_the_logits(which: int, rows: int | None) -> None:
+    head = heads(rows)[which]
+    x = torch.randn(4, 5, D, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(V, (4, 5))
+    targets[0, :3] = -100
+    logits = head(x)
+    assert logits.shape == (4, 5, V)
+    plain, fused = F.cross_entropy(logits.view(-1, V), targets.view(-1)), head(x, targets)
+    torch.testing.assert_close(fused, plain)
+    inputs = (x, head.weight)
+    for value, expected in zip(torch.autograd.grad(fused, inputs), torch.autograd.grad(plain, inputs), strict=True):
+        torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(head(x, targets, num_items=100), plain * 17 / 100)
+    renamed = targets.where(targets >= 0, V - 1)
+    expected = F.cross_entropy(logits.view(-1, V), renamed.view(-1), ignore_index=V - 1)
+    torch.testing.assert_close(head(x, renamed, ignore_index=V - 1), expected)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["harmonic", "softmax"])
+def test_padding_rows_change_nothing(which: int) -> None:
+    plain, padded = heads()[which], heads(ROWS)[which]
+    x, targets = torch.randn(7, D, dtype=torch.float64), torch.randint(V, (7,))
+    with torch.no_grad():
+        padded.weight[:V] = plain.weight
+        padded.weight[V : V + 3] = x[:3]  # a harmonic row could not be nearer
+    torch.testing.assert_close(padded(x), plain(x))
+    torch.testing.assert_close(padded(x, targets), plain(x, targets))
+    padded(x, targets).backward()
+    assert (padded.weight.grad[V:] == 0).all()
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["harmonic", "softmax"])
+def test_autocast_rounds_the_operands_and_nothing_else(which: int) -> None:
+    head = heads(ROWS, torch.float32)[which]
+    x, targets = torch.randn(300, D), torch.randint(V, (300,))
+    rounded = (x.bfloat16().double(), head.weight.detach().bfloat16().double()[:V])
+    exact = heads()[which]
+    exact.weight = nn.Parameter(rounded[1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, loss = head(x), head(x, targets)
+    assert logits.dtype == loss.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), exact(rounded[0]), rtol=1e-5, atol=1e-4)
+    # torch's linear_cross_entropy returns this loss rounded to bfloat16: an error of up to 4e-3 of it.
+    torch.testing.assert_close(loss.double(), exact(rounded[0], targets), rtol=1e-6, atol=0)
+    loss.backward()
+    assert head.weight.grad is not None and head.weight.grad.dtype == torch.float32
+    exact(rounded[0], targets).backward()
+    error = (head.weight.grad[:V] - exact.weight.grad).norm() / exact.weight.grad.norm()
+    assert error < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_dtypes_without_autocast(dtype: torch.dtype) -> None:
+    for head in heads(ROWS, dtype):
+        x, targets = torch.randn(7, D, dtype=dtype), torch.randint(V, (7,))
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        assert head(x).dtype == head(x, targets).dtype == wide
+        # A float32 weight follows a narrower x, as the float32 master weights of mixed precision do.
+        assert head.float()(x, targets).dtype == wide
+
+
+def test_initial_centres() -> None:
+    head = HarmonicHead(256, 1000)
+    assert head.exponent == 16.0
+    assert head.weight.std().item() == pytest.approx(256**-0.5, rel=0.02)
+    head = HarmonicHead(256, 1000, init_std=0.3)
+    assert head.weight.std().item() == pytest.approx(0.3, rel=0.02)
+    with torch.no_grad():
+        head.weight.zero_()
+    head.reset_parameters()
+    assert head.weight.std().item() == pytest.approx(0.3, rel=0.02)
+    assert [name for name, _ in head.named_parameters()] == ["weight"]
+    assert "exponent=16, distance=euclidean" in repr(head)
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="distance must be one of euclidean; got 'cosine'"):
+        HarmonicHead(D, V, distance="cosine")
+    with pytest.raises(ValueError, match=r"exponent .* must be a positive number"):
+        HarmonicHead(D, V, exponent=0)
+    for head in (HarmonicHead, SoftmaxHead):
+        with pytest.raises(ValueError, match="num_classes must lie between 1 and the number of rows, 28; got 29"):
+            head(D, V, rows=28)
+    x: Tensor = torch.zeros(3, D - 1)
+    with pytest.raises(ValueError, match=r"one width: x is \(3, 11\), w is \(29, 12\)"):
+        HarmonicHead(D, V)(x)
+    with pytest.raises(ValueError, match=r"must fit.*x is \(3, 11\)"):
+        HarmonicHead(D, V)(x, torch.zeros(3, dtype=torch.long))
