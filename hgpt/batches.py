@@ -99,8 +99,8 @@ def accumulation_steps(global_batch: int, micro_batch: int, world_size: int) -> 
     per_step = micro_batch * world_size
     if global_batch % per_step == 0:
         return global_batch // per_step
-    below, above = global_batch // per_step * per_step, -(-global_batch // per_step) * per_step
-    batches = " or ".join(str(batch) for batch in dict.fromkeys((below, above)) if batch)
+    below = global_batch // per_step * per_step
+    batches = f"{below} or {below + per_step}" if below else f"{per_step}"
     way_out = f"set train.global_batch to {batches}"
     if global_batch % world_size == 0:
         share = global_batch // world_size

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from hgpt.errors import UserError
 from hgpt.modeling_hgpt import HGPTForCausalLM
@@ -120,15 +121,16 @@ def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, None if nothing is: every file of the manifest, its size and its SHA-256."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        entries = [(name, entry["bytes"], entry["sha256"]) for name, entry in manifest.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
-    for name, entry in manifest.items():
+    for name, size, checksum in entries:
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-        if _sha256(path) != entry["sha256"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if _sha256(path) != checksum:
             return f"{name} does not match its checksum"
     return None
 
@@ -172,26 +174,30 @@ def partial_folder(target: Path) -> Path:
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into, which gets the name `target` only when the block ends well; otherwise it is removed."""
+    """A folder to write into, which gets the name `target` only when the block ends well; otherwise it is removed.
+
+    What a process that was killed in here left beside `target` is removed first. Raises UserError if the disk is full.
+    """
     partial = partial_folder(target)
-    shutil.rmtree(partial, ignore_errors=True)
+    for leftover in [*target.parent.glob(".step_*.partial"), *target.parent.glob(".step_*.deleted"), partial]:
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
         for path in [*partial.rglob("*"), partial]:
             _sync(path)
-        if target.exists():  # a damaged checkpoint of the same step
-            shutil.rmtree(target)
+        if target.exists():  # a damaged checkpoint of the same step, or one of a run that went another way
+            _delete(target)
         os.replace(partial, target)
         _sync(target.parent)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"could not write {target}: {error}. Nothing was left behind and older checkpoints are untouched; "
-            "make room, then go on with --resume auto"
-        ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        # The libraries in Rust wrap what the disk says in exceptions of their own, tokenizers in a bare Exception.
+        if isinstance(error, OSError | SafetensorError) or "os error" in str(error):
+            raise UserError(
+                f"could not write {target}: {error}. Nothing was left behind and older checkpoints are untouched; "
+                "make room, then go on with --resume auto"
+            ) from error
         raise
 
 
@@ -234,13 +240,21 @@ def point_latest(run_folder: Path, checkpoint: Path) -> None:
 
 
 def remove_old(run_folder: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints; 0 keeps all."""
+    """Delete all but the newest `keep_last` checkpoints up to `latest`; 0 keeps all.
+
+    Later ones, from before the run was set back to an older checkpoint, are none of the newest.
+    """
     if keep_last:
-        for checkpoint in checkpoints(run_folder)[:-keep_last]:
-            # Out of sight first: a deletion that breaks off must not leave half a checkpoint under its name.
-            doomed = checkpoint.with_name(f".{checkpoint.name}.deleted")
-            os.replace(checkpoint, doomed)
-            shutil.rmtree(doomed)
+        latest = checkpoint_step((run_folder / LATEST).resolve())
+        for checkpoint in [path for path in checkpoints(run_folder) if checkpoint_step(path) <= latest][:-keep_last]:
+            _delete(checkpoint)
+
+
+def _delete(checkpoint: Path) -> None:
+    """Out of sight first: a deletion that breaks off must not leave half a checkpoint under its name."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.deleted")
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -248,22 +262,40 @@ def remove_old(run_folder: Path, keep_last: int) -> None:
 
 
 def load_state(checkpoint: Path) -> TrainState:
-    return TrainState(**json.loads((checkpoint / STATE).read_text()))
+    """The state in a checkpoint. UserError if another version of hgpt wrote other fields."""
+    try:
+        return TrainState(**json.loads((checkpoint / STATE).read_text()))
+    except TypeError as error:
+        raise UserError(
+            f"{checkpoint / STATE} was written by another version of hgpt ({error}); go on with that version, or start "
+            f"a run with model.init_from = {checkpoint}"
+        ) from error
 
 
 def load_optimizer(checkpoint: Path, model: HGPTForCausalLM, optimizer: torch.optim.Optimizer) -> None:
-    """Give `optimizer` the state saved for each of the model's parameters. UserError if the names are not the same."""
-    saved = load_file(checkpoint / OPTIMIZER)
-    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    saved_names = {key.split("/", 1)[1] for key in saved}
-    if saved_names != names:
+    """Give `optimizer` the state saved for each of the model's parameters.
+
+    Raises UserError if the names or the shapes are not the same.
+    """
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    saved: dict[str, dict[str, Tensor]] = {}
+    for key, value in load_file(checkpoint / OPTIMIZER).items():
+        kind, name = key.split("/", 1)
+        saved.setdefault(name, {})[kind] = value
+    reshaped = {
+        name
+        for name in saved.keys() & parameters.keys()
+        # Adam's step count is a scalar.
+        if any(value.ndim and value.shape != parameters[name].shape for value in saved[name].values())
+    }
+    if saved.keys() != parameters.keys() or reshaped:
         raise UserError(
-            f"{checkpoint / OPTIMIZER} belongs to another model: "
-            f"not in the model {sorted(saved_names - names)}, not in the file {sorted(names - saved_names)}"
+            f"{checkpoint / OPTIMIZER} belongs to another model: not in the model "
+            f"{sorted(saved.keys() - parameters.keys())}, not in the file {sorted(parameters.keys() - saved.keys())}, "
+            f"of another shape {sorted(reshaped)}"
         )
-    for name, parameter in model.named_parameters():
-        state = {key.split("/", 1)[0]: value for key, value in saved.items() if key.split("/", 1)[1] == name}
-        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+    for name, parameter in parameters.items():
+        optimizer.state[parameter] = {kind: value.to(parameter.device) for kind, value in saved[name].items()}
 
 
 def load_random_state(checkpoint: Path, rank: int) -> bool:

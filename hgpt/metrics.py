@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,12 +38,13 @@ class LogConfig:
             raise UserError(f"log.every must be at least 1 step; got {self.every}")
 
 
-# Dense bf16 peak in TFLOP/s by a part of the device's name, first match wins. From the vendors' data sheets, without
+# Dense bf16 peak in TFLOP/s by words of the device's name, first match wins. From the vendors' data sheets, without
 # sparsity. A device that is not here gets no MFU rather than a wrong one.
 _PEAK_BF16_TFLOPS = (
     ("H100 PCIe", 756.0),
     ("H100 NVL", 835.0),
     ("H100", 989.0),
+    ("H200 NVL", 835.0),
     ("H200", 989.0),
     ("GH200", 989.0),
     ("A100", 312.0),
@@ -52,11 +55,15 @@ _PEAK_BF16_TFLOPS = (
     ("RTX 4090", 165.0),
     ("RTX 3090", 71.0),
 )
+# Words that make another device of it: a slice of a GPU, and consumer variants of a name above.
+_OTHER_DEVICE = {"MIG", "Laptop", "Ti", "D"}
 
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 peak in FLOP/s of a device name as CUDA reports it ("NVIDIA H100 80GB HBM3"), None if unknown."""
     words = device_name.replace("-", " ").split()
+    if not _OTHER_DEVICE.isdisjoint(words):
+        return None
     for name, teraflops in _PEAK_BF16_TFLOPS:
         parts = name.split()
         if any(words[i : i + len(parts)] == parts for i in range(len(words))):
@@ -68,7 +75,8 @@ def flops_per_token(config: HGPTConfig, seq_len: int) -> float:
     """Forward and backward FLOPs per token: 6 · (weights in matrix products) + 12 · L · D · T for attention.
 
     The convention of PaLM (arXiv:2204.02311, appendix B) and nanoGPT: embeddings are look-ups and count only as
-    the unembedding; of a harmonic head the same product is counted and nothing of its pointwise work.
+    the unembedding; of a harmonic head the same product is counted and nothing of its pointwise work. Attention counts
+    all T · T scores, though causal kernels skip the half that is masked.
     """
     weights = 12 * config.n_layer * config.n_embd**2 + config.padded_vocab_size * config.n_embd
     return 6.0 * weights + 12.0 * config.n_layer * config.n_embd * seq_len
@@ -111,7 +119,9 @@ class MetricsLog:
         self._trackers = trackers
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines(keepends=True) if _is_before(line, step)]
-            self._path.write_text("".join(kept))
+            shorter = self._path.with_name(f".{METRICS_FILE}.partial")
+            shorter.write_text("".join(kept))
+            os.replace(shorter, self._path)
         self._file = self._path.open("a", buffering=1)
         plain = {name: v if isinstance(v, int | float | str) else str(v) for name, v in settings.items()}
         for tracker in trackers:
@@ -121,7 +131,10 @@ class MetricsLog:
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """One line {"kind", "step", "time", values…}; the trackers get the values as kind/name."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"kind": kind, "step": step, "time": time.time(), **finite}) + "\n")
+        try:
+            self._file.write(json.dumps({"kind": kind, "step": step, "time": time.time(), **finite}) + "\n")
+        except OSError as error:
+            raise UserError(f"could not write {self._path}: {error}; make room, then go on with --resume auto") from error
         for tracker in self._trackers:
             tracker.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
@@ -141,12 +154,16 @@ def _is_before(line: str, step: int) -> bool:
     return line.endswith("\n") and (record["step"] < step or (record["kind"] == "train" and record["step"] == step))
 
 
-def build_trackers(config: LogConfig, run_folder: Path, run_name: str) -> list[GeneralTracker]:
-    """Accelerate's trackers for `log.trackers`; UserError when the package of one is not installed."""
+def build_trackers(config: LogConfig, run_folder: Path, run_name: str, step: int = 0) -> list[GeneralTracker]:
+    """Accelerate's trackers for `log.trackers`, of a run that starts or goes on at `step`.
+
+    Raises UserError when the package of one is not installed.
+    """
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     for name in config.trackers:
         if name == "tensorboard":
-            trackers.append(TensorBoardTracker("tensorboard", run_folder))
+            # TensorBoard drops what a run that broke off had written beyond the checkpoint.
+            trackers.append(TensorBoardTracker("tensorboard", run_folder, purge_step=step + 1))
         else:
             try:
                 import wandb  # noqa: F401
@@ -155,7 +172,14 @@ def build_trackers(config: LogConfig, run_folder: Path, run_name: str) -> list[G
                     'log.trackers names "wandb", which is not installed: pip install "hgpt[wandb]", '
                     'or set log.trackers = ["tensorboard"]'
                 ) from error
-            trackers.append(WandBTracker(config.wandb_project, name=run_name, dir=run_folder, resume="allow"))
+            wandb_id = run_folder / "wandb_id"  # under which a resumed run is continued there
+            if not wandb_id.exists():
+                wandb_id.write_text(secrets.token_hex(8))
+            trackers.append(
+                WandBTracker(
+                    config.wandb_project, name=run_name, dir=str(run_folder), id=wandb_id.read_text(), resume="allow"
+                )
+            )
     return trackers
 
 

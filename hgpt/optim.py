@@ -17,7 +17,7 @@ class OptimConfig:
 
     Args:
         lr: peak learning rate, reached after the warm-up.
-        min_lr: learning rate at the last step.
+        min_lr: learning rate at the last step, of the schedules that fall.
         warmup_steps: steps of linear warm-up.
         schedule: from the end of the warm-up to the last step: "cosine", "linear", or "constant" at `lr`.
         betas: AdamW's β₁ and β₂.
@@ -50,7 +50,7 @@ class OptimConfig:
                 raise UserError(f"optim.{name} must be 0 or more; got {value}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optim.betas must lie in [0, 1); got {list(self.betas)}")
-        if self.min_lr > self.lr:
+        if self.schedule != "constant" and self.min_lr > self.lr:
             raise UserError(f"optim.min_lr must not exceed optim.lr = {self.lr}; got {self.min_lr}")
 
 

@@ -19,8 +19,8 @@ PARAMETERS = {
     "gpt2_small_harmonic": 124_373_760,
     "gpt2_small_softmax": 124_373_760,
     "gpt2_medium_harmonic": 354_599_936,
-    "gpt2_large_harmonic": 773_528_320,
-    "gpt2_xl_harmonic": 1_556_706_400,
+    "gpt2_large_harmonic": 773_582_080,
+    "gpt2_xl_harmonic": 1_556_840_000,
     "baek2025_harmonic": 124_373_760,
     "baek2025_softmax": 124_373_760,
 }

@@ -270,7 +270,7 @@ def test_backward_twice_through_one_graph() -> None:
 def test_a_second_derivative_is_refused() -> None:
     problem = make_problem().to(torch.float64)
     loss = fused(*problem)
-    with pytest.raises(RuntimeError, match="no second derivative.*cross_entropy on its logits"):
+    with pytest.raises(RuntimeError, match=r"no second derivative.*cross_entropy on its logits"):
         torch.autograd.grad(loss, problem.x, create_graph=True)
 
 
