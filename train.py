@@ -126,7 +126,7 @@ def main(config: RunConfig) -> dict[str, float]:
     unigram = unigram_loss(train_shards, val_shards) if config.eval.unigram_baseline else None
     log = None
     if accelerator.is_main_process:
-        trackers = build_trackers(config.log, run_folder, config.name)
+        trackers = build_trackers(config.log, run_folder, config.name, step)
         log = MetricsLog(run_folder, trackers, settings(config), step)
     for line in _introduction(config, plain_model, train_shards, val_shards, accelerator, device, batches.accumulation):
         say(line)

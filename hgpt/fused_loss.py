@@ -141,6 +141,8 @@ def _fused_loss(
             f"x is {tuple(x.shape)} {x.dtype}, w is {tuple(w.shape)} {w.dtype}, "
             f"targets is {tuple(targets.shape)}"
         )
+    if not torch.is_grad_enabled():
+        x, w = x.detach(), w.detach()  # needs_input_grad does not know, and evaluation would pay for gradients
     rows, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     counted = targets != ignore_index
     divisor = counted.sum().clamp_min(1) if num_items is None else num_items

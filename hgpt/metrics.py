@@ -134,7 +134,9 @@ class MetricsLog:
         try:
             self._file.write(json.dumps({"kind": kind, "step": step, "time": time.time(), **finite}) + "\n")
         except OSError as error:
-            raise UserError(f"could not write {self._path}: {error}; make room, then go on with --resume auto") from error
+            raise UserError(
+                f"could not write {self._path}: {error}; make room, then go on with --resume auto"
+            ) from error
         for tracker in self._trackers:
             tracker.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
@@ -159,7 +161,7 @@ def build_trackers(config: LogConfig, run_folder: Path, run_name: str, step: int
 
     Raises UserError when the package of one is not installed.
     """
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    trackers: list[GeneralTracker] = []
     for name in config.trackers:
         if name == "tensorboard":
             # TensorBoard drops what a run that broke off had written beyond the checkpoint.

@@ -145,15 +145,13 @@ class HGPTPreTrainedModel(PreTrainedModel):
             TypeError: a module whose parameters nothing is said about.
         """
         config, trunk = self.config, self.base_model
-        is_centres = isinstance(module, HarmonicHead | SoftmaxHead) or (
-            module is trunk.wte and config.tie_word_embeddings
-        )
-        if is_centres:
-            init.normal_(module.weight, std=config.centre_init_std)
-        elif isinstance(module, ResidualProjection):
-            init.normal_(module.weight, std=config.initializer_range / math.sqrt(2 * config.n_layer))
-        elif isinstance(module, nn.Linear | nn.Embedding):
-            init.normal_(module.weight, std=config.initializer_range)
+        if isinstance(module, nn.Linear | nn.Embedding | HarmonicHead | SoftmaxHead):
+            std = config.initializer_range
+            if isinstance(module, ResidualProjection):
+                std /= math.sqrt(2 * config.n_layer)
+            elif isinstance(module, HarmonicHead | SoftmaxHead) or (module is trunk.wte and config.tie_word_embeddings):
+                std = config.centre_init_std
+            init.normal_(module.weight, std=std)
         elif isinstance(module, nn.LayerNorm):
             init.constant_(module.weight, config.final_norm_gain if module is trunk.ln_f else 1.0)
         elif next(module.parameters(recurse=False), None) is not None:

@@ -1,15 +1,16 @@
 """Initial weights from elsewhere: a Hugging Face GPT-2, an hgpt model, or a nanoGPT checkpoint."""
 
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hgpt.checkpoint import model_folder
 from hgpt.errors import UserError
 from hgpt.modeling_hgpt import HGPTForCausalLM
 
@@ -17,9 +18,9 @@ from hgpt.modeling_hgpt import HGPTForCausalLM
 _CONV1D = re.compile(r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
 # Causal masks that older checkpoints of both kinds hold as buffers.
 _MASKS = re.compile(r"\.attn\.(bias|masked_bias)$")
-_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}  # one function, three names
-_EMBEDDINGS = ("transformer.wte.weight", "lm_head.weight")
-_POSITIONS = "transformer.wpe.weight"
+_TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # one function, three names
+_TOKENS, _HEAD, _POSITIONS = "transformer.wte.weight", "lm_head.weight", "transformer.wpe.weight"
+_MOST_PADDING = 127  # rows that a checkpoint's embedding may have beyond the vocabulary: multiples of up to 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,58 +37,47 @@ def initialize_from(model: HGPTForCausalLM, source: str) -> list[str]:
 
     Args:
         model: freshly initialised; what the source does not hold keeps its initial value.
-        source: a Hugging Face id or folder of a GPT-2, an exported hgpt model, or nanoGPT's ckpt.pt. Pickled files are
-            loaded with weights_only=True.
+        source: a Hugging Face id or folder of a GPT-2, an hgpt model (also a run or a checkpoint folder), or nanoGPT's
+            ckpt.pt. Pickled files are loaded with weights_only=True.
 
     Returns:
         Lines for the user: every parameter that did not fit, on either side, and every setting in which the run
         differs from the source. Vocabulary padding is not a difference, and a longer context is cropped.
 
     Raises:
-        UserError: an unreadable source, or another n_layer, n_head, n_embd, a smaller vocabulary or context.
+        UserError: an unreadable source, another n_layer, n_head or n_embd, another vocabulary, a shorter context.
     """
     path = Path(source)
-    found = _nanogpt(path) if path.is_file() else _hugging_face(source)
+    found = _nanogpt(path) if path.is_file() else _hugging_face(str(model_folder(path)) if path.is_dir() else source)
     config = model.config
     wrong = [
-        f"model.{name} = {getattr(config, name)}, the checkpoint has {value}"
+        f"model.{name} = {value} (it is {getattr(config, name)})"
         for name, value in found.shape.items()
         if getattr(config, name) != value
     ]
     if wrong:
-        raise UserError(f"model.init_from = {source}: the model has another shape; set {'; '.join(wrong)}")
-
-    weights = dict(found.weights)
-    parameters = dict(model.named_parameters())
-    notes = [
-        f"model.{name} is {getattr(config, name)!r}, the checkpoint was trained with {value!r}"
-        for name, value in found.behaviour.items()
-        if getattr(config, name) != value
-    ]
-    if "lm_head.weight" not in parameters and "lm_head.weight" in weights:  # tied: named once, as the embedding
-        head = weights.pop("lm_head.weight")
-        if not torch.equal(head, weights["transformer.wte.weight"]):
-            notes.append("not used from the checkpoint: lm_head.weight (its embeddings are not tied, the run's are)")
-    elif "lm_head.weight" in parameters:
-        weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])
+        raise UserError(f"model.init_from = {source} has another shape than the model: set {', '.join(wrong)}")
+    weights, parameters, notes = dict(found.weights), dict(model.named_parameters()), _differences(found, config)
+    if _HEAD in parameters and _TOKENS in weights:
+        weights.setdefault(_HEAD, weights[_TOKENS])
+    elif _HEAD in weights:  # the model's is tied: named once, as the embedding
+        head = weights.pop(_HEAD)
+        if not torch.equal(head, weights.get(_TOKENS, head)):
+            notes.append(f"not used from the checkpoint: {_HEAD} (its embeddings are not tied, the run's are)")
 
     unfit = []
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            if name not in weights:
-                continue
-            value = weights[name]
-            # Padding rows and positions beyond the run's context are not needed; everything else is.
-            needed = {_POSITIONS: config.n_positions} | dict.fromkeys(_EMBEDDINGS, config.vocab_size)
-            rows = min(len(value), len(parameter)) if name in needed else len(parameter)
-            if value.shape[1:] != parameter.shape[1:] or not needed.get(name, rows) <= rows <= len(value):
-                unfit.append(f"{name}: {tuple(value.shape)} in the checkpoint, {tuple(parameter.shape)} in the model")
-            else:
+        for name in parameters.keys() & weights.keys():
+            parameter, value = parameters[name], weights[name]
+            if _fits(name, value, parameter, config.vocab_size):
+                rows = min(len(value), len(parameter))
                 parameter[:rows] = value[:rows]
+            else:
+                unfit.append(f"{name}: {tuple(value.shape)} in the checkpoint, {tuple(parameter.shape)} in the model")
     if unfit:
         raise UserError(
-            f"model.init_from = {source}: these parameters do not fit\n  " + "\n  ".join(unfit) + "\nUse data with the "
-            "checkpoint's tokenizer, and a data.seq_len no longer than its context."
+            f"model.init_from = {source}: these parameters do not fit\n  " + "\n  ".join(sorted(unfit)) + "\nUse data "
+            "with the checkpoint's tokenizer, and a data.seq_len no longer than its context."
         )
     if missing := sorted(parameters.keys() - weights.keys()):
         notes.append("not in the checkpoint, kept as initialised: " + ", ".join(missing))
@@ -96,16 +86,41 @@ def initialize_from(model: HGPTForCausalLM, source: str) -> list[str]:
     return notes
 
 
+def _fits(name: str, value: Tensor, parameter: Tensor, vocab_size: int) -> bool:
+    """Whether all of `parameter` that is ever used can be taken from `value`."""
+    if value.ndim != parameter.ndim or value.shape[1:] != parameter.shape[1:]:
+        return False
+    if name == _POSITIONS:
+        return len(value) >= len(parameter)
+    if name in (_TOKENS, _HEAD):  # far more rows would mean another tokenizer
+        return vocab_size <= len(value) <= vocab_size + _MOST_PADDING
+    return len(value) == len(parameter)
+
+
+def _differences(found: _Source, config: Any) -> list[str]:
+    """A line for each setting in which the run computes something else than the checkpoint's model did."""
+    now = {name: getattr(config, name) for name in found.behaviour}
+    return [
+        f"model.{'head.' if name in ('exponent', 'distance') else ''}{name} is {now[name]!r}, the checkpoint was "
+        f"trained with {value!r}"
+        for name, value in found.behaviour.items()
+        if now[name] != value and not {now[name], value} <= set(_TANH_GELUS)
+    ]
+
+
 def _hugging_face(source: str) -> _Source:
     try:
         config = AutoConfig.from_pretrained(source)
         if config.model_type not in ("gpt2", "hgpt"):
             raise UserError(f"model.init_from = {source} is a {config.model_type} model; it must be a gpt2 or an hgpt")
         weights = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).state_dict()
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.init_from = {source} cannot be loaded: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"model.init_from = {source} cannot be loaded; it must be a folder that exists, the id of a model on the "
+            f"Hugging Face hub, or nanoGPT's ckpt.pt: {' '.join(str(error).split())}"
+        ) from error
     behaviour = {
-        "activation_function": _ACTIVATIONS.get(config.activation_function, config.activation_function),
+        "activation_function": config.activation_function,
         "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
         "layer_norm_epsilon": config.layer_norm_epsilon,
     }
@@ -124,7 +139,7 @@ def _hugging_face(source: str) -> _Source:
 def _nanogpt(path: Path) -> _Source:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # a file that is no pickle breaks the unpickler in every way there is
         raise UserError(
             f"model.init_from = {path} is no checkpoint of tensors and plain values, which is all that is loaded "
             f"(weights_only=True): {' '.join(str(error).split())[:300]}"
@@ -135,10 +150,14 @@ def _nanogpt(path: Path) -> _Source:
             f"model.init_from = {path}: nanoGPT's ckpt.pt holds 'model' and 'model_args'; this holds {keys}"
         )
     arguments = content["model_args"]
-    # nanoGPT's block is fixed; a fork of it may have recorded more.
+    if absent := {"n_layer", "n_head", "n_embd"} - arguments.keys():
+        raise UserError(f"model.init_from = {path}: its model_args lack {', '.join(sorted(absent))}")
+    # nanoGPT's block is fixed, but for the bias. The code of the first harmonic paper comes from an older nanoGPT, with
+    # GPT-2's GELU, and records one setting more.
+    older = "scale_attn_by_inverse_layer_idx" in arguments
     behaviour = {
         "bias": arguments.get("bias", True),
-        "activation_function": "gelu",
+        "activation_function": "gelu_pytorch_tanh" if older else "gelu",
         "scale_attn_by_inverse_layer_idx": arguments.get("scale_attn_by_inverse_layer_idx", False),
     }
     return _Source(

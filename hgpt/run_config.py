@@ -7,12 +7,14 @@ that cannot take effect is an error.
 """
 
 import difflib
-
+import json
+import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -35,14 +37,15 @@ class HeadConfig:
         exponent: n on the distance d: a number, "sqrt_dim" (√D), "dim" or a multiple such as "2*sqrt_dim".
             Harmonic only, and there required.
         distance: the metric, "euclidean". Harmonic only.
-        final_norm_gain: initial weight of the final layer norm, which sets the norm of the hidden states.
+        final_norm_gain: initial weight of the final layer norm, which sets the norm of the hidden states;
+            default 0.05 with the harmonic head, 1 with softmax.
         centre_init_std: initial standard deviation of the centres (of the token embedding, where tied).
     """
 
     type: Literal["harmonic", "softmax"] = "harmonic"
     exponent: float | str | None = None
     distance: Literal["euclidean"] | None = None
-    final_norm_gain: float = 1.0
+    final_norm_gain: float | None = None
     centre_init_std: float = 0.02
 
     def __post_init__(self) -> None:
@@ -114,7 +117,9 @@ class ModelConfig:
                 **shared,
             )
         except ValueError as error:
-            raise UserError(f"[model] {error}") from error
+            setting = str(error).split()[0]
+            section = "model.head." if hasattr(head, setting) else "model." if hasattr(self, setting) else ""
+            raise UserError(f"{section}{error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +139,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.seq_len < 1:
             raise UserError(f"data.seq_len must be at least 1 token; got {self.seq_len}")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise UserError(f"data.vocab_size must be at least 1; got {self.vocab_size}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +169,8 @@ class TrainConfig:
         for name in ("steps", "global_batch", "micro_batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} must be at least 1; got {getattr(self, name)}")
-        if self.seed < 0:
-            raise UserError(f"train.seed must be 0 or more; got {self.seed}")
+        if not 0 <= self.seed < 2**31:  # NumPy's generators take 32 bits, and each process adds its number
+            raise UserError(f"train.seed must lie between 0 and 2^31 - 1; got {self.seed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +203,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        if not self.name or Path(self.name).name != self.name:
+        if Path(self.name).name != self.name or self.name in ("", ".."):
             raise UserError(f"name must be a plain folder name, the run folder under runs_dir; got {self.name!r}")
         if self.optim.warmup_steps >= self.train.steps:
             raise UserError(
@@ -210,78 +217,110 @@ class RunConfig:
 
 
 def load_run_config(arguments: Sequence[str]) -> RunConfig:
-    """A run from command-line arguments: `--config FILE.toml` and `--section.key value`, later ones win.
+    """A run from command-line arguments: `--config FILE.toml`, of several the later wins, and `--section.key value`.
 
-    Raises UserError for a file that is missing or no TOML, an unknown key (naming the nearest known ones), a value of
-    the wrong type, and values out of range. `--help` prints every setting and exits.
+    The command line wins over files, wherever it names them. Raises UserError for a file that is missing or no TOML,
+    an unknown key (naming the nearest known ones), a value of the wrong type, and values out of range. `--help` prints
+    every setting and exits.
     """
-    parser = ArgumentParser(prog="train.py", parser_mode="toml", exit_on_error=False, description=RunConfig.__doc__)
+    known = known_settings(RunConfig)
+    files, others = _files_and_others(arguments)
+    for file in files:
+        for key in flatten(_read_toml(file)):
+            _check_name(key, known, file)
+    for argument in others:
+        if argument.startswith("--") and argument not in ("--help", "--print_config"):
+            _check_name(argument[2:].partition("=")[0], known, "command line")
+
+    parser = ArgumentParser(prog="train.py", parser_mode="toml", exit_on_error=False, description=_DESCRIPTION)
     parser.add_argument("--config", action="config", help="a TOML file; configs/ holds those that ship")
     parser.add_class_arguments(RunConfig, sub_configs=False)
-    known = known_settings(RunConfig)
-    _check_arguments(arguments, known)
     try:
-        parsed = parser.parse_args(list(arguments))
+        parsed = parser.parse_args([*(f"--config={file}" for file in files), *others])
         sections = parser.instantiate(parsed)
     except ArgumentError as error:
-        raise UserError(_readable(str(error))) from error
-    values = {entry.name: sections[entry.name] for entry in fields(RunConfig)}
-    return RunConfig(**values)
+        raise UserError(_readable(str(error), known)) from error
+    return RunConfig(**{entry.name: sections[entry.name] for entry in fields(RunConfig)})
 
 
-def known_settings(section: Any, prefix: str = "") -> list[str]:
-    """Dotted names of all settings of a dataclass, `model.head.exponent`."""
-    names = []
+_DESCRIPTION = (
+    "Train a GPT-2 with a harmonic or a softmax head. Every setting below is given as --section.key VALUE, or in a "
+    "TOML file as key = VALUE under [section]."
+)
+
+
+def known_settings(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted names of all settings of a dataclass, `model.head.exponent`, and their types."""
+    types: dict[str, Any] = {}
     for entry in fields(section):
         if is_dataclass(entry.type):
-            names += known_settings(entry.type, f"{prefix}{entry.name}.")
+            types |= known_settings(entry.type, f"{prefix}{entry.name}.")
         else:
-            names.append(prefix + entry.name)
-    return names
+            types[prefix + entry.name] = entry.type
+    return types
 
 
-def _check_arguments(arguments: Sequence[str], known: list[str]) -> None:
-    """Files that cannot be read and names that do not exist, before jsonargparse, to say what was meant instead."""
-    tokens = iter(arguments)
-    for token in tokens:
-        if not token.startswith("--"):
-            continue
-        name, equals, value = token[2:].partition("=")
-        if name == "config":
-            path = Path(value if equals else next(tokens, ""))
-            for key in _toml_keys(path):
-                _check_name(key, known, str(path))
-        elif name not in ("help", "print_config"):
-            _check_name(name, known, "command line")
+def _files_and_others(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The values of --config, and all other arguments."""
+    files, others = [], []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--config":
+            file = next(remaining, None)
+            if file is None:
+                raise UserError("--config needs a file: --config configs/quickstart.toml")
+            files.append(file)
+        elif argument.startswith("--config="):
+            files.append(argument.removeprefix("--config="))
+        else:
+            others.append(argument)
+    return files, others
 
 
-def _toml_keys(path: Path) -> list[str]:
+def _read_toml(file: str) -> dict[str, Any]:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot read the file ({error}); configs/ holds those that ship") from error
+        raise UserError(f"--config {file}: cannot read the file ({error}); configs/ holds those that ship") from error
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"--config {path}: not valid TOML: {error}") from error
-    return list(flatten(table))
+        raise UserError(f"--config {file}: not valid TOML: {error}") from error
 
 
-def _check_name(name: str, known: list[str], where: str) -> None:
+def _check_name(name: str, known: Iterable[str], where: str) -> None:
     sections = {key[: key.rindex(".")] for key in known if "." in key}
     if name in known or name in sections:
         return
     # A right name in the wrong section is as common as a slip of the pen.
     same_end = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
-    close = list(dict.fromkeys(same_end + difflib.get_close_matches(name, known, n=3)))[:3]
+    close = same_end or difflib.get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else "python train.py --help lists all settings"
     raise UserError(f"{where}: there is no setting {name}; {hint}")
 
 
-def _readable(message: str) -> str:
-    """jsonargparse's message in one line, without Python's class notation."""
+_WRONG_VALUE = re.compile(r'Parser key "([\w.]+)":.*(?:Got|Given) value: (.*)')
+
+
+def _readable(message: str, known: dict[str, Any]) -> str:
+    """jsonargparse's message in one line; of a mistyped value the setting, what it takes, and the value."""
     message = " ".join(message.split())
-    for kind in ("int", "float", "bool", "str"):
-        message = message.replace(f"<class '{kind}'>", kind)
-    return message.replace("Parser key", "setting")
+    wrong = _WRONG_VALUE.fullmatch(message)
+    if wrong is None or wrong[1] not in known:
+        return message.replace("Parser key", "setting")
+    return f"{wrong[1]} must be {_kind(known[wrong[1]])}; got {wrong[2]}"
+
+
+def _kind(annotation: Any) -> str:
+    """What a value of this type is, for a reader: "a whole number", 'one of "harmonic", "softmax"'."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null (not set)"}
+    if annotation in names:
+        return names[annotation]
+    parts = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(f'"{part}"' for part in parts)
+    if get_origin(annotation) is tuple:
+        count = "" if parts[-1] is Ellipsis else f" of {len(parts)}"
+        return f"a list{count}, each {_kind(parts[0])}"
+    return " or ".join(map(_kind, parts))
 
 
 def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -299,22 +338,24 @@ def settings(config: RunConfig) -> dict[str, Any]:
 
 def write_toml(config: RunConfig, path: Path) -> None:
     """The resolved configuration as TOML, which `load_run_config(["--config", path])` reads back to the same."""
-    path.write_text(to_toml(config), encoding="utf-8")
+    path.write_text(to_toml(asdict(config)), encoding="utf-8")
 
 
-def to_toml(config: RunConfig) -> str:
-    import toml
+def to_toml(table: dict[str, Any], name: str = "") -> str:
+    """`table` as TOML: its values, then its tables; None is left out. The standard library reads TOML, but writes none.
 
-    table = _without_none(asdict(config))
-    return toml.dumps(table)
-
-
-def _without_none(table: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_none(value) if isinstance(value, dict) else list(value) if isinstance(value, tuple) else value
+    A list, a number, a truth value and a string look in TOML as in JSON, which leaves one control character unescaped.
+    """
+    values = [
+        f"{key} = {json.dumps(value, ensure_ascii=False)}\n".replace("\x7f", "\\u007f")
         for key, value in table.items()
-        if value is not None
-    }
+        if value is not None and not isinstance(value, dict)
+    ]
+    text = "".join(([f"\n[{name}]\n"] if name else []) + values)
+    for key, value in table.items():
+        if isinstance(value, dict):
+            text += to_toml(value, f"{name}.{key}" if name else key)
+    return text
 
 
 # What may differ between a checkpoint and the run that goes on from it: nothing that changes the model or the data.

@@ -14,8 +14,8 @@ NAMES = sorted(path.stem for path in CONFIGS.glob("*.toml"))
 
 # 12 · L · D² + V · D + T · D + (2 · L + 1) · D for tied models without biases, V padded to a multiple of 64: by hand.
 PARAMETERS = {
-    "quickstart": 2_188_992,
-    "quickstart_softmax": 2_188_992,
+    "quickstart": 1066112,
+    "quickstart_softmax": 1066112,
     "gpt2_small_harmonic": 124_373_760,
     "gpt2_small_softmax": 124_373_760,
     "gpt2_medium_harmonic": 354_599_936,

@@ -1,0 +1,194 @@
+"""hgpt/batches.py: which windows make up a step, whatever the processes, the micro-batch and restarts."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hgpt.batches import (
+    TrainingBatches,
+    accumulation_steps,
+    epoch_permutation,
+    num_windows,
+    read_windows,
+    window_of_sample,
+)
+from hgpt.errors import UserError
+
+SEQ_LEN = 7
+
+
+@dataclass
+class Stream:
+    """What batches need of `TokenShards`."""
+
+    tokens: np.ndarray
+    folder: Path = Path("data/x")
+    split: str = "train"
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        assert 0 <= start <= stop <= len(self.tokens)
+        return self.tokens[start:stop]
+
+
+def stream(tokens: int) -> Stream:
+    return Stream(np.random.RandomState(0).randint(0, 65536, tokens).astype(np.uint16))
+
+
+def batches(tokens=200, *, global_batch=6, micro_batch=6, world_size=1, rank=0, seed=1) -> TrainingBatches:
+    return TrainingBatches(
+        stream(tokens),
+        seq_len=SEQ_LEN,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        world_size=world_size,
+        rank=rank,
+        seed=seed,
+    )
+
+
+@pytest.mark.parametrize(("tokens", "windows"), [(0, 0), (1, 0), (7, 0), (8, 1), (14, 1), (15, 2), (200, 28)])
+def test_num_windows(tokens, windows):
+    # Counted one by one: a window starts at every multiple of T and needs T + 1 tokens.
+    assert num_windows(tokens, SEQ_LEN) == windows
+    assert windows == sum(start + SEQ_LEN + 1 <= tokens for start in range(0, tokens, SEQ_LEN))
+
+
+@pytest.mark.parametrize("windows", [1, 6, 28, 101])
+def test_an_epoch_visits_every_window_once(windows):
+    order = [window_of_sample(g, seed=3, windows=windows) for g in range(5 * windows)]
+    epochs = [order[e * windows : (e + 1) * windows] for e in range(5)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(windows))
+    if windows > 6:
+        assert len({tuple(epoch) for epoch in epochs}) == 5  # another order in every epoch
+        assert [window_of_sample(g, seed=4, windows=windows) for g in range(windows)] != epochs[0]
+
+
+def test_steps_cross_epochs_without_loss_or_repeat():
+    run = batches(200, global_batch=6)  # 28 windows, which 6 does not divide
+    assert run.windows % run.global_batch
+    read = [g for step in range(14) for g in run.samples(step, 0)]
+    assert read == list(range(84))  # three epochs of 28
+    windows = [window_of_sample(g, seed=1, windows=28) for g in read]
+    assert all(sorted(windows[e * 28 : (e + 1) * 28]) == list(range(28)) for e in range(3))
+
+
+def test_permutation_values_are_pinned():
+    # A run that goes on under another version of NumPy, or on another machine, has to see the same order.
+    assert epoch_permutation(1337, 0, 12).tolist() == [6, 5, 10, 3, 2, 9, 11, 1, 0, 4, 7, 8]
+    assert epoch_permutation(1337, 1, 12).tolist() == [5, 9, 6, 0, 10, 1, 11, 2, 7, 4, 8, 3]
+    assert epoch_permutation(0, 0, 100_000)[:5].tolist() == [75149, 69032, 83712, 36561, 78092]
+
+
+def test_pure_function_of_seed_and_sample():
+    samples = [77, 3, 140, 3, 0, 28, 27, 77]  # back and forth over epochs
+    first = [window_of_sample(g, seed=5, windows=28) for g in samples]
+    epoch_permutation.cache_clear()
+    np.random.seed(0)
+    assert [window_of_sample(g, seed=5, windows=28) for g in samples] == first
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_every_sample_is_read_by_exactly_one_process(world_size, micro_batch):
+    global_batch = 48
+    ranks = [
+        batches(global_batch=global_batch, micro_batch=micro_batch, world_size=world_size, rank=rank)
+        for rank in range(world_size)
+    ]
+    for step in (0, 1, 5):
+        read = [g for run in ranks for m in range(run.accumulation) for g in run.samples(step, m)]
+        assert sorted(read) == list(range(step * global_batch, (step + 1) * global_batch))
+
+
+def test_the_same_sequences_a_step_however_they_are_cut():
+    def sequences(micro_batch: int, world_size: int) -> list[tuple]:
+        found = []
+        for rank in range(world_size):
+            run = batches(global_batch=12, micro_batch=micro_batch, world_size=world_size, rank=rank)
+            for m in range(run.accumulation):
+                inputs, targets = run(4, m)
+                found += [(*map(int, x), int(y[-1])) for x, y in zip(inputs, targets, strict=True)]
+        return sorted(found)
+
+    expected = sequences(12, 1)
+    assert len(expected) == 12
+    for micro_batch, world_size in ((1, 1), (4, 1), (6, 2), (3, 2), (2, 3), (3, 4)):
+        assert sequences(micro_batch, world_size) == expected
+
+
+def test_windows_are_slices_of_the_stream():
+    run = batches(200, global_batch=6, micro_batch=3)
+    for step in range(10):
+        for m in range(2):
+            inputs, targets = run(step, m)
+            assert inputs.shape == targets.shape == (3, SEQ_LEN)
+            assert inputs.dtype == targets.dtype == torch.int64
+            for row, g in enumerate(run.samples(step, m)):
+                start = window_of_sample(g, seed=1, windows=28) * SEQ_LEN
+                expected = run.shards.tokens[start : start + SEQ_LEN + 1].astype(int)
+                assert inputs[row].tolist() == expected[:-1].tolist()
+                assert targets[row].tolist() == expected[1:].tolist()
+
+
+def test_last_short_window_is_filled_with_ignored_targets():
+    shards = stream(2 * SEQ_LEN + 4)  # the third window holds 3 targets
+    inputs, targets = read_windows(shards, [2, 0], SEQ_LEN)
+    assert targets[0].tolist() == [*shards.tokens[-3:].astype(int), *[-100] * (SEQ_LEN - 3)]
+    assert inputs[0, :3].tolist() == shards.tokens[-4:-1].astype(int).tolist()
+    assert targets[1].tolist() == shards.tokens[1 : SEQ_LEN + 1].astype(int).tolist()
+
+
+def test_data_shorter_than_a_sequence():
+    batches(SEQ_LEN + 1)
+    with pytest.raises(UserError, match=r"the train split has 7 tokens.*data\.seq_len \+ 1 = 8.*lower data\.seq_len"):
+        batches(SEQ_LEN)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Batch arithmetic
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "micro_batch", "world_size", "steps"),
+    [(480, 12, 8, 5), (480, 12, 1, 40), (4, 4, 1, 1), (3, 1, 3, 1)],
+)
+def test_accumulation(global_batch, micro_batch, world_size, steps):
+    assert accumulation_steps(global_batch, micro_batch, world_size) == steps
+
+
+def test_text_of_an_impossible_batch():
+    with pytest.raises(UserError) as error:
+        accumulation_steps(480, 11, 8)
+    assert str(error.value) == (
+        "train.global_batch = 480 cannot be reached with train.micro_batch = 11 on 8 processes: it must be a multiple "
+        "of 88; set train.global_batch to 440 or 528, or train.micro_batch to 10."
+    )
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize("micro_batch", [1, 3, 5, 12, 64])
+@pytest.mark.parametrize("global_batch", [1, 7, 12, 100, 480])
+def test_proposed_settings_work(global_batch, micro_batch, world_size):
+    try:
+        assert accumulation_steps(global_batch, micro_batch, world_size) * micro_batch * world_size == global_batch
+        return
+    except UserError as error:
+        way_out = str(error).split(";")[1]
+    batches_proposed = re.search(r"global_batch to (\d+)(?: or (\d+))?", way_out)
+    for proposed in filter(None, batches_proposed.groups()):
+        assert accumulation_steps(int(proposed), micro_batch, world_size) >= 1
+    # The nearest ones on either side, found by trying.
+    works = [b for b in range(1, 4000) if b % (micro_batch * world_size) == 0]
+    assert min(works, key=lambda b: abs(b - global_batch)) in map(int, filter(None, batches_proposed.groups()))
+    micro = re.search(r"micro_batch to (\d+)", way_out)
+    if micro:
+        assert accumulation_steps(global_batch, int(micro[1]), world_size) >= 1
+    assert bool(micro) == (global_batch % world_size == 0)

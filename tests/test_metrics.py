@@ -1,0 +1,249 @@
+"""hgpt/metrics.py: no wrong MFU, FLOPs as torch counts them, tokens/s without pauses, metrics.jsonl over restarts."""
+
+import builtins
+import json
+import sys
+import types
+
+import pytest
+import torch
+from accelerate import PartialState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from hgpt import metrics
+from hgpt.configuration_hgpt import HGPTConfig
+from hgpt.errors import UserError
+from hgpt.metrics import LogConfig, MetricsLog, Throughput, build_trackers, device_name, flops_per_token, peak_flops
+from hgpt.modeling_hgpt import HGPTForCausalLM
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 3090", 71),
+        # Unknown, or near a name that is known: no figure rather than a wrong one.
+        ("Tesla T4", None),
+        ("NVIDIA L40", None),
+        ("NVIDIA A1000", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA B200", None),
+        ("NVIDIA H20", None),
+        ("AMD Instinct MI300X", None),
+        ("cpu", None),
+        ("", None),
+    ],
+)
+def test_peak_flops(name, teraflops):
+    assert peak_flops(name) == (None if teraflops is None else teraflops * 1e12)
+
+
+def test_device_name_of_the_cpu():
+    assert device_name(torch.device("cpu")) == "cpu"
+
+
+@pytest.mark.parametrize("head", ["harmonic", "softmax"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_flops_per_token_are_those_that_torch_counts(head, tied):
+    """Eager attention multiplies all T · T scores, and so the formula counts them; a causal kernel skips half of them.
+
+    The counter sees matrix products alone: norms, activations and the pointwise work on distances are in neither.
+    """
+    T = 32
+    config = HGPTConfig(
+        vocab_size=200, n_positions=T, n_embd=48, n_layer=2, n_head=3, head=head, tie_word_embeddings=tied
+    )
+    model = HGPTForCausalLM(config)
+    model.set_attn_implementation("eager")
+    ids = torch.randint(200, (3, T))
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(model(ids, use_cache=False).logits.flatten(0, 1), ids.flatten()).backward()
+    # The dense head multiplies with the 200 classes or with all 256 rows, as it likes; the fused one with all rows.
+    per_row = 6 * 48
+    padding = (config.padded_vocab_size - config.vocab_size) * per_row
+    counted = counter.get_total_flops() / ids.numel()
+    assert counted in (flops_per_token(config, T), flops_per_token(config, T) - padding)
+
+
+def test_flops_per_token_of_gpt2_small():
+    # PaLM's formula by hand: 6 N + 12 L D T with N = 12 · 12 · 768² + 50304 · 768 = 123,568,128 weights.
+    config = HGPTConfig()
+    assert flops_per_token(config, 1024) == 6 * 123_568_128 + 12 * 12 * 768 * 1024
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Throughput
+
+
+def test_throughput_leaves_pauses_out(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
+    throughput = Throughput()
+    throughput.add(600)
+    throughput.add(400)
+    throughput.pause(3.0)
+    now = 108.0
+    assert throughput.read() == 1000 / 5
+    throughput.add(50)
+    now = 118.0
+    assert throughput.read() == 5  # the tokens and the pause from before are forgotten
+    assert throughput.read() == 0  # and no time at all is no division by zero
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# metrics.jsonl
+
+
+def read(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_run(folder, first: int, last: int, note: float) -> None:
+    """What train.py writes from step `first` to `last`: an evaluation every second step, before the step is trained."""
+    log = MetricsLog(folder, [], {}, first)
+    for step in range(first, last + 1):
+        if step % 2 == 0:
+            log.write("eval", step, {"loss": note})
+        if step < last:
+            log.write("train", step + 1, {"loss": note})
+    log.close()
+
+
+def test_lines(tmp_path):
+    log = MetricsLog(tmp_path, [], {}, 0)
+    log.write("train", 1, {"loss": 5.5, "lr": 1e-3})
+    assert len(read(tmp_path)) == 1  # at once, not when the run ends
+    log.write("eval", 1, {"loss": float("nan"), "x_norm_max": float("inf")})
+    log.close()
+    first, second = read(tmp_path)
+    assert first.pop("time") > 1.6e9
+    assert first == {"kind": "train", "step": 1, "loss": 5.5, "lr": 1e-3}
+    assert (second["loss"], second["x_norm_max"]) == (None, None)
+    json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1], parse_constant=pytest.fail)  # no NaN token
+
+
+@pytest.mark.parametrize("resumed_at", [3, 4])
+def test_resumed_run_has_every_step_once(tmp_path, resumed_at):
+    write_run(tmp_path, 0, 7, note=1.0)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "st')  # killed while it wrote
+    write_run(tmp_path, resumed_at, 8, note=2.0)
+    steps = [(record["kind"], record["step"]) for record in read(tmp_path)]
+    assert len(steps) == len(set(steps))
+    assert set(steps) == {("train", s) for s in range(1, 9)} | {("eval", s) for s in range(0, 9, 2)}
+    for record in read(tmp_path):
+        new = record["step"] > resumed_at or (record["step"], record["kind"]) == (resumed_at, "eval")
+        assert record["loss"] == (2.0 if new else 1.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_last_line_without_its_end_is_dropped(tmp_path):
+    whole = '{"kind": "train", "step": 1, "time": 0, "loss": 1.0}'
+    for broken in (whole, whole[:-1], whole[:5], "5", "null"):  # even if what is left is JSON
+        (tmp_path / "metrics.jsonl").write_text(f"{whole}\n{broken}")
+        MetricsLog(tmp_path, [], {}, 9).close()
+        assert (tmp_path / "metrics.jsonl").read_text() == whole + "\n"
+
+
+def test_a_full_disk_is_a_clear_error(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log = MetricsLog.__new__(MetricsLog)  # the device cannot be read, as __init__ does
+    log._path, log._trackers = tmp_path / "metrics.jsonl", []
+    log._file = log._path.open("a", buffering=1)
+    with pytest.raises(UserError, match=r"could not write .*No space left on device; make room"):
+        log.write("train", 1, {"loss": 1.0})
+    with pytest.raises(OSError):
+        log._file.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Trackers
+
+
+def scalars(folder, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_tensorboard(tmp_path):
+    PartialState()  # accelerate's trackers ask which process they are in
+    config = LogConfig()
+    log = MetricsLog(tmp_path, build_trackers(config, tmp_path, "x"), {"optim.lr": 1e-3, "betas": (0.9, 0.95)}, 0)
+    for step in range(1, 6):
+        log.write("train", step, {"loss": 10.0 - step, "lr": 1e-3})
+    log.write("eval", 5, {"loss": 4.5})
+    log.close()
+    assert scalars(tmp_path, "train/loss") == [(step, 10.0 - step) for step in range(1, 6)]
+    assert scalars(tmp_path, "eval/loss") == [(5, 4.5)]
+    # The run broke off after step 5 and goes on from a checkpoint of step 3: steps 4 and 5 are not shown twice.
+    log = MetricsLog(tmp_path, build_trackers(config, tmp_path, "x", 3), {"optim.lr": 1e-3}, 3)
+    for step in range(4, 7):
+        log.write("train", step, {"loss": 20.0 - step})
+    log.close()
+    assert scalars(tmp_path, "train/loss") == [(1, 9.0), (2, 8.0), (3, 7.0), (4, 16.0), (5, 15.0), (6, 14.0)]
+
+
+def test_no_trackers(tmp_path):
+    assert build_trackers(LogConfig(trackers=()), tmp_path, "x") == []
+
+
+def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
+    real_import = builtins.__import__
+
+    def without_wandb(name, *args, **kwargs):
+        if name == "wandb":
+            raise ImportError("No module named 'wandb'")
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_wandb)
+    with pytest.raises(UserError) as error:
+        build_trackers(LogConfig(trackers=("wandb",)), tmp_path, "x")
+    assert str(error.value) == (
+        'log.trackers names "wandb", which is not installed: pip install "hgpt[wandb]", or set log.trackers = '
+        '["tensorboard"]'
+    )
+
+
+def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
+    """With a stand-in for the package: what it is asked to do, which is all that can be tried offline."""
+    PartialState()
+    started, logged = [], []
+    run = types.SimpleNamespace(log=lambda values, step, **_: logged.append((step, values)), finish=lambda: None)
+    stub = types.ModuleType("wandb")
+    stub.init = lambda **settings: started.append(settings) or run
+    stub.config = types.SimpleNamespace(update=lambda *_, **__: None)
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    config = LogConfig(trackers=("wandb",), wandb_project="p")
+    for step in (0, 3):
+        log = MetricsLog(tmp_path, build_trackers(config, tmp_path, "x", step), {"a": 1}, step)
+        log.write("train", step + 1, {"loss": 2.0})
+        log.close()
+    first, second = started
+    assert (first["project"], first["name"], first["resume"]) == ("p", "x", "allow")
+    assert first == second and len(first["id"]) == 16
+    assert logged == [(1, {"train/loss": 2.0}), (4, {"train/loss": 2.0})]
+
+
+def test_log_every():
+    with pytest.raises(UserError, match=r"log\.every must be at least 1 step; got 0"):
+        LogConfig(every=0)

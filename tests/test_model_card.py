@@ -1,0 +1,61 @@
+"""hgpt/model_card.py: what the card says, and that the code in it runs."""
+
+import contextlib
+import io
+import re
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from hgpt.configuration_hgpt import HGPTConfig
+from hgpt.model_card import model_card
+from hgpt.modeling_hgpt import HGPTForCausalLM
+
+
+def card(config: HGPTConfig, **values) -> str:
+    settings = {
+        "name": "quickstart",
+        "parameters": 2_188_992,
+        "data": "Python's documentation {3.11}",
+        "tokens": 819_200,
+        "steps": 400,
+        "validation_loss": 3.21987,
+        "validation_step": 400,
+    }
+    return model_card(config, **(settings | values))
+
+
+def test_harmonic():
+    text = card(HGPTConfig(exponent="2*sqrt_dim", n_embd=768))
+    assert "n = 55.4256" in text
+    assert "d_i / d_min = (p_max / p_i)^(1/n)" in text
+    assert "| data | Python's documentation {3.11} |" in text
+    assert "| training tokens | 819,200 in 400 steps |" in text
+    assert "| validation loss | 3.2199 nats per token, unsmoothed, at step 400 |" in text
+    assert "2,188,992 parameters" in text
+    assert "Do not serve this model with an engine that puts its own linear head on the trunk" in text
+    assert text.startswith("---\nlibrary_name: transformers\n")
+
+
+def test_softmax():
+    text = card(HGPTConfig(head="softmax"), validation_loss=None, validation_step=None)
+    assert "w_i · x" in text and "| validation loss | not measured |" in text
+    for word in ("n = ", "Do not serve", "d_i^(−n)"):
+        assert word not in text
+
+
+@pytest.mark.parametrize("head", ["harmonic", "softmax"])
+def test_the_code_in_it_runs(tmp_path, head):
+    config = HGPTConfig(vocab_size=3, n_positions=64, n_embd=8, n_layer=1, n_head=1, head=head, pad_token_id=0)
+    HGPTForCausalLM(config).save_pretrained(tmp_path)
+    words = Tokenizer(WordLevel({"The": 0, "a": 1, "b": 2}, unk_token="b"))
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="The").save_pretrained(tmp_path)
+    code = re.search(r"```python\n(.*?)```", card(config), re.DOTALL)[1].replace("this folder", str(tmp_path))
+    assert code.count(str(tmp_path)) == 2
+    torch.manual_seed(0)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(code, {})
+    assert printed.getvalue().startswith("The")

@@ -1,0 +1,214 @@
+"""hgpt/optim.py: the learning rate against hand-worked values and torch's schedulers, the groups, fused AdamW."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+
+from hgpt.configuration_hgpt import HGPTConfig
+from hgpt.errors import UserError
+from hgpt.modeling_hgpt import HGPTForCausalLM
+from hgpt.optim import OptimConfig, build_optimizer, learning_rate, parameter_groups, set_learning_rate
+
+
+def small_model(**settings) -> HGPTForCausalLM:
+    shape = {"vocab_size": 61, "n_positions": 8, "n_embd": 16, "n_layer": 2, "n_head": 2, "final_norm_gain": 0.05}
+    return HGPTForCausalLM(HGPTConfig(**(shape | settings)))
+
+
+def train_step(model: HGPTForCausalLM, optimizer: torch.optim.Optimizer) -> None:
+    ids = torch.arange(16).reshape(2, 8)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Learning rate
+
+
+def test_learning_rate_by_hand():
+    config = OptimConfig(lr=1.0, min_lr=0.2, warmup_steps=4)
+    rates = [learning_rate(step, 9, config) for step in range(9)]
+    half_cosine = [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(5)]
+    assert half_cosine == pytest.approx([1, 0.853553, 0.5, 0.146447, 0], abs=1e-6)
+    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert rates[4:] == pytest.approx([1.0, 0.2 + 0.8 * 0.853553, 0.6, 0.2 + 0.8 * 0.146447, 0.2], abs=1e-6)
+    linear = OptimConfig(lr=1.0, min_lr=0.2, warmup_steps=4, schedule="linear")
+    assert [learning_rate(step, 9, linear) for step in range(4, 9)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    constant = OptimConfig(lr=1.0, warmup_steps=4, schedule="constant")
+    assert [learning_rate(step, 9, constant) for step in range(9)] == pytest.approx([0.25, 0.5, 0.75] + [1.0] * 6)
+
+
+@pytest.mark.parametrize(
+    ("total", "warmup", "lr", "min_lr"), [(50, 10, 6e-4, 6e-5), (33, 1, 1e-2, 0.0), (20, 0, 1, 0.1)]
+)
+def test_learning_rate_is_torchs(total, warmup, lr, min_lr):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+    cosine = CosineAnnealingLR(optimizer, T_max=total - 1 - warmup, eta_min=min_lr)
+    schedule = cosine
+    if warmup:
+        optimizer.param_groups[0]["lr"] = lr
+        rise = LinearLR(optimizer, start_factor=1 / warmup, total_iters=max(1, warmup - 1))
+        schedule = SequentialLR(optimizer, [rise, cosine], milestones=[warmup])
+    expected = []
+    for _ in range(total):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    config = OptimConfig(lr=lr, min_lr=min_lr, warmup_steps=warmup)
+    assert [learning_rate(step, total, config) for step in range(total)] == pytest.approx(expected, rel=1e-9, abs=1e-15)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("warmup", [0, 1, 7, 299])
+def test_learning_rate_has_no_jumps_and_ends_at_min_lr(schedule, warmup):
+    config = OptimConfig(lr=3e-3, min_lr=3e-4, warmup_steps=warmup, schedule=schedule)
+    rates = [learning_rate(step, 600, config) for step in range(600)]
+    # The steepest stretches: the warm-up's slope, and half a cosine's in its middle.
+    steepest = max(config.lr / max(warmup, 1), math.pi / 2 * (config.lr - config.min_lr) / (599 - warmup))
+    if warmup <= 1:
+        steepest = math.pi / 2 * (config.lr - config.min_lr) / (599 - warmup)
+    assert max(abs(b - a) for a, b in itertools.pairwise(rates)) <= steepest * (1 + 1e-9)
+    assert max(rates) == pytest.approx(config.lr)
+    assert rates[-1] == pytest.approx(config.lr if schedule == "constant" else config.min_lr)
+    assert min(rates) > 0
+
+
+def test_learning_rate_of_the_shortest_runs():
+    assert learning_rate(0, 1, OptimConfig(lr=1.0, min_lr=0.1)) == 1.0
+    assert learning_rate(1, 2, OptimConfig(lr=1.0, min_lr=0.1)) == pytest.approx(0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Parameter groups
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("head", ["harmonic", "softmax"])
+def test_groups_are_the_parameters_of_the_model(tied, bias, head):
+    model = small_model(tie_word_embeddings=tied, bias=bias, head=head)
+    config = OptimConfig(weight_decay=0.1, centre_lr_multiplier=3.0, final_norm_lr_multiplier=5.0)
+    groups = parameter_groups(model, config)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    grouped = [names[parameter] for group in groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(names.values())  # each exactly once
+    settings = {
+        names[parameter]: (group["weight_decay"], group["lr_multiplier"])
+        for group in groups
+        for parameter in group["params"]
+    }
+    centres = "transformer.wte.weight" if tied else "lm_head.weight"
+    for name, (decay, multiplier) in settings.items():
+        is_vector = name.endswith(".bias") or ".ln_" in name
+        assert decay == (0.0 if is_vector else 0.1), name
+        assert multiplier == (3.0 if name == centres else 5.0 if ".ln_f." in name else 1.0), name
+    assert any(name.endswith("ln_f.bias") for name in settings) == bias
+
+
+def test_frozen_parameters_are_left_out():
+    model = small_model()
+    model.transformer.wpe.weight.requires_grad_(False)
+    grouped = {p for group in parameter_groups(model, OptimConfig()) for p in group["params"]}
+    assert grouped == set(model.parameters()) - {model.transformer.wpe.weight}
+
+
+def test_multipliers_take_effect():
+    # Adam's first step has length lr in every entry whose gradient is not 0, whatever the gradient's size.
+    model = small_model(tie_word_embeddings=False)
+    config = OptimConfig(weight_decay=0.0, eps=1e-30, centre_lr_multiplier=4.0, final_norm_lr_multiplier=0.5)
+    optimizer = build_optimizer(model, config)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    set_learning_rate(optimizer, 1e-3)
+    train_step(model, optimizer)
+    for name, parameter in model.named_parameters():
+        expected = {"lm_head.weight": 4e-3, "transformer.ln_f.weight": 0.5e-3}.get(name, 1e-3)
+        length = (parameter - before[name]).abs().max().item()
+        assert length == pytest.approx(expected, rel=1e-3), name
+
+
+def test_weight_decay_shrinks_matrices_only():
+    model = small_model(bias=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(2.0)
+    optimizer = build_optimizer(model, OptimConfig(weight_decay=0.1))
+    set_learning_rate(optimizer, 0.5)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        expected = 2.0 if parameter.ndim == 1 else 2.0 * (1 - 0.5 * 0.1)
+        torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, expected), msg=name)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Fused AdamW
+
+
+def test_adamw_is_really_fused():
+    model = small_model()
+    optimizer = build_optimizer(model, OptimConfig())
+    train_step(model, optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    operations = {event.key for event in profile.key_averages()}
+    assert "aten::_fused_adamw_" in operations
+    assert not {"aten::addcdiv_", "aten::_foreach_addcdiv_", "aten::lerp_"} & operations  # what the others are made of
+
+
+def test_fused_equals_unfused():
+    config = OptimConfig(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, centre_lr_multiplier=2.0)
+    model = small_model()
+    reference = copy.deepcopy(model)
+    optimizer = build_optimizer(model, config)
+    plain = torch.optim.AdamW(
+        parameter_groups(reference, config), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, fused=False, foreach=False
+    )
+    for step in range(5):
+        for one, other in zip(model.parameters(), reference.parameters(), strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        for each in (optimizer, plain):
+            set_learning_rate(each, learning_rate(step, 5, config))
+            each.step()
+    for one, other in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+        assert not torch.equal(one, torch.zeros_like(one))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": 0.0}, "optim.lr must be a positive number; got 0.0"),
+        ({"lr": math.nan}, "optim.lr must be a positive number; got nan"),
+        ({"lr": math.inf}, "optim.lr must be a positive number; got inf"),
+        ({"eps": 0.0}, "optim.eps must be a positive number; got 0.0"),
+        ({"centre_lr_multiplier": -1.0}, "optim.centre_lr_multiplier must be a positive number; got -1.0"),
+        ({"final_norm_lr_multiplier": 0.0}, "optim.final_norm_lr_multiplier must be a positive number; got 0.0"),
+        ({"min_lr": -1e-5}, "optim.min_lr must be 0 or more; got -1e-05"),
+        ({"weight_decay": -0.1}, "optim.weight_decay must be 0 or more; got -0.1"),
+        ({"grad_clip": math.nan}, "optim.grad_clip must be 0 or more; got nan"),
+        ({"warmup_steps": -1}, "optim.warmup_steps must be 0 or more; got -1"),
+        ({"betas": (0.9, 1.0)}, "optim.betas must lie in [0, 1); got [0.9, 1.0]"),
+        ({"lr": 1e-5}, "optim.min_lr must not exceed optim.lr = 1e-05; got 6e-05"),
+    ],
+)
+def test_errors(settings, message):
+    with pytest.raises(UserError) as error:
+        OptimConfig(**settings)
+    assert str(error.value) == message
+
+
+def test_min_lr_does_not_matter_to_a_constant_rate():
+    assert OptimConfig(lr=1e-5, schedule="constant").lr == 1e-5
