@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Processes that run tests; each uses one core.
+WORKERS ?= 2
 # Threads that spin while they wait slow down every other process of a busy machine several times.
 export OMP_WAIT_POLICY ?= passive
 
@@ -22,10 +24,10 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python sample.py --checkpoint runs/quickstart --prompt "Return a new" --max-new-tokens 6 --seed 1 --show-distances
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS)
 
 test-all: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m ""
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m ""
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

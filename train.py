@@ -31,7 +31,7 @@ from hgpt.modeling_hgpt import HGPTForCausalLM
 from hgpt.optim import build_optimizer, learning_rate, set_learning_rate
 from hgpt.pretrained import initialize_from
 from hgpt.run_config import CONFIG_FILE, RunConfig, check_resume, load_run_config, settings, write_toml
-from hgpt.shards import TokenShards
+from hgpt.shards import TokenShards, verify
 from hgpt.tokenizer import hf_tokenizer
 
 
@@ -68,6 +68,8 @@ def main(config: RunConfig) -> dict[str, float]:
         seed=config.train.seed,
     )
     accelerator.gradient_accumulation_steps = batches.accumulation
+    if config.data.verify and accelerator.is_main_process:
+        verify(config.data.path, config.data.vocab_size)
     tokens_per_step = config.train.global_batch * config.data.seq_len
     say = accelerator.print
 
@@ -276,12 +278,18 @@ def _checkpoint_to_resume(config: RunConfig, say: Callable[[str], None]) -> Path
             )
         return None
     if config.resume == "auto":
-        return ckpt.newest_checkpoint(run_folder, warn=say)
+        newest = ckpt.newest_checkpoint(run_folder, warn=say)
+        if newest is None and ckpt.checkpoints(run_folder):
+            raise UserError(f"every checkpoint of {run_folder} is damaged: choose another --name to start anew")
+        return newest
     checkpoint = Path(config.resume)
     if not checkpoint.is_dir():
         raise UserError(f'resume = {config.resume!r}: it must be "never", "auto" or the folder of a checkpoint')
     if fault := ckpt.damage(checkpoint):
         raise UserError(f"{checkpoint} is damaged: {fault}; choose another one, or --resume auto")
+    mine = checkpoint.resolve().parent == (run_folder / ckpt.CHECKPOINTS).resolve()
+    if not mine and run_folder.exists() and any(run_folder.iterdir()):
+        raise UserError(f"{run_folder} exists already and {checkpoint} is not its checkpoint: choose another --name")
     return checkpoint
 
 

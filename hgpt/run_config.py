@@ -130,11 +130,13 @@ class DataConfig:
         path: a folder written by data_prep, or a bare nanoGPT folder with train.bin and val.bin.
         seq_len: tokens per sequence T, and the context length of the model.
         vocab_size: only for a bare nanoGPT folder, which does not say it.
+        verify: read all of it once at the start and check checksums and tokens, about a second per GB.
     """
 
     path: str
     seq_len: int = 1024
     vocab_size: int | None = None
+    verify: bool = True
 
     def __post_init__(self) -> None:
         if self.seq_len < 1:
@@ -360,7 +362,7 @@ def to_toml(table: dict[str, Any], name: str = "") -> str:
 
 # What may differ between a checkpoint and the run that goes on from it: nothing that changes the model or the data.
 _FIXED_ON_RESUME = ("model.", "data.", "train.seed", "train.global_batch")
-_FREE_ON_RESUME = ("model.init_from", "data.path")
+_FREE_ON_RESUME = ("model.init_from", "data.path", "data.verify")
 
 
 def check_resume(saved: dict[str, Any], config: RunConfig, checkpoint: Path) -> list[str]:

@@ -75,6 +75,7 @@ def test_the_recipe_of_the_first_paper():
         assert config.train.steps == 10_000
         assert config.model.scale_attn_by_inverse_layer_idx and config.model.tie_word_embeddings
         assert not config.model.bias
+        assert config.model.activation_function == "gelu_pytorch_tanh"
         assert (config.optim.betas, config.optim.weight_decay, config.optim.grad_clip) == ((0.9, 0.95), 0.0, 1.0)
     assert (harmonic.optim.lr, harmonic.optim.min_lr, harmonic.optim.warmup_steps) == (6e-3, 3e-4, 1000)
     assert (softmax.optim.lr, softmax.optim.min_lr, softmax.optim.warmup_steps) == (6e-4, 3e-5, 2000)

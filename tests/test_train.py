@@ -289,6 +289,30 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(data, tmp_path, capsys):
     assert "resuming from" in out and "step_0000003" in out
     assert damage(newest) is None
 
+    # Nothing is trained over the remains of a run that has no whole checkpoint left.
+    for checkpoint in checkpoints(config.run_folder):
+        (checkpoint / "manifest.json").unlink()
+    before = (config.run_folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="every checkpoint of .* is damaged"):
+        train.main(config)
+    assert (config.run_folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_branch_goes_on_from_another_runs_checkpoint_in_a_folder_of_its_own(data, tmp_path):
+    first = make_config(data, tmp_path, name="first")
+    train.main(first)
+    middle = first.run_folder / "checkpoints" / "step_0000003"
+    branch = make_config(data, tmp_path, name="branch", resume=str(middle))
+    train.main(branch)
+    assert_same_checkpoint(
+        branch.run_folder / "checkpoints/step_0000006", first.run_folder / "checkpoints/step_0000006"
+    )
+    assert losses(branch.run_folder) == losses(first.run_folder)[3:]
+    other = make_config(data, tmp_path, name="other")
+    train.main(other)
+    with pytest.raises(UserError, match=r"other exists already and .*step_0000003 is not its checkpoint"):
+        train.main(replace(other, resume=str(middle)))
+
 
 def test_two_processes_give_the_curve_of_one(data, tmp_path):
     """Real DDP on gloo: the same loss and gradient norm at every step, the same validation loss, resumable."""
@@ -408,12 +432,25 @@ def test_data_that_does_not_fit_is_found_before_anything_is_written(data, tmp_pa
         train.main(make_config(data, tmp_path, train={"micro_batch": 3}))
 
 
-def test_tokens_beyond_the_vocabulary_stop_the_run(tmp_path):
+def test_damaged_data_is_found_before_training(tmp_path):
     tokens = markov_tokens(2_000, 0)
     tokens[1_234] = VOCAB
     data = write_data(tmp_path / "data", tokens, markov_tokens(500, 1))
-    with pytest.raises(UserError, match=r"train_000000\.bin"):
-        train.main(make_config(data, tmp_path, train={"steps": 20}))
+    config = make_config(data, tmp_path, train={"steps": 20})
+    with pytest.raises(UserError, match=r"train_000000\.bin: token 300 at position 1234 is beyond the vocabulary"):
+        train.main(config)
+    assert not config.run_folder.exists()
+    # Not looked for at the start, it is found when it is read.
+    unverified = replace(config, data=replace(config.data, verify=False))
+    with pytest.raises(UserError, match="token 300 at position 1234 is beyond the vocabulary"):
+        train.main(unverified)
+
+    shard = data / "val_000000.bin"
+    content = bytearray(shard.read_bytes())
+    content[-2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"val_000000\.bin: checksum failure"):
+        train.main(config)
 
 
 def test_the_command_line_prints_one_line_and_exits_with_2(tmp_path):
