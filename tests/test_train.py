@@ -293,7 +293,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(data, tmp_path, capsys):
     for checkpoint in checkpoints(config.run_folder):
         (checkpoint / "manifest.json").unlink()
     before = (config.run_folder / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match="every checkpoint of .* is damaged"):
+    with pytest.raises(UserError, match=r"every checkpoint of .* is damaged"):
         train.main(config)
     assert (config.run_folder / "metrics.jsonl").read_bytes() == before
 
