@@ -1,6 +1,6 @@
 """The loss of either head and its gradients without the (tokens, vocabulary) matrix.
 
-In two lines of PyTorch, which `harmax.harmonic_loss` are and the tests compare with, the harmonic loss is
+In two lines of PyTorch, which are what `harmax.harmonic_loss` computes and the tests compare with, the harmonic loss is
 
     scores = -n / 2 * torch.log(torch.cdist(x, w) ** 2)
     loss = F.cross_entropy(scores, targets)
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from .harmax import accumulation_dtype, distance_floor, inner_products
 
-# Bytes of the (chunk, vocabulary) buffers. Measured on two CPU threads at V = 50304, D = 768 (benchmarks/
-# head_loss.py): 256 positions a chunk is as fast as 512 and takes half the memory; fewer starve the products.
+# Bytes of the (chunk, vocabulary) buffers. Measured on two CPU threads at V = 50304, D = 768: 256 positions a chunk
+# is as fast as 512 and takes half the memory; fewer starve the products.
 _CHUNK_BYTES = 52 * 2**20
 
 

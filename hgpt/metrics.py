@@ -171,7 +171,7 @@ def build_trackers(config: LogConfig, run_folder: Path, run_name: str, step: int
                 import wandb  # noqa: F401
             except ImportError as error:
                 raise UserError(
-                    'log.trackers names "wandb", which is not installed: pip install "hgpt[wandb]", '
+                    'log.trackers names "wandb", which is not installed: pip install wandb, '
                     'or set log.trackers = ["tensorboard"]'
                 ) from error
             wandb_id = run_folder / "wandb_id"  # under which a resumed run is continued there

@@ -331,7 +331,6 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         *,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         loss_only: bool | None = None,
         return_dict: bool | None = None,
@@ -341,7 +340,8 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, T), shifted inside: position t is scored on label t + 1. −100 is ignored.
-            shift_labels: (B, T), labels that are shifted already; takes the place of `labels`.
+            shift_labels: (B, T), labels that are shifted already; takes the place of `labels`. Not a parameter of
+                its own: transformers' Trainer expects every one with "label" in its name in an evaluation batch.
             num_items_in_batch: divisor of the summed loss; default the number of counted labels.
             loss_only: with labels, compute no logits (they are None). Default: in training mode. The loss
                 then never holds a (B · T, vocab_size) tensor.
@@ -350,6 +350,7 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
         The other arguments are those of every transformers decoder.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
+        shift_labels = kwargs.pop("shift_labels", None)
         trunk = self.transformer(
             input_ids,
             past_key_values=past_key_values,

@@ -65,20 +65,21 @@ def initialize_from(model: HGPTForCausalLM, source: str) -> list[str]:
         if not torch.equal(head, weights.get(_TOKENS, head)):
             notes.append(f"not used from the checkpoint: {_HEAD} (its embeddings are not tied, the run's are)")
 
-    unfit = []
-    with torch.no_grad():
-        for name in parameters.keys() & weights.keys():
-            parameter, value = parameters[name], weights[name]
-            if _fits(name, value, parameter, config.vocab_size):
-                rows = min(len(value), len(parameter))
-                parameter[:rows] = value[:rows]
-            else:
-                unfit.append(f"{name}: {tuple(value.shape)} in the checkpoint, {tuple(parameter.shape)} in the model")
+    shared = sorted(parameters.keys() & weights.keys())
+    unfit = [
+        f"{name}: {tuple(weights[name].shape)} in the checkpoint, {tuple(parameters[name].shape)} in the model"
+        for name in shared
+        if not _fits(name, weights[name], parameters[name], config.vocab_size)
+    ]
     if unfit:
         raise UserError(
-            f"model.init_from = {source}: these parameters do not fit\n  " + "\n  ".join(sorted(unfit)) + "\nUse data "
+            f"model.init_from = {source}: these parameters do not fit\n  " + "\n  ".join(unfit) + "\nUse data "
             "with the checkpoint's tokenizer, and a data.seq_len no longer than its context."
         )
+    with torch.no_grad():
+        for name in shared:
+            rows = min(len(weights[name]), len(parameters[name]))
+            parameters[name][:rows] = weights[name][:rows]
     if missing := sorted(parameters.keys() - weights.keys()):
         notes.append("not in the checkpoint, kept as initialised: " + ", ".join(missing))
     if unused := sorted(weights.keys() - parameters.keys()):

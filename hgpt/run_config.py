@@ -54,7 +54,8 @@ class HeadConfig:
                 if getattr(self, name) is not None:
                     raise UserError(
                         f'model.head.{name} = {getattr(self, name)!r} has no effect with model.head.type = "softmax": '
-                        'remove it, or set model.head.type = "harmonic"'
+                        f"remove it (on the command line: --model.head.{name} null), or set model.head.type = "
+                        '"harmonic"'
                     )
         elif self.exponent is None:
             raise UserError(

@@ -3,7 +3,7 @@
 A data folder, as written by `data_prep`:
 
     train_000000.bin ...   shards in the format of llm.c: 256 int32 of header (magic 20240520, version 1,
-    token val_000000.bin ...     count), then the tokens as uint16, all little-endian
+    val_000000.bin ...     token count), then the tokens as uint16, all little-endian
     tokenizer.json         the tokenizer, as Hugging Face's `tokenizers` reads it
     meta.json              `DataMeta`; written last, so a folder without it was never finished
 
@@ -438,7 +438,8 @@ def _locate(folder: Path, split: str) -> tuple[DataMeta | None, list[tuple[Path,
         what = "is not a folder" if folder.exists() else "does not exist"
         raise UserError(
             f"data folder {folder} {what}. Prepare one with: "
-            f"python -m data_prep.documents --out {folder} --tokenizer gpt2 FILES..."
+            f"python -m data_prep.documents --out {folder} --tokenizer gpt2 FILES..., or, for the corpus of the "
+            f"quickstart, python -m data_prep.python_docs --out {folder}"
         )
     present = {path.name for path in folder.iterdir()}
     bare = folder / f"{split}.bin"

@@ -9,7 +9,6 @@ import importlib.metadata
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import tiktoken
@@ -17,11 +16,9 @@ import tokenizers
 from tiktoken.load import read_file_cached
 from tiktoken_ext.openai_public import r50k_pat_str
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from hgpt.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
@@ -112,15 +109,12 @@ def load_tokenizer(spec: str, training_texts: Callable[[], Iterable[str]] | None
 
 def hf_tokenizer(
     tokenizer_json: str | Path, model_max_length: int, end_of_text: int | None = None
-) -> "PreTrainedTokenizerFast":
+) -> PreTrainedTokenizerFast:
     """The Hugging Face tokenizer of a `tokenizer.json`, to be saved beside an exported model.
 
     End-of-text (the id `end_of_text`; `<|endoftext|>` when None) serves as bos, eos, unk and pad token, as
     GPT-2 is commonly used, and padding is on the left, so that batches of prompts can be continued.
     """
-    # transformers takes seconds to import, and preparing data does not need it.
-    from transformers import PreTrainedTokenizerFast
-
     path = Path(tokenizer_json)
     backend = _read_backend(path)
     token = END_OF_TEXT if end_of_text is None else backend.id_to_token(end_of_text)

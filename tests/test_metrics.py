@@ -219,8 +219,7 @@ def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
     with pytest.raises(UserError) as error:
         build_trackers(LogConfig(trackers=("wandb",)), tmp_path, "x")
     assert str(error.value) == (
-        'log.trackers names "wandb", which is not installed: pip install "hgpt[wandb]", or set log.trackers = '
-        '["tensorboard"]'
+        'log.trackers names "wandb", which is not installed: pip install wandb, or set log.trackers = ["tensorboard"]'
     )
 
 

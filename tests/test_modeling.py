@@ -22,6 +22,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
     pipeline,
 )
 
@@ -534,6 +536,20 @@ def test_gradient_checkpointing_changes_nothing(head: str) -> None:
     assert model.transformer.h[0].gradient_checkpointing
     for plain, checkpointed in zip(*results, strict=True):
         torch.testing.assert_close(plain, checkpointed)
+
+
+@HEADS
+def test_transformers_trainer_trains_and_evaluates(head: str, tmp_path: Path) -> None:
+    model = tiny_model(head=head)
+    rows = [{"input_ids": row, "labels": row} for row in tokens(8)]
+    before = model(tokens(8), labels=tokens(8)).loss.item()
+    settings = {"use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True, "learning_rate": 1e-2}
+    batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 20}
+    arguments = TrainingArguments(output_dir=str(tmp_path), **settings, **batch)
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(before, rel=1e-5)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before - 0.5
 
 
 def test_dropout_is_on_in_training_only() -> None:

@@ -30,7 +30,7 @@ def refusal(model: HGPTForCausalLM, source: object) -> str:
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with pytest.raises(UserError) as error:
         initialize_from(model, str(source))
-    assert before.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     return str(error.value)
 
 

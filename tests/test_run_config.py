@@ -286,8 +286,8 @@ def test_settings_of_the_harmonic_head_with_the_softmax_head(name):
     with pytest.raises(UserError) as error:
         HeadConfig(type="softmax", **{name: value})
     assert str(error.value) == (
-        f'model.head.{name} = {value!r} has no effect with model.head.type = "softmax": remove it, or set '
-        'model.head.type = "harmonic"'
+        f'model.head.{name} = {value!r} has no effect with model.head.type = "softmax": remove it (on the '
+        f'command line: --model.head.{name} null), or set model.head.type = "harmonic"'
     )
 
 

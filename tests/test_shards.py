@@ -194,7 +194,7 @@ def test_bad_bare_nanogpt_files(nanogpt):
 
 
 def test_missing_and_empty_folder(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere does not exist.*python -m data_prep\.documents"):
+    with pytest.raises(UserError, match=r"nowhere does not exist.*data_prep\.documents.*data_prep\.python_docs"):
         TokenShards.open(tmp_path / "nowhere", "train")
     with pytest.raises(UserError, match=r"holds no token shards"):
         TokenShards.open(tmp_path, "train")

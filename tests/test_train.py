@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -314,16 +315,19 @@ def test_a_branch_goes_on_from_another_runs_checkpoint_in_a_folder_of_its_own(da
         train.main(replace(other, resume=str(middle)))
 
 
-def test_two_processes_give_the_curve_of_one(data, tmp_path):
-    """Real DDP on gloo: the same loss and gradient norm at every step, the same validation loss, resumable."""
-    single = make_config(data, tmp_path, name="single", model={"dropout": 0.0}, train={"micro_batch": 4})
-    train.main(single)
-    double = make_config(data, tmp_path, name="double", model={"dropout": 0.0}, train={"micro_batch": 4}, resume="auto")
-    path = tmp_path / "double.toml"
-    train.write_toml(double, path)
+def run_on_two(config: RunConfig, path: Path) -> None:
+    train.write_toml(config, path)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29731", "train.py"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, "--config", path], cwd=ROOT, env=environment, check=True, timeout=300)
+
+
+def test_two_processes_give_the_curve_of_one(data, tmp_path):
+    """Real DDP on gloo: the same loss and gradient norm at every step, the same validation loss, and it goes on."""
+    single = make_config(data, tmp_path, name="single", model={"dropout": 0.0}, train={"micro_batch": 4})
+    train.main(single)
+    double = make_config(data, tmp_path, name="double", model={"dropout": 0.0}, train={"micro_batch": 4}, resume="auto")
+    run_on_two(double, tmp_path / "double.toml")
     for key in ("loss", "grad_norm"):
         np.testing.assert_allclose(
             [r[key] for r in records(double.run_folder, "train")],
@@ -339,15 +343,29 @@ def test_two_processes_give_the_curve_of_one(data, tmp_path):
     assert damage(newest) is None
     assert (newest / "rng_00001.safetensors").exists()
 
+    expected = tmp_path / "expected"
+    newest.rename(expected)
+    run_on_two(double, tmp_path / "double.toml")
+    assert_same_checkpoint(newest, expected)
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # What a run leaves behind
 
 
-def test_the_run_folder(data, tmp_path):
-    config = make_config(data, tmp_path, log={"trackers": ("tensorboard",)}, checkpoint={"keep_last": 1})
+def test_the_run_folder(data, tmp_path, capsys):
+    config = make_config(
+        data,
+        tmp_path,
+        log={"trackers": ("tensorboard",)},
+        checkpoint={"keep_last": 1},
+        eval={"unigram_baseline": True},
+    )
     evaluation = train.main(config)
     run = config.run_folder
+    out = capsys.readouterr().out
+    assert re.search(r"step +3/6  loss \d\.\d{3}  tok/s [\d,]+  \d:\d\d:\d\d left", out)
+    assert re.search(rf"\nvalidation loss {evaluation['loss']:.4f}, of a unigram model \d\.\d{{4}}\n", out)
     assert [path.name for path in checkpoints(run)] == ["step_0000006"]
     assert os.readlink(run / "latest") == "checkpoints/step_0000006"
     assert train.load_run_config(["--config", str(run / "config.toml")]) == config
@@ -365,6 +383,22 @@ def test_the_run_folder(data, tmp_path):
     card = (run / "latest" / "model" / "README.md").read_text()
     assert f"n = {2 * 32**0.5:g}" in card and f"{evaluation['loss']:.4f}" in card
     assert "a test" in card and "768 in 6 steps" in card and "vLLM" in card
+
+
+def test_a_bare_nanogpt_folder_is_trained_on(tmp_path):
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for split, tokens in (("train", markov_tokens(2_000, 0)), ("val", markov_tokens(500, 1))):
+        tokens.tofile(folder / f"{split}.bin")
+    config = make_config(folder, tmp_path)
+    with pytest.raises(UserError, match="bare nanoGPT folder, which does not say how large its vocabulary is"):
+        train.main(config)
+    config = replace(config, data=replace(config.data, vocab_size=VOCAB))
+    train.main(config)
+    model = AutoModelForCausalLM.from_pretrained(config.run_folder / "latest" / "model")
+    assert model.config.vocab_size == VOCAB and model.config.eos_token_id is None
+    assert not (config.run_folder / "latest" / "model" / "tokenizer.json").exists()
+    train.main(replace(config, resume="auto"))
 
 
 @pytest.mark.slow
