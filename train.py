@@ -6,6 +6,8 @@
 Read it once, downwards. `--help` lists every setting.
 """
 
+import math
+import os
 import signal
 import sys
 import time
@@ -17,7 +19,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, parse_flag_from_env, set_seed
 from tqdm import tqdm
 
 from hgpt import checkpoint as ckpt
@@ -89,10 +91,6 @@ def main(config: RunConfig) -> dict[str, float]:
             )
         step, validation, validation_step = saved.step, saved.validation_loss, saved.validation_step
         say(f"resuming from {resume_from}" + "".join(f"\n  {line}" for line in differences))
-    accelerator.wait_for_everyone()  # nobody creates the folder while another still looks whether it exists
-    if accelerator.is_main_process:
-        run_folder.mkdir(parents=True, exist_ok=True)
-        write_toml(config, run_folder / CONFIG_FILE)
 
     # ------------------------------------------------------------------------------------------------------------
     # Model and optimiser. Every process draws the same initial weights; dropout then differs between them.
@@ -109,7 +107,8 @@ def main(config: RunConfig) -> dict[str, float]:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if config.train.compile:
         for block in model.transformer.h:  # in place: parameters keep their names
-            block.compile()
+            # Blocks share one compilation, unless each has a constant of its own.
+            block.compile(isolate_recompiles=config.model.scale_attn_by_inverse_layer_idx)
     model.to(accelerator.device)
     optimizer = build_optimizer(model, config.optim)
     if resume_from is not None:
@@ -121,7 +120,19 @@ def main(config: RunConfig) -> dict[str, float]:
     model.train()
 
     # ------------------------------------------------------------------------------------------------------------
-    # Reporting.
+    # Reporting. The run folder is made when nothing in the input can be wrong any more, and when no process still looks
+    # whether it exists.
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        try:
+            run_folder.mkdir(parents=True, exist_ok=True)
+            write_toml(config, run_folder / CONFIG_FILE)
+        except OSError as error:
+            raise UserError(
+                f"the run folder {run_folder} cannot be written: {error}; choose another --runs_dir"
+            ) from error
+        if resume_from is not None and resume_from.parent == run_folder / ckpt.CHECKPOINTS:
+            ckpt.point_latest(run_folder, resume_from)  # a crash may have come between a checkpoint and its link
     device = device_name(accelerator.device)
     peak = peak_flops(device) if accelerator.mixed_precision == "bf16" else None
     flops = flops_per_token(model_config, config.data.seq_len)
@@ -190,6 +201,8 @@ def main(config: RunConfig) -> dict[str, float]:
                     windows=config.eval.diagnostic_windows,
                     accelerator=accelerator,
                 )
+                if not math.isfinite(validation):
+                    raise _not_finite(f"the validation loss after step {step} is {validation}", run_folder)
                 if log is not None:
                     log.write("eval", step, last_evaluation)
                     bar.write(_evaluation_line(step, last_evaluation))
@@ -227,8 +240,9 @@ def main(config: RunConfig) -> dict[str, float]:
 
             # The device is asked for its losses only now and then, but always before they would be saved or evaluated.
             due = step % config.log.every == 0 or step in (first_step + 1, config.train.steps)
-            if due or accelerator.num_processes == 1:
-                # Processes see a signal at different moments, and have to stop after the same step.
+            if accelerator.num_processes == 1:
+                stop = interrupted()
+            elif due:  # processes see a signal at different moments, and have to stop after the same step
                 asked = torch.tensor(int(interrupted()), device=accelerator.device)
                 stop = bool(accelerator.reduce(asked, reduction="sum"))
             if due or stop or step % config.checkpoint.every == 0 or step % config.eval.every == 0:
@@ -261,9 +275,16 @@ def main(config: RunConfig) -> dict[str, float]:
 
 
 def _mixed_precision(precision: str) -> str:
+    """Accelerate's name of the precision of a run; UserError when the launcher asks for another one."""
     if precision == "auto":
-        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if has_bf16 else "fp32"
+        on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launcher not in ("no", precision):
+        raise UserError(
+            f"the launcher asks for mixed precision {launcher}, and train.precision is {precision}: it comes from the "
+            "run's configuration alone; set mixed_precision to no in the launcher's"
+        )
     return "no" if precision == "fp32" else precision
 
 
@@ -338,16 +359,21 @@ def _introduction(
 
 
 def _check_finite(losses: list[float], step: int, lr: float, grad_norm: float, run_folder: Path) -> None:
-    """Raise UserError naming the first step whose loss is not finite."""
-    for i, loss in enumerate(losses):
-        if not abs(loss) < float("inf"):
-            at = step - len(losses) + i + 1
-            newest = ckpt.checkpoints(run_folder)
-            raise UserError(
-                f"the loss of step {at} is {loss} (learning rate {lr:.3g}, last gradient norm {grad_norm:.3g}). "
-                f"Nothing was saved after it; last checkpoint: {newest[-1] if newest else 'none'}. Lower optim.lr or "
-                "lengthen optim.warmup_steps, then go on with --resume auto or start under another name."
-            )
+    """Raise UserError when one of the `losses` of the steps up to `step`, or the last gradient, is not finite."""
+    rest = f"(learning rate {lr:.3g}, last gradient norm {grad_norm:.3g})"
+    for at, loss in enumerate(losses, start=step - len(losses) + 1):
+        if not math.isfinite(loss):
+            raise _not_finite(f"the loss of step {at} is {loss} {rest}", run_folder)
+    if not math.isfinite(grad_norm):
+        raise _not_finite(f"the gradient of step {step} is not finite {rest}", run_folder)
+
+
+def _not_finite(what: str, run_folder: Path) -> UserError:
+    newest = ckpt.checkpoints(run_folder)
+    return UserError(
+        f"{what}. Nothing was saved after it; last checkpoint: {newest[-1] if newest else 'none'}. Lower optim.lr or "
+        "lengthen optim.warmup_steps, then go on with --resume auto or start under another name."
+    )
 
 
 def _evaluation_line(step: int, evaluation: dict[str, float]) -> str:
@@ -362,14 +388,17 @@ def _evaluation_line(step: int, evaluation: dict[str, float]) -> str:
 
 @contextmanager
 def _interruptible(wait_for_step: bool) -> Iterator:
-    """A function that tells whether Ctrl-C or SIGTERM came. A second one stops at once (the first, if not waited)."""
-    asked = []
+    """A function that tells whether Ctrl-C or SIGTERM came. A later one stops at once (the first, if not waited)."""
+    asked: list[float] = []
 
     def on_signal(number: int, frame: object) -> None:
-        if asked or not wait_for_step:
+        now = time.monotonic()
+        # A cluster and its launcher may both pass on one signal; that is not somebody's second Ctrl-C.
+        if not wait_for_step or (asked and now - asked[0] > 2):
             raise KeyboardInterrupt
-        asked.append(number)
-        print("\nstopping after this step with a checkpoint; once more to stop at once", file=sys.stderr)
+        if not asked:
+            asked.append(now)
+            os.write(2, b"\nstopping after this step with a checkpoint; once more to stop at once\n")
 
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -386,6 +415,13 @@ if __name__ == "__main__":
         main(load_run_config(sys.argv[1:]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(
+            f"error: {str(error).splitlines()[0]} Lower train.micro_batch (and eval.micro_batch), or set "
+            "train.activation_checkpointing = true; neither changes what is computed.",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted; go on from the last checkpoint with --resume auto", file=sys.stderr)

@@ -48,6 +48,11 @@ from hgpt.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, package_ve
 
 BATCH_BYTES = 1 << 20  # text handed to a worker at once: about 70 ms of work with tiktoken
 BATCH_DOCUMENTS = 1024
+ONE_DOCUMENT = (
+    "All the text is one document, and the split into train and val is by document. Give several files, a .jsonl file "
+    "with one document per line, or say with --separator what separates the documents of a .txt file (a blank line: "
+    r"--separator '\n\n')."
+)
 FEW_BATCHES = 32  # less than this is encoded before worker processes have even imported their modules
 
 
@@ -352,10 +357,7 @@ def _check_both_sides(split: SplitRule, counts: dict[str, Counts], empty: int, s
     if documents == 0:
         raise UserError(f"There is no text: {empty} empty documents and no others. Give other files.")
     if documents == 1:
-        raise UserError(
-            "All the text is one document, and the split into train and val is by document. Give several "
-            "files (a .txt file is one document), or a .jsonl file with one document per line."
-        )
+        raise UserError(ONE_DOCUMENT)
     if not counts["val"].documents:
         raise UserError(
             f"None of the {documents} documents fell on the val side with --val-fraction "
@@ -468,11 +470,12 @@ def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
     return sorted(unique.values(), key=lambda path: path.as_posix()), sorted(ignored)
 
 
-def read_documents(files: Sequence[Path], text_column: str = "text") -> Iterator[bytes]:
+def read_documents(files: Sequence[Path], text_column: str = "text", separator: str | None = None) -> Iterator[bytes]:
     """The documents of the files, in order, as bytes of UTF-8 text, possibly invalid. Memory stays bounded.
 
-    A .txt file is one document, a .jsonl file has one per line and a .parquet file one per row, in the field
-    or column `text_column`; a null there is an empty document. Raises UserError with file and line or column.
+    A .txt file is one document, or several with `separator` between them; a .jsonl file has one per line and a .parquet
+    file one per row, in the field or column `text_column`; a null there is an empty document. Raises UserError with
+    file and line or column.
     """
     for file in files:
         kind = _kind(file)
@@ -482,7 +485,8 @@ def read_documents(files: Sequence[Path], text_column: str = "text") -> Iterator
             else:
                 with _open(file) as stream:
                     if kind == ".txt":
-                        yield _without_mark(stream.read(), file)
+                        content = _without_mark(stream.read(), file)
+                        yield from [content] if separator is None else content.split(separator.encode())
                     else:
                         yield from _read_jsonl(stream, file, text_column)
         except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
@@ -623,6 +627,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="data folder to write, new or empty")
     add_options(parser, tokenizer="gpt2", val_fraction=0.01)
     parser.add_argument(
+        "--separator",
+        type=_unescape,
+        metavar="TEXT",
+        help=r"what separates the documents inside a .txt file, for example '\n\n'; without it a file is one document",
+    )
+    parser.add_argument(
         "--text-column", default="text", help="field or column that holds the text (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
@@ -634,16 +644,30 @@ def _run(options: argparse.Namespace) -> None:
     if ignored:
         left_out = ", ".join(path.name for path in ignored[:5]) + (", ..." if len(ignored) > 5 else "")
         print(f"left out {len(ignored)} files of other kinds: {left_out}", file=sys.stderr)
+    if options.separator is not None and not any(_kind(path) == ".txt" for path in files):
+        raise UserError("--separator has no effect without a .txt file: leave it out.")
+    total = count_documents(files) if options.separator is None else None
+    if total == 1:  # a tokenizer would be trained before this is found; what is wrong with the file comes first
+        next(iter(read_documents(files, options.text_column)), None)
+        raise UserError(ONE_DOCUMENT)
     names = [path.name for path in files]
     prepared = prepare(
-        lambda: read_documents(files, options.text_column),
+        lambda: read_documents(files, options.text_column, options.separator),
         options.out,
         source=", ".join(names[:4]) + (f" and {len(names) - 4} more files" if len(names) > 4 else ""),
-        preparation={"text_column": options.text_column},
-        total=count_documents(files),
+        preparation={"text_column": options.text_column, "separator": options.separator},
+        total=total,
         **core_settings(options),
     )
     print(summary(prepared))
+
+
+def _unescape(text: str) -> str:
+    r"""A command-line argument in which \n, \t and the like stand for the characters."""
+    value = text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+    if not value:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return value
 
 
 def exit_status(run: Callable[[], None]) -> int:

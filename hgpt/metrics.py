@@ -26,16 +26,21 @@ class LogConfig:
     Args:
         every: steps between logged training losses.
         trackers: "tensorboard" (files in the run folder), "wandb", or both; none for an empty list.
-        wandb_project: project name for Weights & Biases.
+        wandb_project: project name for Weights & Biases, "hgpt" if not set.
     """
 
     every: int = 10
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
-    wandb_project: str = "hgpt"
+    wandb_project: str | None = None
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise UserError(f"log.every must be at least 1 step; got {self.every}")
+        if self.wandb_project is not None and "wandb" not in self.trackers:
+            raise UserError(
+                f'log.wandb_project = {self.wandb_project!r} has no effect without "wandb" in log.trackers: '
+                'set log.trackers = ["wandb"], or remove it'
+            )
 
 
 # Dense bf16 peak in TFLOP/s by words of the device's name, first match wins. From the vendors' data sheets, without
@@ -179,7 +184,11 @@ def build_trackers(config: LogConfig, run_folder: Path, run_name: str, step: int
                 wandb_id.write_text(secrets.token_hex(8))
             trackers.append(
                 WandBTracker(
-                    config.wandb_project, name=run_name, dir=str(run_folder), id=wandb_id.read_text(), resume="allow"
+                    config.wandb_project or "hgpt",
+                    name=run_name,
+                    dir=str(run_folder),
+                    id=wandb_id.read_text(),
+                    resume="allow",
                 )
             )
     return trackers

@@ -11,7 +11,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -372,7 +372,8 @@ def check_resume(saved: dict[str, Any], config: RunConfig, checkpoint: Path) -> 
     Returns the differences that are allowed, one line each, to be shown. Raises UserError listing those that
     change the model or the order of the data.
     """
-    now = settings(config)
+    # A setting that the checkpoint does not know, because it is newer, had its default's effect.
+    saved, now = _defaults(config) | saved, settings(config)
     changed = {name: (saved.get(name), now.get(name)) for name in sorted(saved.keys() | now.keys())}
     lines = {
         name: f"{name}: {_shown(old)} in the checkpoint, {_shown(new)} now"
@@ -388,6 +389,17 @@ def check_resume(saved: dict[str, Any], config: RunConfig, checkpoint: Path) -> 
             "weights along)."
         )
     return list(lines.values())
+
+
+def _defaults(section: Any, prefix: str = "") -> dict[str, Any]:
+    """The defaults by dotted name of all settings of a dataclass that have one other than "not set"."""
+    found: dict[str, Any] = {}
+    for entry in fields(section):
+        if is_dataclass(entry.type):
+            found |= _defaults(entry.type, f"{prefix}{entry.name}.")
+        elif entry.default is not MISSING and entry.default is not None:
+            found[prefix + entry.name] = entry.default
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -152,8 +152,9 @@ def test_ctrl_c_ends_without_a_traceback(tmp_path, capsys, monkeypatch):
         yield
 
     monkeypatch.setattr(documents_module, "_encode_in_order", interrupted)
-    (tmp_path / "a.txt").write_text("x")
-    assert main(["--out", str(tmp_path / "out"), str(tmp_path / "a.txt")]) == 130
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("x")
+    assert main(["--out", str(tmp_path / "out"), str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]) == 130
     assert capsys.readouterr().err.endswith("interrupted: what was written so far was removed again\n")
     assert not (tmp_path / "out").exists()
 
@@ -365,3 +366,39 @@ def test_python_docs_command_line(tmp_path, capsys, corpus, monkeypatch):
     assert 5.5 < float(line.split()[2]) < np.log(2048)
     message = fails(capsys, "--out", tmp_path / "data", main=python_docs_module.main)
     assert "holds a prepared data set already" in message
+
+
+def test_separator_cuts_a_text_file_into_documents(tmp_path, capsys):
+    plays = [f"Scene {number}.\nEnter the king, number {number}, and speaks.\n" for number in range(40)]
+    file = tmp_path / "input.txt"
+    file.write_text("\n".join(plays), encoding="utf-8")
+    assert main(["--out", str(tmp_path / "one"), "--tokenizer", "bpe:300", str(file)]) == 2
+    assert r"--separator '\n\n'" in capsys.readouterr().err
+    assert not (tmp_path / "one").exists()
+
+    out = tmp_path / "out"
+    arguments = [
+        "--out",
+        str(out),
+        "--tokenizer",
+        "bpe:300",
+        "--val-fraction",
+        "0.2",
+        "--separator",
+        r"\n\n",
+        str(file),
+    ]
+    assert main(arguments) == 0
+    meta = read_meta(out)
+    assert sum(split.documents for split in meta.splits.values()) == len(plays)
+    tokenizer = load_tokenizer(str(out))
+    text = "".join(
+        tokenizer.decode(TokenShards.open(out, split).read(0, meta.splits[split].tokens)) for split in SPLITS
+    )
+    documents = text.split("<|endoftext|>")[:-1]
+    assert sorted(document.strip() for document in documents) == sorted(play.strip() for play in plays)
+
+    table = tmp_path / "table.jsonl"
+    table.write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert main(["--out", str(tmp_path / "no"), "--separator", "x", str(table)]) == 2
+    assert "--separator has no effect" in capsys.readouterr().err

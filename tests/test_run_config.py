@@ -347,6 +347,15 @@ def test_resume_of_the_same_configuration(file):
     assert check_resume(saved(config), replace(config, resume="auto"), Path("c")) == []
 
 
+def test_a_checkpoint_from_before_a_setting_existed_goes_on(file):
+    config = load(file)
+    older = {name: value for name, value in saved(config).items() if name != "model.activation_function"}
+    assert check_resume(older, config, Path("c")) == []
+    changed = load(file, "--model.activation_function", "gelu_pytorch_tanh")
+    with pytest.raises(UserError, match=r"model\.activation_function: 'gelu' in the checkpoint"):
+        check_resume(older, changed, Path("c"))
+
+
 def test_resume_shows_what_may_differ(file):
     arguments = ["--optim.lr", "1e-3", "--train.steps", "200", "--train.micro_batch", "2", "--optim.betas", "[0, 0.9]"]
     now = load(file, *arguments, "--data.path", "data/moved", "--model.init_from", "gpt2")

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -440,15 +442,54 @@ def test_a_resume_with_another_model_or_data_shows_the_difference(data, tmp_path
     assert (config.run_folder / "config.toml").read_text() == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("bad_step", "found"),
+    [
+        (2, "the validation loss after step 3 is nan"),  # found where a checkpoint is due
+        (3, "the loss of step 5 is nan"),
+        (5, "the validation loss after step 6 is nan"),
+    ],
+)
+def test_a_run_that_diverges_stops_and_saves_nothing_bad(data, tmp_path, monkeypatch, bad_step, found):
     config = make_config(data, tmp_path)
     original = train.learning_rate
-    monkeypatch.setattr(train, "learning_rate", lambda step, *rest: 1e30 if step == 3 else original(step, *rest))
-    with pytest.raises(UserError, match=r"the loss of step 5 is nan .*last checkpoint: .*step_0000003"):
+    monkeypatch.setattr(train, "learning_rate", lambda step, *rest: 1e30 if step == bad_step else original(step, *rest))
+    saved = [] if bad_step == 2 else ["step_0000003"]
+    last = r".*step_0000003" if saved else "none"
+    with pytest.raises(UserError, match=rf"{found}.*last checkpoint: {last}"):
         train.main(config)
-    assert [path.name for path in checkpoints(config.run_folder)] == ["step_0000003"]
-    weights = load_file(checkpoints(config.run_folder)[0] / "model" / "model.safetensors")
-    assert all(torch.isfinite(value).all() for value in weights.values())
+    assert [path.name for path in checkpoints(config.run_folder)] == saved
+    for checkpoint in checkpoints(config.run_folder):
+        weights = load_file(checkpoint / "model" / "model.safetensors")
+        assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch):
+    config = make_config(data, tmp_path, eval={"every": 1000})
+    clip = Accelerator.clip_grad_norm_
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *arguments: clip(*arguments) * float("nan"))
+    with pytest.raises(UserError, match="the gradient of step 1 is not finite"):
+        train.main(config)
+    assert not checkpoints(config.run_folder)
+
+
+def test_what_the_launcher_cannot_have(data, tmp_path, monkeypatch):
+    config = make_config(data, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+        with pytest.raises(UserError, match=r"mixed precision fp16, and train\.precision is fp32"):
+            train.main(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
+        with pytest.raises(UserError, match="the launcher asks for DEEPSPEED"):
+            train.main(config)
+    assert not config.run_folder.exists()
+
+
+def test_a_runs_dir_that_cannot_be_made(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"run folder .* cannot be written: .*choose another --runs_dir"):
+        train.main(make_config(data, tmp_path / "file"))
 
 
 def test_data_that_does_not_fit_is_found_before_anything_is_written(data, tmp_path):
