@@ -1,10 +1,11 @@
 """Harmonic against softmax on the quickstart corpus, each at its own best initial gain and learning rate.
 
     python -m benchmarks.quickstart_sweep [--jobs 2] [--runs-dir runs/sweep]
+    python -m benchmarks.quickstart_sweep --report           # only the table of the runs that have finished
 
-For each head, from configs/quickstart.toml and configs/quickstart_softmax.toml: first every exponent and initial gain
-at the first learning rate, then the other learning rates at the best of them, then further seeds of the best point.
-Prints the tables of RESULTS.md. Finished runs are kept and not repeated. One run takes one core for about five minutes.
+Trains configs/quickstart.toml and configs/quickstart_softmax.toml with one seed at every point below, then with the
+other seeds at the best point of each head with the embeddings of the shipped configuration, tied or not. Finished runs
+are kept and not repeated. One run takes one core for about five minutes.
 """
 
 import argparse
@@ -13,41 +14,65 @@ import os
 import statistics
 import subprocess
 import sys
+import tomllib
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CONFIGS = {"harmonic": "configs/quickstart.toml", "softmax": "configs/quickstart_softmax.toml"}
-GEOMETRIES = {
-    "harmonic": [
-        {"model.head.exponent": exponent, "model.head.final_norm_gain": gain}
-        for exponent, gain in (("3*sqrt_dim", 0.05), ("3*sqrt_dim", 0.025), ("2*sqrt_dim", 0.05), ("4*sqrt_dim", 0.05))
-    ],
-    "softmax": [{"model.head.final_norm_gain": gain} for gain in (1.0, 3.0, 6.0, 12.0)],
-}
-LEARNING_RATES = (3e-3, 6e-3, 1.5e-3)
-LARGEST_RATIO = 0.8  # of the mean distance to the target to the median distance
 SEEDS = (1337, 1338, 1339)
+LARGEST_RATIO = 0.8  # of the distance to the target to the median distance; above it distances hardly differ
 
-Point = dict[str, str | float]
+Point = tuple[bool, str, float, float]  # tied, exponent (empty for softmax), initial gain, learning rate
+POINTS: dict[str, list[Point]] = {
+    "harmonic": [
+        (False, "3*sqrt_dim", 0.05, 3e-3),
+        (False, "4*sqrt_dim", 0.05, 3e-3),
+        (False, "3*sqrt_dim", 0.1, 3e-3),
+        (False, "3*sqrt_dim", 0.05, 6e-3),
+        (False, "3*sqrt_dim", 0.05, 1.5e-3),
+        (True, "4*sqrt_dim", 0.05, 3e-3),
+        (True, "3*sqrt_dim", 0.05, 3e-3),
+        (True, "3*sqrt_dim", 0.025, 3e-3),
+        (True, "2*sqrt_dim", 0.05, 3e-3),
+    ],
+    "softmax": [
+        (False, "", 6.0, 3e-3),
+        (False, "", 3.0, 3e-3),
+        (False, "", 12.0, 3e-3),
+        (False, "", 6.0, 6e-3),
+        (False, "", 6.0, 1.5e-3),
+        (True, "", 1.0, 3e-3),
+        (True, "", 3.0, 3e-3),
+        (True, "", 6.0, 3e-3),
+        (True, "", 12.0, 3e-3),
+        (True, "", 6.0, 6e-3),
+        (True, "", 6.0, 1.5e-3),
+    ],
+}
 
 
 def run(head: str, point: Point, seed: int, arguments: argparse.Namespace) -> dict[str, float]:
     """Train one point; returns its last evaluation."""
-    label = "-".join(f"{name.rsplit('.', 1)[-1]}_{value}" for name, value in point.items()).replace("*", "x")
-    folder = arguments.runs_dir / f"{head}-{label}-{seed}"
+    tied, exponent, gain, lr = point
+    number = exponent.replace("*sqrt_dim", "")
+    folder = arguments.runs_dir / f"{head}{number}-{'tied' if tied else 'untied'}-gain{gain:g}-lr{lr:g}-seed{seed}"
     finished = folder / "finished"
     if not finished.exists():
-        settings = point | {
+        settings = {
             "name": folder.name,
             "runs_dir": arguments.runs_dir,
             "resume": "auto",
             "data.path": arguments.data,
+            "model.tie_word_embeddings": str(tied).lower(),
+            "model.head.final_norm_gain": gain,
             "train.seed": seed,
-            "optim.min_lr": float(point["optim.lr"]) / 10,
+            "optim.lr": lr,
+            "optim.min_lr": lr / 10,
             "eval.every": 100_000,
             "eval.unigram_baseline": "false",
             "checkpoint.every": 100_000,
-        }
+        } | ({"model.head.exponent": exponent} if exponent else {})
         command = [sys.executable, "train.py", "--config", CONFIGS[head]]
         # Two runs of one thread each do more than one of two.
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -58,62 +83,64 @@ def run(head: str, point: Point, seed: int, arguments: argparse.Namespace) -> di
             stdout=subprocess.DEVNULL,
         )
         finished.touch()
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    result = [record for record in records if record["kind"] == "eval"][-1]
+    result = last_evaluation(folder)
     print(f"{folder.name}: {result['loss']:.4f}", file=sys.stderr, flush=True)
     return result
 
 
-def search(head: str, arguments: argparse.Namespace) -> tuple[list[tuple[Point, dict]], list[dict]]:
-    """All points of one seed with their results, best first, and the results of all seeds of the best one."""
-    tried = [
-        (point, run(head, point, SEEDS[0], arguments))
-        for point in [geometry | {"optim.lr": LEARNING_RATES[0]} for geometry in GEOMETRIES[head]]
-    ]
-    best, _ = min(tried, key=_loss)
-    tried += [(point, run(head, point, SEEDS[0], arguments)) for point in _other_rates(best)]
-    tried.sort(key=_loss)
-    return tried, [run(head, tried[0][0], seed, arguments) for seed in SEEDS]
+def last_evaluation(folder: Path) -> dict[str, float]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["kind"] == "eval"][-1]
 
 
-def _other_rates(point: Point) -> list[Point]:
-    return [point | {"optim.lr": lr} for lr in LEARNING_RATES[1:]]
+def report(runs_dir: Path) -> None:
+    """One row for each point that was run, the best first, the mean over its seeds."""
+    rows: dict[tuple, list[tuple[int, dict]]] = defaultdict(list)
+    for finished in runs_dir.glob("*/finished"):
+        config = tomllib.loads((finished.parent / "config.toml").read_text())
+        head, model = config["model"]["head"], config["model"]
+        tied = "tied" if model["tie_word_embeddings"] else "untied"
+        point = (head["type"], tied, head.get("exponent", ""), head["final_norm_gain"], config["optim"]["lr"])
+        rows[point].append((config["train"]["seed"], last_evaluation(finished.parent)))
+    print("| head | embeddings | exponent n | initial gain | learning rate | validation loss | seeds | d ratio |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for point, results in sorted(rows.items(), key=lambda row: (row[0][:2], _mean(row[1], "loss"))):
+        ratio = f"{_mean(results, 'target_over_median_distance'):.3f}" if point[0] == "harmonic" else ""
+        each = ", ".join(f"{result['loss']:.4f}" for _, result in sorted(results, key=lambda seed: seed[0]))
+        print(f"| {' | '.join(map(str, point))} | {_mean(results, 'loss'):.4f} | {each} | {ratio} |")
 
 
-def _loss(row: tuple[Point, dict]) -> tuple[bool, float]:
-    """Ordered by loss, after the harmonic points whose distances hardly differ: those are softmax by another name."""
-    result = row[1]
-    return result.get("target_over_median_distance", 0.0) > LARGEST_RATIO, result["loss"]
+def _mean(results: list[tuple[int, dict]], name: str) -> float:
+    return statistics.mean(result[name] for _, result in results)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=2, choices=(1, 2), help="heads at a time, one core each")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/sweep"))
     parser.add_argument("--data", default="data/python_docs")
+    parser.add_argument("--report", action="store_true", help="train nothing")
     arguments = parser.parse_args()
-    arguments.runs_dir.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        results = dict(zip(CONFIGS, pool.map(lambda head: search(head, arguments), CONFIGS), strict=True))
-
-    print("| head | exponent n | initial gain | learning rate | validation loss | d target / d median |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for head, (tried, _) in results.items():
-        for point, result in tried:
-            print(_row(head, point, f"{result['loss']:.4f}", [result]))
-    print("\n| head | exponent n | initial gain | learning rate | mean of three seeds (each) | d target / d median |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for head, (tried, seeds) in results.items():
-        losses = [result["loss"] for result in seeds]
-        shown = f"**{statistics.mean(losses):.4f}** ({', '.join(f'{loss:.4f}' for loss in losses)})"
-        print(_row(head, tried[0][0], shown, seeds))
+    if not arguments.report:
+        arguments.runs_dir.mkdir(parents=True, exist_ok=True)
+        jobs = [(head, point) for head, points in POINTS.items() for point in points]
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            results = list(pool.map(lambda job: run(*job, SEEDS[0], arguments), jobs))
+            best = [_best(head, jobs, results) for head in POINTS]
+            list(pool.map(lambda job: run(*job, arguments), [(*job, seed) for seed in SEEDS for job in best]))
+    report(arguments.runs_dir)
 
 
-def _row(head: str, point: Point, loss: str, results: list[dict]) -> str:
-    ratios = [r["target_over_median_distance"] for r in results if "target_over_median_distance" in r]
-    ratio = f"{statistics.mean(ratios):.3f}" if ratios else ""
-    exponent = point.get("model.head.exponent", "")
-    return f"| {head} | {exponent} | {point['model.head.final_norm_gain']} | {point['optim.lr']} | {loss} | {ratio} |"
+def _best(head: str, jobs: list[tuple[str, Point]], results: list[dict]) -> tuple[str, Point]:
+    """The job of `head` with the lowest loss among those with the shipped embeddings whose distances are used."""
+    shipped = tomllib.loads(Path(CONFIGS[head]).read_text())["model"].get("tie_word_embeddings", True)
+    candidates = [
+        (result["loss"], job)
+        for job, result in zip(jobs, results, strict=True)
+        if job[0] == head and job[1][0] == shipped
+        if result.get("target_over_median_distance", 0.0) < LARGEST_RATIO
+    ]
+    return min(candidates)[1]
 
 
 if __name__ == "__main__":

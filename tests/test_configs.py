@@ -12,10 +12,11 @@ from hgpt.run_config import RunConfig, load_run_config, settings
 CONFIGS = Path(__file__).parent.parent / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.toml"))
 
-# 12 · L · D² + V · D + T · D + (2 · L + 1) · D for tied models without biases, V padded to a multiple of 64: by hand.
+# 12 · L · D² + V · D + T · D + (2 · L + 1) · D for models without biases, V padded to a multiple of 64, and another
+# V · D where embeddings are not tied, as in the quickstart: by hand.
 PARAMETERS = {
-    "quickstart": 1066112,
-    "quickstart_softmax": 1066112,
+    "quickstart": 1_328_256,
+    "quickstart_softmax": 1_328_256,
     "gpt2_small_harmonic": 124_373_760,
     "gpt2_small_softmax": 124_373_760,
     "gpt2_medium_harmonic": 354_599_936,

@@ -20,6 +20,7 @@ NOT_RUN = {
     "make quickstart": "takes minutes; its commands are those of `Train`, which run",
     "make test": "is running",
     "--multi_gpu": "needs GPUs",
+    "hf download": "needs a download",
     "--tokenizer gpt2 --val-fraction 0.0005 openwebtext/": "needs a download",
     "--model.init_from gpt2": "needs a download",
 }
@@ -88,6 +89,7 @@ def test_commands_that_are_not_run_have_settings_that_parse(monkeypatch):
 
 
 def test_files_and_links_exist():
+    assert "@@" not in README
     tree = blocks("")[0]
     # A name at the start of a line is at the top, one that is indented lies in the folder above it.
     folder = ROOT
