@@ -45,6 +45,12 @@ def chunk_positions(num_rows: int, dtype: torch.dtype = torch.float32) -> int:
     return max(64, _CHUNK_BYTES // per_position // 64 * 64)
 
 
+def _gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of G and of the gradients until the backward pass has scaled them: what is divided by the number of tokens lies
+    below float16's range. bfloat16 has the range, and runs through the tensor cores."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def _block_positions(products: Tensor) -> int:
     if products.is_cpu:
         return max(1, _BLOCK_BYTES // (products.shape[1] * products.itemsize))
@@ -138,15 +144,17 @@ def _losses_and_grads(
     need_w: bool,
     need_n: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses (N,), and the gradients of Σ_t weights_t losses_t by x, w and n; empty tensors for those not needed."""
+    """Losses (N,), and the gradients of Σ_t weights_t losses_t by x, w and n; empty tensors for those not needed.
+
+    Those by x and w are in `_gradient_dtype`.
+    """
     num, dtype, harmonic = x.shape[0], accumulation_dtype(x.dtype), exponent is not None
-    # G is about p / tokens, below float16's range; for bfloat16 it runs through the tensor cores.
-    g_dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    g_dtype = _gradient_dtype(x.dtype)
     n = exponent.item() if exponent is not None and exponent.is_cpu else exponent
     terms = _Terms(n, num_classes, smoothing, need_n)
     w_sq = torch.cat([rows.to(dtype).square().sum(-1) for rows in w.split(4096)])  # (V,)
     losses = x.new_empty(num, dtype=dtype)
-    grad_x = x.new_empty(x.shape if need_x else 0)
+    grad_x = x.new_empty(x.shape if need_x else 0, dtype=g_dtype)
     grad_w = x.new_zeros(w.shape if need_w else 0, dtype=dtype)
     grad_n = x.new_zeros((), dtype=dtype)
     g_rowsum, g_colsum = losses.new_zeros(num, 1), torch.zeros_like(w_sq)
@@ -191,7 +199,7 @@ def _losses_and_grads(
     if need_w and harmonic:
         for rows, sums, part_w in zip(grad_w.split(4096), g_colsum.split(4096), w.split(4096), strict=True):
             rows.addcmul_(sums[:, None], part_w.to(dtype), value=-1)
-    return losses, grad_x, grad_w.to(w.dtype), grad_n
+    return losses, grad_x, grad_w.to(g_dtype), grad_n
 
 
 # Operators of their own, so that torch.compile takes each as one node of its graph. Exported checkpoints bring a copy
@@ -235,9 +243,10 @@ def _position_losses(
 
 @_summed_loss.register_fake
 def _(x, w, targets, weights, exponent, num_classes, smoothing, chunk, need_x, need_w, need_n):  # type: ignore[no-untyped-def]
-    dtype = accumulation_dtype(x.dtype)
-    total, grad_n = x.new_empty((), dtype=dtype), x.new_empty((), dtype=dtype)
-    return total, x.new_empty(x.shape if need_x else 0), w.new_empty(w.shape if need_w else 0), grad_n
+    dtype, g_dtype = accumulation_dtype(x.dtype), _gradient_dtype(x.dtype)
+    grad_x = x.new_empty(x.shape if need_x else 0, dtype=g_dtype)
+    grad_w = x.new_empty(w.shape if need_w else 0, dtype=g_dtype)
+    return x.new_empty((), dtype=dtype), grad_x, grad_w, x.new_empty((), dtype=dtype)
 
 
 @_position_losses.register_fake
@@ -255,7 +264,9 @@ def _refuse_second_derivative() -> None:
 
 def _keep_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # of the gradients as outputs, which nobody else sees
-    ctx.needed, ctx.exponent_dtype = inputs[-3:], None if inputs[4] is None else inputs[4].dtype
+    x, exponent = inputs[0], inputs[4]
+    ctx.dtypes = x.dtype, x.dtype, x.dtype if exponent is None else exponent.dtype
+    ctx.needed = inputs[-3:]
     ctx.save_for_backward(*output[1:])
 
 
@@ -263,9 +274,11 @@ def _scale_gradients(ctx: Any, grad_output: Tensor | None, *others: None) -> tup
     _refuse_second_derivative()
     if grad_output is None:
         return (None,) * 11
-    grads = [g * grad_output if needed else None for g, needed in zip(ctx.saved_tensors, ctx.needed, strict=True)]
-    grad_n = grads[2] if grads[2] is None else grads[2].to(ctx.exponent_dtype)
-    return grads[0], grads[1], None, None, grad_n, *(None,) * 6
+    grad_x, grad_w, grad_n = (
+        (grad * grad_output).to(dtype) if needed else None
+        for grad, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needed, strict=True)
+    )
+    return grad_x, grad_w, None, None, grad_n, *(None,) * 6
 
 
 def _keep_operands(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -277,10 +290,12 @@ def _compute_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ..
     _refuse_second_derivative()
     x, w, targets, exponent = ctx.saved_tensors
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    _, *computed = _summed_loss(x, w, targets, grad_output.contiguous(), exponent, *ctx.options, *needed)
-    grads = [g if need else None for g, need in zip(computed, needed, strict=True)]
-    grad_n = grads[2] if grads[2] is None else grads[2].to(exponent.dtype)
-    return grads[0], grads[1], None, grad_n, None, None, None
+    _, *grads = _summed_loss(x, w, targets, grad_output.contiguous(), exponent, *ctx.options, *needed)
+    grad_x, grad_w, grad_n = (
+        grad.to(operand.dtype) if need else None
+        for grad, operand, need in zip(grads, (x, w, exponent), needed, strict=True)
+    )
+    return grad_x, grad_w, None, grad_n, None, None, None
 
 
 _summed_loss.register_autograd(_scale_gradients, setup_context=_keep_gradients)

@@ -329,6 +329,23 @@ def test_options_are_no_less_accurate_than_dense(
 
 @BOTH
 @pytest.mark.parametrize("recompute", [False, True])
+def test_float16_gradients_survive_a_large_batch_under_a_loss_scale(
+    fused_loss: Callable, dense_loss: Callable, recompute: bool
+) -> None:
+    """Divided by a million tokens they lie below float16's range, times the loss scale within it."""
+    problem = make_problem(planted=False).to(torch.float16)
+    expected = differentiate(lambda *operands: dense_loss(*operands, reduction="sum"), problem.to(torch.float64))
+
+    def scaled(*operands: Tensor) -> Tensor:
+        return fused_loss(*operands, num_items=10**6, recompute=recompute) * 10**6
+
+    result = differentiate(scaled, problem)
+    assert relative_error(result.grad_x, expected.grad_x) < 1e-3
+    assert relative_error(result.grad_w, expected.grad_w) < 1e-3
+
+
+@BOTH
+@pytest.mark.parametrize("recompute", [False, True])
 def test_smoothing_spreads_over_the_classes_and_not_the_padding(
     fused_loss: Callable, dense_loss: Callable, recompute: bool
 ) -> None:

@@ -1,11 +1,12 @@
 """The benchmark of the heads runs, and measures what it says."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import head_loss
+from benchmarks import head_loss, head_scaling
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,3 +41,17 @@ def test_errors(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             head_loss.main(arguments)
         assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_scaling_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        head_scaling, "in_a_process_of_its_own", lambda name, settings: 2**20
+    )  # its start takes seconds
+    out = tmp_path / "scaling.svg"
+    sizes = ["--first", "64", "--max-positions", "64", "--max-rows", "64", "--positions", "64", "--rows", "64"]
+    head_scaling.main(["--out", str(out), *sizes, "--dim", "8", "--rounds", "1", "--threads", "1", "--limit", "0"])
+    printed = capsys.readouterr().out
+    assert out.exists() and "positions      64  fused harmonic" in printed and "rows      64  fused harmonic" in printed
+    assert "dense harmonic" not in printed  # it does not fit into 0 GiB
