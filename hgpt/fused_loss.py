@@ -29,9 +29,10 @@ from .harmax import accumulation_dtype, distance_floor, inner_products
 
 REDUCTIONS = ("mean", "sum", "none")
 
-# Bytes of the (chunk, vocabulary) buffer. Measured on two CPU threads at V = 50304, D = 768 (benchmarks/
-# head_loss.py): 256 positions a chunk is as fast as 512 and takes half the memory; fewer starve the products.
-_CHUNK_BYTES = 52 * 2**20
+# Bytes of the (chunk, vocabulary) buffer. On a CPU measured, on two threads at V = 50304, D = 768 (benchmarks/
+# head_loss.py): 256 positions a chunk is as fast as 512 and takes half the memory; fewer starve the products. On a GPU
+# not measured yet: by arithmetic, adding to the gradient of w is then a tenth of the products' time.
+_CHUNK_BYTES_CPU, _CHUNK_BYTES_GPU = 52 * 2**20, 512 * 2**20
 # Bytes of the rows of a chunk that go through the pointwise operations together on a CPU: they stay in its
 # second-level cache from the first operation to the last.
 _BLOCK_BYTES = 2**20
@@ -39,10 +40,12 @@ _BLOCK_BYTES = 2**20
 _LOG2_E, _LN_2 = 1 / math.log(2), math.log(2)
 
 
-def chunk_positions(num_rows: int, dtype: torch.dtype = torch.float32) -> int:
-    """Positions per chunk for `num_rows` rows of w: about 50 MiB a buffer, a multiple of 64, at least 64."""
+def chunk_positions(num_rows: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> int:
+    """Positions per chunk for `num_rows` rows of w: a multiple of 64, at least 64, so that a chunk's scores take about
+    50 MiB on a CPU and 500 MiB elsewhere."""
     per_position = num_rows * accumulation_dtype(dtype).itemsize
-    return max(64, _CHUNK_BYTES // per_position // 64 * 64)
+    size = _CHUNK_BYTES_CPU if device == "cpu" else _CHUNK_BYTES_GPU
+    return max(64, size // per_position // 64 * 64)
 
 
 def _gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -331,7 +334,7 @@ def _fused_loss(
     if isinstance(exponent, float | int):
         exponent = torch.tensor(exponent, dtype=torch.float64)
     num_classes = w.shape[0] if num_classes is None else num_classes
-    chunk = chunk_positions(w.shape[0], x.dtype) if chunk is None else chunk
+    chunk = chunk_positions(w.shape[0], x.dtype, x.device.type) if chunk is None else chunk
     shape, dtype = targets.shape, accumulation_dtype(x.dtype)
     x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     counted = targets != ignore_index
@@ -389,7 +392,7 @@ def fused_harmonic_loss(
         label_smoothing: ε of q = (1 − ε) 1[i = y] + ε / num_classes, for −Σ_i q_i log p_i in the place of −log p_y.
         recompute: keep only the operands for the backward pass, which then computes the products again: four matrix
             products instead of three, and no gradient of w in memory in between. Always so with "none".
-        chunk: positions per chunk, default `chunk_positions(V)`.
+        chunk: positions per chunk, default `chunk_positions(V, dtype, device)`.
 
     Returns:
         A float32 scalar (float64 for float64 operands). Gradients reach `x` and `w` in their dtype, with sums

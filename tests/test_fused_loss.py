@@ -71,6 +71,7 @@ def dense_softmax(x: Tensor, w: Tensor, targets: Tensor, **kwargs: Any) -> Tenso
 BOTH = pytest.mark.parametrize(
     ("fused_loss", "dense_loss"), [(fused, dense), (fused_softmax, dense_softmax)], ids=["harmonic", "softmax"]
 )
+RECOMPUTE = pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recomputed"])
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
@@ -140,6 +141,7 @@ def test_default_chunk_fits_its_memory() -> None:
     assert chunk_positions(50304, torch.bfloat16) == 256  # the scores are float32 either way
     assert chunk_positions(50304, torch.float64) == 128
     assert chunk_positions(10**7) == 64
+    assert chunk_positions(50304, torch.bfloat16, "cuda") == 2624
 
 
 # Targets, divisors, padding
@@ -261,26 +263,29 @@ def test_same_bits_every_time(fused_loss: Callable, dense_loss: Callable) -> Non
         assert torch.equal(value, again)
 
 
-def test_backward_twice_through_one_graph() -> None:
+@RECOMPUTE
+def test_backward_twice_through_one_graph(recompute: bool) -> None:
     problem = make_problem().to(torch.float32)
-    loss = fused(*problem)
+    loss = fused(*problem, recompute=recompute)
     first = torch.autograd.grad(loss, problem.w, retain_graph=True)[0]
     assert torch.equal(torch.autograd.grad(loss, problem.w)[0], first)
 
 
-def test_a_second_derivative_is_refused() -> None:
+@RECOMPUTE
+def test_a_second_derivative_is_refused(recompute: bool) -> None:
     problem = make_problem().to(torch.float64)
-    loss = fused(*problem)
+    loss = fused(*problem, recompute=recompute)
     with pytest.raises(RuntimeError, match=r"no second derivative.*cross_entropy on its logits"):
         torch.autograd.grad(loss, problem.x, create_graph=True)
 
 
 @BOTH
-def test_autocast_has_no_effect(fused_loss: Callable, dense_loss: Callable) -> None:
+@RECOMPUTE
+def test_autocast_has_no_effect(fused_loss: Callable, dense_loss: Callable, recompute: bool) -> None:
     problem = make_problem().to(torch.float32)
     expected = differentiate(fused_loss, problem)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = differentiate(fused_loss, problem)
+        result = differentiate(fused_loss, problem, recompute=recompute)
     assert all(torch.equal(value, reference) for value, reference in zip(result, expected, strict=True))
 
 
@@ -289,7 +294,7 @@ def test_autocast_has_no_effect(fused_loss: Callable, dense_loss: Callable) -> N
 
 @BOTH
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("recompute", [False, True])
+@RECOMPUTE
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_options_equal_the_dense_reference_in_float64(
     fused_loss: Callable, dense_loss: Callable, reduction: str, recompute: bool, label_smoothing: float
@@ -328,7 +333,7 @@ def test_options_are_no_less_accurate_than_dense(
 
 
 @BOTH
-@pytest.mark.parametrize("recompute", [False, True])
+@RECOMPUTE
 def test_float16_gradients_survive_a_large_batch_under_a_loss_scale(
     fused_loss: Callable, dense_loss: Callable, recompute: bool
 ) -> None:
@@ -345,7 +350,7 @@ def test_float16_gradients_survive_a_large_batch_under_a_loss_scale(
 
 
 @BOTH
-@pytest.mark.parametrize("recompute", [False, True])
+@RECOMPUTE
 def test_smoothing_spreads_over_the_classes_and_not_the_padding(
     fused_loss: Callable, dense_loss: Callable, recompute: bool
 ) -> None:
@@ -498,7 +503,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, mode: TorchDispatchMode) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("recompute", [False, True])
+@RECOMPUTE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_tensor_of_tokens_times_vocabulary(
     fused_loss: Callable,
@@ -555,7 +560,7 @@ def test_gradients_that_nobody_needs_cost_nothing(
 
 
 @BOTH
-@pytest.mark.parametrize("recompute", [False, True])
+@RECOMPUTE
 def test_evaluation_does_not_pay_for_gradients(
     fused_loss: Callable, dense_loss: Callable, recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
