@@ -155,7 +155,9 @@ def _losses_and_grads(
     g_dtype = _gradient_dtype(x.dtype)
     n = exponent.item() if exponent is not None and exponent.is_cpu else exponent
     terms = _Terms(n, num_classes, smoothing, need_n)
-    w_sq = torch.cat([rows.to(dtype).square().sum(-1) for rows in w.split(4096)])  # (V,)
+    w_sq = w.new_empty(w.shape[0], dtype=dtype)  # (V,)
+    for rows, squares in zip(w.split(1024), w_sq.split(1024), strict=True):  # no second tensor of the size of w
+        torch.sum(rows.to(dtype).square(), -1, out=squares)
     losses = x.new_empty(num, dtype=dtype)
     grad_x = x.new_empty(x.shape if need_x else 0, dtype=g_dtype)
     grad_w = x.new_zeros(w.shape if need_w else 0, dtype=dtype)
@@ -200,7 +202,7 @@ def _losses_and_grads(
             else:
                 grad_w += inner_products(g.T, x_c.T.to(g_dtype))
     if need_w and harmonic:
-        for rows, sums, part_w in zip(grad_w.split(4096), g_colsum.split(4096), w.split(4096), strict=True):
+        for rows, sums, part_w in zip(grad_w.split(1024), g_colsum.split(1024), w.split(1024), strict=True):
             rows.addcmul_(sums[:, None], part_w.to(dtype), value=-1)
     return losses, grad_x, grad_w.to(g_dtype), grad_n
 
@@ -267,19 +269,24 @@ def _refuse_second_derivative() -> None:
 
 def _keep_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # of the gradients as outputs, which nobody else sees
-    x, exponent = inputs[0], inputs[4]
-    ctx.dtypes = x.dtype, x.dtype, x.dtype if exponent is None else exponent.dtype
-    ctx.needed = inputs[-3:]
-    ctx.save_for_backward(*output[1:])
+    x, w, targets, weights, exponent, *ctx.options = inputs
+    ctx.save_for_backward(x, w, targets, weights, exponent)
+    # Beside the saved tensors, for the backward pass to take away: w.grad then becomes the very gradient computed here,
+    # and there is never a second tensor of its size. Detached, or they would refer to themselves through this node.
+    ctx.grads = [grad.detach() for grad in output[1:]]
+    ctx.dtypes = x.dtype, w.dtype, None if exponent is None else exponent.dtype
 
 
 def _scale_gradients(ctx: Any, grad_output: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
     _refuse_second_derivative()
     if grad_output is None:
         return (None,) * 11
+    grads, ctx.grads = ctx.grads, None
+    if grads is None:  # a second time through one graph
+        _, *grads = _summed_loss(*ctx.saved_tensors, *ctx.options)
     grad_x, grad_w, grad_n = (
-        (grad * grad_output).to(dtype) if needed else None
-        for grad, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needed, strict=True)
+        grad.mul_(grad_output).to(dtype) if needed else None
+        for grad, dtype, needed in zip(grads, ctx.dtypes, ctx.options[-3:], strict=True)
     )
     return grad_x, grad_w, None, None, grad_n, *(None,) * 6
 
