@@ -29,9 +29,9 @@ from .harmax import accumulation_dtype, distance_floor, inner_products
 
 REDUCTIONS = ("mean", "sum", "none")
 
-# Bytes of the (chunk, vocabulary) buffer. On a CPU measured, on two threads at V = 50304, D = 768 (benchmarks/
-# head_loss.py): 256 positions a chunk is as fast as 512 and takes half the memory; fewer starve the products. On a GPU
-# not measured yet: by arithmetic, adding to the gradient of w is then a tenth of the products' time.
+# Bytes of the (chunk, vocabulary) buffer. On a CPU, two threads, V = 50304, D = 768 (benchmarks/head_loss.py --chunk),
+# 192 to 512 positions a chunk differ by less than the noise of a shared machine; 256 are 49 MiB. On a GPU not measured
+# yet: by arithmetic, adding to the gradient of w is then a tenth of the products' time.
 _CHUNK_BYTES_CPU, _CHUNK_BYTES_GPU = 52 * 2**20, 512 * 2**20
 # Bytes of the rows of a chunk that go through the pointwise operations together on a CPU: they stay in its
 # second-level cache from the first operation to the last.
