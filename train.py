@@ -102,6 +102,7 @@ def main(config: RunConfig) -> dict[str, float]:
         if config.model.init_from is not None:
             for note in initialize_from(model, config.model.init_from):
                 say(f"{config.model.init_from}: {note}")
+    model.lm_head.label_smoothing = config.train.label_smoothing  # in training mode only, and not exported
     set_seed(config.train.seed, device_specific=True)
     if config.train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})

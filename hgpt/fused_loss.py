@@ -3,136 +3,327 @@
 In two lines of PyTorch, which are what `harmax.harmonic_loss` computes and the tests compare with, the harmonic loss is
 
     scores = -n / 2 * torch.log(torch.cdist(x, w) ** 2)
-    loss = F.cross_entropy(scores, targets)
+    loss = F.cross_entropy(scores, targets, label_smoothing=ε)
 
 Positions are taken in chunks. Within one chunk the products x·wᵀ become d², the scores, the probabilities p
-and, in the same pass, G, the derivative of the loss by the products; the backward pass only scales:
+and, in the same pass, G, the derivative of the loss by the products; the backward pass only scales. With
+q = (1 − ε) 1[i = y] + ε/V and s_i = log(d_i^(−n)), up to a constant per position,
 
-    G_ti = n (p_ti − 1[i = y_t]) / d²_ti,    ∂L/∂x = G w − rowsum(G) ⊙ x,    ∂L/∂w = Gᵀ x − colsum(G) ⊙ w
+    G_ti = n (p_ti − q_ti) / d²_ti,    ∂L/∂x = G w − rowsum(G) ⊙ x,    ∂L/∂w = Gᵀ x − colsum(G) ⊙ w
+    ∂L/∂n = Σ_ti (p_ti − q_ti) s_ti / n
 
-For the softmax twin the scores are the products themselves, G = p − 1[i = y], and the sums fall away: three
-matrix products either way. `torch.nn.functional.linear_cross_entropy` does the same for softmax, but with
-bfloat16 operands adds up the loss over its chunks in bfloat16 (torch 2.13: 29312 for 29099.6 nats over 3000
-tokens), and the two heads are to be compared.
+For the softmax twin the scores are the products themselves, G = p − q, and the sums fall away: three matrix
+products either way. `torch.nn.functional.linear_cross_entropy` does the same for softmax, but with bfloat16
+operands adds up the loss over its chunks in bfloat16 (torch 2.13: 29312 for 29099.6 nats over 3000 tokens),
+and the two heads are to be compared.
 """
 
-from typing import Any
+import math
+import re
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .harmax import accumulation_dtype, distance_floor, inner_products
 
-# Bytes of the (chunk, vocabulary) buffers. Measured on two CPU threads at V = 50304, D = 768: 256 positions a chunk
-# is as fast as 512 and takes half the memory; fewer starve the products.
-_CHUNK_BYTES = 52 * 2**20
+REDUCTIONS = ("mean", "sum", "none")
+
+# Bytes of the (chunk, vocabulary) buffer. On a CPU, two threads, V = 50304, D = 768 (benchmarks/head_loss.py --chunk),
+# 192 to 512 positions a chunk differ by less than the noise of a shared machine; 256 are 49 MiB. On a GPU not measured
+# yet: by arithmetic, adding to the gradient of w is then a tenth of the products' time.
+_CHUNK_BYTES_CPU, _CHUNK_BYTES_GPU = 52 * 2**20, 512 * 2**20
+# Bytes of the rows of a chunk that go through the pointwise operations together on a CPU: they stay in its
+# second-level cache from the first operation to the last.
+_BLOCK_BYTES = 2**20
+
+_LOG2_E, _LN_2 = 1 / math.log(2), math.log(2)
 
 
-def chunk_positions(num_rows: int, dtype: torch.dtype = torch.float32) -> int:
-    """Positions per chunk for `num_rows` rows of w: about 50 MiB a buffer, a multiple of 64, at least 64."""
+def chunk_positions(num_rows: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> int:
+    """Positions per chunk for `num_rows` rows of w: a multiple of 64, at least 64, so that a chunk's scores take about
+    50 MiB on a CPU and 500 MiB elsewhere."""
     per_position = num_rows * accumulation_dtype(dtype).itemsize
-    return max(64, _CHUNK_BYTES // per_position // 64 * 64)
+    size = _CHUNK_BYTES_CPU if device == "cpu" else _CHUNK_BYTES_GPU
+    return max(64, size // per_position // 64 * 64)
 
 
-def _scores(x: Tensor, w: Tensor, w_sq: Tensor, exponent: float) -> tuple[Tensor, Tensor]:
-    """z = −(n/2) log d² of a chunk and n / d² = ∂z/∂(x·w), 0 where d² is clamped: both (C, V)."""
-    x_sq = x.to(w_sq.dtype).square().sum(-1, keepdim=True)  # (C, 1)
-    floor = distance_floor(x_sq)
-    d_sq = inner_products(x, w).mul_(-2).add_(w_sq).add_(x_sq)
-    clamped = d_sq <= floor
-    d_sq = torch.maximum(d_sq, floor, out=d_sq)
-    scores = d_sq.log().mul_(-0.5 * exponent)
-    return scores, d_sq.reciprocal_().mul_(exponent).masked_fill_(clamped, 0.0)
+def _gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of G and of the gradients until the backward pass has scaled them: what is divided by the number of tokens lies
+    below float16's range. bfloat16 has the range, and runs through the tensor cores."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
-class _FusedLoss(torch.autograd.Function):
-    """Σ_t weights_t · −log p_{t,y_t}, with the gradients computed in the forward pass."""
+def _block_positions(products: Tensor) -> int:
+    if products.is_cpu:
+        return max(1, _BLOCK_BYTES // (products.shape[1] * products.itemsize))
+    return products.shape[0]  # elsewhere what counts is the number of kernels
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        w: Tensor,
-        targets: Tensor,
-        weights: Tensor,
-        exponent: float | None,
-        num_classes: int,
-        chunk: int,
-    ) -> Tensor:
-        need_x, need_w = ctx.needs_input_grad[:2]
-        dtype = accumulation_dtype(x.dtype)
-        # G is about p / tokens, below float16's range; for bfloat16 it runs through the tensor cores.
-        g_dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-        w_sq = w.to(dtype).square().sum(-1)  # (V,)
-        total = torch.zeros((), dtype=dtype, device=x.device)
-        grad_x = torch.empty_like(x) if need_x else None
-        grad_w = torch.zeros_like(w, dtype=dtype) if need_w else None
-        g_colsum = torch.zeros_like(w_sq)
 
-        for start in range(0, x.shape[0], chunk):
-            part = slice(start, start + chunk)
-            x_c, y_c, weights_c = x[part], targets[part, None], weights[part, None]  # (C, D), (C, 1), (C, 1)
-            if exponent is None:
-                scores, slope = inner_products(x_c, w), None
-            else:
-                scores, slope = _scores(x_c, w, w_sq, exponent)
-            scores[:, num_classes:] = -torch.inf
-            # The maximum goes first: scores reach thousands, and so would the rounding of their log-sum-exp.
-            scores.sub_(scores.amax(-1, keepdim=True))
-            target_scores = scores.gather(-1, y_c)  # (C, 1)
-            p = scores.exp_()
-            normaliser = p.sum(-1, keepdim=True)  # (C, 1)
-            loss = normaliser.log() - target_scores
-            total += (loss * weights_c).sum()
-            if not (need_x or need_w):
-                continue
+class _Terms(NamedTuple):
+    """What the loss of a position is made of: n (None: softmax), the classes, ε, and whether ∂L/∂n is wanted."""
 
-            g = p.div_(normaliser)
-            g.scatter_add_(-1, y_c, g.new_full(y_c.shape, -1.0))
-            g.mul_(weights_c)
-            if slope is not None:
-                g.mul_(slope)
-            # Rounded before it is summed: then G w − rowsum(G) ⊙ x = Σ G (w − x) holds for the rounded G, and
-            # what w and x have in common cancels.
-            g, x_c = g.to(g_dtype), x_c.to(g_dtype)
-            if grad_x is not None:
-                grad = inner_products(g, w.T.to(g_dtype))
-                if exponent is not None:
-                    grad.addcmul_(g.sum(-1, keepdim=True, dtype=dtype), x_c.to(dtype), value=-1)
-                grad_x[part] = grad
-            if grad_w is not None:
-                g_colsum += g.sum(0, dtype=dtype)
-                if g_dtype == dtype:
-                    grad_w.addmm_(g.T, x_c)
-                else:
-                    grad_w += inner_products(g.T, x_c.T)
+    n: float | Tensor | None
+    num_classes: int
+    smoothing: float
+    need_n: bool
 
-        if grad_w is not None:
-            if exponent is not None:
-                grad_w.addcmul_(g_colsum[:, None], w.to(dtype), value=-1)
-            grad_w = grad_w.to(w.dtype)
-        ctx.save_for_backward(grad_x, grad_w)
-        return total
 
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True would treat these gradients as constants
-            raise RuntimeError(
-                "the fused loss has no second derivative: for create_graph=True call the head without targets "
-                "and torch.nn.functional.cross_entropy on its logits"
+def _relative_distances(products: Tensor, x_sq: Tensor, w_sq: Tensor, num_classes: int) -> tuple[Tensor, ...]:
+    """d²_i / min_j d_j² (R, V) in place of the products, min_j d_j² (R, 1), and which entries are clamped.
+
+    The mask is empty where nothing is. On a GPU that question would cost more than the mask.
+    """
+    d_sq = torch.add(w_sq, products, alpha=-2, out=products).add_(x_sq)
+    d_sq[:, num_classes:] = torch.inf
+    nearest, floor = d_sq.amin(-1, keepdim=True), distance_floor(x_sq)
+    clamped = d_sq.new_empty(0, dtype=torch.bool)
+    if not d_sq.is_cpu or bool((nearest <= floor).any()):
+        clamped = d_sq <= floor
+        d_sq, nearest = torch.maximum(d_sq, floor, out=d_sq), torch.maximum(nearest, floor)
+    return d_sq.div_(nearest), nearest, clamped
+
+
+def _block(
+    products: Tensor,
+    x_sq: Tensor,
+    w_sq: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    terms: _Terms,
+    g_out: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Losses of R positions, (R, 1), and their share of ∂L/∂n; G times `weights` (R, 1) goes to `g_out`, (R, V).
+
+    `products` is overwritten, and `g_out` may be the same memory. Scores are to base 2, whose logarithm and power are
+    several times faster on a CPU than those to base e, and relative to the largest of the position: they reach
+    thousands, and so would their rounding.
+    """
+    n, num_classes, smoothing, need_n = terms
+    if n is not None:
+        ratio, nearest, clamped = _relative_distances(products, x_sq, w_sq, num_classes)
+        scores = torch.log2(ratio).mul_(-0.5 * n)
+    else:
+        products[:, num_classes:] = -torch.inf
+        scores = (products - products.amax(-1, keepdim=True)).mul_(_LOG2_E)
+
+    q_scores = scores.gather(-1, targets) * (1 - smoothing)  # Σ_i q_i scores_i, (R, 1)
+    if smoothing:
+        q_scores += scores[:, :num_classes].mean(-1, keepdim=True) * smoothing
+    p = torch.exp2(scores, out=None if need_n else scores)
+    normaliser = p.sum(-1, keepdim=True)
+    losses = normaliser.log() - q_scores * _LN_2
+    if g_out is None:
+        return losses, None
+
+    g = p.div_(normaliser)  # p − q
+    if smoothing:
+        g[:, :num_classes] -= smoothing / num_classes
+    g.scatter_add_(-1, targets, g.new_full(targets.shape, smoothing - 1))
+    if n is None:
+        torch.mul(g, weights, out=g_out)
+        return losses, None
+    grad_n = None
+    if need_n:
+        dots = (g[:, :num_classes] * scores[:, :num_classes]).sum(-1, keepdim=True)
+        grad_n = (dots * weights).sum() * _LN_2 / n
+    torch.mul(g.div_(ratio), weights * n / nearest, out=g_out)
+    if clamped.numel():
+        g_out.masked_fill_(clamped, 0.0)
+    return losses, grad_n
+
+
+@torch.no_grad()
+def _losses_and_grads(
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    exponent: Tensor | None,
+    num_classes: int,
+    smoothing: float,
+    chunk: int,
+    need_x: bool,
+    need_w: bool,
+    need_n: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses (N,), and the gradients of Σ_t weights_t losses_t by x, w and n; empty tensors for those not needed.
+
+    Those by x and w are in `_gradient_dtype`.
+    """
+    num, dtype, harmonic = x.shape[0], accumulation_dtype(x.dtype), exponent is not None
+    g_dtype = _gradient_dtype(x.dtype)
+    n = exponent.item() if exponent is not None and exponent.is_cpu else exponent
+    terms = _Terms(n, num_classes, smoothing, need_n)
+    w_sq = w.new_empty(w.shape[0], dtype=dtype)  # (V,)
+    for rows, squares in zip(w.split(1024), w_sq.split(1024), strict=True):  # no second tensor of the size of w
+        torch.sum(rows.to(dtype).square(), -1, out=squares)
+    losses = x.new_empty(num, dtype=dtype)
+    grad_x = x.new_empty(x.shape if need_x else 0, dtype=g_dtype)
+    grad_w = x.new_zeros(w.shape if need_w else 0, dtype=dtype)
+    grad_n = x.new_zeros((), dtype=dtype)
+    g_rowsum, g_colsum = losses.new_zeros(num, 1), torch.zeros_like(w_sq)
+    # Reused: fresh memory of this size is given back after every chunk, and its pages are mapped anew.
+    buffer = x.new_empty(min(chunk, num), w.shape[0]) if x.dtype == dtype else None
+
+    for start in range(0, num, chunk):
+        x_c = x[start : start + chunk]  # (C, D)
+        products = inner_products(x_c, w) if buffer is None else torch.mm(x_c, w.T, out=buffer[: len(x_c)])  # (C, V)
+        g = None
+        if need_x or need_w or need_n:
+            g = products if g_dtype == dtype else torch.empty_like(products, dtype=g_dtype)
+        step = _block_positions(products)
+        for first in range(0, len(x_c), step):
+            local = slice(first, min(first + step, len(x_c)))  # within the chunk
+            part = slice(start + local.start, start + local.stop)
+            x_sq = x[part].to(dtype).square().sum(-1, keepdim=True)
+            g_block = None if g is None else g[local]
+            losses[part, None], n_share = _block(
+                products[local], x_sq, w_sq, targets[part, None], weights[part, None], terms, g_block
             )
-        grads = (None if grad is None else grad * grad_output for grad in ctx.saved_tensors)
-        return *grads, None, None, None, None, None
+            if n_share is not None:
+                grad_n += n_share
+            if g_block is not None and harmonic:
+                # Summed as it was rounded: then G w − rowsum(G) ⊙ x = Σ G (w − x) holds for the rounded G, and
+                # what w and x have in common cancels.
+                if need_x:
+                    g_rowsum[part] = g_block.sum(-1, keepdim=True, dtype=dtype)
+                if need_w:
+                    g_colsum += g_block.sum(0, dtype=dtype)
+        if g is None:
+            continue
+        part = slice(start, start + chunk)
+        if need_x:
+            grad = inner_products(g, w.T.to(g_dtype))
+            grad_x[part] = grad.addcmul_(g_rowsum[part], x_c.to(dtype), value=-1) if harmonic else grad
+        if need_w:
+            if g_dtype == dtype:
+                grad_w.addmm_(g.T, x_c.to(g_dtype))
+            else:
+                grad_w += inner_products(g.T, x_c.T.to(g_dtype))
+    if need_w and harmonic:
+        for rows, sums, part_w in zip(grad_w.split(1024), g_colsum.split(1024), w.split(1024), strict=True):
+            rows.addcmul_(sums[:, None], part_w.to(dtype), value=-1)
+    return losses, grad_x, grad_w.to(g_dtype), grad_n
+
+
+# Operators of their own, so that torch.compile takes each as one node of its graph. Exported checkpoints bring a copy
+# of this file, perhaps of another version, under another module name: the operators carry that name.
+_NAMESPACE = re.sub(r"\W", "_", __name__)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::summed_loss", mutates_args=())
+def _summed_loss(
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    exponent: Tensor | None,
+    num_classes: int,
+    smoothing: float,
+    chunk: int,
+    need_x: bool,
+    need_w: bool,
+    need_n: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Σ_t weights_t · −log p_{t,y_t}, and in the same pass its gradients, which the backward pass scales."""
+    with torch.autocast(x.device.type, enabled=False):
+        losses, grad_x, grad_w, grad_n = _losses_and_grads(
+            x, w, targets, weights, exponent, num_classes, smoothing, chunk, need_x, need_w, need_n
+        )
+    return (losses * weights).sum(), grad_x, grad_w, grad_n
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::position_losses", mutates_args=())
+def _position_losses(
+    x: Tensor, w: Tensor, targets: Tensor, exponent: Tensor | None, num_classes: int, smoothing: float, chunk: int
+) -> Tensor:
+    """−log p_{t,y_t} of every position, (N,). The backward pass computes everything again."""
+    with torch.autocast(x.device.type, enabled=False):
+        weights = x.new_zeros(x.shape[0], dtype=accumulation_dtype(x.dtype))
+        return _losses_and_grads(x, w, targets, weights, exponent, num_classes, smoothing, chunk, False, False, False)[
+            0
+        ]
+
+
+@_summed_loss.register_fake
+def _(x, w, targets, weights, exponent, num_classes, smoothing, chunk, need_x, need_w, need_n):  # type: ignore[no-untyped-def]
+    dtype, g_dtype = accumulation_dtype(x.dtype), _gradient_dtype(x.dtype)
+    grad_x = x.new_empty(x.shape if need_x else 0, dtype=g_dtype)
+    grad_w = x.new_empty(w.shape if need_w else 0, dtype=g_dtype)
+    return x.new_empty((), dtype=dtype), grad_x, grad_w, x.new_empty((), dtype=dtype)
+
+
+@_position_losses.register_fake
+def _(x, w, targets, exponent, num_classes, smoothing, chunk):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():  # create_graph=True would treat these gradients as constants
+        raise RuntimeError(
+            "the fused loss has no second derivative: for create_graph=True call the head without targets "
+            "and torch.nn.functional.cross_entropy on its logits"
+        )
+
+
+def _keep_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # of the gradients as outputs, which nobody else sees
+    x, w, targets, weights, exponent, *ctx.options = inputs
+    ctx.save_for_backward(x, w, targets, weights, exponent)
+    # Beside the saved tensors, for the backward pass to take away: w.grad then becomes the very gradient computed here,
+    # and there is never a second tensor of its size. Detached, or they would refer to themselves through this node.
+    ctx.grads = [grad.detach() for grad in output[1:]]
+    ctx.dtypes = x.dtype, w.dtype, None if exponent is None else exponent.dtype
+
+
+def _scale_gradients(ctx: Any, grad_output: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivative()
+    if grad_output is None:
+        return (None,) * 11
+    grads, ctx.grads = ctx.grads, None
+    if grads is None:  # a second time through one graph
+        _, *grads = _summed_loss(*ctx.saved_tensors, *ctx.options)
+    grad_x, grad_w, grad_n = (
+        grad.mul_(grad_output).to(dtype) if needed else None
+        for grad, dtype, needed in zip(grads, ctx.dtypes, ctx.options[-3:], strict=True)
+    )
+    return grad_x, grad_w, None, None, grad_n, *(None,) * 6
+
+
+def _keep_operands(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, w, targets, exponent, *ctx.options = inputs
+    ctx.save_for_backward(x, w, targets, exponent)
+
+
+def _compute_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivative()
+    x, w, targets, exponent = ctx.saved_tensors
+    needed = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    _, *grads = _summed_loss(x, w, targets, grad_output.contiguous(), exponent, *ctx.options, *needed)
+    grad_x, grad_w, grad_n = (
+        grad.to(operand.dtype) if need else None
+        for grad, operand, need in zip(grads, (x, w, exponent), needed, strict=True)
+    )
+    return grad_x, grad_w, None, grad_n, None, None, None
+
+
+_summed_loss.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+_position_losses.register_autograd(_compute_gradients, setup_context=_keep_operands)
 
 
 def _fused_loss(
     x: Tensor,
     w: Tensor,
     targets: Tensor,
-    exponent: float | None,
+    exponent: float | Tensor | None,
+    *,
     num_classes: int | None,
     ignore_index: int,
     num_items: Tensor | float | None,
+    reduction: str,
+    label_smoothing: float,
+    recompute: bool,
     chunk: int | None,
 ) -> Tensor:
     if x.dtype != w.dtype or x.shape[-1] != w.shape[-1] or x.shape[:-1] != targets.shape:
@@ -141,32 +332,58 @@ def _fused_loss(
             f"x is {tuple(x.shape)} {x.dtype}, w is {tuple(w.shape)} {w.dtype}, "
             f"targets is {tuple(targets.shape)}"
         )
-    if not torch.is_grad_enabled():
-        x, w = x.detach(), w.detach()  # needs_input_grad does not know, and evaluation would pay for gradients
-    rows, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+    if num_items is not None and reduction != "mean":
+        raise ValueError(f'num_items divides the sum of reduction="mean"; it has no effect with {reduction!r}')
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}")
+    if isinstance(exponent, float | int):
+        exponent = torch.tensor(exponent, dtype=torch.float64)
+    num_classes = w.shape[0] if num_classes is None else num_classes
+    chunk = chunk_positions(w.shape[0], x.dtype, x.device.type) if chunk is None else chunk
+    shape, dtype = targets.shape, accumulation_dtype(x.dtype)
+    x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     counted = targets != ignore_index
-    divisor = counted.sum().clamp_min(1) if num_items is None else num_items
-    with torch.autocast(x.device.type, enabled=False):
-        return _FusedLoss.apply(
-            rows,
-            w,
-            targets.where(counted, 0),
-            counted.to(accumulation_dtype(x.dtype)) / divisor,
-            exponent,
-            w.shape[0] if num_classes is None else num_classes,
-            chunk_positions(w.shape[0], x.dtype) if chunk is None else chunk,
-        )
+    targets = targets.where(counted, 0)
+    weights = counted.to(dtype)
+    if reduction == "mean":
+        divisor = counted.sum().clamp_min(1) if num_items is None else num_items
+        weights = weights.where(~counted, 1 / torch.as_tensor(divisor, dtype=dtype, device=x.device))
+
+    if reduction == "none" or recompute:
+        losses = _position_losses(x, w, targets, exponent, num_classes, label_smoothing, chunk)
+        losses = losses.where(counted, 0.0)
+        return losses.reshape(shape) if reduction == "none" else (losses * weights).sum()
+    tracked = torch.is_grad_enabled()  # evaluation does not pay for gradients
+    need_n = exponent is not None and exponent.requires_grad and tracked
+    return _summed_loss(
+        x,
+        w,
+        targets,
+        weights,
+        exponent,
+        num_classes,
+        label_smoothing,
+        chunk,
+        x.requires_grad and tracked,
+        w.requires_grad and tracked,
+        need_n,
+    )[0]
 
 
 def fused_harmonic_loss(
     x: Tensor,
     w: Tensor,
     targets: Tensor,
-    exponent: float,
+    exponent: float | Tensor,
     *,
     num_classes: int | None = None,
     ignore_index: int = -100,
     num_items: Tensor | float | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    recompute: bool = False,
     chunk: int | None = None,
 ) -> Tensor:
     """Σ_t −log p_{t,y_t} / N over the positions whose target is not `ignore_index`, with p = HarMax.
@@ -175,19 +392,36 @@ def fused_harmonic_loss(
         x: hidden states, (..., D), float64, float32, bfloat16 or float16. Autocast has no effect here.
         w: centres, (V, D), the dtype of `x`.
         targets: class indices, (...), int64.
-        exponent: n on d.
+        exponent: n on d; a scalar tensor may require a gradient.
         num_classes: rows of `w` from here on are padding without probability; default V.
         num_items: N, the divisor. Default: the number of counted positions (their mean; 0 if there is none).
-        chunk: positions per chunk, default `chunk_positions(V)`.
+        reduction: "mean" (the sum over N), "sum", or "none": −log p of every position, (...), 0 where ignored.
+        label_smoothing: ε of q = (1 − ε) 1[i = y] + ε / num_classes, for −Σ_i q_i log p_i in the place of −log p_y.
+        recompute: keep only the operands for the backward pass, which then computes the products again: four matrix
+            products instead of three, and no gradient of w in memory in between. Always so with "none".
+        chunk: positions per chunk, default `chunk_positions(V, dtype, device)`.
 
     Returns:
         A float32 scalar (float64 for float64 operands). Gradients reach `x` and `w` in their dtype, with sums
-        over positions accumulated in float32; a second derivative raises RuntimeError.
+        over positions accumulated in float32; a second derivative raises RuntimeError. What requires no gradient
+        costs none.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit.
+        ValueError: shapes or dtypes that do not fit, an option out of its range, or one without effect.
     """
-    return _fused_loss(x, w, targets, float(exponent), num_classes, ignore_index, num_items, chunk)
+    return _fused_loss(
+        x,
+        w,
+        targets,
+        exponent,
+        num_classes=num_classes,
+        ignore_index=ignore_index,
+        num_items=num_items,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        recompute=recompute,
+        chunk=chunk,
+    )
 
 
 def fused_softmax_loss(
@@ -198,7 +432,22 @@ def fused_softmax_loss(
     num_classes: int | None = None,
     ignore_index: int = -100,
     num_items: Tensor | float | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    recompute: bool = False,
     chunk: int | None = None,
 ) -> Tensor:
     """The twin of `fused_harmonic_loss` with p = softmax(x·wᵀ); the same arguments but for the exponent."""
-    return _fused_loss(x, w, targets, None, num_classes, ignore_index, num_items, chunk)
+    return _fused_loss(
+        x,
+        w,
+        targets,
+        None,
+        num_classes=num_classes,
+        ignore_index=ignore_index,
+        num_items=num_items,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        recompute=recompute,
+        chunk=chunk,
+    )

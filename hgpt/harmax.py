@@ -75,11 +75,12 @@ def inner_products(x: Tensor, w: Tensor) -> Tensor:
 def distance_floor(x_sq: Tensor) -> Tensor:
     """The smallest d² that |x|² + |w|² − 2 x·w can tell from rounding noise, for |x|² of shape (N, 1).
 
-    A few units in the last place of |x|², and never 0. An entry can only come near it where |w| ≈ |x|, so a
-    far-away centre neither raises it nor is affected by it.
+    A few units in the last place of |x|², and never 0: at x = 0 it is 4e-29 in float32, small beside any d², yet large
+    enough for d² over it to be finite. An entry can only come near it where |w| ≈ |x|, so a far-away centre neither
+    raises it nor is affected by it.
     """
     limits = torch.finfo(x_sq.dtype)
-    return (_ROUNDING_ULPS * limits.eps * x_sq).clamp_min(limits.tiny)
+    return (_ROUNDING_ULPS * limits.eps * x_sq).clamp_min(limits.tiny**0.75)
 
 
 def squared_distances(x: Tensor, w: Tensor) -> Tensor:
@@ -148,6 +149,7 @@ def harmonic_loss(
     *,
     ignore_index: int = -100,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """−log p_y with the whole (N, V) matrix in memory: the reference that `fused_loss` is tested against.
 
@@ -157,8 +159,13 @@ def harmonic_loss(
         targets: class indices, (...), int64; `ignore_index` drops a position.
         exponent: n on d.
         reduction: "mean" over the counted positions, "sum" or "none".
+        label_smoothing: ε of q = (1 − ε) 1[i = y] + ε / V, for −Σ_i q_i log p_i in the place of −log p_y.
     """
     scores = harmonic_scores(squared_distances(x, w), exponent)
     return F.cross_entropy(
-        scores.reshape(-1, w.shape[0]), targets.reshape(-1), ignore_index=ignore_index, reduction=reduction
+        scores.reshape(-1, w.shape[0]),
+        targets.reshape(-1),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
     )

@@ -5,6 +5,9 @@ without bias. Both are used by `HGPTForCausalLM`, and `HarmonicHead` stands on i
 any classifier trained with `torch.nn.functional.cross_entropy`.
 """
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,9 +18,10 @@ from .harmax import DISTANCES, harmonic_scores, inner_products, resolve_exponent
 class _Head(nn.Module):
     """One row of `weight` for each class, and rows of padding after them that never become a class."""
 
-    def __init__(self, in_features: int, num_classes: int, rows: int | None) -> None:
+    def __init__(self, in_features: int, num_classes: int, rows: int | None, label_smoothing: float) -> None:
         super().__init__()
         self.in_features = in_features
+        self.label_smoothing = label_smoothing
         self.num_classes = num_classes
         self.weight = nn.Parameter(torch.empty(num_classes if rows is None else rows, in_features))
         if not 1 <= num_classes <= self.weight.shape[0]:
@@ -32,6 +36,7 @@ class _Head(nn.Module):
         *,
         ignore_index: int = -100,
         num_items: Tensor | float | None = None,
+        reduction: str = "mean",
     ) -> Tensor:
         """`logits(x)`, or with `targets` `loss(x, targets)`.
 
@@ -40,15 +45,26 @@ class _Head(nn.Module):
         """
         if targets is None:
             return self.logits(x)
-        return self.loss(x, targets, ignore_index=ignore_index, num_items=num_items)
+        return self.loss(x, targets, ignore_index=ignore_index, num_items=num_items, reduction=reduction)
 
     def logits(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def loss(
-        self, x: Tensor, targets: Tensor, *, ignore_index: int = -100, num_items: Tensor | float | None = None
-    ) -> Tensor:
+    def loss(self, x: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        """−log p_y of `targets` (...), without the logits of x, (..., D).
+
+        Args:
+            ignore_index: target of positions that do not count, default −100.
+            reduction: "mean" (default), "sum" or "none".
+            num_items: divisor of the sum, with "mean"; default the number of counted positions.
+
+        In training mode with `label_smoothing` ε, −Σ_i q_i log p_i with q = (1 − ε) 1[i = y] + ε / num_classes; in
+        evaluation mode never.
+        """
         raise NotImplementedError
+
+    def _loss_options(self) -> dict[str, Any]:
+        return {"num_classes": self.num_classes, "label_smoothing": self.label_smoothing if self.training else 0.0}
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x and the weight in the compute dtype: autocast's where it is on, otherwise that of x."""
@@ -57,7 +73,8 @@ class _Head(nn.Module):
         return x.to(dtype), self.weight.to(dtype)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, num_classes={self.num_classes}, rows={self.weight.shape[0]}"
+        text = f"in_features={self.in_features}, num_classes={self.num_classes}, rows={self.weight.shape[0]}"
+        return f"{text}, label_smoothing={self.label_smoothing:g}" if self.label_smoothing else text
 
 
 class HarmonicHead(_Head):
@@ -78,6 +95,9 @@ class HarmonicHead(_Head):
             1/√D, centres of norm about 1. HarMax does not see a common scale of x and w, but optimisers
             with absolute steps do: hidden states should be of about the centres' norm.
         rows: rows of the weight, at least `num_classes`; the rest is padding, which takes no probability.
+        learn_exponent: n is trained too, as the parameter `log_exponent` = log n, (1,): n stays positive, and an
+            optimiser's steps are relative.
+        label_smoothing: ε of the loss in training mode.
     """
 
     def __init__(
@@ -89,17 +109,27 @@ class HarmonicHead(_Head):
         distance: str = "euclidean",
         init_std: float | None = None,
         rows: int | None = None,
+        learn_exponent: bool = False,
+        label_smoothing: float = 0.0,
     ) -> None:
-        super().__init__(in_features, num_classes, rows)
+        super().__init__(in_features, num_classes, rows, label_smoothing)
         if distance not in DISTANCES:
             raise ValueError(f"distance must be one of {', '.join(DISTANCES)}; got {distance!r}")
         self.distance = distance
-        self.exponent = resolve_exponent(exponent, in_features)
+        self.initial_exponent = resolve_exponent(exponent, in_features)
+        self.log_exponent = nn.Parameter(torch.empty(1)) if learn_exponent else None
         self.init_std = in_features**-0.5 if init_std is None else init_std
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.init_std)
+        if self.log_exponent is not None:
+            nn.init.constant_(self.log_exponent, math.log(self.initial_exponent))
+
+    @property
+    def exponent(self) -> float | Tensor:
+        """n on d: a number, or where it is learnt a tensor of shape ()."""
+        return self.initial_exponent if self.log_exponent is None else self.log_exponent.exp().squeeze()
 
     def distances_squared(self, x: Tensor) -> Tensor:
         """d²_i to every class, (..., D) → (..., num_classes), in float32 (float64 for float64 input)."""
@@ -111,30 +141,29 @@ class HarmonicHead(_Head):
         """z_i = −(n/2) log d_i², (..., D) → (..., num_classes), in float32 (float64 for float64 input)."""
         return harmonic_scores(self.distances_squared(x), self.exponent)
 
-    def loss(
-        self, x: Tensor, targets: Tensor, *, ignore_index: int = -100, num_items: Tensor | float | None = None
-    ) -> Tensor:
-        """Σ −log p_y / num_items, by default the mean over targets other than `ignore_index`."""
+    def loss(self, x: Tensor, targets: Tensor, **options: Any) -> Tensor:
         x, w = self._operands(x)
-        return fused_harmonic_loss(
-            x,
-            w,
-            targets,
-            self.exponent,
-            num_classes=self.num_classes,
-            ignore_index=ignore_index,
-            num_items=num_items,
-        )
+        return fused_harmonic_loss(x, w, targets, self.exponent, **self._loss_options(), **options)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, exponent={self.exponent:g}, distance={self.distance}"
+        learnt = "" if self.log_exponent is None else " (learnt)"
+        n = float(torch.as_tensor(self.exponent).detach())
+        return f"{super().extra_repr()}, exponent={n:g}{learnt}, distance={self.distance}"
 
 
 class SoftmaxHead(_Head):
     """The twin: logits_i = w_i · x, as nanoGPT's and GPT-2's `lm_head`."""
 
-    def __init__(self, in_features: int, num_classes: int, *, init_std: float = 0.02, rows: int | None = None) -> None:
-        super().__init__(in_features, num_classes, rows)
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        init_std: float = 0.02,
+        rows: int | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(in_features, num_classes, rows, label_smoothing)
         self.init_std = init_std
         self.reset_parameters()
 
@@ -148,11 +177,6 @@ class SoftmaxHead(_Head):
             logits = inner_products(x.reshape(-1, self.in_features), w[: self.num_classes])
         return logits.reshape(*x.shape[:-1], self.num_classes)
 
-    def loss(
-        self, x: Tensor, targets: Tensor, *, ignore_index: int = -100, num_items: Tensor | float | None = None
-    ) -> Tensor:
-        """Σ −log softmax(w · x)_y / num_items, by default the mean over targets other than `ignore_index`."""
+    def loss(self, x: Tensor, targets: Tensor, **options: Any) -> Tensor:
         x, w = self._operands(x)
-        return fused_softmax_loss(
-            x, w, targets, num_classes=self.num_classes, ignore_index=ignore_index, num_items=num_items
-        )
+        return fused_softmax_loss(x, w, targets, **self._loss_options(), **options)

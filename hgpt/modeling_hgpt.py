@@ -279,7 +279,11 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
 
     def _new_head(self, rows: int) -> HarmonicHead | SoftmaxHead:
         config = self.config
-        shape = {"in_features": config.n_embd, "num_classes": min(config.vocab_size, rows), "rows": rows}
+        shape: dict[str, Any] = {
+            "in_features": config.n_embd,
+            "num_classes": min(config.vocab_size, rows),
+            "rows": rows,
+        }
         if config.head == "softmax":
             return SoftmaxHead(**shape, init_std=config.centre_init_std)
         return HarmonicHead(
@@ -318,6 +322,7 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
         rows = self._get_resized_embeddings(rows, new_num_tokens, mean_resizing=mean_resizing)
         head = self._new_head(rows.num_embeddings)
         head.weight = nn.Parameter(rows.weight.data)
+        head.label_smoothing = old_lm_head.label_smoothing
         return head
 
     def forward(

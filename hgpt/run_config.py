@@ -158,6 +158,8 @@ class TrainConfig:
         precision: "bf16" (autocast), "fp32", or "auto": bf16 on GPUs that have it, fp32 elsewhere.
         compile: torch.compile each block.
         activation_checkpointing: keep only the inputs of blocks and recompute the rest in the backward pass.
+        label_smoothing: ε of the training loss −Σ_i q_i log p_i, q = (1 − ε) 1[i = y] + ε / vocabulary. The training
+            losses that are logged contain it, validation losses never do.
     """
 
     steps: int
@@ -167,11 +169,14 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: bool = False
     activation_checkpointing: bool = False
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "micro_batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} must be at least 1; got {getattr(self, name)}")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"train.label_smoothing must lie in [0, 1); got {self.label_smoothing}")
         if not 0 <= self.seed < 2**31:  # NumPy's generators take 32 bits, and each process adds its number
             raise UserError(f"train.seed must lie between 0 and 2^31 - 1; got {self.seed}")
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
+from hgpt import fused_loss as fused_loss_module
 from hgpt.fused_loss import chunk_positions, fused_harmonic_loss, fused_softmax_loss
 from hgpt.harmax import harmonic_loss
 
@@ -54,21 +56,22 @@ def fused(x: Tensor, w: Tensor, targets: Tensor, **kwargs: Any) -> Tensor:
     return fused_harmonic_loss(x, w, targets, EXPONENT, **({"chunk": CHUNK} | kwargs))
 
 
-def dense(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
-    return harmonic_loss(x, w, targets, EXPONENT)
+def dense(x: Tensor, w: Tensor, targets: Tensor, **kwargs: Any) -> Tensor:
+    return harmonic_loss(x, w, targets, EXPONENT, **kwargs)
 
 
 def fused_softmax(x: Tensor, w: Tensor, targets: Tensor, **kwargs: Any) -> Tensor:
     return fused_softmax_loss(x, w, targets, **({"chunk": CHUNK} | kwargs))
 
 
-def dense_softmax(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(x, w).to(torch.promote_types(x.dtype, torch.float32)), targets)
+def dense_softmax(x: Tensor, w: Tensor, targets: Tensor, **kwargs: Any) -> Tensor:
+    return F.cross_entropy(F.linear(x, w).to(torch.promote_types(x.dtype, torch.float32)), targets, **kwargs)
 
 
 BOTH = pytest.mark.parametrize(
     ("fused_loss", "dense_loss"), [(fused, dense), (fused_softmax, dense_softmax)], ids=["harmonic", "softmax"]
 )
+RECOMPUTE = pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recomputed"])
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
@@ -138,6 +141,7 @@ def test_default_chunk_fits_its_memory() -> None:
     assert chunk_positions(50304, torch.bfloat16) == 256  # the scores are float32 either way
     assert chunk_positions(50304, torch.float64) == 128
     assert chunk_positions(10**7) == 64
+    assert chunk_positions(50304, torch.bfloat16, "cuda") == 2624
 
 
 # Targets, divisors, padding
@@ -259,27 +263,216 @@ def test_same_bits_every_time(fused_loss: Callable, dense_loss: Callable) -> Non
         assert torch.equal(value, again)
 
 
-def test_backward_twice_through_one_graph() -> None:
+@RECOMPUTE
+def test_backward_twice_through_one_graph(recompute: bool) -> None:
     problem = make_problem().to(torch.float32)
-    loss = fused(*problem)
+    loss = fused(*problem, recompute=recompute)
     first = torch.autograd.grad(loss, problem.w, retain_graph=True)[0]
     assert torch.equal(torch.autograd.grad(loss, problem.w)[0], first)
 
 
-def test_a_second_derivative_is_refused() -> None:
+@RECOMPUTE
+def test_a_second_derivative_is_refused(recompute: bool) -> None:
     problem = make_problem().to(torch.float64)
-    loss = fused(*problem)
+    loss = fused(*problem, recompute=recompute)
     with pytest.raises(RuntimeError, match=r"no second derivative.*cross_entropy on its logits"):
         torch.autograd.grad(loss, problem.x, create_graph=True)
 
 
 @BOTH
-def test_autocast_has_no_effect(fused_loss: Callable, dense_loss: Callable) -> None:
+@RECOMPUTE
+def test_autocast_has_no_effect(fused_loss: Callable, dense_loss: Callable, recompute: bool) -> None:
     problem = make_problem().to(torch.float32)
     expected = differentiate(fused_loss, problem)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = differentiate(fused_loss, problem)
+        result = differentiate(fused_loss, problem, recompute=recompute)
     assert all(torch.equal(value, reference) for value, reference in zip(result, expected, strict=True))
+
+
+# Options
+
+
+@BOTH
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@RECOMPUTE
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_options_equal_the_dense_reference_in_float64(
+    fused_loss: Callable, dense_loss: Callable, reduction: str, recompute: bool, label_smoothing: float
+) -> None:
+    problem = make_problem().to(torch.float64)
+    options = {"reduction": reduction, "label_smoothing": label_smoothing}
+    value, expected = fused_loss(*problem, **options, recompute=recompute), dense_loss(*problem, **options)
+    assert value.shape == expected.shape
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+    upstream = torch.randn_like(expected)  # of either sign
+    for ours, theirs in zip(
+        torch.autograd.grad(value, problem[:2], upstream),
+        torch.autograd.grad(expected, problem[:2], upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@BOTH
+@pytest.mark.parametrize("options", [{"recompute": True}, {"label_smoothing": 0.1}, {"reduction": "none"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_options_are_no_less_accurate_than_dense(
+    fused_loss: Callable, dense_loss: Callable, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    def summed(loss_of: Callable, **kept: Any) -> Callable:
+        return lambda *operands, **options: loss_of(*operands, **kept, **options).sum()
+
+    problem = make_problem(planted=False).to(dtype)
+    dense_options = {name: value for name, value in options.items() if name != "recompute"}
+    truth = differentiate(summed(dense_loss, **dense_options), problem.to(torch.float64))
+    ours = differentiate(summed(fused_loss, **options), problem)
+    theirs = differentiate(summed(dense_loss, **dense_options), problem)
+    for name, tolerance in (("loss", 1e-6), ("grad_x", torch.finfo(dtype).eps), ("grad_w", torch.finfo(dtype).eps)):
+        our_error, their_error = (relative_error(getattr(r, name), getattr(truth, name)) for r in (ours, theirs))
+        assert our_error < their_error + tolerance
+
+
+@BOTH
+@RECOMPUTE
+def test_float16_gradients_survive_a_large_batch_under_a_loss_scale(
+    fused_loss: Callable, dense_loss: Callable, recompute: bool
+) -> None:
+    """Divided by a million tokens they lie below float16's range, times the loss scale within it."""
+    problem = make_problem(planted=False).to(torch.float16)
+    expected = differentiate(lambda *operands: dense_loss(*operands, reduction="sum"), problem.to(torch.float64))
+
+    def scaled(*operands: Tensor) -> Tensor:
+        return fused_loss(*operands, num_items=10**6, recompute=recompute) * 10**6
+
+    result = differentiate(scaled, problem)
+    assert relative_error(result.grad_x, expected.grad_x) < 1e-3
+    assert relative_error(result.grad_w, expected.grad_w) < 1e-3
+
+
+@BOTH
+@RECOMPUTE
+def test_smoothing_spreads_over_the_classes_and_not_the_padding(
+    fused_loss: Callable, dense_loss: Callable, recompute: bool
+) -> None:
+    problem = make_problem().to(torch.float64)
+    padded = Problem(problem.x, torch.cat([problem.w, problem.x[:5]]), problem.targets).to(torch.float64)
+    expected = differentiate(dense_loss, problem, label_smoothing=0.2)
+    result = differentiate(fused_loss, padded, label_smoothing=0.2, num_classes=V, recompute=recompute)
+    torch.testing.assert_close(result.loss, expected.loss)
+    torch.testing.assert_close(result.grad_x, expected.grad_x)
+    torch.testing.assert_close(result.grad_w[:V], expected.grad_w)
+    assert (result.grad_w[V:] == 0).all()
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"reduction": "none"}])
+def test_gradient_of_the_exponent(options: dict[str, Any], label_smoothing: float) -> None:
+    problem = make_problem()
+    padded = torch.cat([problem.w, torch.zeros(5, D)])
+
+    def grads(loss_of: Callable, dtype: torch.dtype, **kwargs: Any) -> tuple[Tensor, ...]:
+        n = torch.tensor(EXPONENT, dtype=dtype, requires_grad=True)
+        x, w = (t.to(dtype).requires_grad_() for t in (problem.x, padded if "chunk" in kwargs else problem.w))
+        loss = loss_of(x, w, problem.targets, n, label_smoothing=label_smoothing, **kwargs).sum()
+        return torch.autograd.grad(loss, (n, x))
+
+    fused_options = {"chunk": CHUNK, "num_classes": V, **options}
+    reduction = {"reduction": "none"} if "reduction" in options else {}
+    truth = grads(harmonic_loss, torch.float64, **reduction)
+    for value, expected in zip(grads(fused_harmonic_loss, torch.float64, **fused_options), truth, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+    ours = grads(fused_harmonic_loss, torch.float32, **fused_options)[0]
+    theirs = grads(harmonic_loss, torch.float32, **reduction)[0]
+    assert ours.dtype == torch.float32
+    assert relative_error(ours, truth[0]) < relative_error(theirs, truth[0]) + 1e-6
+
+
+def test_everything_at_the_origin_stays_finite() -> None:
+    """x = w = 0, where the floor of d² is not relative to |x|²; a third such x belongs to another centre."""
+    problem = make_problem(planted=False)
+    problem.x[:3] = 0
+    problem.w[:2] = 0
+    problem.targets[:3] = torch.tensor([0, 1, 2])
+    expected = differentiate(dense, problem.to(torch.float32))
+    for kwargs in ({}, {"recompute": True}):
+        for value, reference in zip(differentiate(fused, problem.to(torch.float32), **kwargs), expected, strict=True):
+            torch.testing.assert_close(value, reference, rtol=1e-4, atol=1e-6)
+
+
+def test_options_that_do_not_fit() -> None:
+    problem = make_problem()
+    for options, message in (
+        ({"reduction": "average"}, "reduction must be one of mean, sum, none; got 'average'"),
+        ({"reduction": "sum", "num_items": 3}, "num_items divides the sum of reduction=\"mean\".*no effect with 'sum'"),
+        ({"label_smoothing": 1.0}, r"label_smoothing must lie in \[0, 1\); got 1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fused(*problem, **options)
+
+
+# The loss within other machinery
+
+
+@BOTH
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"reduction": "none"}])
+def test_torch_checks_the_operator(fused_loss: Callable, dense_loss: Callable, options: dict[str, Any]) -> None:
+    """Schema, fake tensors and AOT dispatch of the custom operators, by torch's own checks."""
+    problem = make_problem().to(torch.float32)
+    calls: list[tuple] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "fused_loss" in func.namespace:
+                calls.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        fused_loss(*problem, **options)
+    ((operator, arguments),) = calls
+    arguments = tuple(
+        argument.detach().requires_grad_() if isinstance(argument, Tensor) and i < 2 else argument
+        for i, argument in enumerate(arguments)
+    )
+    torch.library.opcheck(
+        operator, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+    )
+
+
+@BOTH
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"reduction": "none"}, {"label_smoothing": 0.1}])
+def test_compiles_without_a_graph_break(fused_loss: Callable, dense_loss: Callable, options: dict[str, Any]) -> None:
+    problem = make_problem().to(torch.float32)
+
+    def step(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+        return fused_loss(torch.tanh(x) * 2, w * 2, targets, **options).sum()
+
+    expected = differentiate(step, problem)
+    torch.compiler.reset()  # one function's recompilations are limited, over all parametrisations
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for value, reference in zip(differentiate(compiled, problem), expected, strict=True):
+        torch.testing.assert_close(value, reference)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*problem), expected.loss)
+
+
+@BOTH
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_within_activation_checkpointing(fused_loss: Callable, dense_loss: Callable, use_reentrant: bool) -> None:
+    problem = make_problem().to(torch.float32)
+
+    def step(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+        return checkpoint(fused_loss, x, w, targets, use_reentrant=use_reentrant)
+
+    expected, result = differentiate_backward(fused_loss, problem), differentiate_backward(step, problem)
+    assert all(torch.equal(value, reference) for value, reference in zip(result, expected, strict=True))
+
+
+def differentiate_backward(loss_of: Callable[..., Tensor], problem: Problem) -> Result:
+    problem = problem.to(problem.x.dtype)
+    loss = loss_of(*problem)
+    loss.backward()
+    assert problem.x.grad is not None and problem.w.grad is not None
+    return Result(loss.detach(), problem.x.grad, problem.w.grad)
 
 
 # Memory
@@ -298,16 +491,38 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+def watch(monkeypatch: pytest.MonkeyPatch, mode: TorchDispatchMode) -> None:
+    """From outside, the fused loss is one operation; this lets `mode` see those within."""
+    inside = fused_loss_module._losses_and_grads
+
+    def watched(*args: Any) -> Any:
+        with mode:
+            return inside(*args)
+
+    monkeypatch.setattr(fused_loss_module, "_losses_and_grads", watched)
+
+
 @BOTH
+@RECOMPUTE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_tensor_of_tokens_times_vocabulary(fused_loss: Callable, dense_loss: Callable, dtype: torch.dtype) -> None:
+def test_no_tensor_of_tokens_times_vocabulary(
+    fused_loss: Callable,
+    dense_loss: Callable,
+    dtype: torch.dtype,
+    recompute: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     problem = make_problem().to(dtype)
-    with LargestTensor() as largest:
-        differentiate(fused_loss, problem, chunk=32)
+    largest = LargestTensor()
+    watch(monkeypatch, largest)
+    differentiate(fused_loss, problem, chunk=32, recompute=recompute)
     assert largest.numel == V * D  # the gradient of w; a chunk's scores are 32 · V
     with LargestTensor() as largest:
         differentiate(dense_loss, problem)
     assert largest.numel == N * V
+
+
+PRODUCTS = {getattr(torch.ops.aten, name) for name in ("mm", "addmm", "addmm_", "matmul")}
 
 
 class Products(TorchDispatchMode):
@@ -316,19 +531,45 @@ class Products(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        self.count += func.overloadpacket in PRODUCTS
         return func(*args, **(kwargs or {}))
 
 
 @BOTH
-def test_evaluation_does_not_pay_for_gradients(fused_loss: Callable, dense_loss: Callable) -> None:
+@pytest.mark.parametrize(
+    ("frozen", "recompute", "expected"),
+    [("", False, 3), ("x", False, 2), ("w", False, 2), ("xw", False, 1), ("", True, 4), ("w", True, 3)],
+)
+def test_gradients_that_nobody_needs_cost_nothing(
+    fused_loss: Callable,
+    dense_loss: Callable,
+    frozen: str,
+    recompute: bool,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problem = make_problem().to(torch.float32)
+    for name in frozen:
+        getattr(problem, name).requires_grad_(False)
+    products = Products()
+    watch(monkeypatch, products)
+    loss = fused_loss(*problem, chunk=N, recompute=recompute)
+    if loss.requires_grad:
+        loss.backward()
+    assert products.count == expected
+
+
+@BOTH
+@RECOMPUTE
+def test_evaluation_does_not_pay_for_gradients(
+    fused_loss: Callable, dense_loss: Callable, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     problem = make_problem().to(torch.float32)  # parameters require gradients in evaluation too
-    with Products() as products, torch.no_grad():
-        fused_loss(*problem, chunk=N)
+    products = Products()
+    watch(monkeypatch, products)
+    with torch.no_grad():
+        fused_loss(*problem, chunk=N, recompute=recompute)
     assert products.count == 1
-    with Products() as products:
-        differentiate(fused_loss, problem, chunk=N)
-    assert products.count == 3
 
 
 # Errors

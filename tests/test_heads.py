@@ -1,5 +1,7 @@
 """The two heads as modules: a drop-in classifier, logits against loss, padding rows, dtypes, errors."""
 
+import math
+
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -112,6 +114,60 @@ def test_dtypes_without_autocast(dtype: torch.dtype) -> None:
         assert head(x).dtype == head(x, targets).dtype == wide
         # A float32 weight follows a narrower x, as the float32 master weights of mixed precision do.
         assert head.float()(x, targets).dtype == wide
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["harmonic", "softmax"])
+def test_reductions(which: int) -> None:
+    head = heads(ROWS)[which]
+    x, targets = torch.randn(4, 5, D, dtype=torch.float64), torch.randint(V, (4, 5))
+    targets[0, :3] = -100
+    each = head(x, targets, reduction="none")
+    expected = F.cross_entropy(head(x).view(-1, V), targets.view(-1), reduction="none").view(4, 5)
+    torch.testing.assert_close(each, expected)
+    torch.testing.assert_close(head(x, targets, reduction="sum"), each.sum())
+    torch.testing.assert_close(head(x, targets), each.sum() / 17)
+    (grad,) = torch.autograd.grad(each.square().sum(), head.weight)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), head.weight)[0])
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["harmonic", "softmax"])
+def test_label_smoothing_is_for_training_only(which: int) -> None:
+    head = heads(ROWS)[which]
+    x, targets = torch.randn(7, D, dtype=torch.float64), torch.randint(V, (7,))
+    logits, plain = head(x), head(x, targets)
+    head.label_smoothing = 0.1
+    torch.testing.assert_close(head(x, targets), F.cross_entropy(logits, targets, label_smoothing=0.1))
+    assert torch.equal(head(x), logits)
+    assert torch.equal(head.eval()(x, targets), plain)
+    assert "label_smoothing=0.1" in repr(head)
+
+
+def test_a_learnt_exponent() -> None:
+    head = HarmonicHead(D, V, "2*sqrt_dim", learn_exponent=True).double()
+    fixed = HarmonicHead(D, V, "2*sqrt_dim").double()
+    assert [name for name, _ in head.named_parameters()] == ["weight", "log_exponent"]
+    assert head.log_exponent is not None and head.log_exponent.shape == (1,)
+    assert "exponent=6.9282 (learnt)" in repr(head)
+    with torch.no_grad():
+        fixed.weight.copy_(head.weight)
+    x, targets = torch.randn(7, D, dtype=torch.float64), torch.randint(V, (7,))
+    torch.testing.assert_close(head(x), fixed(x))
+    torch.testing.assert_close(head(x, targets), fixed(x, targets))
+    inputs = (head.weight, head.log_exponent)
+    expected = torch.autograd.grad(F.cross_entropy(head(x), targets), inputs)
+    for value, reference in zip(torch.autograd.grad(head(x, targets), inputs), expected, strict=True):
+        torch.testing.assert_close(value, reference)
+    # Downhill, and what was learnt is what is saved.
+    optimizer = torch.optim.SGD([head.log_exponent], lr=1.0)
+    before = head(x, targets)
+    before.backward()
+    optimizer.step()
+    assert head(x, targets) < before and head.log_exponent.item() != pytest.approx(math.log(2 * D**0.5))
+    copy = HarmonicHead(D, V, learn_exponent=True).double()
+    copy.load_state_dict(head.state_dict())
+    torch.testing.assert_close(copy(x), head(x))
+    copy.reset_parameters()
+    assert copy.log_exponent is not None and copy.log_exponent.item() == pytest.approx(math.log(D**0.5))
 
 
 def test_initial_centres() -> None:

@@ -613,6 +613,52 @@ def test_builds_on_the_meta_device() -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == 124_439_808 - biases + 47 * 768
 
 
+@HEADS
+@TIED
+def test_compiles_as_one_graph(head: str, tied: bool) -> None:
+    model = tiny_model(head=head, tie_word_embeddings=tied).train()
+    expected = model(tokens(), labels=tokens()).loss
+    expected.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = compiled(tokens(), labels=tokens(), use_cache=False).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], msg=name)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            compiled(tokens(), labels=tokens(), loss_only=True, use_cache=False).loss, expected.detach()
+        )
+
+
+@pytest.mark.slow
+def test_inductor_compiles_the_whole_model() -> None:
+    model = tiny_model().train()
+    expected = model(tokens(), labels=tokens()).loss
+    torch.compiler.reset()
+    loss = torch.compile(model, fullgraph=True)(tokens(), labels=tokens(), use_cache=False).loss
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+
+
+@HEADS
+def test_label_smoothing_never_touches_evaluation(head: str) -> None:
+    model = tiny_model(head=head)
+    plain = model(tokens(), labels=tokens())
+    model.lm_head.label_smoothing = 0.2
+    smoothed = model.train()(tokens(), labels=tokens()).loss
+    expected = F.cross_entropy(plain.logits[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten(), label_smoothing=0.2)
+    torch.testing.assert_close(smoothed, expected)
+    again = model.eval()(tokens(), labels=tokens())
+    assert torch.equal(again.loss, plain.loss) and torch.equal(again.logits, plain.logits)
+    model.resize_token_embeddings(V + 3)
+    assert model.lm_head.label_smoothing == 0.2
+
+
 @pytest.mark.slow
 def test_compiling_blocks_in_place_keeps_the_names() -> None:
     model = tiny_model().train()

@@ -261,6 +261,7 @@ def test_name_is_one_folder(file, name):
         ("train.steps", "-5", "train.steps must be at least 1; got -5"),
         ("train.global_batch", "0", "train.global_batch must be at least 1; got 0"),
         ("train.micro_batch", "0", "train.micro_batch must be at least 1; got 0"),
+        ("train.label_smoothing", "1", "train.label_smoothing must lie in [0, 1); got 1"),
         ("train.seed", "-1", "train.seed must lie between 0 and 2^31 - 1; got -1"),
         ("train.seed", "2147483648", "train.seed must lie between 0 and 2^31 - 1; got 2147483648"),
         ("data.seq_len", "0", "data.seq_len must be at least 1 token; got 0"),

@@ -403,6 +403,19 @@ def test_a_bare_nanogpt_folder_is_trained_on(tmp_path):
     train.main(replace(config, resume="auto"))
 
 
+@HEADS
+def test_label_smoothing_is_in_the_training_loss_alone(data, tmp_path, head):
+    plain = make_config(data, tmp_path, head, name="plain", train={"steps": 3})
+    smoothed = make_config(data, tmp_path, head, name="smoothed", train={"steps": 3, "label_smoothing": 0.3})
+    train.main(plain)
+    train.main(smoothed)
+    first = [records(config.run_folder, "eval")[0]["loss"] for config in (plain, smoothed)]
+    assert first[0] == first[1]
+    assert losses(plain.run_folder)[2] != losses(smoothed.run_folder)[2]
+    config = json.loads((smoothed.run_folder / "latest/model/config.json").read_text())
+    assert "label_smoothing" not in config
+
+
 @pytest.mark.slow
 def test_blocks_compile_in_place(data, tmp_path):
     plain = make_config(data, tmp_path, name="plain", model={"dropout": 0.0}, train={"steps": 3})

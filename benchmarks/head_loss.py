@@ -1,0 +1,247 @@
+"""Loss and gradients of a language model's head: the harmonic losses beside the known ways to compute softmax's.
+
+    python -m benchmarks.head_loss                                     GPT-2 small's head, 2048 positions, float32
+    python -m benchmarks.head_loss --shape 2048x1600x50304             GPT-2 xl's
+    python -m benchmarks.head_loss --device cuda --dtype bfloat16 --shape 32768x768x50304
+
+Prints a table. `time` is the median of forward + backward over rounds in which every variant runs once, so that what
+else the machine does meets all of them, with the quartiles; the ratios are medians over the rounds of the ratio within
+a round. `memory` is the largest extra memory of one forward + backward, gradients included, measured in a process of
+its own: the peak resident set above that before (Linux), on a GPU the allocator's peak. `errors` are relative to
+float64 on the same rounded operands, over the first positions: of the loss, of the gradients by x and by w (2-norms).
+"""
+
+import argparse
+import multiprocessing
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hgpt.fused_loss import fused_harmonic_loss, fused_softmax_loss
+from hgpt.harmax import harmonic_loss, resolve_exponent
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # x (N, D), w (V, D), targets (N,)
+ACCURACY_POSITIONS = 128
+
+
+@dataclass(frozen=True)
+class Settings:
+    positions: int
+    dim: int
+    rows: int
+    dtype: torch.dtype
+    device: str
+    threads: int
+    chunk: int | None
+    exponent: str
+
+    @property
+    def n(self) -> float:
+        return resolve_exponent(self.exponent, self.dim)
+
+
+def dense_softmax(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy((x @ w.T).float() if x.dtype != torch.float64 else x @ w.T, targets)
+
+
+def torch_chunked(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    return F.linear_cross_entropy(x, w, targets, options=nn.LinearCrossEntropyOptions())
+
+
+def variants(settings: Settings) -> dict[str, Loss]:
+    """Name → loss. Liger's and Apple's kernels need a GPU and are left out where they are not installed."""
+    n, chunk = settings.n, settings.chunk
+    found: dict[str, Loss] = {
+        "dense harmonic": lambda x, w, y: harmonic_loss(x, w, y, n),
+        "fused harmonic": lambda x, w, y: fused_harmonic_loss(x, w, y, n, chunk=chunk),
+        "fused harmonic, recompute": lambda x, w, y: fused_harmonic_loss(x, w, y, n, chunk=chunk, recompute=True),
+        "F.cross_entropy(x @ W.T)": dense_softmax,
+        "F.linear_cross_entropy": torch_chunked,
+        "fused softmax": lambda x, w, y: fused_softmax_loss(x, w, y, chunk=chunk),
+    }
+    if settings.device == "cuda" and find_spec("liger_kernel"):
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        found["Liger"] = lambda x, w, y: LigerFusedLinearCrossEntropyLoss()(w, x, y)
+    if settings.device == "cuda" and find_spec("cut_cross_entropy"):
+        from cut_cross_entropy import linear_cross_entropy
+
+        found["Apple CCE"] = linear_cross_entropy
+    return found
+
+
+def is_harmonic(name: str) -> bool:
+    return "harmonic" in name
+
+
+def problem(settings: Settings, harmonic: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """x, w and targets, at the scales that a model starts from: normed x times the initial gain, w ~ N(0, 0.02²)."""
+    torch.manual_seed(0)
+    x = torch.randn(settings.positions, settings.dim) * (0.05 if harmonic else 1.0)
+    w = torch.randn(settings.rows, settings.dim) * 0.02
+    targets = torch.randint(settings.rows, (settings.positions,))
+    x, w = (tensor.to(settings.device, settings.dtype).requires_grad_() for tensor in (x, w))
+    return x, w, targets.to(settings.device)
+
+
+def differentiate(loss: Loss, operands: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    value = loss(*operands)
+    return value.detach(), *torch.autograd.grad(value, operands[:2])
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure_times(losses: dict[str, Loss], settings: Settings, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each round, after a first one that does not count."""
+    operands = {harmonic: problem(settings, harmonic) for harmonic in (True, False)}
+    times: dict[str, list[float]] = {name: [] for name in losses}
+    for number in range(rounds + 1):
+        for name, loss in losses.items():
+            synchronize(settings.device)
+            start = time.perf_counter()
+            differentiate(loss, operands[is_harmonic(name)])
+            synchronize(settings.device)
+            if number > 0:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def measure_errors(loss: Loss, settings: Settings, harmonic: bool) -> list[float]:
+    x, w, targets = problem(settings, harmonic)
+    x, targets = x[:ACCURACY_POSITIONS].detach().requires_grad_(), targets[:ACCURACY_POSITIONS]
+    values = differentiate(loss, (x, w, targets))
+    exact = (x.detach().double().requires_grad_(), w.detach().double().requires_grad_(), targets)
+    truth = differentiate((lambda x, w, y: harmonic_loss(x, w, y, settings.n)) if harmonic else dense_softmax, exact)
+    return [((v.double() - t).norm() / t.norm()).item() for v, t in zip(values, truth, strict=True)]
+
+
+def status_bytes(field: str) -> int:
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if match is None:
+        raise SystemExit("the memory of the CPU is read from /proc/self/status, which is Linux's: use --skip memory")
+    return int(match[1]) * 1024
+
+
+def measure_memory(name: str, settings: Settings) -> int:
+    """Bytes; to be called once, in a process that does nothing else."""
+    torch.set_num_threads(settings.threads)
+    loss = variants(settings)[name]
+    x, w, targets = problem(settings, is_harmonic(name))
+    small = (x[:8].detach().requires_grad_(), w[:64].detach().requires_grad_(), targets[:8] % 64)
+    differentiate(loss, small)  # libraries load, and threads start
+    if settings.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        differentiate(loss, (x, w, targets))
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
+    before = status_bytes("VmRSS")
+    differentiate(loss, (x, w, targets))
+    return status_bytes("VmHWM") - before
+
+
+def in_a_process_of_its_own(name: str, settings: Settings) -> int:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure_memory, name, settings).result()
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return match[1] if match else platform.processor()
+
+
+def print_table(header: list[str], table: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(header, *table, strict=True)]
+    for cells in (header, ["-" * width for width in widths], *table):
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |")
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    parts = text.split("x")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"three sizes, positions x dim x rows, such as 2048x768x50304; got {text}")
+    positions, dim, rows = map(int, parts)
+    return positions, dim, rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", type=parse_shape, default=(2048, 768, 50304), help="positions x dim x rows")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--chunk", type=int, help="positions per chunk of the fused losses; default their own rule")
+    parser.add_argument("--exponent", default="2*sqrt_dim", help="n on the distance d")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="variants by name; default all")
+    parser.add_argument("--skip", nargs="+", choices=("time", "memory", "errors"), default=[])
+    options = parser.parse_args(arguments)
+
+    torch.set_num_threads(options.threads)
+    positions, dim, rows = options.shape
+    settings = Settings(
+        positions=positions,
+        dim=dim,
+        rows=rows,
+        dtype=getattr(torch, options.dtype),
+        device=options.device,
+        threads=options.threads,
+        chunk=options.chunk,
+        exponent=options.exponent,
+    )
+    losses = variants(settings)
+    if options.only:
+        if unknown := set(options.only) - set(losses):
+            parser.error(f"--only: no variant {sorted(unknown)} here; there are {sorted(losses)}")
+        losses = {name: loss for name, loss in losses.items() if name in options.only}
+
+    threads = f", {options.threads} threads" if options.device == "cpu" else ""
+    print(f"{device_name(options.device)}{threads}, torch {torch.__version__}, {options.dtype}")
+    print(f"{positions} positions x {dim} x {rows} rows, n = {settings.n:.4g}, {options.rounds} rounds\n")
+    header, columns = ["loss"], [[name] for name in losses]
+
+    if "time" not in options.skip:
+        times = measure_times(losses, settings, options.rounds)
+        references = [name for name in ("F.cross_entropy(x @ W.T)", "F.linear_cross_entropy") if name in losses]
+        header += ["time, s (quartiles)", *(f"/ {name}" for name in references)]
+        for column in columns:
+            own = times[column[0]]
+            low, middle, high = statistics.quantiles(own, n=4, method="inclusive") if len(own) > 1 else own * 3
+            column.append(f"{middle:.3f} ({low:.3f} to {high:.3f})")
+            for name in references:
+                column.append(f"{statistics.median(a / b for a, b in zip(own, times[name], strict=True)):.3f}")
+    if "memory" not in options.skip:
+        memory = {name: in_a_process_of_its_own(name, settings) for name in losses}
+        header.append("memory, MiB")
+        for column in columns:
+            column.append(f"{memory[column[0]] / 2**20:.0f}")
+        if "dense harmonic" in memory:
+            header.append("/ dense harmonic")
+            for column in columns:
+                column.append(f"{memory[column[0]] / memory['dense harmonic']:.3f}")
+    if "errors" not in options.skip:
+        header.append("errors: loss, dx, dw")
+        for column in columns:
+            errors = measure_errors(losses[column[0]], settings, is_harmonic(column[0]))
+            column.append(", ".join(f"{error:.1e}" for error in errors))
+    print_table(header, columns)
+
+
+if __name__ == "__main__":
+    main()
