@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 quickstart: $(VENV)/.installed
 	test -f data/python_docs/meta.json || $(BIN)/python -m data_prep.python_docs --out data/python_docs
 	$(BIN)/python train.py --config configs/quickstart.toml --resume auto
-	$(BIN)/python sample.py --checkpoint runs/quickstart --prompt "Return a new" --num-samples 2 --max-new-tokens 80 --top-p 0.9 --seed 1
+	$(BIN)/python sample.py --checkpoint runs/quickstart --prompt "Return a new" --num-samples 4 --max-new-tokens 80 --temperature 0.7 --top-k 40 --seed 3
 	$(BIN)/python sample.py --checkpoint runs/quickstart --prompt "Return a new" --max-new-tokens 6 --seed 1 --show-distances
 
 test: $(VENV)/.installed
