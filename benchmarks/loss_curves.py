@@ -21,7 +21,7 @@ def main() -> None:
     for number, run in enumerate(arguments.runs):
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         colour = f"C{number}"
-        for kind, style in (("train", {"alpha": 0.35}), ("eval", {"marker": "o"})):
+        for kind, style in (("train", {"alpha": 0.35}), ("eval", {"marker": "o", "linestyle": ""})):
             curve = [(record["step"], record["loss"]) for record in records if record["kind"] == kind]
             last = f", {curve[-1][1]:.3f}" if kind == "eval" else ""
             name = "validation" if kind == "eval" else "training batch"
