@@ -1,33 +1,60 @@
 """Pretrain a GPT-2 with a harmonic or a softmax head.
 
     python train.py --config configs/quickstart.toml [--section.key value ...]
-    accelerate launch train.py --config configs/gpt2_small_harmonic.toml
+    accelerate launch --config_file configs/accelerate/multi_gpu.yaml train.py --config configs/gpt2_small_harmonic.toml
 
 Read it once, downwards. `--help` lists every setting.
+
+Exit codes: 0 finished; 2 bad input, or a fault that the message tells how to mend; 70 the processes hung or lost each
+other; 75 stopped by SIGTERM or SIGUSR1 after a checkpoint, to be started again; 130 interrupted.
 """
 
+import copy
+import json
 import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, parse_flag_from_env, set_seed
+from accelerate.utils import gather_object, set_seed
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from hgpt import checkpoint as ckpt
 from hgpt.baselines import unigram_loss
 from hgpt.batches import TrainingBatches
+from hgpt.configuration_hgpt import HGPTConfig
+from hgpt.engines import (
+    FullState,
+    build_accelerator,
+    check_same_everywhere,
+    collect_state,
+    configure_engine,
+    engine_name,
+    model_weights,
+    restore_state,
+)
 from hgpt.errors import UserError
 from hgpt.evaluation import evaluation_windows, head_diagnostics, validation_loss
-from hgpt.metrics import MetricsLog, Throughput, build_trackers, device_name, flops_per_token, peak_flops
+from hgpt.metrics import (
+    LossSpikes,
+    MetricsLog,
+    PhaseTimes,
+    Throughput,
+    build_trackers,
+    device_name,
+    flops_per_token,
+    memory_in_use,
+    peak_flops,
+)
 from hgpt.model_card import model_card
 from hgpt.modeling_hgpt import HGPTForCausalLM
 from hgpt.optim import build_optimizer, learning_rate, set_learning_rate
@@ -35,6 +62,14 @@ from hgpt.pretrained import initialize_from
 from hgpt.run_config import CONFIG_FILE, RunConfig, check_resume, load_run_config, settings, write_toml
 from hgpt.shards import TokenShards, verify
 from hgpt.tokenizer import hf_tokenizer
+from hgpt.watchdog import EXIT_HUNG, Watchdog
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
+NON_FINITE_FILE = "non_finite.jsonl"
+
+
+class Preempted(Exception):
+    """A cluster asked for the machine (SIGTERM, SIGUSR1), and a checkpoint was saved."""
 
 
 def main(config: RunConfig) -> dict[str, float]:
@@ -50,16 +85,8 @@ def main(config: RunConfig) -> dict[str, float]:
 
     # ------------------------------------------------------------------------------------------------------------
     # Processes and precision.
-    accelerator = Accelerator(
-        mixed_precision=_mixed_precision(config.train.precision),
-        # Accumulation follows from the batch settings below; the loader is ours and knows no end.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-    )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise UserError(
-            f"the launcher asks for {accelerator.distributed_type.value}, whose checkpoints are not supported; launch "
-            "one process, or DDP (accelerate's MULTI_GPU or MULTI_CPU)"
-        )
+    accelerator = build_accelerator(config.train.precision, config.train.hang_timeout)
+    check_same_everywhere(accelerator, settings(config) | ckpt.package_versions())
     batches = TrainingBatches(
         train_shards,
         seq_len=config.data.seq_len,
@@ -70,6 +97,15 @@ def main(config: RunConfig) -> dict[str, float]:
         seed=config.train.seed,
     )
     accelerator.gradient_accumulation_steps = batches.accumulation
+    configure_engine(
+        accelerator,
+        micro_batch=config.train.micro_batch,
+        accumulation=batches.accumulation,
+        grad_clip=config.optim.grad_clip,
+        compiled=config.train.compile,
+        skips=config.train.skip_non_finite,
+        muon=config.optim.algorithm == "muon",
+    )
     if config.data.verify and accelerator.is_main_process:
         verify(config.data.path, config.data.vocab_size)
     tokens_per_step = config.train.global_batch * config.data.seq_len
@@ -95,8 +131,10 @@ def main(config: RunConfig) -> dict[str, float]:
     # ------------------------------------------------------------------------------------------------------------
     # Model and optimiser. Every process draws the same initial weights; dropout then differs between them.
     set_seed(config.train.seed)
+    states = None
     if resume_from is not None:
         model = HGPTForCausalLM.from_pretrained(resume_from / ckpt.MODEL, dtype=torch.float32)
+        states = ckpt.load_optimizer(resume_from, model)
     else:
         model = HGPTForCausalLM(model_config)
         if config.model.init_from is not None:
@@ -112,12 +150,18 @@ def main(config: RunConfig) -> dict[str, float]:
             block.compile(isolate_recompiles=config.model.scale_attn_by_inverse_layer_idx)
     model.to(accelerator.device)
     optimizer = build_optimizer(model, config.optim)
-    if resume_from is not None:
-        ckpt.load_optimizer(resume_from, model, optimizer)
-        if not ckpt.load_random_state(resume_from, accelerator.process_index) and config.model.dropout > 0:
-            say("the checkpoint has no random state for this process: dropout goes on with other random numbers")
+    if (
+        resume_from is not None
+        and not ckpt.load_random_state(resume_from, accelerator.process_index)
+        and config.model.dropout > 0
+    ):
+        say("the checkpoint has no random state for this process: dropout goes on with other random numbers")
     plain_model, plain_optimizer = model, optimizer
+    hf_config, parameters = copy.deepcopy(model.config), model.num_parameters()  # ZeRO-3 leaves empty parameters
+    exact = model_weights(model, accelerator)
     model, optimizer = accelerator.prepare(model, optimizer)
+    restore_state(plain_model, optimizer, accelerator, exact, states)
+    del exact, states
     model.train()
 
     # ------------------------------------------------------------------------------------------------------------
@@ -128,6 +172,7 @@ def main(config: RunConfig) -> dict[str, float]:
         try:
             run_folder.mkdir(parents=True, exist_ok=True)
             write_toml(config, run_folder / CONFIG_FILE)
+            (run_folder / ckpt.PREEMPTED).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
                 f"the run folder {run_folder} cannot be written: {error}; choose another --runs_dir"
@@ -142,99 +187,121 @@ def main(config: RunConfig) -> dict[str, float]:
     if accelerator.is_main_process:
         trackers = build_trackers(config.log, run_folder, config.name, step)
         log = MetricsLog(run_folder, trackers, settings(config), step)
-    for line in _introduction(config, plain_model, train_shards, val_shards, accelerator, device, batches.accumulation):
+    for line in _introduction(
+        config, hf_config, parameters, train_shards, val_shards, accelerator, device, batches.accumulation
+    ):
         say(line)
     if unigram is not None:
         say(f"a unigram model of this data has validation loss {unigram:.4f}")
 
-    def save(step: int) -> Path:
+    def save(step: int, writer: ckpt.Writer) -> Path:
+        """Collect what a checkpoint holds, which needs every process, and let the main process write it."""
         target = run_folder / ckpt.CHECKPOINTS / f"step_{step:07d}"
-        state = ckpt.TrainState(
-            step=step,
-            tokens=step * tokens_per_step,
-            validation_loss=validation,
-            validation_step=validation_step,
-            settings=settings(config),
-            data=data_id,
-            world_size=accelerator.num_processes,
-        )
-        with ckpt.atomic_folder(target) if accelerator.is_main_process else nullcontext() as folder:
-            accelerator.wait_for_everyone()  # the folder is there
-            folder = folder or ckpt.partial_folder(target)
-            ckpt.save_random_state(folder, accelerator.process_index)
-            accelerator.wait_for_everyone()  # every process has written
-            if accelerator.is_main_process:
-                ckpt.save_training_state(folder, plain_model, plain_optimizer, state)
-                _export(plain_model, folder / ckpt.MODEL, config, train_shards, state)
-                ckpt.write_manifest(folder)
-        if accelerator.is_main_process:
-            ckpt.point_latest(run_folder, target)
-            ckpt.remove_old(run_folder, config.checkpoint.keep_last)
-        accelerator.wait_for_everyone()
+        writer.wait()
+        full = collect_state(plain_model, optimizer, accelerator)
+        random_states = gather_object([ckpt.random_state()])
+        if full is not None:
+            state = ckpt.TrainState(
+                step=step,
+                tokens=step * tokens_per_step,
+                validation_loss=validation,
+                validation_step=validation_step,
+                settings=settings(config),
+                data=data_id,
+                world_size=accelerator.num_processes,
+            )
+            writer.submit(
+                lambda: _write_checkpoint(target, full, random_states, state, config, hf_config, train_shards)
+            )
         return target
 
     # ------------------------------------------------------------------------------------------------------------
     # The loop runs steps + 1 times: the last pass only evaluates and saves.
     first_step, last_evaluation = step, {}
-    throughput = Throughput()
-    pending: list[torch.Tensor] = []  # losses since the last log, still on the device
-    stop = False  # Ctrl-C came, and all processes know
+    throughput, phases, spikes = Throughput(), PhaseTimes(accelerator.device), LossSpikes()
+    pending: list[torch.Tensor] = []  # (loss, gradient norm) of the steps since the last log, still on the device
+    skipped = 0  # steps whose gradient was not finite
+    stop = 0  # the signal that came, when all processes know of it
     # disable=None: no bar where standard error is not a terminal; lines are printed there instead.
     hide = None if accelerator.is_main_process else True
     bar = tqdm(total=config.train.steps, initial=step, unit="step", disable=hide, dynamic_ncols=True, smoothing=0.05)
-    with _interruptible(config.checkpoint.on_interrupt) as interrupted, bar:
+    with (
+        _interruptible(config.checkpoint.on_interrupt) as interrupted,
+        ckpt.Writer(config.checkpoint.background) as writer,
+        Watchdog(config.train.hang_timeout) as watchdog,
+        bar,
+    ):
         while True:
             last = step == config.train.steps
             pause = time.perf_counter()
             if last or step % config.eval.every == 0:
+                watchdog.beat(step, "evaluation")
                 validation_step = step
-                validation = validation_loss(
-                    model,
-                    val_shards,
-                    seq_len=config.data.seq_len,
-                    micro_batch=config.eval.micro_batch,
-                    accelerator=accelerator,
-                )
-                last_evaluation = {"loss": validation} | head_diagnostics(
-                    model,
-                    val_shards,
-                    seq_len=config.data.seq_len,
-                    windows=config.eval.diagnostic_windows,
-                    accelerator=accelerator,
-                )
+                with phases("evaluation"):
+                    validation = validation_loss(
+                        model,
+                        val_shards,
+                        seq_len=config.data.seq_len,
+                        micro_batch=config.eval.micro_batch,
+                        accelerator=accelerator,
+                    )
+                    last_evaluation = {"loss": validation} | head_diagnostics(
+                        model,
+                        val_shards,
+                        seq_len=config.data.seq_len,
+                        windows=config.eval.diagnostic_windows,
+                        accelerator=accelerator,
+                    )
                 if not math.isfinite(validation):
+                    writer.wait()  # so that the message names the checkpoint that is on its way
                     raise _not_finite(f"the validation loss after step {step} is {validation}", run_folder)
                 if log is not None:
                     log.write("eval", step, last_evaluation)
                     bar.write(_evaluation_line(step, last_evaluation))
-            if step > first_step and (last or stop or step % config.checkpoint.every == 0):
-                target = save(step)
+            new = step > first_step or resume_from is None
+            if (step > first_step and (last or stop)) or (new and config.checkpoint.due(step)):
+                watchdog.beat(step, "saving a checkpoint")
+                with phases("save"):
+                    target = save(step, writer)
                 if stop and not last:
-                    raise KeyboardInterrupt(f"interrupted after step {step}, saved {target}; go on with --resume auto")
+                    writer.wait()
+                    message = f"after step {step}, saved {target}; go on with --resume auto"
+                    if stop == signal.SIGINT:
+                        raise KeyboardInterrupt(f"interrupted {message}")
+                    if accelerator.is_main_process:
+                        (run_folder / ckpt.PREEMPTED).touch()
+                    raise Preempted(f"stopped by {signal.Signals(stop).name} {message}")
             throughput.pause(time.perf_counter() - pause)
             if last:
                 break
 
             # One optimiser step. The learning rate is set before the backward pass, in which some engines step.
+            watchdog.beat(step, "training")
             lr = learning_rate(step, config.train.steps, config.optim)
             set_learning_rate(plain_optimizer, lr)
             step_loss = torch.zeros((), device=accelerator.device)
             for micro_step in range(batches.accumulation):
-                inputs, targets = batches(step, micro_step)
+                with phases("data"):
+                    inputs, targets = batches(step, micro_step)
+                    inputs = inputs.to(accelerator.device, non_blocking=True)
+                    targets = targets.to(accelerator.device, non_blocking=True)
                 with accelerator.accumulate(model):
-                    loss = model(
-                        inputs.to(accelerator.device, non_blocking=True),
-                        shift_labels=targets.to(accelerator.device, non_blocking=True),
-                        use_cache=False,
-                    ).loss
-                    accelerator.backward(loss)  # divides by the number of micro-batches
+                    with phases("forward"):
+                        loss = model(inputs, shift_labels=targets, use_cache=False).loss
+                    with phases("backward"):
+                        accelerator.backward(loss)  # divides by the number of micro-batches
                     step_loss += loss.detach() / batches.accumulation
-                    if accelerator.sync_gradients:
-                        limit = config.optim.grad_clip or float("inf")
-                        grad_norm = accelerator.clip_grad_norm_(model.parameters(), limit)
-                    optimizer.step()
-                    optimizer.zero_grad()
-            pending.append(step_loss)
+                    with phases("step"):
+                        if accelerator.sync_gradients:
+                            limit = config.optim.grad_clip or float("inf")
+                            grad_norm = torch.as_tensor(accelerator.clip_grad_norm_(model.parameters(), limit))
+                            grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+                            if config.train.skip_non_finite:
+                                # The fused optimiser looks at it on the device: nobody waits.
+                                plain_optimizer.found_inf = (~grad_norm.isfinite()).float()
+                        optimizer.step()
+                        optimizer.zero_grad()
+            pending.append(torch.stack((step_loss, grad_norm.to(step_loss))))
             throughput.add(tokens_per_step)
             step += 1
             bar.update()
@@ -244,20 +311,53 @@ def main(config: RunConfig) -> dict[str, float]:
             if accelerator.num_processes == 1:
                 stop = interrupted()
             elif due:  # processes see a signal at different moments, and have to stop after the same step
-                asked = torch.tensor(int(interrupted()), device=accelerator.device)
-                stop = bool(accelerator.reduce(asked, reduction="sum"))
-            if due or stop or step % config.checkpoint.every == 0 or step % config.eval.every == 0:
-                losses = accelerator.reduce(torch.stack(pending), reduction="mean").tolist()
-                _check_finite(losses, step, lr, float(grad_norm), run_folder)
+                asked = accelerator.gather(torch.tensor([interrupted()], device=accelerator.device))
+                stop = int(asked.max())
+            if due or stop or config.checkpoint.due(step) or step % config.eval.every == 0:
+                recent = accelerator.reduce(torch.stack(pending), reduction="mean").tolist()  # [[loss, norm], ...]
                 pending.clear()
+                writer.wait(only_look=True)
+                bad = [(step - len(recent) + 1 + i, *pair) for i, pair in enumerate(recent) if not _finite(pair)]
+                if bad:
+                    skipped += len(bad)
+                    if log is not None:
+                        _note_non_finite(run_folder / NON_FINITE_FILE, bad, batches)
+                    if skipped > config.train.skip_non_finite:
+                        writer.wait()
+                        at, loss_then, norm_then = bad[0]
+                        raise _not_finite(
+                            f"step {at} has loss {loss_then} and gradient norm {norm_then} (learning rate {lr:.3g}; "
+                            f"{skipped} such steps, train.skip_non_finite = {config.train.skip_non_finite})",
+                            run_folder,
+                        )
+                spiked = sum(spikes.add(pair[0]) for pair in recent if _finite(pair))
+                if due:
+                    rate, seconds = throughput.read(), phases.read()
+                    memory = memory_in_use(accelerator.device)
+                    # What a process does alone tells which one the others wait for.
+                    own = seconds.get("data", 0.0) + seconds.get("forward", 0.0)
+                    mine = torch.tensor([[own, memory]], dtype=torch.float32, device=accelerator.device)
+                    per_process = accelerator.gather(mine).tolist()
                 if due and log is not None:
-                    rate = throughput.read()
-                    values = {"loss": losses[-1], "lr": lr, "grad_norm": float(grad_norm), "tokens_per_second": rate}
+                    values = {"loss": recent[-1][0], "lr": lr, "grad_norm": recent[-1][1], "tokens_per_second": rate}
                     if peak is not None:
                         values["mfu"] = rate * flops / (peak * accelerator.num_processes)
                     values["tokens"] = step * tokens_per_step
+                    values["tokens_per_second_per_process"] = rate / accelerator.num_processes
+                    values |= {f"seconds_{phase}": spent for phase, spent in seconds.items()}
+                    values |= {"memory_gib": max(m for _, m in per_process), "spikes": spiked, "skipped": len(bad)}
+                    if accelerator.num_processes > 1:
+                        values["slowest_process"] = max(range(len(per_process)), key=lambda rank: per_process[rank][0])
                     log.write("train", step, values)
-                    shown = {"loss": f"{losses[-1]:.3f}", "tok/s": f"{rate:,.0f}"}
+                    if accelerator.num_processes > 1:
+                        log.write_processes(
+                            step,
+                            {
+                                "seconds_data_forward": [spent for spent, _ in per_process],
+                                "memory_gib": [held for _, held in per_process],
+                            },
+                        )
+                    shown = {"loss": f"{recent[-1][0]:.3f}", "tok/s": f"{rate:,.0f}"}
                     if peak is not None:
                         shown["mfu"] = f"{values['mfu']:.1%}"
                     bar.set_postfix(shown)
@@ -271,22 +371,9 @@ def main(config: RunConfig) -> dict[str, float]:
         log.close()
     say(f"\nvalidation loss {validation:.4f}" + (f", of a unigram model {unigram:.4f}" if unigram is not None else ""))
     say(f"the model is in {run_folder / ckpt.LATEST / ckpt.MODEL}; python sample.py --checkpoint {run_folder}")
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     return last_evaluation
-
-
-def _mixed_precision(precision: str) -> str:
-    """Accelerate's name of the precision of a run; UserError when the launcher asks for another one."""
-    if precision == "auto":
-        on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
-        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launcher not in ("no", precision):
-        raise UserError(
-            f"the launcher asks for mixed precision {launcher}, and train.precision is {precision}: it comes from the "
-            "run's configuration alone; set mixed_precision to no in the launcher's"
-        )
-    return "no" if precision == "fp32" else precision
 
 
 def _checkpoint_to_resume(config: RunConfig, say: Callable[[str], None]) -> Path | None:
@@ -315,30 +402,43 @@ def _checkpoint_to_resume(config: RunConfig, say: Callable[[str], None]) -> Path
     return checkpoint
 
 
-def _export(
-    model: HGPTForCausalLM, folder: Path, config: RunConfig, shards: TokenShards, state: ckpt.TrainState
+def _write_checkpoint(
+    target: Path,
+    full: FullState,
+    random_states: list[dict[str, torch.Tensor]],
+    state: ckpt.TrainState,
+    config: RunConfig,
+    hf_config: HGPTConfig,
+    shards: TokenShards,
 ) -> None:
-    """The Hugging Face model with its tokenizer and its card."""
-    model.save_pretrained(folder)
-    tokenizer_file = Path(config.data.path) / "tokenizer.json"
-    if tokenizer_file.exists():  # a bare nanoGPT folder has none
-        hf_tokenizer(tokenizer_file, config.data.seq_len, shards.end_of_text).save_pretrained(folder)
-    card = model_card(
-        model.config,
-        name=config.name,
-        parameters=model.num_parameters(),
-        data=config.data.path if shards.meta is None else shards.meta.source,
-        tokens=state.tokens,
-        steps=state.step,
-        validation_loss=state.validation_loss,
-        validation_step=state.validation_step,
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    """A checkpoint folder, complete or not at all, with the Hugging Face model, its tokenizer and its card in it."""
+    with ckpt.atomic_folder(target) as folder:
+        ckpt.save_training_state(folder, full, random_states, state)
+        model = folder / ckpt.MODEL
+        ckpt.save_model(model, hf_config, full.weights)
+        tokenizer_file = Path(config.data.path) / "tokenizer.json"
+        if tokenizer_file.exists():  # a bare nanoGPT folder has none
+            hf_tokenizer(tokenizer_file, config.data.seq_len, shards.end_of_text).save_pretrained(model)
+        card = model_card(
+            hf_config,
+            name=config.name,
+            parameters=sum(weight.numel() for weight in full.weights.values()),
+            data=config.data.path if shards.meta is None else shards.meta.source,
+            tokens=state.tokens,
+            steps=state.step,
+            validation_loss=state.validation_loss,
+            validation_step=state.validation_step,
+        )
+        (model / "README.md").write_text(card, encoding="utf-8")
+        ckpt.write_manifest(folder)
+    ckpt.point_latest(config.run_folder, target)
+    ckpt.remove_old(config.run_folder, config.checkpoint)
 
 
 def _introduction(
     config: RunConfig,
-    model: HGPTForCausalLM,
+    hf_config: HGPTConfig,
+    parameters: int,
     train_shards: TokenShards,
     val_shards: TokenShards,
     accelerator: Accelerator,
@@ -347,26 +447,33 @@ def _introduction(
 ) -> Iterator[str]:
     """What is about to happen, in three lines."""
     tokens_per_step = config.train.global_batch * config.data.seq_len
-    head = f"harmonic head, n = {model.config.exponent:.4g}" if model.config.head == "harmonic" else "softmax head"
+    head = f"harmonic head, n = {hf_config.exponent:.4g}" if hf_config.head == "harmonic" else "softmax head"
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
-    yield f"{config.name}: {model.num_parameters():,} parameters, {head}, vocabulary {model.config.vocab_size:,}"
+    yield f"{config.name}: {parameters:,} parameters, {head}, vocabulary {hf_config.vocab_size:,}"
     yield f"data: {len(train_shards):,} training and {len(val_shards):,} validation tokens in {config.data.path}"
     yield (
         f"{config.train.steps:,} steps of {tokens_per_step:,} tokens, "
         f"{config.train.steps * tokens_per_step / len(train_shards):.2f} epochs; "
-        f"{accelerator.num_processes} x {device}, {precision}, "
+        f"{accelerator.num_processes} x {device}, {engine_name(accelerator)}, {precision}, "
         f"{accumulation} x {config.train.micro_batch} sequences a step and process"
     )
 
 
-def _check_finite(losses: list[float], step: int, lr: float, grad_norm: float, run_folder: Path) -> None:
-    """Raise UserError when one of the `losses` of the steps up to `step`, or the last gradient, is not finite."""
-    rest = f"(learning rate {lr:.3g}, last gradient norm {grad_norm:.3g})"
-    for at, loss in enumerate(losses, start=step - len(losses) + 1):
-        if not math.isfinite(loss):
-            raise _not_finite(f"the loss of step {at} is {loss} {rest}", run_folder)
-    if not math.isfinite(grad_norm):
-        raise _not_finite(f"the gradient of step {step} is not finite {rest}", run_folder)
+def _finite(values: list[float]) -> bool:
+    return all(map(math.isfinite, values))
+
+
+def _note_non_finite(path: Path, steps: list[tuple[int, float, float]], batches: TrainingBatches) -> None:
+    """Write down which windows of the training tokens each of these steps saw, so that it can be replayed."""
+    with path.open("a") as file:
+        for step, loss, grad_norm in steps:
+            record = {
+                "step": step,
+                "loss": str(loss),
+                "grad_norm": str(grad_norm),
+                "windows": batches.windows_of(step - 1),
+            }
+            file.write(json.dumps(record) + "\n")
 
 
 def _not_finite(what: str, run_folder: Path) -> UserError:
@@ -388,25 +495,49 @@ def _evaluation_line(step: int, evaluation: dict[str, float]) -> str:
 
 
 @contextmanager
-def _interruptible(wait_for_step: bool) -> Iterator:
-    """A function that tells whether Ctrl-C or SIGTERM came. A later one stops at once (the first, if not waited)."""
-    asked: list[float] = []
+def _interruptible(wait_for_step: bool) -> Iterator[Callable[[], int]]:
+    """A function that tells which signal came, 0 for none: Ctrl-C, or a cluster's SIGTERM or SIGUSR1.
+
+    A second one stops at once; so does the first Ctrl-C where nobody wants to wait.
+    """
+    asked: list[tuple[int, float]] = []
 
     def on_signal(number: int, frame: object) -> None:
         now = time.monotonic()
         # A cluster and its launcher may both pass on one signal; that is not somebody's second Ctrl-C.
-        if not wait_for_step or (asked and now - asked[0] > 2):
+        if (number == signal.SIGINT and not wait_for_step) or (asked and now - asked[0][1] > 2):
             raise KeyboardInterrupt
         if not asked:
-            asked.append(now)
+            asked.append((number, now))
             os.write(2, b"\nstopping after this step with a checkpoint; once more to stop at once\n")
 
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield lambda: bool(asked)
+        yield lambda: asked[0][0] if asked else 0
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def stopped(error: BaseException) -> tuple[str, int]:
+    """The message and the exit code of a run that did not finish; what is not expected is raised again."""
+    if isinstance(error, UserError):
+        return f"error: {error}", 2
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"error: {str(error).splitlines()[0]} Lower train.micro_batch (and eval.micro_batch), or set "
+            "train.activation_checkpointing = true; neither changes what is computed."
+        ), 2
+    if isinstance(error, Preempted):
+        return str(error), EXIT_PREEMPTED
+    if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+        return (
+            f"error: process {os.environ.get('RANK', '0')} lost contact with another one: {str(error).splitlines()[0]} "
+            "The cause is in the output of the process that ended first. Go on with --resume auto."
+        ), EXIT_HUNG
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or "interrupted; go on from the last checkpoint with --resume auto", 130
+    raise error
 
 
 if __name__ == "__main__":
@@ -414,16 +545,7 @@ if __name__ == "__main__":
     transformers.utils.logging.set_verbosity_error()
     try:
         main(load_run_config(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print(
-            f"error: {str(error).splitlines()[0]} Lower train.micro_batch (and eval.micro_batch), or set "
-            "train.activation_checkpointing = true; neither changes what is computed.",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "interrupted; go on from the last checkpoint with --resume auto", file=sys.stderr)
-        sys.exit(130)
+    except BaseException as error:
+        message, code = stopped(error)
+        print(message, file=sys.stderr)
+        sys.exit(code)

@@ -27,14 +27,12 @@ Point = tuple[bool, str, float, float]  # tied, exponent (empty for softmax), in
 POINTS: dict[str, list[Point]] = {
     "harmonic": [
         (False, "3*sqrt_dim", 0.05, 3e-3),
-        (False, "4*sqrt_dim", 0.05, 3e-3),
         (False, "3*sqrt_dim", 0.1, 3e-3),
+        (False, "3*sqrt_dim", 0.025, 3e-3),
         (False, "3*sqrt_dim", 0.05, 6e-3),
         (False, "3*sqrt_dim", 0.05, 1.5e-3),
-        (True, "4*sqrt_dim", 0.05, 3e-3),
+        (False, "4*sqrt_dim", 0.05, 3e-3),
         (True, "3*sqrt_dim", 0.05, 3e-3),
-        (True, "3*sqrt_dim", 0.025, 3e-3),
-        (True, "2*sqrt_dim", 0.05, 3e-3),
     ],
     "softmax": [
         (False, "", 6.0, 3e-3),
@@ -43,11 +41,7 @@ POINTS: dict[str, list[Point]] = {
         (False, "", 6.0, 6e-3),
         (False, "", 6.0, 1.5e-3),
         (True, "", 1.0, 3e-3),
-        (True, "", 3.0, 3e-3),
         (True, "", 6.0, 3e-3),
-        (True, "", 12.0, 3e-3),
-        (True, "", 6.0, 6e-3),
-        (True, "", 6.0, 1.5e-3),
     ],
 }
 

@@ -4,8 +4,11 @@
     python -m benchmarks.train_step --layers 12 --heads 12 --dim 768 --seq-len 1024 --vocab 50257 \\
         --micro-batch 32 --device cuda --precision bf16 --compile            GPT-2 small on a GPU
 
-The two take their steps in turn, so that what else the machine does meets both. Prints tokens per second (median step,
-with quartiles), model FLOPs utilisation where the device's peak is known, and the median of the ratios within a round.
+Beside them "plain": a GPT-2 with a softmax head written here with nothing but PyTorch, as nanoGPT trains it: dense
+logits and F.cross_entropy, scaled_dot_product_attention, fused AdamW, and with --compile the whole model compiled.
+
+They take their steps in turn, so that what else the machine does meets all. Prints tokens per second (median step, with
+quartiles), model FLOPs utilisation where the device's peak is known, and the medians of the ratios within a round.
 """
 
 import argparse
@@ -15,6 +18,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hgpt.configuration_hgpt import HEADS, HGPTConfig
 from hgpt.metrics import device_name, flops_per_token, peak_flops
@@ -22,22 +27,75 @@ from hgpt.modeling_hgpt import HGPTForCausalLM
 from hgpt.optim import OptimConfig, build_optimizer
 
 
-def training_step(config: HGPTConfig, options: argparse.Namespace) -> Callable[[], float]:
-    """A function that takes one optimiser step on random tokens and returns its seconds."""
-    torch.manual_seed(0)
-    device = torch.device(options.device)
-    model = HGPTForCausalLM(config).to(device).train()
+class PlainBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), without biases."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width, bias=False) for _ in range(2))
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.wide, self.narrow = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        parts = self.qkv(self.norms[0](x)).view(batch, length, 3, self.heads, width // self.heads)
+        query, key, value = parts.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        return x + self.narrow(F.gelu(self.wide(self.norms[1](x))))
+
+
+class PlainGPT(nn.Module):
+    """GPT-2 with tied embeddings and dense logits, in PyTorch alone: what the others are measured against."""
+
+    def __init__(self, config: HGPTConfig) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.positions = nn.Embedding(config.n_positions, config.n_embd)
+        self.blocks = nn.Sequential(*(PlainBlock(config.n_embd, config.n_head) for _ in range(config.n_layer)))
+        self.norm = nn.LayerNorm(config.n_embd, bias=False)
+        for embedding in (self.tokens, self.positions):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        x = self.tokens(inputs) + self.positions.weight[: inputs.shape[1]]
+        logits = self.norm(self.blocks(x)) @ self.tokens.weight.T
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def our_model(config: HGPTConfig, options: argparse.Namespace) -> tuple[torch.optim.Optimizer, Callable, nn.Module]:
+    model = HGPTForCausalLM(config).to(options.device).train()
     if options.compile:
         for block in model.transformer.h:
             block.compile()
-    optimizer = build_optimizer(model, OptimConfig())
+
+    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        return model(inputs, shift_labels=targets, use_cache=False).loss
+
+    return build_optimizer(model, OptimConfig()), loss, model
+
+
+def plain_model(config: HGPTConfig, options: argparse.Namespace) -> tuple[torch.optim.Optimizer, Callable, nn.Module]:
+    model = PlainGPT(config).to(options.device).train()
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [{"params": [p for p in model.parameters() if p.ndim >= 2]}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    return optimizer, torch.compile(model) if options.compile else model, model
+
+
+def training_step(name: str, config: HGPTConfig, options: argparse.Namespace) -> Callable[[], float]:
+    """A function that takes one optimiser step on random tokens and returns its seconds."""
+    torch.manual_seed(0)
+    device = torch.device(options.device)
+    optimizer, loss_of, model = (plain_model if name == "plain" else our_model)(config, options)
     tokens = torch.randint(config.vocab_size, (options.micro_batch, options.seq_len + 1), device=device)
 
     def step() -> float:
         start = time.perf_counter()
         autocast = torch.autocast(device.type, torch.bfloat16) if options.precision == "bf16" else nullcontext()
         with autocast:
-            loss = model(tokens[:, :-1], shift_labels=tokens[:, 1:], use_cache=False).loss
+            loss = loss_of(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -66,8 +124,9 @@ def main(arguments: list[str] | None = None) -> None:
     configs = {
         head: HGPTConfig(vocab_size=options.vocab, n_positions=options.seq_len, head=head, **shape) for head in HEADS
     }
-    steps = {head: training_step(config, options) for head, config in configs.items()}
-    times: dict[str, list[float]] = {head: [] for head in HEADS}
+    configs["plain"] = configs["softmax"]
+    steps = {name: training_step(name, config, options) for name, config in configs.items()}
+    times: dict[str, list[float]] = {name: [] for name in configs}
     for number in range(options.rounds + 3):
         for head, step in steps.items():
             seconds = step()
@@ -87,8 +146,9 @@ def main(arguments: list[str] | None = None) -> None:
         if peak is not None:
             line += f"  MFU {tokens / middle * flops_per_token(configs[head], options.seq_len) / peak:.1%}"
         print(line)
-    ratio = statistics.median(b / a for a, b in zip(times["harmonic"], times["softmax"], strict=True))
-    print(f"harmonic / softmax, tokens/s: {ratio:.3f}")
+    for name in ("softmax", "plain"):
+        ratio = statistics.median(b / a for a, b in zip(times["harmonic"], times[name], strict=True))
+        print(f"harmonic / {name}, tokens/s: {ratio:.3f}")
 
 
 if __name__ == "__main__":

@@ -8,15 +8,19 @@
       manifest.json             size and SHA-256 of every file above; written last
 
 A checkpoint is written under another name and renamed, so it is complete or absent. The weights are kept once: the
-exported model is what a run goes on from.
+exported model is what a run goes on from. Nothing in it depends on the engine or the number of processes that wrote it,
+and no file of it can run code when it is read (safetensors and JSON).
 """
 
+import copy
 import hashlib
 import json
 import os
 import platform
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +32,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hgpt.configuration_hgpt import HGPTConfig
+from hgpt.engines import FullState
 from hgpt.errors import UserError
 from hgpt.modeling_hgpt import HGPTForCausalLM
 from hgpt.shards import TokenShards
@@ -35,11 +41,12 @@ from hgpt.shards import TokenShards
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 MODEL = "model"
+PREEMPTED = "preempted"  # in the folder of a run that a cluster stopped: launchers do not pass on exit codes
 MANIFEST = "manifest.json"
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 
-_PACKAGES = ("hgpt", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy")
+_PACKAGES = ("hgpt", "torch", "transformers", "accelerate", "deepspeed", "safetensors", "tokenizers", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +56,50 @@ class CheckpointConfig:
     Args:
         every: steps between checkpoints; the last step is always saved.
         keep_last: newest checkpoints that are kept; 0 keeps all.
-        on_interrupt: on Ctrl-C or SIGTERM, finish the step and save a checkpoint before stopping.
+        keep_every: a checkpoint at a multiple of this many steps is kept for good; 0: none is.
+        log_spaced_until: besides, save at the steps 0, 1, 2, 4, 8, … up to this one, for good: for those who study how
+            a model learns. 0: none.
+        on_interrupt: on Ctrl-C, finish the step and save a checkpoint before stopping. A cluster's SIGTERM or SIGUSR1
+            always does.
+        background: write to disk while training goes on, from a copy in the main process's memory (weights and
+            optimiser state, 12 bytes a parameter). A run still ends, and a next checkpoint begins, only when the last
+            one is on the disk.
     """
 
     every: int = 1000
     keep_last: int = 3
+    keep_every: int = 0
+    log_spaced_until: int = 0
     on_interrupt: bool = True
+    background: bool = True
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise UserError(f"checkpoint.every must be at least 1 step; got {self.every}")
-        if self.keep_last < 0:
-            raise UserError(f"checkpoint.keep_last must be 0 (keep all) or more; got {self.keep_last}")
+        for name, otherwise in (("keep_last", "keep all"), ("keep_every", "none"), ("log_spaced_until", "none")):
+            if getattr(self, name) < 0:
+                raise UserError(f"checkpoint.{name} must be 0 ({otherwise}) or more; got {getattr(self, name)}")
+        if self.keep_every and not self.keep_last:
+            raise UserError(
+                f"checkpoint.keep_every = {self.keep_every} has no effect with checkpoint.keep_last = 0, which keeps "
+                "all: set keep_last, or remove keep_every"
+            )
+        if self.keep_every % self.every:
+            raise UserError(
+                f"checkpoint.keep_every = {self.keep_every} must be a multiple of checkpoint.every = {self.every}: "
+                "other steps are not saved"
+            )
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint belongs after `step` steps (the last step's belongs to every run)."""
+        return (step > 0 and step % self.every == 0) or self._log_spaced(step)
+
+    def for_good(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is never removed."""
+        return (self.keep_every > 0 and step % self.keep_every == 0) or self._log_spaced(step)
+
+    def _log_spaced(self, step: int) -> bool:
+        return 0 < self.log_spaced_until >= step and step & (step - 1) == 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,24 +250,75 @@ def write_manifest(folder: Path) -> None:
 
 
 def save_training_state(
-    folder: Path, model: HGPTForCausalLM, optimizer: torch.optim.Optimizer, state: TrainState
+    folder: Path, full: FullState, random_states: list[dict[str, Tensor]], state: TrainState
 ) -> None:
-    """Optimiser state by parameter name and state.json into `folder`."""
-    tensors = {
-        f"{key}/{name}": value.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
+    """Optimiser state by parameter name, each process's random-number generators and state.json into `folder`."""
+    tensors = {f"{kind}/{name}": value for name, kinds in full.optimizer.items() for kind, value in kinds.items()}
     save_file(tensors, folder / OPTIMIZER)
+    for rank, generators in enumerate(random_states):
+        save_file(generators, _random_state_file(folder, rank))
     (folder / STATE).write_text(json.dumps(asdict(state), indent=1))
 
 
-def save_random_state(folder: Path, rank: int) -> None:
-    """The generators that training draws from (dropout), for one process."""
-    tensors = {"torch": torch.get_rng_state()}
+def save_model(folder: Path, config: HGPTConfig, weights: dict[str, Tensor]) -> None:
+    """The Hugging Face model of these weights, by `save_pretrained`."""
+    with torch.device("meta"):
+        model = HGPTForCausalLM(copy.deepcopy(config))
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    model.save_pretrained(folder)
+
+
+def random_state() -> dict[str, Tensor]:
+    """This process's generators that training draws from (dropout)."""
+    generators = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()
-    save_file(tensors, _random_state_file(folder, rank))
+        generators["cuda"] = torch.cuda.get_rng_state()
+    return generators
+
+
+class Writer:
+    """Writes one checkpoint at a time, beside the training or in line with it.
+
+    `seconds` is the time that `submit` and `wait` held up their caller.
+    """
+
+    def __init__(self, background: bool) -> None:
+        self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._pending: Future[None] | None = None
+        self.seconds = 0.0
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Start `write` when the one before it has ended; raises what that one raised."""
+        self.wait()
+        if self._pool is None:
+            start = time.perf_counter()
+            write()
+            self.seconds += time.perf_counter() - start
+        else:
+            self._pending = self._pool.submit(write)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Whatever ends the run, what was submitted is finished; its own failure counts if nothing else went wrong."""
+        try:
+            self.wait()
+        except UserError:
+            if kind is None:
+                raise
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown()
+
+    def wait(self, *, only_look: bool = False) -> None:
+        """Until what was submitted is on the disk; raises what it raised. `only_look`: not while it is at work."""
+        start = time.perf_counter()
+        if self._pending is not None and not (only_look and not self._pending.done()):
+            pending, self._pending = self._pending, None
+            pending.result()
+        self.seconds += time.perf_counter() - start
 
 
 def point_latest(run_folder: Path, checkpoint: Path) -> None:
@@ -239,15 +329,17 @@ def point_latest(run_folder: Path, checkpoint: Path) -> None:
     os.replace(link, run_folder / LATEST)
 
 
-def remove_old(run_folder: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints up to `latest`; 0 keeps all.
+def remove_old(run_folder: Path, config: CheckpointConfig) -> None:
+    """Delete all but the newest `keep_last` checkpoints up to `latest`, and those that are kept for good.
 
     Later ones, from before the run was set back to an older checkpoint, are none of the newest.
     """
-    if keep_last:
+    if config.keep_last:
         latest = checkpoint_step((run_folder / LATEST).resolve())
-        for checkpoint in [path for path in checkpoints(run_folder) if checkpoint_step(path) <= latest][:-keep_last]:
-            _delete(checkpoint)
+        older = [path for path in checkpoints(run_folder) if checkpoint_step(path) <= latest][: -config.keep_last]
+        for checkpoint in older:
+            if not config.for_good(checkpoint_step(checkpoint)):
+                _delete(checkpoint)
 
 
 def _delete(checkpoint: Path) -> None:
@@ -272,10 +364,10 @@ def load_state(checkpoint: Path) -> TrainState:
         ) from error
 
 
-def load_optimizer(checkpoint: Path, model: HGPTForCausalLM, optimizer: torch.optim.Optimizer) -> None:
-    """Give `optimizer` the state saved for each of the model's parameters.
+def load_optimizer(checkpoint: Path, model: HGPTForCausalLM) -> dict[str, dict[str, Tensor]]:
+    """AdamW's state by parameter name; empty if no step had been made when it was saved.
 
-    Raises UserError if the names or the shapes are not the same.
+    Raises UserError if the names or the shapes are not those of the model's parameters.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     saved: dict[str, dict[str, Tensor]] = {}
@@ -288,14 +380,13 @@ def load_optimizer(checkpoint: Path, model: HGPTForCausalLM, optimizer: torch.op
         # Adam's step count is a scalar.
         if any(value.ndim and value.shape != parameters[name].shape for value in saved[name].values())
     }
-    if saved.keys() != parameters.keys() or reshaped:
+    if saved and (saved.keys() != parameters.keys() or reshaped):
         raise UserError(
             f"{checkpoint / OPTIMIZER} belongs to another model: not in the model "
             f"{sorted(saved.keys() - parameters.keys())}, not in the file {sorted(parameters.keys() - saved.keys())}, "
             f"of another shape {sorted(reshaped)}"
         )
-    for name, parameter in parameters.items():
-        optimizer.state[parameter] = {kind: value.to(parameter.device) for kind, value in saved[name].items()}
+    return saved
 
 
 def load_random_state(checkpoint: Path, rank: int) -> bool:

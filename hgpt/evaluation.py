@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from hgpt.batches import read_windows
+from hgpt.engines import whole
 from hgpt.errors import UserError
 from hgpt.modeling_hgpt import HGPTForCausalLM
 from hgpt.shards import TokenShards
@@ -126,7 +127,8 @@ def head_diagnostics(
         maximum_x = max(maximum_x, float(x_norms.max()))
         positions += len(targets)
     model.train(was_training)
-    w_norms = unwrapped.lm_head.weight[: config.vocab_size].float().norm(dim=-1)
+    with whole(unwrapped.lm_head.weight) as centres:
+        w_norms = centres[: config.vocab_size].float().norm(dim=-1)
     return {name: total / positions for name, total in sums.items()} | {
         "x_norm_max": maximum_x,
         "w_norm_mean": float(w_norms.mean()),

@@ -3,9 +3,12 @@
 import json
 import math
 import os
+import resource
 import secrets
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -87,6 +90,87 @@ def flops_per_token(config: HGPTConfig, seq_len: int) -> float:
     return 6.0 * weights + 12.0 * config.n_layer * config.n_embd * seq_len
 
 
+class PhaseTimes:
+    """Seconds spent in each phase of the steps since the last reading.
+
+        with phases("forward"):
+            ...
+
+    On a CUDA device the phases are timed by events in its stream, which are read only when asked for: work is queued,
+    so that a clock on the host would measure nothing, and waiting for it would slow it down. Phases that are the
+    host's own ("data", "save", "evaluation") are timed by the host's clock everywhere.
+    """
+
+    HOST = ("data", "save", "evaluation")
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = device.type == "cuda"
+        self._seconds: dict[str, float] = {}
+        self._recorded: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        if self._events and phase not in self.HOST:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._recorded.append((phase, start, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            self._add(phase, time.perf_counter() - begin)
+
+    def read(self) -> dict[str, float]:
+        """Seconds by phase since the last call (or since construction), and start anew."""
+        if self._recorded:
+            self._recorded[-1][2].synchronize()
+        for phase, start, end in self._recorded:
+            self._add(phase, start.elapsed_time(end) / 1000)
+        seconds, self._seconds, self._recorded = self._seconds, {}, []
+        return seconds
+
+    def _add(self, phase: str, seconds: float) -> None:
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+
+
+def memory_in_use(device: torch.device) -> float:
+    """The most memory that this process has held, in GiB: allocated on its GPU, or resident where it uses the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    # Kibibytes on Linux, bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class LossSpikes:
+    """Counts losses more than `deviations` standard deviations above their running mean.
+
+    Mean and variance are exponential averages over about 100 steps, a spike itself left out, and nothing counts in the
+    first 100: μ ← μ + (l − μ)/100, σ² ← σ² + ((l − μ)² − σ²)/100.
+    """
+
+    _STEPS = 100
+
+    def __init__(self, deviations: float = 6.0) -> None:
+        self.deviations = deviations
+        self.count = 0
+        self._seen = 0
+        self._mean = self._variance = 0.0
+
+    def add(self, loss: float) -> bool:
+        """Take in the loss of one step; whether it is a spike."""
+        self._seen += 1
+        away = loss - self._mean
+        if self._seen > self._STEPS and away > self.deviations * self._variance**0.5:
+            self.count += 1
+            return True
+        weight = max(1 / self._seen, 1 / self._STEPS)  # a plain mean of the first hundred
+        self._mean += weight * away
+        self._variance += weight * (away * (loss - self._mean) - self._variance)
+        return False
+
+
 class Throughput:
     """Tokens per second since the last reading, with pauses (evaluations, checkpoints) taken out."""
 
@@ -136,14 +220,21 @@ class MetricsLog:
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """One line {"kind", "step", "time", values…}; the trackers get the values as kind/name."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._write_line({"kind": kind, "step": step, "time": time.time(), **finite})
+        for tracker in self._trackers:
+            tracker.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def write_processes(self, step: int, values: Mapping[str, list[float]]) -> None:
+        """One line {"kind": "processes", …}, a list over the processes for each value; not for the trackers."""
+        self._write_line({"kind": "processes", "step": step, "time": time.time(), **values})
+
+    def _write_line(self, record: Mapping[str, Any]) -> None:
         try:
-            self._file.write(json.dumps({"kind": kind, "step": step, "time": time.time(), **finite}) + "\n")
+            self._file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise UserError(
                 f"could not write {self._path}: {error}; make room, then go on with --resume auto"
             ) from error
-        for tracker in self._trackers:
-            tracker.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
     def close(self) -> None:
         self._file.close()
@@ -158,7 +249,7 @@ def _is_before(line: str, step: int) -> bool:
     except json.JSONDecodeError:
         return False
     # An evaluation at step s is made before step s is trained, and repeated by the run that goes on there.
-    return line.endswith("\n") and (record["step"] < step or (record["kind"] == "train" and record["step"] == step))
+    return line.endswith("\n") and (record["step"] < step or (record["kind"] != "eval" and record["step"] == step))
 
 
 def build_trackers(config: LogConfig, run_folder: Path, run_name: str, step: int = 0) -> list[GeneralTracker]:

@@ -1,4 +1,4 @@
-"""AdamW's parameter groups, and the learning rate as a pure function of the step."""
+"""AdamW, or Muon for the blocks' matrices, and the learning rate as a pure function of the step."""
 
 import math
 from dataclasses import dataclass
@@ -13,14 +13,20 @@ from hgpt.modeling_hgpt import HGPTForCausalLM
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Optimisation: AdamW and the learning-rate schedule.
+    """Optimisation: the algorithm and the learning-rate schedule.
 
     Args:
+        algorithm: "adamw", or "muon": momentum made orthogonal (torch.optim.Muon, Newton-Schulz) for the matrices in
+            the blocks and AdamW for all else. Muon's steps are scaled to AdamW's root mean square (arXiv:2502.16982),
+            so that one learning rate and one decay serve both. Not with DeepSpeed and FSDP2.
         lr: peak learning rate, reached after the warm-up.
         min_lr: learning rate at the last step, of the schedules that fall.
         warmup_steps: steps of linear warm-up.
-        schedule: from the end of the warm-up to the last step: "cosine", "linear", or "constant" at `lr`.
+        schedule: from the end of the warm-up to the last step: "cosine", "linear", "constant" at `lr`, or
+            "trapezoidal": constant, and linear over the last `decay_fraction` of all steps.
+        decay_fraction: of the trapezoidal schedule; default 0.2.
         betas: AdamW's β₁ and β₂.
+        muon_momentum: Muon's (Nesterov) momentum; default 0.95.
         eps: AdamW's ε.
         weight_decay: decay of matrices (never of norms and biases), in AdamW's decoupled form.
         grad_clip: largest global norm of the gradient; 0 turns clipping off.
@@ -28,11 +34,14 @@ class OptimConfig:
         final_norm_lr_multiplier: factor on the learning rate of the final layer norm.
     """
 
+    algorithm: Literal["adamw", "muon"] = "adamw"
     lr: float = 6e-4
     min_lr: float = 6e-5
     warmup_steps: int = 0
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "trapezoidal"] = "cosine"
+    decay_fraction: float | None = None
     betas: tuple[float, float] = (0.9, 0.95)
+    muon_momentum: float | None = None
     eps: float = 1e-8
     weight_decay: float = 0.1
     grad_clip: float = 1.0
@@ -50,6 +59,21 @@ class OptimConfig:
                 raise UserError(f"optim.{name} must be 0 or more; got {value}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optim.betas must lie in [0, 1); got {list(self.betas)}")
+        for name, needs, chosen in (
+            ("decay_fraction", "trapezoidal", self.schedule),
+            ("muon_momentum", "muon", self.algorithm),
+        ):
+            value = getattr(self, name)
+            if value is not None and chosen != needs:
+                setting = "schedule" if needs == "trapezoidal" else "algorithm"
+                raise UserError(
+                    f'optim.{name} = {value} has no effect with optim.{setting} = "{chosen}": remove it, or set '
+                    f'optim.{setting} = "{needs}"'
+                )
+        if self.decay_fraction is not None and not 0 < self.decay_fraction <= 1:
+            raise UserError(f"optim.decay_fraction must lie in (0, 1]; got {self.decay_fraction}")
+        if self.muon_momentum is not None and not 0 <= self.muon_momentum < 1:
+            raise UserError(f"optim.muon_momentum must lie in [0, 1); got {self.muon_momentum}")
         if self.schedule != "constant" and self.min_lr > self.lr:
             raise UserError(f"optim.min_lr must not exceed optim.lr = {self.lr}; got {self.min_lr}")
 
@@ -57,22 +81,27 @@ class OptimConfig:
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     """The learning rate of step `step`, 0 ≤ step < total_steps.
 
-    Linear from lr / warmup_steps to lr in the warm-up, then from lr to min_lr along half a cosine (or a line), which
-    is reached in the last step.
+    Linear from lr / warmup_steps to lr in the warm-up, then from lr to min_lr along half a cosine (or a line, or the
+    two upper sides of a trapezium), which is reached in the last step.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    progress = (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps)
+    start = config.warmup_steps
+    if config.schedule == "trapezoidal":
+        fraction = 0.2 if config.decay_fraction is None else config.decay_fraction
+        start = max(start, round(total_steps * (1 - fraction)) - 1)
+    progress = max(0.0, (step - start) / max(1, total_steps - 1 - start))
     remaining = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
     return config.min_lr + (config.lr - config.min_lr) * remaining
 
 
 def parameter_groups(model: HGPTForCausalLM, config: OptimConfig) -> list[dict]:
-    """AdamW groups: matrices decay, vectors do not; centres and final norm have their own learning-rate factor.
+    """Groups: matrices decay, vectors do not; centres and final norm have their own learning-rate factor.
 
-    Each group carries `lr_multiplier`; every parameter that is trained is in exactly one group.
+    Each group carries `lr_multiplier`, and `muon` where Muon trains it; every parameter that is trained is in exactly
+    one group.
     """
     special = {
         model.lm_head.weight: config.centre_lr_multiplier,
@@ -80,23 +109,62 @@ def parameter_groups(model: HGPTForCausalLM, config: OptimConfig) -> list[dict]:
     }
     if isinstance(model.transformer.ln_f.bias, nn.Parameter):
         special[model.transformer.ln_f.bias] = config.final_norm_lr_multiplier
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    in_blocks = set(model.transformer.h.parameters()) if config.algorithm == "muon" else set()
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             decay = config.weight_decay if parameter.ndim >= 2 else 0.0
-            groups.setdefault((decay, special.get(parameter, 1.0)), []).append(parameter)
+            muon = parameter.ndim == 2 and parameter in in_blocks
+            groups.setdefault((decay, special.get(parameter, 1.0), muon), []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": decay, "lr_multiplier": multiplier}
-        for (decay, multiplier), parameters in groups.items()
+        {"params": parameters, "weight_decay": decay, "lr_multiplier": multiplier, "muon": muon}
+        for (decay, multiplier, muon), parameters in groups.items()
     ]
 
 
-def build_optimizer(model: HGPTForCausalLM, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`, in the fused implementation where every parameter's device has one."""
+def build_optimizer(model: HGPTForCausalLM, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW over `parameter_groups`, in the fused implementation where every parameter's device has one.
+
+    With `algorithm = "muon"` a `MuonWithAdamW`.
+    """
     fused = all(parameter.device.type in ("cpu", "cuda", "xpu", "mps") for parameter in model.parameters())
-    return torch.optim.AdamW(
-        parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, fused=fused
+    groups = parameter_groups(model, config)
+    rest = [group for group in groups if not group["muon"]]
+    adamw = torch.optim.AdamW(rest, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+    if config.algorithm == "adamw":
+        return adamw
+    muon = torch.optim.Muon(
+        [group for group in groups if group["muon"]],
+        lr=config.lr,
+        momentum=0.95 if config.muon_momentum is None else config.muon_momentum,
+        adjust_lr_fn="match_rms_adamw",
     )
+    return MuonWithAdamW(muon, adamw)
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Two optimisers as one: their groups in one list, their states in one dictionary.
+
+    Args:
+        muon: of the matrices that it trains.
+        adamw: of all other parameters.
+    """
+
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
+        super().__init__(muon.param_groups + adamw.param_groups, {})
+        self.muon, self.adamw = muon, adamw
+        self.found_inf: torch.Tensor | None = None  # as of the fused AdamW: where it is 1, the step is left out
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of both; a closure is not supported."""
+        if self.found_inf is not None and bool(self.found_inf):
+            return
+        for optimizer, is_muon in ((self.muon, True), (self.adamw, False)):
+            # Handed over every time: load_state_dict, which Accelerate calls, puts new ones in their place.
+            optimizer.state = self.state
+            optimizer.param_groups = [group for group in self.param_groups if group["muon"] == is_muon]
+            optimizer.step()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -8,6 +8,7 @@ that cannot take effect is an error.
 
 import difflib
 import json
+import math
 import re
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -160,6 +161,10 @@ class TrainConfig:
         activation_checkpointing: keep only the inputs of blocks and recompute the rest in the backward pass.
         label_smoothing: ε of the training loss −Σ_i q_i log p_i, q = (1 − ε) 1[i = y] + ε / vocabulary. The training
             losses that are logged contain it, validation losses never do.
+        skip_non_finite: how many steps with a gradient that is not finite are left out before the run stops; the
+            windows of each are written to non_finite.jsonl. 0 stops at the first. Not with DeepSpeed.
+        hang_timeout: seconds without progress after which a process of several gives up, naming those it waits for.
+            To be longer than the longest evaluation.
     """
 
     steps: int
@@ -170,6 +175,8 @@ class TrainConfig:
     compile: bool = False
     activation_checkpointing: bool = False
     label_smoothing: float = 0.0
+    skip_non_finite: int = 0
+    hang_timeout: float = 1800.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "micro_batch"):
@@ -177,6 +184,10 @@ class TrainConfig:
                 raise UserError(f"train.{name} must be at least 1; got {getattr(self, name)}")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"train.label_smoothing must lie in [0, 1); got {self.label_smoothing}")
+        if self.skip_non_finite < 0:
+            raise UserError(f"train.skip_non_finite must be 0 (none) or more steps; got {self.skip_non_finite}")
+        if not 0 < self.hang_timeout < math.inf:
+            raise UserError(f"train.hang_timeout must be a positive number of seconds; got {self.hang_timeout}")
         if not 0 <= self.seed < 2**31:  # NumPy's generators take 32 bits, and each process adds its number
             raise UserError(f"train.seed must lie between 0 and 2^31 - 1; got {self.seed}")
 
@@ -366,8 +377,9 @@ def to_toml(table: dict[str, Any], name: str = "") -> str:
     return text
 
 
-# What may differ between a checkpoint and the run that goes on from it: nothing that changes the model or the data.
-_FIXED_ON_RESUME = ("model.", "data.", "train.seed", "train.global_batch")
+# What may differ between a checkpoint and the run that goes on from it: nothing that changes the model, the data or
+# what the optimiser remembers.
+_FIXED_ON_RESUME = ("model.", "data.", "train.seed", "train.global_batch", "optim.algorithm")
 _FREE_ON_RESUME = ("model.init_from", "data.path", "data.verify")
 
 
@@ -388,7 +400,8 @@ def check_resume(saved: dict[str, Any], config: RunConfig, checkpoint: Path) -> 
     fixed = [line for name, line in lines.items() if name.startswith(_FIXED_ON_RESUME) and name not in _FREE_ON_RESUME]
     if fixed:
         raise UserError(
-            f"cannot go on from {checkpoint}: the configuration differs in what makes the model or the data.\n  "
+            f"cannot go on from {checkpoint}: the configuration differs in what makes the model, the data or the "
+            "optimiser.\n  "
             + "\n  ".join(fixed)
             + "\nSet these back to go on, or give the run another name to start anew (model.init_from takes the "
             "weights along)."

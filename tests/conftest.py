@@ -6,8 +6,11 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from pathlib import Path
+
 import pytest
 import torch
+from small_run import markov_tokens, write_data
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -18,3 +21,9 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data folder of small runs."""
+    return write_data(tmp_path_factory.mktemp("data") / "markov", markov_tokens(20_000, 0), markov_tokens(1_000, 1))

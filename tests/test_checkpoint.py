@@ -9,16 +9,19 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from hgpt.checkpoint import (
     CheckpointConfig,
     TrainState,
+    Writer,
     atomic_folder,
     checkpoint_step,
     checkpoints,
@@ -31,17 +34,21 @@ from hgpt.checkpoint import (
     newest_checkpoint,
     partial_folder,
     point_latest,
+    random_state,
     remove_old,
-    save_random_state,
+    save_model,
     save_training_state,
     write_manifest,
 )
 from hgpt.configuration_hgpt import HGPTConfig
+from hgpt.engines import collect_state, restore_state
 from hgpt.errors import UserError
 from hgpt.modeling_hgpt import HGPTForCausalLM
 from hgpt.optim import OptimConfig, build_optimizer
 from hgpt.shards import DataMeta, ShardWriter, SplitMeta, TokenShards, write_meta
 
+# What the engines ask of an Accelerator that has one process.
+ALONE = SimpleNamespace(distributed_type=DistributedType.NO, is_main_process=True)
 FILES = {"manifest.json", "model", "optimizer.safetensors", "rng_00000.safetensors", "state.json"}
 
 
@@ -78,9 +85,9 @@ def save(run_folder: Path, step: int, model=None, optimizer=None) -> Path:
     model = model or small_model()
     target = run_folder / "checkpoints" / f"step_{step:07d}"
     with atomic_folder(target) as folder:
-        save_random_state(folder, 0)
-        save_training_state(folder, model, optimizer or trained(model), state(step))
-        model.save_pretrained(folder / "model")
+        full = collect_state(model, optimizer or trained(model), ALONE)
+        save_training_state(folder, full, [random_state()], state(step))
+        save_model(folder / "model", model.config, full.weights)
         write_manifest(folder)
     point_latest(run_folder, target)
     return target
@@ -207,8 +214,7 @@ def test_a_real_disk_that_fills_up(small_disk):
 def _save_and_hang(run_folder: Path) -> None:
     model = small_model()
     with atomic_folder(run_folder / "checkpoints" / "step_0000002") as folder:
-        save_random_state(folder, 0)
-        save_training_state(folder, model, trained(model), state(2))
+        save_training_state(folder, collect_state(model, trained(model), ALONE), [random_state()], state(2))
         time.sleep(60)
 
 
@@ -297,7 +303,7 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
 def test_keep_last(tmp_path, keep, left):
     empty_checkpoints(tmp_path, 1, 2, 3, 4)
     point_latest(tmp_path, tmp_path / "checkpoints" / "step_0000004")
-    remove_old(tmp_path, keep)
+    remove_old(tmp_path, CheckpointConfig(keep_last=keep))
     assert [checkpoint_step(path) for path in checkpoints(tmp_path)] == left
     assert len(names(tmp_path)) == len(left)
 
@@ -305,7 +311,7 @@ def test_keep_last(tmp_path, keep, left):
 def test_a_run_that_was_set_back_keeps_what_it_has_just_saved(tmp_path):
     empty_checkpoints(tmp_path, 1, 2, 3, 4, 5)
     point_latest(tmp_path, tmp_path / "checkpoints" / "step_0000002")  # gone on from step 1, and saved
-    remove_old(tmp_path, 1)
+    remove_old(tmp_path, CheckpointConfig(keep_last=1))
     assert [checkpoint_step(path) for path in checkpoints(tmp_path)] == [2, 3, 4, 5]
 
 
@@ -370,7 +376,7 @@ def test_optimizer_state_comes_back_bit_for_bit(tmp_path, tied, bias):
     checkpoint = save(tmp_path, 3, model, optimizer)
     other = HGPTForCausalLM.from_pretrained(checkpoint / "model")
     restored = build_optimizer(other, OptimConfig())
-    load_optimizer(checkpoint, other, restored)
+    restore_state(other, restored, ALONE, None, load_optimizer(checkpoint, other))
     assert len(restored.state) == len(list(model.parameters()))
     for (name, parameter), (other_name, twin) in zip(model.named_parameters(), other.named_parameters(), strict=True):
         assert name == other_name and torch.equal(parameter, twin)
@@ -400,7 +406,7 @@ def test_the_optimizer_of_another_model_is_refused(tmp_path, settings, message):
     checkpoint = save(tmp_path, 1)
     other = small_model(**settings)
     with pytest.raises(UserError) as error:
-        load_optimizer(checkpoint, other, build_optimizer(other, OptimConfig()))
+        load_optimizer(checkpoint, other)
     assert f"{checkpoint / 'optimizer.safetensors'} belongs to another model: " in str(error.value)
     assert message in str(error.value)
 
@@ -408,14 +414,16 @@ def test_the_optimizer_of_another_model_is_refused(tmp_path, settings, message):
 def test_random_state_comes_back(tmp_path):
     torch.manual_seed(7)
     torch.rand(5)
-    save_random_state(tmp_path, 0)
+    first = random_state()
     torch.rand(3)
-    save_random_state(tmp_path, 1)
+    model = small_model()
+    full, second = collect_state(model, trained(model), ALONE), random_state()
+    save_training_state(tmp_path, full, [first, second], state(1))
     expected = torch.rand(4)
     assert load_random_state(tmp_path, 1)
     assert torch.equal(torch.rand(4), expected)
     assert load_random_state(tmp_path, 0)
-    assert torch.equal(torch.rand(7)[3:], expected)
+    assert torch.equal(torch.get_rng_state(), first["torch"])
     before = torch.get_rng_state()
     assert not load_random_state(tmp_path, 2)
     assert torch.equal(torch.get_rng_state(), before)
@@ -455,3 +463,75 @@ def test_settings_out_of_range(settings, message):
     with pytest.raises(UserError) as error:
         CheckpointConfig(**settings)
     assert str(error.value).startswith(message)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# When, and beside what
+
+
+def test_log_spaced_checkpoints_and_those_at_multiples_are_kept_for_good(tmp_path):
+    config = CheckpointConfig(every=10, keep_last=1, keep_every=20, log_spaced_until=16)
+    due = [step for step in range(61) if config.due(step)]
+    assert due == [0, 1, 2, 4, 8, 10, 16, 20, 30, 40, 50, 60]
+    for step in due:
+        empty_checkpoints(tmp_path, step)
+        point_latest(tmp_path, tmp_path / "checkpoints" / f"step_{step:07d}")
+        remove_old(tmp_path, config)
+    assert [checkpoint_step(path) for path in checkpoints(tmp_path)] == [0, 1, 2, 4, 8, 16, 20, 40, 60]
+
+
+def test_without_these_settings_there_is_none_at_step_0():
+    assert [step for step in range(9) if CheckpointConfig(every=4).due(step)] == [4, 8]
+    assert not any(CheckpointConfig(every=4).for_good(step) for step in range(9))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep_every": -1}, r"checkpoint\.keep_every must be 0 \(none\) or more; got -1"),
+        ({"log_spaced_until": -8}, r"checkpoint\.log_spaced_until must be 0 \(none\) or more; got -8"),
+        ({"keep_every": 10, "keep_last": 0, "every": 10}, "has no effect with checkpoint.keep_last = 0"),
+        ({"keep_every": 15, "every": 10}, "must be a multiple of checkpoint.every = 10"),
+    ],
+)
+def test_checkpoint_settings_that_cannot_be(settings, message):
+    with pytest.raises(UserError, match=message):
+        CheckpointConfig(**settings)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_the_writer_writes_one_after_the_other(background):
+    order = []
+
+    def write(number: int) -> None:
+        time.sleep(0.2)
+        order.append(number)
+
+    with Writer(background) as writer:
+        start = time.perf_counter()
+        writer.submit(lambda: write(1))
+        assert (time.perf_counter() - start < 0.1) == background, "in the background nobody waits"
+        writer.wait(only_look=True)
+        assert order == ([] if background else [1])
+        writer.submit(lambda: write(2))  # waits for the first
+        assert order == ([1] if background else [1, 2])
+    assert order == [1, 2]
+    assert writer.seconds > 0.3
+
+
+def test_a_failure_in_the_background_is_raised_at_the_next_look():
+    def fail() -> None:
+        raise UserError("the disk is full")
+
+    with Writer(background=True) as writer:
+        writer.submit(fail)
+        deadline = time.monotonic() + 5
+        with pytest.raises(UserError, match="the disk is full"):
+            while time.monotonic() < deadline:
+                writer.wait(only_look=True)
+    # At the latest when the run ends, and not in the place of what ended it.
+    with pytest.raises(UserError, match="the disk is full"), Writer(background=True) as writer:
+        writer.submit(fail)
+    with pytest.raises(KeyboardInterrupt), Writer(background=True) as writer:
+        writer.submit(fail)
+        raise KeyboardInterrupt

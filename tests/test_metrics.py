@@ -3,8 +3,10 @@
 import builtins
 import json
 import sys
+import time
 import types
 
+import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
@@ -15,7 +17,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from hgpt import metrics
 from hgpt.configuration_hgpt import HGPTConfig
 from hgpt.errors import UserError
-from hgpt.metrics import LogConfig, MetricsLog, Throughput, build_trackers, device_name, flops_per_token, peak_flops
+from hgpt.metrics import (
+    LogConfig,
+    LossSpikes,
+    MetricsLog,
+    PhaseTimes,
+    Throughput,
+    build_trackers,
+    device_name,
+    flops_per_token,
+    memory_in_use,
+    peak_flops,
+)
 from hgpt.modeling_hgpt import HGPTForCausalLM
 
 
@@ -246,3 +259,58 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
 def test_log_every():
     with pytest.raises(UserError, match=r"log\.every must be at least 1 step; got 0"):
         LogConfig(every=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Phases, spikes, memory
+
+
+def test_phases_are_timed_and_read_once():
+    phases = PhaseTimes(torch.device("cpu"))
+    for _ in range(2):
+        with phases("forward"):
+            time.sleep(0.05)
+    with phases("data"):
+        time.sleep(0.01)
+    seconds = phases.read()
+    assert list(seconds) == ["forward", "data"]
+    assert 0.1 <= seconds["forward"] < 0.3 and 0.01 <= seconds["data"] < 0.2
+    assert phases.read() == {}
+
+
+def test_a_spike_is_far_above_the_running_mean():
+    rng = np.random.RandomState(0)
+    quiet = 3 + 0.1 * rng.randn(1000)
+    spikes = LossSpikes()
+    assert not any(spikes.add(float(loss)) for loss in quiet)
+    # Six standard deviations of 0.1 above 3 are 3.6; the estimate of both is not exact.
+    assert not spikes.add(3.4)
+    assert spikes.add(3.9) and spikes.add(9.0)
+    assert not spikes.add(3.0)
+    assert spikes.count == 2
+
+
+def test_a_falling_loss_has_no_spikes_and_the_first_steps_never_count():
+    spikes = LossSpikes()
+    assert not any(spikes.add(10 - step / 200) for step in range(1000))
+    assert not any(LossSpikes().add(loss) for loss in (1.0, 100.0))
+
+
+def test_memory_of_a_process():
+    before = memory_in_use(torch.device("cpu"))
+    block = torch.ones(2**26)  # 256 MiB
+    assert memory_in_use(torch.device("cpu")) - before + 0.05 > 0.2 and block.sum() > 0
+    assert before > 0.05
+
+
+def test_processes_are_recorded_beside_the_trackers(tmp_path):
+    log = MetricsLog(tmp_path, [], {}, 0)
+    log.write("train", 1, {"loss": 1.0})
+    log.write_processes(1, {"memory_gib": [1.0, 2.0]})
+    log.close()
+    _, line = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert line["kind"] == "processes" and line["step"] == 1 and line["memory_gib"] == [1.0, 2.0]
+    MetricsLog(tmp_path, [], {}, 1).close()  # goes on from step 1: both lines belong to the run
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    MetricsLog(tmp_path, [], {}, 0).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""

@@ -212,3 +212,84 @@ def test_errors(settings, message):
 
 def test_min_lr_does_not_matter_to_a_constant_rate():
     assert OptimConfig(lr=1e-5, schedule="constant").lr == 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Muon, and the trapezoidal schedule
+
+
+def test_trapezoidal_schedule_by_hand():
+    config = OptimConfig(lr=1.0, min_lr=0.2, warmup_steps=2, schedule="trapezoidal", decay_fraction=0.4)
+    expected = [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2]
+    assert [learning_rate(step, 10, config) for step in range(10)] == pytest.approx(expected)
+    default = OptimConfig(lr=1.0, min_lr=0.0, schedule="trapezoidal")
+    assert [learning_rate(step, 10, default) for step in range(10)] == pytest.approx([1.0] * 8 + [0.5, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"decay_fraction": 0.1}, r'optim\.decay_fraction = 0\.1 has no effect with optim\.schedule = "cosine"'),
+        ({"muon_momentum": 0.9}, r'optim\.muon_momentum = 0\.9 has no effect with optim\.algorithm = "adamw"'),
+        ({"schedule": "trapezoidal", "decay_fraction": 0.0}, r"optim\.decay_fraction must lie in \(0, 1\]"),
+        ({"algorithm": "muon", "muon_momentum": 1.0}, r"optim\.muon_momentum must lie in \[0, 1\)"),
+    ],
+)
+def test_settings_without_effect_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        OptimConfig(**settings)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(tied):
+    model = small_model(tie_word_embeddings=tied, bias=True)
+    groups = parameter_groups(model, OptimConfig(algorithm="muon"))
+    chosen = {id(parameter) for group in groups if group["muon"] for parameter in group["params"]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in chosen}
+    kinds = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert names == {f"transformer.h.{block}.{kind}.weight" for block in range(2) for kind in kinds}
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_muon_with_adamw_does_what_each_does_alone():
+    """Against the two optimisers side by side, and Muon's step against its formula with the SVD in float64."""
+    config = OptimConfig(algorithm="muon", lr=1e-2, weight_decay=0.1)
+    model, twin = small_model(), small_model()
+    twin.load_state_dict(model.state_dict())
+    optimizer = build_optimizer(model, config)
+    optimizer.load_state_dict(optimizer.state_dict())  # as Accelerate does
+    set_learning_rate(optimizer, 5e-3)
+    groups = parameter_groups(twin, config)
+    muon = torch.optim.Muon([g for g in groups if g["muon"]], lr=5e-3, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW([g for g in groups if not g["muon"]], lr=5e-3, betas=config.betas, fused=True)
+    before = model.transformer.h[0].mlp.c_fc.weight.detach().clone()
+    ids = torch.arange(16).reshape(2, 8)
+    for _ in range(3):
+        train_step(model, optimizer)
+        twin(ids, labels=ids).loss.backward()
+        muon.step()
+        adamw.step()
+        muon.zero_grad()
+        adamw.zero_grad()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert optimizer.state[model.transformer.h[0].mlp.c_fc.weight].keys() == {"momentum_buffer"}
+    assert optimizer.state[model.transformer.wte.weight].keys() == {"step", "exp_avg", "exp_avg_sq"}
+
+    unchanged = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer.found_inf = torch.ones(())
+    train_step(model, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), unchanged, strict=True))
+
+    model = small_model()
+    weight = model.transformer.h[0].mlp.c_fc.weight
+    before = weight.detach().clone()
+    optimizer = build_optimizer(model, config)
+    model(ids, labels=ids).loss.backward()
+    left, _, right = torch.linalg.svd(weight.grad.double(), full_matrices=False)
+    optimizer.step()
+    # θ (1 − γ λ) − 0.2 γ √max(A, B) · U Vᵀ; five Newton-Schulz iterations bring singular values to 0.7 ... 1.2.
+    step = (before * (1 - 1e-2 * 0.1) - weight.detach()).double() / (0.2 * 1e-2 * max(weight.shape) ** 0.5)
+    cosine = (step * (left @ right)).sum() / (step.norm() * (left @ right).norm())
+    assert cosine > 0.85
+    assert 0.6 < float(torch.linalg.svdvals(step).mean()) < 1.3

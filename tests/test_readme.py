@@ -19,9 +19,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOT_RUN = {
     "make quickstart": "takes minutes; its commands are those of `Train`, which run",
     "make test": "is running",
-    "--multi_gpu": "needs GPUs",
-    "hf download": "needs a download",
-    "--tokenizer gpt2 --val-fraction 0.0005 openwebtext/": "needs a download",
+    "multi_gpu.yaml": "needs GPUs",
+    "-m hgpt.compare": "trains dozens of runs; tests/test_compare.py trains small ones",
+    "data/openwebtext": "needs a download",
     "--model.init_from gpt2": "needs a download",
 }
 

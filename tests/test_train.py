@@ -17,94 +17,28 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+from small_run import (
+    HARMONIC,
+    SEQ_LEN,
+    SOFTMAX,
+    VOCAB,
+    assert_same_checkpoint,
+    losses,
+    make_config,
+    markov_tokens,
+    records,
+    write_data,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from hgpt.checkpoint import CheckpointConfig, checkpoints, damage
+from hgpt.checkpoint import checkpoints, damage
 from hgpt.errors import UserError
-from hgpt.evaluation import EvalConfig
-from hgpt.metrics import LogConfig
-from hgpt.optim import OptimConfig
-from hgpt.run_config import DataConfig, HeadConfig, ModelConfig, RunConfig, TrainConfig
-from hgpt.shards import DataMeta, ShardWriter, SplitMeta, write_meta
-from hgpt.tokenizer import load_tokenizer
+from hgpt.run_config import RunConfig
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
-VOCAB = 300
-SEQ_LEN = 16
-HARMONIC = HeadConfig(type="harmonic", exponent="2*sqrt_dim", final_norm_gain=0.05)
-SOFTMAX = HeadConfig(type="softmax")
 HEADS = pytest.mark.parametrize("head", [HARMONIC, SOFTMAX], ids=["harmonic", "softmax"])
-
-
-def markov_tokens(count: int, seed: int) -> np.ndarray:
-    """A stream with something to learn: each token follows from the one before by one of two rules."""
-    rng = np.random.RandomState(seed)
-    tokens = np.zeros(count, dtype=np.uint16)
-    for i in range(1, count):
-        tokens[i] = (3 * int(tokens[i - 1]) + 7 if rng.rand() < 0.7 else rng.randint(VOCAB)) % VOCAB
-    return tokens
-
-
-def write_data(folder: Path, train_tokens: np.ndarray, val_tokens: np.ndarray) -> Path:
-    folder.mkdir(parents=True)
-    splits = {}
-    for split, tokens in (("train", train_tokens), ("val", val_tokens)):
-        with ShardWriter(folder, split) as writer:
-            writer.write(tokens)
-            records = writer.close()
-        splits[split] = SplitMeta(tokens=len(tokens), documents=1, bytes=len(tokens), shards=records)
-    text = [f"{word} {number}" for word in ("distance", "centre", "harmonic", "score") for number in range(300)]
-    tokenizer = load_tokenizer(f"bpe:{VOCAB}", lambda: text)
-    assert tokenizer.vocab_size == VOCAB
-    tokenizer.save(folder)
-    meta = DataMeta(
-        tokenizer=tokenizer.name, vocab_size=VOCAB, end_of_text=tokenizer.end_of_text, splits=splits, source="a test"
-    )
-    write_meta(folder, meta)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data") / "markov", markov_tokens(20_000, 0), markov_tokens(1_000, 1))
-
-
-def make_config(data: Path, runs: Path, head: HeadConfig = HARMONIC, name: str = "run", **sections) -> RunConfig:
-    """A run of 6 steps of 8 sequences with dropout; `sections` replace settings, `optim={"lr": ...}`."""
-    config = RunConfig(
-        name=name,
-        runs_dir=str(runs),
-        model=ModelConfig(n_layer=2, n_head=2, n_embd=32, head=head, dropout=0.1),
-        data=DataConfig(path=str(data), seq_len=SEQ_LEN),
-        train=TrainConfig(steps=6, global_batch=8, micro_batch=8),
-        optim=OptimConfig(lr=3e-3, min_lr=3e-4, warmup_steps=2),
-        eval=EvalConfig(every=3, micro_batch=16, diagnostic_windows=4),
-        checkpoint=CheckpointConfig(every=3, keep_last=0),
-        log=LogConfig(every=1, trackers=()),
-    )
-    for section, values in sections.items():
-        changed = replace(getattr(config, section), **values) if isinstance(values, dict) else values
-        config = replace(config, **{section: changed})
-    return config
-
-
-def records(run_folder: Path, kind: str) -> list[dict]:
-    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
-
-
-def losses(run_folder: Path) -> list[float]:
-    return [record["loss"] for record in records(run_folder, "train")]
-
-
-def assert_same_checkpoint(a: Path, b: Path) -> None:
-    for name in ("model/model.safetensors", "optimizer.safetensors", "rng_00000.safetensors"):
-        left, right = load_file(a / name), load_file(b / name)
-        assert left.keys() == right.keys() and left
-        for key in left:
-            assert torch.equal(left[key], right[key]), f"{name}: {key}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -209,6 +143,21 @@ def test_six_steps_are_three_and_three_bit_for_bit(data, tmp_path, head):
         (r["step"], r["loss"]) for r in records(whole.run_folder, "eval")
     ]
     assert (parted.run_folder / "latest").resolve().name == last.name
+
+
+def test_muon_goes_on_exactly_too(data, tmp_path):
+    sections = {"optim": {"algorithm": "muon", "schedule": "trapezoidal", "decay_fraction": 0.5}}
+    whole = make_config(data, tmp_path, name="whole", **sections)
+    train.main(whole)
+    middle, last = checkpoints(whole.run_folder)
+    names = load_file(last / "optimizer.safetensors").keys()
+    assert "momentum_buffer/transformer.h.1.mlp.c_fc.weight" in names and "exp_avg/transformer.wte.weight" in names
+    branch = make_config(data, tmp_path, name="branch", resume=str(middle), **sections)
+    train.main(branch)
+    assert losses(branch.run_folder) == losses(whole.run_folder)[3:]
+    assert_same_checkpoint(checkpoints(branch.run_folder)[-1], last)
+    with pytest.raises(UserError, match=r"optim\.algorithm: 'muon' in the checkpoint, 'adamw' now"):
+        train.main(make_config(data, tmp_path, name="other", resume=str(middle)))
 
 
 def test_a_killed_run_goes_on_exactly(data, tmp_path):
@@ -393,7 +342,7 @@ def test_a_bare_nanogpt_folder_is_trained_on(tmp_path):
     for split, tokens in (("train", markov_tokens(2_000, 0)), ("val", markov_tokens(500, 1))):
         tokens.tofile(folder / f"{split}.bin")
     config = make_config(folder, tmp_path)
-    with pytest.raises(UserError, match="bare nanoGPT folder, which does not say how large its vocabulary is"):
+    with pytest.raises(UserError, match="nothing says how large its vocabulary is"):
         train.main(config)
     config = replace(config, data=replace(config.data, vocab_size=VOCAB))
     train.main(config)
@@ -459,7 +408,7 @@ def test_a_resume_with_another_model_or_data_shows_the_difference(data, tmp_path
     ("bad_step", "found"),
     [
         (2, "the validation loss after step 3 is nan"),  # found where a checkpoint is due
-        (3, "the loss of step 5 is nan"),
+        (3, "step 5 has loss nan"),
         (5, "the validation loss after step 6 is nan"),
     ],
 )
@@ -481,7 +430,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch
     config = make_config(data, tmp_path, eval={"every": 1000})
     clip = Accelerator.clip_grad_norm_
     monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *arguments: clip(*arguments) * float("nan"))
-    with pytest.raises(UserError, match="the gradient of step 1 is not finite"):
+    with pytest.raises(UserError, match=r"step 1 has loss .* and gradient norm nan"):
         train.main(config)
     assert not checkpoints(config.run_folder)
 
@@ -493,8 +442,8 @@ def test_what_the_launcher_cannot_have(data, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=r"mixed precision fp16, and train\.precision is fp32"):
             train.main(config)
     with monkeypatch.context() as patch:
-        patch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
-        with pytest.raises(UserError, match="the launcher asks for DEEPSPEED"):
+        patch.setattr(Accelerator, "distributed_type", DistributedType.MEGATRON_LM)
+        with pytest.raises(UserError, match="the launcher asks for MEGATRON_LM"):
             train.main(config)
     assert not config.run_folder.exists()
 

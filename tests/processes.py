@@ -1,0 +1,118 @@
+"""Starts train.py in several real processes on this machine, as a launcher would, but without its start-up time."""
+
+import faulthandler
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+import train
+from hgpt.run_config import RunConfig
+
+ENGINES = {
+    "ddp": {"ACCELERATE_USE_CPU": "true"},
+    "zero1": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
+    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+}
+
+# Forked from a server that has imported everything already, so that a process starts in a moment.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["train", "deepspeed", "accelerate.utils.deepspeed"])
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def start(configs: Sequence[RunConfig], processes: int, engine: str = "ddp", log: Path | None = None, **environment):
+    """The processes, started; each trains with the configuration of its rank (with the only one, if there is one)."""
+    shared = {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
+    started = []
+    for rank in range(processes):
+        settings = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | ENGINES[engine] | environment
+        config = configs[rank] if len(configs) > 1 else configs[0]
+        process = _context.Process(target=_train, args=(config, settings, log and log.with_suffix(f".{rank}")))
+        process.start()
+        started.append(process)
+    return started
+
+
+def finish(started: Sequence[multiprocessing.Process], timeout: float = 300) -> list[int]:
+    """The exit codes of all processes; those that are not done in time are killed."""
+    deadline = time.monotonic() + timeout
+    for process in started:
+        process.join(max(0.0, deadline - time.monotonic()))
+    for process in started:
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in started]
+
+
+def run(config: RunConfig, processes: int, engine: str = "ddp", log: Path | None = None, **environment: str) -> None:
+    """Train to the end; what the processes printed is part of the failure if one of them fails."""
+    log = log or Path(config.runs_dir) / f"{config.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    codes = finish(start([config], processes, engine, log, **environment))
+    printed = "\n".join(path.read_text() for path in sorted(log.parent.glob(f"{log.stem}.[0-9]*")))
+    assert codes == [0] * processes, f"exit codes {codes}\n{printed[-6000:]}"
+
+
+def in_group(function: Callable[[Path], None], processes: int, folder: Path) -> list[int]:
+    """Exit codes of processes that form a gloo group and call `function`; they print to folder/log.RANK."""
+    port = free_port()
+    started = []
+    for rank in range(processes):
+        process = _context.Process(target=_in_group, args=(function, rank, processes, port, folder))
+        process.start()
+        started.append(process)
+    return finish(started)
+
+
+def _in_group(function: Callable[[Path], None], rank: int, processes: int, port: int, folder: Path) -> None:
+    file = os.open(folder / f"log.{rank}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    store = torch.distributed.TCPStore("127.0.0.1", port, processes, is_master=rank == 0)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes)
+    function(folder)
+    torch.distributed.barrier()
+
+
+def _train(config: RunConfig, environment: dict[str, str], log: Path | None) -> None:
+    os.environ.update(environment)
+    if log is not None:
+        # Not only Python's streams: C++ prints too.
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+    faulthandler.dump_traceback_later(240)  # says where a process hangs
+    torch.set_num_threads(1)
+    code = 0
+    try:
+        try:
+            train.main(config)
+        except BaseException as error:
+            message, code = train.stopped(error)
+            print(message, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # nothing of the test runner's is run on the way out

@@ -1,0 +1,86 @@
+"""A small run that tests train: its data, its configuration, and what it leaves behind."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from hgpt.checkpoint import CheckpointConfig
+from hgpt.evaluation import EvalConfig
+from hgpt.metrics import LogConfig
+from hgpt.optim import OptimConfig
+from hgpt.run_config import DataConfig, HeadConfig, ModelConfig, RunConfig, TrainConfig
+from hgpt.shards import DataMeta, ShardWriter, SplitMeta, write_meta
+from hgpt.tokenizer import load_tokenizer
+
+VOCAB = 300
+SEQ_LEN = 16
+HARMONIC = HeadConfig(type="harmonic", exponent="2*sqrt_dim", final_norm_gain=0.05)
+SOFTMAX = HeadConfig(type="softmax")
+
+
+def markov_tokens(count: int, seed: int) -> np.ndarray:
+    """A stream with something to learn: each token follows from the one before by one of two rules."""
+    rng = np.random.RandomState(seed)
+    tokens = np.zeros(count, dtype=np.uint16)
+    for i in range(1, count):
+        tokens[i] = (3 * int(tokens[i - 1]) + 7 if rng.rand() < 0.7 else rng.randint(VOCAB)) % VOCAB
+    return tokens
+
+
+def write_data(folder: Path, train_tokens: np.ndarray, val_tokens: np.ndarray) -> Path:
+    folder.mkdir(parents=True)
+    splits = {}
+    for split, tokens in (("train", train_tokens), ("val", val_tokens)):
+        with ShardWriter(folder, split) as writer:
+            writer.write(tokens)
+            records = writer.close()
+        splits[split] = SplitMeta(tokens=len(tokens), documents=1, bytes=len(tokens), shards=records)
+    text = [f"{word} {number}" for word in ("distance", "centre", "harmonic", "score") for number in range(300)]
+    tokenizer = load_tokenizer(f"bpe:{VOCAB}", lambda: text)
+    assert tokenizer.vocab_size == VOCAB
+    tokenizer.save(folder)
+    meta = DataMeta(
+        tokenizer=tokenizer.name, vocab_size=VOCAB, end_of_text=tokenizer.end_of_text, splits=splits, source="a test"
+    )
+    write_meta(folder, meta)
+    return folder
+
+
+def make_config(data: Path, runs: Path, head: HeadConfig = HARMONIC, name: str = "run", **sections) -> RunConfig:
+    """A run of 6 steps of 8 sequences with dropout; `sections` replace settings, `optim={"lr": ...}`."""
+    config = RunConfig(
+        name=name,
+        runs_dir=str(runs),
+        model=ModelConfig(n_layer=2, n_head=2, n_embd=32, head=head, dropout=0.1),
+        data=DataConfig(path=str(data), seq_len=SEQ_LEN),
+        train=TrainConfig(steps=6, global_batch=8, micro_batch=8),
+        optim=OptimConfig(lr=3e-3, min_lr=3e-4, warmup_steps=2),
+        eval=EvalConfig(every=3, micro_batch=16, diagnostic_windows=4),
+        checkpoint=CheckpointConfig(every=3, keep_last=0),
+        log=LogConfig(every=1, trackers=()),
+    )
+    for section, values in sections.items():
+        changed = replace(getattr(config, section), **values) if isinstance(values, dict) else values
+        config = replace(config, **{section: changed})
+    return config
+
+
+def records(run_folder: Path, kind: str) -> list[dict]:
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses(run_folder: Path) -> list[float]:
+    return [record["loss"] for record in records(run_folder, "train")]
+
+
+def assert_same_checkpoint(a: Path, b: Path) -> None:
+    for name in ("model/model.safetensors", "optimizer.safetensors", "rng_00000.safetensors"):
+        left, right = load_file(a / name), load_file(b / name)
+        assert left.keys() == right.keys() and left
+        for key in left:
+            assert torch.equal(left[key], right[key]), f"{name}: {key}"

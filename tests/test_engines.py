@@ -1,0 +1,467 @@
+"""hgpt/engines.py with real processes on gloo: whatever the engine, the same losses, and a run that goes on exactly."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from processes import ENGINES, finish, free_port, in_group, run, start
+from safetensors.torch import load_file
+from small_run import HARMONIC, SOFTMAX, assert_same_checkpoint, losses, make_config, records
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+
+from hgpt import engines
+from hgpt.checkpoint import checkpoints, damage
+from hgpt.configuration_hgpt import HGPTConfig
+from hgpt.engines import collect_state, restore_state, whole
+from hgpt.errors import UserError
+from hgpt.modeling_hgpt import HGPTForCausalLM
+from hgpt.optim import OptimConfig, build_optimizer
+from hgpt.run_config import RunConfig, write_toml
+from hgpt.watchdog import EXIT_HUNG
+from train import EXIT_PREEMPTED
+
+ROOT = Path(__file__).parent.parent
+ON_LINUX = pytest.mark.skipif(os.uname().sysname != "Linux", reason="DeepSpeed exists for Linux")
+pytestmark = ON_LINUX
+
+
+def engine_config(data: Path, tmp_path: Path, name: str, **sections) -> RunConfig:
+    sections = {"model": {}, "train": {}, "optim": {}} | sections
+    sections["model"] = {"dropout": 0.0} | sections["model"]
+    # A norm well below the gradient's, so that clipping is at work.
+    sections["optim"] = {"grad_clip": 0.5} | sections["optim"]
+    sections["train"] = {"micro_batch": 2} | sections["train"]
+    return make_config(data, tmp_path, name=name, resume="auto", **sections)
+
+
+def curve(config: RunConfig) -> np.ndarray:
+    """Loss and gradient norm of every step, (steps, 2)."""
+    return np.array([[record["loss"], record["grad_norm"]] for record in records(config.run_folder, "train")])
+
+
+def assert_same_run(config: RunConfig, expected: RunConfig, tolerance: float = 1e-5) -> None:
+    np.testing.assert_allclose(curve(config), curve(expected), rtol=0, atol=tolerance)
+    evaluations = [[r["loss"] for r in records(c.run_folder, "eval")] for c in (config, expected)]
+    np.testing.assert_allclose(*evaluations, rtol=0, atol=tolerance)
+    for name in ("model/model.safetensors", "optimizer.safetensors"):
+        ours, theirs = (load_file(c.run_folder / "latest" / name) for c in (config, expected))
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            torch.testing.assert_close(value, theirs[key], rtol=0, atol=tolerance, msg=f"{name}: {key}")
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """The run of one process to compare with, for a head and tied or untied weights; trained once for each."""
+    runs = tmp_path_factory.mktemp("alone")
+    done: dict[str, RunConfig] = {}
+
+    def trained(head, tied: bool) -> RunConfig:
+        name = f"{head.type}-{'tied' if tied else 'untied'}"
+        if name not in done:
+            model = {"head": head, "tie_word_embeddings": tied}
+            done[name] = engine_config(data, runs, name, model=model, train={"steps": 20}, eval={"every": 10})
+            run(done[name], 1)
+        return done[name]
+
+    return trained
+
+
+CASES = [
+    ("ddp", 2, SOFTMAX, False),
+    ("zero1", 2, HARMONIC, True),
+    ("zero2", 2, SOFTMAX, True),
+    ("zero3", 2, HARMONIC, False),
+]
+ALL_CASES = [
+    (engine, processes, head, tied)
+    for engine in ENGINES
+    for processes in (1, 2, 4)
+    for head in (HARMONIC, SOFTMAX)
+    for tied in (True, False)
+]
+
+
+@pytest.mark.parametrize(
+    ("engine", "processes", "head", "tied"),
+    [pytest.param(*case, marks=() if case in CASES else pytest.mark.slow) for case in ALL_CASES],
+    ids=lambda value: getattr(value, "type", str(value)),
+)
+def test_every_engine_gives_the_curve_of_one_process(data, tmp_path, alone, engine, processes, head, tied):
+    expected = alone(head, tied)
+    config = engine_config(
+        data,
+        tmp_path,
+        f"{engine}{processes}",
+        model={"head": head, "tie_word_embeddings": tied},
+        train={"steps": 20},
+        eval={"every": 10},
+    )
+    run(config, processes, engine)
+    assert_same_run(config, expected)
+    model = AutoModelForCausalLM.from_pretrained(config.run_folder / "latest" / "model")
+    assert model.dtype == torch.float32
+    assert (model.lm_head.weight is model.transformer.wte.weight) == tied
+
+
+def set_back(config: RunConfig, name: str) -> RunConfig:
+    """A copy of a finished run as it stood at its first checkpoint, to go on from there."""
+    parted = replace(config, name=name)
+    shutil.copytree(config.run_folder, parted.run_folder, symlinks=True)
+    for checkpoint in checkpoints(parted.run_folder)[1:]:
+        shutil.rmtree(checkpoint)
+    (parted.run_folder / "latest").unlink()
+    return parted
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_six_steps_are_three_and_three_under_every_engine(data, tmp_path, engine):
+    whole = engine_config(data, tmp_path, "whole", model={"dropout": 0.1})
+    run(whole, 2, engine)
+    assert (whole.run_folder / "latest" / "rng_00001.safetensors").exists()
+    parted = set_back(whole, "parted")
+    run(parted, 2, engine)
+    assert_same_run(parted, whole, 1e-6)
+
+
+def test_master_weights_are_float32_under_bf16(data, tmp_path):
+    whole = engine_config(data, tmp_path, "whole", train={"precision": "bf16"})
+    run(whole, 2, "zero2")
+    weights = load_file(whole.run_folder / "latest" / "model" / "model.safetensors")
+    for name, value in weights.items():
+        assert value.dtype == torch.float32
+        assert not torch.equal(value, value.bfloat16().float()), f"{name} was rounded"
+    parted = set_back(whole, "parted")
+    run(parted, 2, "zero2")
+    assert_same_run(parted, whole, 1e-6)
+    # bf16 is close to float32, so nothing is lost on the way but digits.
+    exact = engine_config(data, tmp_path, "exact")
+    run(exact, 1)
+    np.testing.assert_allclose(losses(whole.run_folder), losses(exact.run_folder), atol=0.02)
+
+
+ELASTIC = [
+    [("ddp", 1, 2), ("ddp", 2, 1), ("ddp", 1, 4)],
+    [("ddp", 2, 2), ("zero2", 2, 1), ("ddp", 1, 8)],
+    [("zero3", 2, 2), ("zero1", 1, 4), ("zero3", 2, 1)],
+]
+
+
+@pytest.mark.parametrize("legs", ELASTIC, ids=lambda legs: "-".join(f"{engine}x{count}" for engine, count, _ in legs))
+def test_a_run_goes_on_with_other_processes_engines_and_micro_batches(data, tmp_path, legs):
+    whole = engine_config(data, tmp_path, "whole", train={"steps": 9}, optim={"warmup_steps": 2})
+    run(whole, 1)
+    for position, (engine, processes, micro_batch) in enumerate(legs, start=1):
+        # Stopped by the cluster after 3, 6 and 9 steps: the schedule is that of nine.
+        config = engine_config(
+            data, tmp_path, "moved", train={"steps": 9, "micro_batch": micro_batch}, optim={"warmup_steps": 2}
+        )
+        if position < len(legs):
+            started = start([config], processes, engine, tmp_path / f"leg{position}.log")
+            stop_at(config, 3 * position, started)
+        else:
+            run(config, processes, engine)
+        for later in checkpoints(config.run_folder):
+            if position < len(legs) and int(later.name[5:]) > 3 * position:
+                shutil.rmtree(later)
+    assert_same_run(config, whole, 1e-4)
+
+
+def stop_at(config: RunConfig, step: int, started) -> None:
+    """Kill all processes as soon as the checkpoint of `step` is there."""
+    deadline = time.monotonic() + 120
+    while not (config.run_folder / "checkpoints" / f"step_{step:07d}").exists():
+        assert time.monotonic() < deadline and all(process.is_alive() for process in started)
+        time.sleep(0.01)
+    for process in started:
+        process.kill()
+    finish(started)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Faults
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_preemption_saves_and_asks_to_be_started_again(data, tmp_path, number):
+    config = engine_config(data, tmp_path, "run", train={"steps": 400}, checkpoint={"every": 400}, eval={"every": 400})
+    started = start([config], 2, log=tmp_path / "run.log")
+    wait_for_step(config, 3, started)
+    for process in started:  # a cluster tells all of them
+        os.kill(process.pid, number)
+    assert finish(started) == [EXIT_PREEMPTED] * 2
+    (saved,) = checkpoints(config.run_folder)
+    assert damage(saved) is None
+    assert (config.run_folder / "preempted").exists()
+    assert f"stopped by {number.name} after step {int(saved.name[5:])}" in (tmp_path / "run.0").read_text()
+    step = int(saved.name[5:])
+    shorter = replace(config, train=replace(config.train, steps=step + 2))
+    run(shorter, 2)
+    assert not (config.run_folder / "preempted").exists()
+    assert [record["step"] for record in records(config.run_folder, "train")] == list(range(1, step + 3))
+
+
+def wait_for_step(config: RunConfig, step: int, started) -> None:
+    deadline = time.monotonic() + 120
+    metrics = config.run_folder / "metrics.jsonl"
+    while not metrics.exists() or f'"kind": "train", "step": {step},' not in metrics.read_text():
+        assert time.monotonic() < deadline and all(process.is_alive() for process in started)
+        time.sleep(0.02)
+
+
+def test_when_one_process_dies_the_others_stop(data, tmp_path):
+    config = engine_config(data, tmp_path, "run", train={"steps": 10_000, "hang_timeout": 20}, eval={"every": 10_000})
+    started = start([config], 2, log=tmp_path / "run.log")
+    wait_for_step(config, 3, started)
+    started[1].kill()
+    before = time.monotonic()
+    codes = finish(started, timeout=60)
+    assert time.monotonic() - before < 45
+    assert codes == [EXIT_HUNG, -signal.SIGKILL]
+    assert "error: process 0 lost contact with another one: " in (tmp_path / "run.0").read_text()
+
+
+def test_a_process_that_hangs_is_named(data, tmp_path):
+    config = engine_config(data, tmp_path, "run", train={"steps": 10_000, "hang_timeout": 6}, eval={"every": 10_000})
+    started = start([config], 2, log=tmp_path / "run.log")
+    wait_for_step(config, 3, started)
+    os.kill(started[1].pid, signal.SIGSTOP)
+    before = time.monotonic()
+    started[0].join(60)
+    assert started[0].exitcode == EXIT_HUNG
+    assert time.monotonic() - before < 45
+    started[1].kill()
+    finish(started)
+    message = (tmp_path / "run.0").read_text()
+    assert "process 0 has waited for 6 s in step" in message
+    assert "process 1 has been silent for" in message and "--resume auto" in message
+
+
+def test_processes_with_different_settings_do_not_start(data, tmp_path):
+    config = engine_config(data, tmp_path, "run")
+    other = replace(config, optim=replace(config.optim, lr=1e-4, min_lr=1e-5))
+    codes = finish(start([config, other], 2, log=tmp_path / "run.log"))
+    assert codes == [2, 2]
+    assert "optim.lr: 0.003 on process 0, 0.0001 on process 1" in (tmp_path / "run.1").read_text()
+    assert not config.run_folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3", "gradient_accumulation_steps = 3, and the run's"),
+        ("ACCELERATE_GRADIENT_CLIPPING", "2.0", r"gradient_clipping = 2.0, and the run's configuration says 0.5"),
+    ],
+)
+def test_a_launcher_that_contradicts_the_run_is_refused(data, tmp_path, setting, value, message):
+    config = engine_config(data, tmp_path, "run")
+    codes = finish(start([config], 1, "zero2", log=tmp_path / "run.log", **{setting: value}))
+    assert codes == [2]
+    assert message in (tmp_path / "run.0").read_text()
+    assert not config.run_folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("engine", "train", "message"),
+    [
+        ("zero3", {"compile": True}, "train.compile = true does not work with DeepSpeed's ZeRO-3"),
+        ("zero1", {"skip_non_finite": 1}, "train.skip_non_finite = 1 has no effect under DeepSpeed ZeRO-1"),
+        ("zero1", {"optim": {"algorithm": "muon"}}, 'optim.algorithm = "muon" does not work under DeepSpeed ZeRO-1'),
+        ("ddp", {"global_batch": 6, "micro_batch": 4}, "cannot be reached with train.micro_batch = 4"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_said(data, tmp_path, engine, train, message):
+    optim = train.pop("optim", {})
+    config = engine_config(data, tmp_path, "run", train=train, optim=optim)
+    assert finish(start([config], 1, engine, log=tmp_path / "run.log")) == [2]
+    assert message in (tmp_path / "run.0").read_text()
+    assert not config.run_folder.exists()
+
+
+def test_a_rendezvous_that_nobody_answers(data, tmp_path):
+    config = engine_config(data, tmp_path, "run", train={"hang_timeout": 2})
+    started = start([config], 1, log=tmp_path / "run.log", WORLD_SIZE="2", RANK="1", MASTER_PORT=str(free_port()))
+    assert finish(started) == [2]
+    message = (tmp_path / "run.0").read_text()
+    assert "the 2 processes of this run did not find each other within 3 s at 127.0.0.1:" in message
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_written_down(data, tmp_path, monkeypatch):
+    """The gradient of step 4 is destroyed: the weights after it are those before it, and the run goes on."""
+    import train as script
+
+    config = make_config(data, tmp_path, model={"dropout": 0.0}, train={"skip_non_finite": 1}, checkpoint={"every": 1})
+    clip = script.Accelerator.clip_grad_norm_
+    calls = []
+
+    def broken(self, parameters, limit):
+        calls.append(1)
+        parameters = list(parameters)
+        if len(calls) == 4:
+            parameters[0].grad[0, 0] = float("nan")
+        return clip(self, parameters, limit)
+
+    monkeypatch.setattr(script.Accelerator, "clip_grad_norm_", broken)
+    script.main(config)
+    folders = checkpoints(config.run_folder)
+    before, after, later = (load_file(folders[i] / "model" / "model.safetensors") for i in (2, 3, 4))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not all(torch.equal(after[name], later[name]) for name in before)
+    assert all(torch.isfinite(value).all() for value in later.values())
+    (noted,) = map(json.loads, (config.run_folder / "non_finite.jsonl").read_text().splitlines())
+    assert noted["step"] == 4 and noted["grad_norm"] == "nan" and len(set(noted["windows"])) == 8
+    assert [record["skipped"] for record in records(config.run_folder, "train")] == [0, 0, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("platform", "way_out"), [("linux", 'pip install "hgpt[deepspeed]"'), ("darwin", "Linux only")]
+)
+def test_deepspeed_that_is_not_there(monkeypatch, platform, way_out):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    monkeypatch.setattr(engines.sys, "platform", platform)
+    with pytest.raises(UserError, match="DeepSpeed, which is not installed") as error:
+        engines.build_accelerator("fp32", 60)
+    assert way_out in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "precision", "message"),
+    [
+        ({"bf16": {"enabled": True}}, "fp32", "bf16.enabled = true, and the run trains in fp32"),
+        ({"fp16": {"enabled": True}}, "bf16", "fp16.enabled = true, and the run trains in bf16"),
+        ({"bf16": {"enabled": False}}, "bf16", "bf16.enabled = false, and the run trains in bf16"),
+    ],
+)
+def test_a_deepspeed_file_with_another_precision_is_refused(monkeypatch, tmp_path, section, precision, message):
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}, **section}))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # which is lengthened
+    with pytest.raises(UserError, match=message):
+        engines.build_accelerator(precision, 60)
+
+
+def test_another_checkout_is_another_code(monkeypatch, tmp_path):
+    ours = engines._code_fingerprint()
+    assert ours == engines._code_fingerprint()
+    copy = tmp_path / "hgpt"
+    shutil.copytree(Path(engines.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(engines, "__file__", str(copy / "engines.py"))
+    assert engines._code_fingerprint() == ours
+    with open(copy / "harmax.py", "a") as file:
+        file.write("# another word\n")
+    assert engines._code_fingerprint() != ours
+
+
+def test_a_disk_that_fills_up_while_training_goes_on(data, tmp_path):
+    """No file may grow beyond 200 KB: the optimiser's state, written in the background, does not fit."""
+    config = engine_config(data, tmp_path, "run", train={"steps": 9})
+    toml = tmp_path / "run.toml"
+    write_toml(config, toml)
+    command = f"ulimit -f 200; exec {sys.executable} train.py --config {toml}"
+    full = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert full.returncode == 2, full.stderr
+    assert "could not write" in full.stderr and "make room, then go on with --resume auto" in full.stderr
+    assert not checkpoints(config.run_folder) and not list(config.run_folder.glob("checkpoints/.*"))
+    run(config, 1)
+    whole = engine_config(data, tmp_path, "whole", train={"steps": 9})
+    run(whole, 1)
+    assert losses(config.run_folder) == losses(whole.run_folder)
+
+
+def test_fsdp_is_refused_without_a_gpu(data, tmp_path):
+    config = engine_config(data, tmp_path, "run")
+    started = start([config], 1, log=tmp_path / "run.log", ACCELERATE_USE_FSDP="true", ACCELERATE_USE_CPU="false")
+    assert finish(started) == [2]
+    assert "the launcher asks for FSDP, which Accelerate runs on GPUs alone" in (tmp_path / "run.0").read_text()
+
+
+def test_fsdp2_pieces_are_collected_and_handed_out(tmp_path):
+    """What Accelerate does on GPUs, done by hand in two processes: sharded by fully_shard, steps, and back."""
+    codes = in_group(_fsdp2, 2, tmp_path)
+    assert codes == [0, 0], (tmp_path / "log.0").read_text()[-3000:]
+
+
+def _fsdp2(folder: Path) -> None:
+    config = HGPTConfig(vocab_size=61, n_positions=8, n_layer=2, n_head=2, n_embd=10, exponent=5.0)
+    mesh = init_device_mesh("cpu", (2,))
+    rank = torch.distributed.get_rank()
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_main_process=rank == 0)
+    tokens = torch.arange(16).reshape(2, 8) % 61
+
+    def steps(model, optimizer, count: int) -> None:
+        for _ in range(count):
+            model(tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def build(weights=None, *, pieces: bool = True):
+        torch.manual_seed(0)
+        model = HGPTForCausalLM(config)
+        if weights is not None:
+            model.load_state_dict(weights, strict=False)
+        if pieces:
+            for block in model.transformer.h:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        return model, build_optimizer(model, OptimConfig(lr=1e-2))
+
+    plain, plain_optimizer = build(pieces=False)
+    steps(plain, plain_optimizer, 2)
+    model, optimizer = build()
+    steps(model, optimizer, 2)
+    collected = [collect_state(model, optimizer, accelerator)]
+    assert (collected[0] is None) == (rank != 0)
+    torch.distributed.broadcast_object_list(collected)
+    full = collected[0]
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(full.weights[name], parameter.detach(), rtol=1e-5, atol=1e-6)
+        for kind, value in plain_optimizer.state[parameter].items():
+            torch.testing.assert_close(full.optimizer[name][kind], value, rtol=1e-4, atol=1e-7)
+
+    again, optimizer_again = build(full.weights)
+    restore_state(again, optimizer_again, accelerator, full.weights, full.optimizer)
+    with whole(again.lm_head.weight) as centres:
+        assert torch.equal(centres, full.weights["transformer.wte.weight"])
+    steps(model, optimizer, 1)
+    steps(again, optimizer_again, 1)
+    for ours, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours.full_tensor(), theirs.full_tensor())
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_it_ends_with_the_same_weights(data, tmp_path):
+    sections = {"train": {"steps": 150}, "model": {"dropout": 0.1}, "eval": {"every": 50}, "checkpoint": {"every": 1}}
+    whole = engine_config(data, tmp_path, "whole", **sections)
+    run(whole, 1)
+    killed = engine_config(data, tmp_path, "killed", **sections)
+    rng = np.random.RandomState(0)
+    kills = 0
+    while kills < 20:
+        (process,) = start([killed], 1, log=tmp_path / "killed.log")
+        newest = checkpoints(killed.run_folder)[-1:]
+        while process.is_alive() and checkpoints(killed.run_folder)[-1:] == newest:
+            time.sleep(0.005)  # every life gets at least one checkpoint further
+        time.sleep(rng.uniform(0, 0.2))
+        assert process.is_alive(), (tmp_path / "killed.0").read_text()[-3000:]
+        process.kill()
+        process.join()
+        kills += 1
+    run(killed, 1)
+    assert losses(killed.run_folder) == losses(whole.run_folder)
+    assert_same_checkpoint(checkpoints(killed.run_folder)[-1], checkpoints(whole.run_folder)[-1])

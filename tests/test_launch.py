@@ -1,0 +1,116 @@
+"""configs/accelerate and configs/slurm: they parse, say nothing that the run's TOML decides, and really launch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from processes import free_port, run
+from test_engines import curve, engine_config
+
+import train
+from hgpt.checkpoint import checkpoints
+from hgpt.run_config import RunConfig
+
+ROOT = Path(__file__).parent.parent
+LAUNCHERS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def test_every_way_to_launch_is_there():
+    single = {"cpu", "multi_cpu", "single_gpu", "multi_gpu", "zero1", "zero2", "zero2_offload", "zero3", "fsdp2"}
+    assert {path.stem for path in LAUNCHERS} == single | {"multi_node", "multi_node_zero2"}
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
+def test_launcher_files_leave_to_the_run_what_the_run_decides(path):
+    config = load_config_from_file(str(path))  # Accelerate's own parser refuses unknown keys
+    assert config.mixed_precision == "no"
+    settings = yaml.safe_load(path.read_text())
+    deepspeed = settings.get("deepspeed_config", {})
+    assert not deepspeed.keys() & {"gradient_accumulation_steps", "gradient_clipping", "deepspeed_config_file"}
+    if "zero" in path.stem:
+        assert f"zero{deepspeed['zero_stage']}" in path.stem
+        assert ("offload" in path.stem) == (deepspeed.get("offload_optimizer_device", "none") != "none")
+    assert (settings["num_machines"] > 1) == ("multi_node" in path.stem)
+
+
+def test_the_batch_script_is_shell_and_names_real_options():
+    script = ROOT / "configs" / "slurm" / "train.sbatch"
+    subprocess.run(["bash", "-n", script], check=True)
+    options = {word for word in script.read_text().split() if word.startswith("--") and "_" in word}
+    known = {option for action in launch_command_parser()._actions for option in action.option_strings}
+    assert options <= known and {"--config_file", "--machine_rank", "--main_process_ip"} <= options
+
+
+def accelerate_launch(config: RunConfig, launcher: str, tmp_path: Path, *options: str) -> subprocess.Popen:
+    toml = tmp_path / f"{config.name}.toml"
+    train.write_toml(config, toml)
+    file = ROOT / "configs" / "accelerate" / f"{launcher}.yaml"
+    command = ["accelerate", "launch", "--config_file", file, *options, "train.py", "--config", toml]
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def succeeded(*launchers: subprocess.Popen) -> None:
+    for launcher in launchers:
+        printed, _ = launcher.communicate(timeout=400)
+        assert launcher.returncode == 0, printed[-5000:]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "processes"),
+    [
+        pytest.param("cpu", 1, marks=pytest.mark.slow),
+        pytest.param("multi_cpu", 2, marks=pytest.mark.slow),
+        pytest.param("zero1", 2, marks=pytest.mark.slow),
+        ("zero2", 2),
+        pytest.param("zero3", 2, marks=pytest.mark.slow),
+        pytest.param("zero2_offload", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_accelerate_launch(data, tmp_path, launcher, processes):
+    """The shipped file and the same TOML, on the CPU: the curve of one process, and it goes on."""
+    alone = engine_config(data, tmp_path, "alone")
+    run(alone, 1)
+    config = engine_config(data, tmp_path, launcher)
+    port = ["--main_process_port", free_port()] if processes > 1 else []
+    succeeded(accelerate_launch(config, launcher, tmp_path, "--num_processes", processes, *port))
+    # DeepSpeed's Adam on the CPU is another implementation of the same formula.
+    np.testing.assert_allclose(curve(config), curve(alone), atol=1e-4 if "offload" in launcher else 1e-5)
+    assert len(checkpoints(config.run_folder)) == 2
+
+
+@pytest.mark.parametrize(
+    "launcher", ["multi_node", pytest.param("multi_node_zero2", marks=pytest.mark.slow)], ids=["ddp", "zero2"]
+)
+def test_two_nodes(data, tmp_path, launcher):
+    """Two launchers, each with the rank of its node, that meet on this machine's loopback; then they go on."""
+    alone = engine_config(data, tmp_path, "alone", train={"micro_batch": 1})
+    run(alone, 1)
+    config = engine_config(data, tmp_path, "nodes", train={"micro_batch": 1})
+
+    def both() -> None:
+        port = free_port()
+        options = ["--num_processes", 2, "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+        nodes = [accelerate_launch(config, launcher, tmp_path, "--machine_rank", rank, *options) for rank in (0, 1)]
+        succeeded(*nodes)
+
+    both()
+    np.testing.assert_allclose(curve(config), curve(alone), atol=1e-5)
+    newest = checkpoints(config.run_folder)[-1]
+    newest.rename(tmp_path / "expected")
+    both()
+    np.testing.assert_allclose(curve(config), curve(alone), atol=1e-5)
+    assert checkpoints(config.run_folder)[-1].name == newest.name
