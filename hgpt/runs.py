@@ -1,0 +1,473 @@
+"""The runs in a folder: how far they are, how well they do, how fast they go; and their losses as a plot.
+
+    python -m hgpt.runs runs/ [--sort validation] [--plot losses.png] [--terminal]
+
+Everything comes from what a run writes: metrics.jsonl, config.toml and its checkpoints. A folder that holds none of
+these is searched for runs in it. Of metrics.jsonl only the end is read, unless its curves are wanted.
+
+The states:
+
+    finished        the newest checkpoint is that of the last step
+    running         the last line of metrics.jsonl is younger than two minutes, or than three times the longest pause
+                    between the last lines, if that is less than half an hour
+    preempted       a cluster took the machine away, and there is a checkpoint to go on from
+    stopped         none of these; --resume auto goes on
+    no checkpoint   the same, with nothing to go on from
+    damaged         a file of the newest checkpoint is missing or has another size than its manifest says
+"""
+
+import argparse
+import json
+import sys
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hgpt.checkpoint import CHECKPOINTS, MANIFEST, PREEMPTED, checkpoint_step, checkpoints
+from hgpt.errors import UserError
+from hgpt.metrics import METRICS_FILE
+from hgpt.run_config import CONFIG_FILE
+
+LINE_WIDTH = 100
+
+_LARGEST = 1e300  # a number beyond it is damage: a float does not hold every integer that JSON does
+_BLOCK = 1 << 16  # bytes of metrics.jsonl that are read at a time, from its end
+_RECENT_LINES = 8
+_DEPTH = 3  # folders in folders in which runs are looked for
+_POINTS = 2000  # training losses of a curve; more than a plot has pixels
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, without their yellow, which is faint on white; then
+# the same with other signs.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_SIGNS = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"))  # of a line and of a point
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What is known of a run; None where nothing is. `age` is in seconds."""
+
+    name: str
+    folder: Path
+    step: int | None
+    steps: int | None
+    training_loss: float | None
+    validation_loss: float | None
+    tokens_per_second: float | None
+    tokens: int | None
+    age: float | None
+    state: str
+
+
+def find_runs(root: Path) -> list[tuple[str, Path]]:
+    """Names and folders of the runs in `root`, or of `root` if it is one. Raises UserError if it is no folder."""
+    if not root.is_dir():
+        raise UserError(f"{root} is no folder; give a run folder or a folder of runs, such as runs/")
+    if _is_run(root):
+        return [(root.resolve().name, root)]
+    return [(folder.relative_to(root).as_posix(), folder) for folder in sorted(_runs_below(root, _DEPTH))]
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / METRICS_FILE).is_file() or (folder / CONFIG_FILE).is_file() or (folder / CHECKPOINTS).is_dir()
+
+
+def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
+    try:
+        entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    except OSError:  # somebody else's, which cannot be looked into
+        return
+    for path in entries:
+        if path.is_symlink() or not path.is_dir():
+            continue
+        if _is_run(path):
+            yield path
+        elif depth > 1:
+            yield from _runs_below(path, depth - 1)
+
+
+def read_run(name: str, folder: Path, now: float) -> Run:
+    """The run in `folder` at the time `now`, in seconds since 1970; what cannot be read is left out."""
+    recent, last = _last_records(folder / METRICS_FILE)
+    train, evaluation = last.get("train", {}), last.get("eval", {})
+    steps = _number(_settings(folder).get("train", {}), "steps")
+    times = [value for record in recent if (value := _number(record, "time")) is not None]
+    if not times:
+        times = [path.stat().st_mtime for path in (folder / METRICS_FILE, folder / CONFIG_FILE) if path.is_file()][:1]
+    age = max(0.0, now - max(times)) if times else None
+    all_steps = [value for record in (train, evaluation) if (value := _number(record, "step")) is not None]
+    return Run(
+        name=name,
+        folder=folder,
+        step=None if not all_steps else int(max(all_steps)),
+        steps=None if steps is None else int(steps),
+        training_loss=_number(train, "loss"),
+        validation_loss=_number(evaluation, "loss"),
+        tokens_per_second=_number(train, "tokens_per_second"),
+        tokens=None if (tokens := _number(train, "tokens")) is None else int(tokens),
+        age=age,
+        state=_state(folder, steps, age, times),
+    )
+
+
+def _state(folder: Path, steps: float | None, age: float | None, times: list[float]) -> str:
+    found = checkpoints(folder)
+    fault = bool(found) and _is_damaged(found[-1])
+    if found and not fault and steps is not None and checkpoint_step(found[-1]) >= steps:
+        return "finished"
+    if (folder / PREEMPTED).exists() and found and not fault:
+        return "preempted"
+    pauses = [later - earlier for earlier, later in pairwise(times)]
+    # A pause between two lines is also what lies between a crash and the restart: hence the upper bound.
+    if age is not None and age <= min(max(120.0, 3 * max(pauses, default=0.0)), 1800.0):
+        return "running"
+    if fault:
+        return "damaged"
+    return "stopped" if found else "no checkpoint"
+
+
+def _is_damaged(checkpoint: Path) -> bool:
+    """Whether a file is missing or has another size than the manifest says; checksums would take long."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return any((checkpoint / name).stat().st_size != entry["bytes"] for name, entry in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return True
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The tables of the run's config.toml; none if there is none to read."""
+    try:
+        settings = tomllib.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {name: table for name, table in settings.items() if isinstance(table, dict)}
+
+
+def _last_records(path: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The last few lines of metrics.jsonl, the oldest first, and the last line of each of "train" and "eval".
+
+    Read backwards, and only what may hold a line that is still missing is parsed. Whatever is no whole JSON object with
+    a step is passed over.
+    """
+    recent: list[dict[str, Any]] = []
+    last: dict[str, dict[str, Any]] = {}
+    for lines in _lines_backwards(path):
+        missing = [f'"{kind}"'.encode() for kind in ("train", "eval") if kind not in last]
+        if len(recent) == _RECENT_LINES:
+            if not missing:
+                break
+            if not any(kind in lines for kind in missing):  # many times faster than to look at each
+                continue
+        for line in reversed(lines.split(b"\n")):
+            if len(recent) == _RECENT_LINES and not any(kind in line for kind in missing):
+                continue
+            record = _record(line)
+            if record is not None:
+                if len(recent) < _RECENT_LINES:
+                    recent.append(record)
+                last.setdefault(record["kind"], record)
+    return recent[::-1], last
+
+
+def _lines_backwards(path: Path) -> Iterator[bytes]:
+    """The lines of a file in blocks, from the last block to the first, the lines of each in their order.
+
+    What follows the last line break is a line that is still being written and left out; a file that cannot be read has
+    none.
+    """
+    try:
+        with open(path, "rb") as file:
+            position = file.seek(0, 2)
+            start_of_line = b""  # its end was in the block after
+            ended = False
+            while position:
+                # Ever larger where a line has no end, or it would be copied again and again.
+                size = min(max(_BLOCK, len(start_of_line)), position)
+                position -= size
+                file.seek(position)
+                start_of_line, line_break, lines = (file.read(size) + start_of_line).partition(b"\n")
+                if line_break:
+                    yield lines if ended else lines[: lines.rfind(b"\n") + 1]
+                    ended = True
+            if ended:
+                yield start_of_line
+    except OSError:
+        return
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(record, dict) and isinstance(record.get("kind"), str) and _number(record, "step") is not None
+    return record if whole else None
+
+
+def _number(record: Any, name: str) -> float | None:
+    """A finite number of that name in a table."""
+    value = record.get(name) if isinstance(record, dict) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if abs(value) < _LARGEST else None  # false for a NaN
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def sort_runs(runs: Sequence[Run], by: str) -> list[Run]:
+    """By "name", by "age" (the youngest first) or by "validation" loss (the lowest first); unknown ones last."""
+    keys = {
+        "name": lambda run: (False, 0.0),
+        "age": lambda run: (run.age is None, run.age or 0.0),
+        "validation": lambda run: (run.validation_loss is None, run.validation_loss or 0.0),
+    }
+    return sorted(runs, key=lambda run: (*keys[by](run), run.name))
+
+
+def table(runs: Sequence[Run]) -> str:
+    """One line a run, in `LINE_WIDTH` columns; a name that is too long loses its middle."""
+    rows = [["run", "step", "train", "val", "tok/s", "tokens", "age", "state"], *map(_cells, runs)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    gaps = 2 * (len(widths) - 1)
+    widths[0] = min(widths[0], max(12, LINE_WIDTH - sum(widths[1:]) - gaps))
+    lines = []
+    for row in rows:
+        cells = [_shortened(row[0], widths[0]).ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)]
+        lines.append("  ".join([*cells, row[-1]]))
+    return "\n".join(lines)
+
+
+def _cells(run: Run) -> list[str]:
+    return [
+        run.name,
+        f"{'-' if run.step is None else run.step}/{'?' if run.steps is None else run.steps}",
+        "-" if run.training_loss is None else f"{run.training_loss:.4f}",
+        "-" if run.validation_loss is None else f"{run.validation_loss:.4f}",
+        "-" if run.tokens_per_second is None else _short(run.tokens_per_second),
+        "-" if run.tokens is None else _short(run.tokens),
+        "-" if run.age is None else _age(run.age),
+        run.state,
+    ]
+
+
+def _short(number: float) -> str:
+    """983, 6.58k, 2.05M, 295G: three digits."""
+    for unit, value in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * value:
+            return f"{number / value:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def _age(seconds: float) -> str:
+    for unit, value in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * value:
+            return f"{seconds / value:.0f}{unit}"
+    return f"{seconds:.0f}s"
+
+
+def _shortened(text: str, width: int) -> str:
+    if len(text) <= width:
+        return text
+    head = (width - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (width - 1 - head) :]}"
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Curves
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """Points (x, loss) of a run by rising x."""
+
+    name: str
+    training: list[tuple[float, float]]
+    validation: list[tuple[float, float]]
+
+
+def read_curves(run: Run, axis: str) -> Curves:
+    """The losses of a run over "tokens" or "steps".
+
+    Of a long run every k-th training loss is read, so that about 2000 are left.
+    """
+    try:
+        lines = (run.folder / METRICS_FILE).read_bytes().split(b"\n")[:-1]
+    except OSError:
+        lines = []
+    every = max(1, len(lines) // _POINTS)
+    # Lines are told apart by a search, which is many times faster than to parse them.
+    chosen = [line for number, line in enumerate(lines) if number % every == 0 or b'"eval"' in line]
+    records = [record for line in chosen if (record := _record(line)) is not None]
+    per_step = _tokens_per_step(run, records) if axis == "tokens" else 1
+    points: dict[str, dict[float, float]] = {"train": {}, "eval": {}}
+    for record in records:
+        loss = _number(record, "loss")
+        if record["kind"] in points and loss is not None and per_step is not None:
+            points[record["kind"]][record["step"] * per_step] = loss
+    return Curves(name=run.name, training=sorted(points["train"].items()), validation=sorted(points["eval"].items()))
+
+
+def _tokens_per_step(run: Run, records: list[dict[str, Any]]) -> float | None:
+    """Tokens of a step: as logged, otherwise by the configuration; evaluations do not say how many were seen."""
+    for record in reversed(records):
+        if (tokens := _number(record, "tokens")) and record["step"] > 0:
+            return tokens / record["step"]
+    settings = _settings(run.folder)
+    batch = _number(settings.get("train"), "global_batch")
+    length = _number(settings.get("data"), "seq_len")
+    return None if batch is None or length is None else batch * length
+
+
+def _ranges(curves: Sequence[Curves]) -> tuple[float, tuple[float, float]]:
+    """The largest x, and the losses from the lowest to the highest after the first twentieth of the axis.
+
+    The first losses would flatten all the rest.
+    """
+    points = [point for curve in curves for point in (*curve.training, *curve.validation)]
+    last = max(x for x, _ in points)
+    losses = [loss for x, loss in points if x >= last / 20]
+    margin = 0.03 * (max(losses) - min(losses)) or 0.5
+    return last, (min(losses) - margin, max(losses) + margin)
+
+
+def plot(curves: Sequence[Curves], axis: str, target: Path) -> None:
+    """Training losses as thin lines and validation losses as points on a line, one colour a run, into `target`.
+
+    Raises UserError when matplotlib is not installed or `target` cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(
+            "--plot needs matplotlib, which is not installed: pip install matplotlib, or use --terminal"
+        ) from error
+    many = len(curves) > 6  # then the legend would lie over the curves
+    height = max(4.5, 0.21 * len(curves) + 0.8)
+    figure = Figure(figsize=(11.5 if many else 8, height), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for number, curve in enumerate(curves):
+        colour = _COLOURS[number % len(_COLOURS)]
+        line, sign = _SIGNS[number // len(_COLOURS) % len(_SIGNS)]
+        style: dict[str, Any] = {"color": colour, "linestyle": line, "marker": sign, "markersize": 4}
+        if curve.training:
+            axes.plot(*zip(*curve.training, strict=True), color=colour, alpha=0.3, linewidth=0.8)
+        if curve.validation:
+            # A straight line from before the first step would say what nobody has measured.
+            (x, loss), *later = curve.validation
+            axes.plot([x], [loss], **style)
+            axes.plot([x for x, _ in later], [loss for _, loss in later], **style)
+        last = f"  {curve.validation[-1][1]:.3f}" if curve.validation else ""
+        axes.plot([], [], **style, label=curve.name + last)
+    axes.set(xlabel="training tokens" if axis == "tokens" else "optimiser step", ylabel="loss (nats per token)")
+    axes.set_ylim(*_ranges(curves)[1])
+    axes.set_title("training (thin) and validation (points; the last one in the legend)", fontsize=9, loc="left")
+    axes.grid(alpha=0.25, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axis == "tokens":
+        axes.xaxis.set_major_formatter(lambda value, position: _short(value))
+    if many:
+        axes.legend(frameon=False, fontsize=7.5, loc="upper left", bbox_to_anchor=(1, 1))
+    else:
+        axes.legend(frameon=False, fontsize=8)
+    try:
+        figure.savefig(target)
+    except (OSError, ValueError) as error:  # ValueError: a format that matplotlib does not know
+        raise UserError(f"--plot {target} cannot be written: {error}; give a file such as losses.png") from error
+
+
+def terminal_plot(curves: Sequence[Curves], axis: str, width: int = LINE_WIDTH, height: int = 22) -> str:
+    """The losses in characters: a small letter for a run's training loss, a capital for its validation loss."""
+    last, (low, high) = _ranges(curves)
+    columns = width - 8
+    canvas = [[" "] * columns for _ in range(height)]
+
+    def draw(points: list[tuple[float, float]], sign: str) -> None:
+        for x, loss in points:
+            row = round((high - loss) / (high - low) * (height - 1))
+            if 0 <= row < height:
+                canvas[row][round(x / (last or 1) * (columns - 1))] = sign
+
+    for letter, curve in zip(_LETTERS, curves, strict=False):
+        draw(_at_columns(curve.training, last, columns), letter)
+    for letter, curve in zip(_LETTERS, curves, strict=False):
+        draw(curve.validation, letter.upper())
+    lines = []
+    for number, row_of_signs in enumerate(canvas):
+        label = f"{high - number / (height - 1) * (high - low):6.3f}" if number % 3 == 0 else ""
+        lines.append(f"{label:>6} |{''.join(row_of_signs)}".rstrip())
+    end = _short(last)
+    lines.append(f"{'':>6} +{'-' * columns}")
+    lines.append(f"{'':>8}0{f'{end} {axis}':>{columns - 1}}")
+    lines += [f"{letter}, {letter.upper()}: {curve.name}" for letter, curve in zip(_LETTERS, curves, strict=False)]
+    lines.append("small letters: training loss, capitals: validation loss, in nats per token")
+    return "\n".join(lines)
+
+
+def _at_columns(points: list[tuple[float, float]], last: float, columns: int) -> list[tuple[float, float]]:
+    """A curve as one point for each of the columns 0 … `last` that it reaches over, on the lines between its points."""
+    if len(points) < 2:
+        return points
+    xs, losses = zip(*points, strict=True)
+    grid = np.linspace(0, last, columns)
+    grid = grid[(grid >= xs[0]) & (grid <= xs[-1])]
+    return list(zip(grid.tolist(), np.interp(grid, xs, losses).tolist(), strict=True))
+
+
+# --------------------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str]) -> str:
+    """The text that the command line asks for; writes the plot. Raises UserError."""
+    parser = argparse.ArgumentParser(prog="python -m hgpt.runs", description="Runs, their states and their losses.")
+    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders of runs")
+    parser.add_argument("--sort", choices=("name", "age", "validation"), default="name", help="(%(default)s)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="the losses as a .png, .svg or .pdf")
+    parser.add_argument("--terminal", action="store_true", help="the losses as text")
+    parser.add_argument("--x", choices=("tokens", "steps"), default="tokens", help="axis of the plots (%(default)s)")
+    known = parser.parse_args(arguments)
+    found = dict.fromkeys(entry for folder in known.folders for entry in find_runs(folder))
+    if not found:
+        raise UserError(
+            f"{', '.join(map(str, known.folders))}: there are no runs in there; a run is a folder with "
+            f"{METRICS_FILE}, {CONFIG_FILE} or {CHECKPOINTS}/"
+        )
+    now = time.time()
+    runs = sort_runs([read_run(name, folder, now) for name, folder in found], known.sort)
+    parts = [table(runs)]
+    if known.plot is not None or known.terminal:
+        curves = [curve for run in runs if (curve := read_curves(run, known.x)).training or curve.validation]
+        if not curves:
+            raise UserError("none of these runs has logged a loss yet: there is nothing to plot")
+        if known.terminal:
+            if len(curves) > len(_LETTERS):
+                raise UserError(
+                    f"--terminal shows at most {len(_LETTERS)} runs, and these are {len(curves)}: name fewer folders, "
+                    "or use --plot"
+                )
+            parts.append(terminal_plot(curves, known.x))
+        if known.plot is not None:
+            plot(curves, known.x, known.plot)
+            parts.append(f"plotted {len(curves)} runs in {known.plot}")
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    try:
+        print(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,383 @@
+"""hgpt/runs.py: states, figures from the end of metrics.jsonl, damaged input, plots."""
+
+import json
+import os
+import runpy
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hgpt import checkpoint as ckpt
+from hgpt import runs
+from hgpt.errors import UserError
+from hgpt.runs import Run, find_runs, main, read_curves, read_run, sort_runs, table
+
+NOW = 1_800_000_000.0
+
+
+def line(kind: str, step: int, when: float, **values) -> str:
+    return json.dumps({"kind": kind, "step": step, "time": when, **values}) + "\n"
+
+
+def write_metrics(folder: Path, *, steps: int, every: int = 10, evaluate: int = 50, seconds: float = 1.0, age=10.0):
+    """As train.py writes it: training losses every `every` steps, one per `seconds`; the last line `age` before NOW."""
+    lines = []
+    for step in range(0, steps + 1, every):
+        when = NOW - age - (steps - step) / every * seconds
+        if step:
+            values = {"lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1000.0 + step, "tokens": step * 2048}
+            lines.append(line("train", step, when, loss=8 - 5 * step / (steps + 100), **values))
+        if step % evaluate == 0 or step == steps:
+            lines.append(line("eval", step, when, loss=8 - 4.5 * step / (steps + 100), accuracy=0.1))
+    (folder / "metrics.jsonl").write_text("".join(lines))
+
+
+def make_run(folder: Path, *, steps: int = 100, of: int = 100, checkpoint: int | None = None, **metrics) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(
+        f'name = "{folder.name}"\n[train]\nsteps = {of}\nglobal_batch = 16\n[data]\nseq_len = 128\n'
+    )
+    write_metrics(folder, steps=steps, **metrics)
+    if checkpoint is not None:
+        saved = folder / "checkpoints" / f"step_{checkpoint:07d}"
+        (saved / "model").mkdir(parents=True)
+        (saved / "model" / "model.safetensors").write_bytes(b"1234")
+        (saved / "state.json").write_text("{}")
+        ckpt.write_manifest(saved)
+    return folder
+
+
+def read(folder: Path) -> Run:
+    return read_run(folder.name, folder, NOW)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One run
+
+
+def test_figures_of_a_run(tmp_path):
+    run = read(make_run(tmp_path / "first", steps=90, of=100, checkpoint=50, age=300.0))
+    assert (run.step, run.steps, run.tokens, run.tokens_per_second) == (90, 100, 90 * 2048, 1090.0)
+    assert run.training_loss == pytest.approx(8 - 5 * 90 / 190)
+    assert run.validation_loss == pytest.approx(8 - 4.5 * 90 / 190)
+    assert run.age == pytest.approx(300)
+    assert run.state == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("settings", "state"),
+    [
+        ({"steps": 100, "checkpoint": 100, "age": 1.0}, "finished"),  # at once, not when it has cooled down
+        ({"steps": 100, "checkpoint": 100, "age": 1e6}, "finished"),
+        ({"steps": 100, "of": 200, "checkpoint": 100, "age": 1e6}, "stopped"),
+        ({"steps": 60, "checkpoint": 50, "age": 60.0}, "running"),
+        ({"steps": 60, "age": 60.0}, "running"),  # before its first checkpoint
+        ({"steps": 60, "checkpoint": 50, "age": 200.0}, "stopped"),
+        ({"steps": 60, "checkpoint": 50, "age": 500.0, "seconds": 200.0}, "running"),  # it takes its time
+        ({"steps": 60, "checkpoint": 50, "age": 700.0, "seconds": 200.0}, "stopped"),
+        ({"steps": 60, "checkpoint": 50, "age": 3000.0, "seconds": 2000.0}, "stopped"),  # half an hour is the limit
+        ({"steps": 60, "age": 1e4}, "no checkpoint"),
+    ],
+)
+def test_state(tmp_path, settings, state):
+    assert read(make_run(tmp_path / "x", **settings)).state == state
+
+
+def test_preempted(tmp_path):
+    folder = make_run(tmp_path / "x", steps=60, checkpoint=60, age=5.0)
+    (folder / "preempted").touch()
+    assert read(folder).state == "preempted"
+    # train.py removes the file when it goes on; after the last step there is nothing to go on with.
+    ckpt._delete(folder / "checkpoints" / "step_0000060")
+    assert read(folder).state == "running"
+
+
+@pytest.mark.parametrize("fault", ["short", "missing", "manifest", "no manifest", "foreign manifest"])
+def test_damaged(tmp_path, fault):
+    folder = make_run(tmp_path / "x", steps=100, checkpoint=100, age=1e4)
+    newest = folder / "checkpoints" / "step_0000100"
+    if fault == "short":
+        (newest / "model" / "model.safetensors").write_bytes(b"123")
+    elif fault == "missing":
+        (newest / "state.json").unlink()
+    elif fault == "no manifest":
+        (newest / "manifest.json").unlink()
+    else:
+        (newest / "manifest.json").write_text('{"fil' if fault == "manifest" else '{"files": ["a"]}')
+    assert read(folder).state == "damaged"
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        '{"kind": "train", "step": 110, "ti',
+        line("train", 110, NOW, loss=1.0).rstrip(),  # whole, but still without its line break
+        "\n\n",
+        "what is this?\n",
+        '[1, 2]\n5\nnull\n{"a": 1}\n{"kind": 3, "step": 4}\n{"kind": "train", "step": "x"}\n',
+        '{"kind": "eval", "step": 1e999}\n',
+        "\x00" * 5000 + "\n",
+        "[" * 20_000 + "\n",
+        '{"kind": "train", "step": 1' + "0" * 400 + "}\n",
+        "\ufeffä€\n",
+    ],
+)
+def test_lines_that_are_not_whole_are_passed_over(tmp_path, end):
+    folder = make_run(tmp_path / "x", checkpoint=100)
+    before = read(folder)
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(end.encode())
+    assert read(folder) == before
+    assert read_curves(before, "tokens").training[-1][0] == 100 * 2048
+
+
+def test_losses_that_are_not_finite_are_left_out(tmp_path):
+    folder = make_run(tmp_path / "x", checkpoint=100)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(line("train", 110, NOW, loss=None, tokens=5) + line("eval", 110, NOW, loss=float("nan")))
+    run = read(folder)
+    assert (run.step, run.training_loss, run.validation_loss, run.tokens) == (110, None, None, 5)
+    assert all(x <= 100 * 2048 for x, _ in read_curves(run, "steps").validation)
+
+
+def test_nothing_but_a_folder(tmp_path):
+    (tmp_path / "a" / "checkpoints").mkdir(parents=True)
+    run = read(tmp_path / "a")
+    assert run == Run(
+        name="a",
+        folder=tmp_path / "a",
+        step=None,
+        steps=None,
+        training_loss=None,
+        validation_loss=None,
+        tokens_per_second=None,
+        tokens=None,
+        age=None,
+        state="no checkpoint",
+    )
+    assert "-/?" in table([run])
+
+
+@pytest.mark.parametrize(
+    "config", ["", "no toml [", "train = 3", '[train]\nsteps = "many"', "[train]\nsteps = true", "\xff"]
+)
+def test_configurations_that_say_nothing(tmp_path, config):
+    folder = make_run(tmp_path / "x", checkpoint=100, age=1e4)
+    (folder / "config.toml").write_bytes(config.encode("latin-1"))
+    run = read(folder)
+    assert (run.steps, run.state) == (None, "stopped")
+    assert read_curves(run, "tokens").validation[-1][0] == 100 * 2048
+
+
+def test_a_run_that_starts_has_the_age_of_its_files(tmp_path):
+    folder = make_run(tmp_path / "x")
+    (folder / "metrics.jsonl").write_text("")
+    os.utime(folder / "metrics.jsonl", (NOW - 20, NOW - 20))
+    run = read(folder)
+    assert (run.state, run.age) == ("running", 20)
+    os.utime(folder / "metrics.jsonl", (NOW + 20, NOW + 20))  # another machine's clock
+    assert read(folder).age == 0
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1 << 16])
+@pytest.mark.parametrize("content", ["", "\n", "a", "a\n", "a\nb", "a\n\nbc\n", "abc\ndef\nghi\n", "\n\nab"])
+def test_lines_backwards(tmp_path, monkeypatch, block, content):
+    monkeypatch.setattr(runs, "_BLOCK", block)
+    (tmp_path / "f").write_text(content)
+    lines = [line for part in runs._lines_backwards(tmp_path / "f") for line in reversed(part.split(b"\n")) if line]
+    assert lines == [line for line in content.encode().split(b"\n")[:-1][::-1] if line]
+
+
+def test_only_the_end_of_a_long_file_is_parsed(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "x", steps=200_000, of=200_000, evaluate=50_000)
+    with open(folder / "metrics.jsonl", "a") as file:  # the last evaluation lies far back
+        file.writelines(line("train", 200_000 + n, NOW, loss=1.0) for n in range(5000))
+    parsed = []
+    original = runs._record
+    monkeypatch.setattr(runs, "_record", lambda text: parsed.append(text) or original(text))
+    run = read(folder)
+    assert (run.step, run.validation_loss) == (204_999, pytest.approx(8 - 4.5 * 200_000 / 200_100))
+    assert len(parsed) < 1000  # of 25,000: those of the last block
+    parsed.clear()
+    curves = read_curves(run, "steps")
+    assert len(parsed) < 3000
+    assert 1000 < len(curves.training) < 2600
+    assert [x for x, _ in curves.validation] == [0, 50_000, 100_000, 150_000, 200_000]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Many runs
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Three runs, one of them deeper, beside what is no run."""
+    now = time.time() - NOW  # main looks at the clock
+    make_run(tmp_path / "b", steps=60, checkpoint=50, age=30.0 - now)
+    make_run(tmp_path / "a", checkpoint=100, age=8000.0 - now)
+    make_run(tmp_path / "sweep" / "lr" / "c", steps=30, age=90000.0 - now)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("x")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "metrics.jsonl").write_text("")
+    (tmp_path / "again").symlink_to(tmp_path / "sweep")
+    return tmp_path
+
+
+def test_table_of_a_folder(folder):
+    lines = main([str(folder)]).splitlines()
+    assert lines[0].split() == ["run", "step", "train", "val", "tok/s", "tokens", "age", "state"]
+    assert [row.split()[0] for row in lines[1:]] == ["a", "b", "sweep/lr/c"]
+    assert lines[1].split() == ["a", "100/100", "5.5000", "5.7500", "1.1k", "205k", "2h", "finished"]
+    assert lines[2].split()[-1] == "running" and lines[3].endswith("25h  no checkpoint")
+
+
+def test_a_run_itself_and_several_folders(folder):
+    assert find_runs(folder / "a") == [("a", folder / "a")]
+    text = main([str(folder / "b"), str(folder / "sweep"), str(folder / "b")])
+    assert [row.split()[0] for row in text.splitlines()[1:]] == ["b", "lr/c"]
+
+
+@pytest.mark.parametrize(("by", "order"), [("name", "abc"), ("age", "bac"), ("validation", "abc")])
+def test_sorting(folder, by, order):
+    text = main([str(folder), "--sort", by])
+    assert [row.split()[0][-1] for row in text.splitlines()[1:]] == list(order)
+
+
+def test_unknown_values_come_last():
+    def run(name: str, loss: float | None) -> Run:
+        rest = dict.fromkeys(("step", "steps", "training_loss", "tokens_per_second", "tokens", "age"))
+        return Run(name=name, folder=Path(name), validation_loss=loss, state="stopped", **rest)
+
+    found = sort_runs([run("x", None), run("y", 3.0), run("z", 2.0), run("a", None)], "validation")
+    assert [entry.name for entry in found] == ["z", "y", "a", "x"]
+    assert [entry.name for entry in sort_runs(found, "age")] == ["a", "x", "y", "z"]
+
+
+def test_table_fits(tmp_path):
+    long = make_run(tmp_path / ("harmonic-" + "gain0.05-" * 12 + "seed1337"), steps=600_000, every=60_000, of=600_000)
+    lines = table([read(long)]).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[1].startswith("harmonic-gain0.05") and "…" in lines[1] and "seed1337  600000/600000" in lines[1]
+
+
+def test_hundreds_of_runs_quickly(tmp_path):
+    model = make_run(tmp_path / "r0", steps=30_000, of=30_000, checkpoint=30_000)
+    content = (model / "metrics.jsonl").read_bytes()
+    for number in range(1, 200):
+        other = tmp_path / f"r{number}"
+        (other / "checkpoints").mkdir(parents=True)
+        (other / "metrics.jsonl").write_bytes(content)
+        (other / "config.toml").write_bytes((model / "config.toml").read_bytes())
+    start = time.process_time()
+    text = main([str(tmp_path)])
+    assert len(text.splitlines()) == 201
+    assert time.process_time() - start < 3  # a fraction of a second
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Plots
+
+
+def test_curves_over_tokens_and_steps(folder):
+    run = read(folder / "a")
+    steps, tokens = read_curves(run, "steps"), read_curves(run, "tokens")
+    assert [x for x, _ in steps.training] == list(range(10, 101, 10))
+    assert [x for x, _ in steps.validation] == [0, 50, 100]
+    assert tokens.training == [(x * 2048, loss) for x, loss in steps.training]
+    assert tokens.validation == [(x * 2048, loss) for x, loss in steps.validation]
+    (folder / "a" / "metrics.jsonl").write_text(line("eval", 7, NOW, loss=3.0))
+    assert read_curves(run, "tokens").validation == [(7 * 16 * 128, 3.0)]  # by the configuration
+    (folder / "a" / "config.toml").unlink()
+    assert read_curves(run, "tokens").validation == []
+
+
+@pytest.mark.parametrize("copies", [1, 9])
+@pytest.mark.parametrize("axis", ["tokens", "steps"])
+def test_plot(folder, copies, axis):
+    from matplotlib.image import imread
+
+    for number in range(copies):
+        make_run(folder / f"more{number}", steps=40 + number)
+    target = folder / "losses.png"
+    text = main([str(folder), "--plot", str(target), "--x", axis])
+    assert text.endswith(f"plotted {3 + copies} runs in {target}")
+    image = imread(target)
+    assert image.shape[0] >= 500 and image.shape[1] >= 800
+    colours = {tuple(round(255 * float(c)) for c in pixel[:3]) for pixel in image.reshape(-1, image.shape[2])[::3]}
+    assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)} <= colours
+
+
+def test_the_first_losses_do_not_flatten_the_rest():
+    curve = runs.Curves(name="x", training=[(1, 90.0), (40, 4.0), (100, 3.0)], validation=[(0, 99.0), (100, 3.2)])
+    last, (low, high) = runs._ranges([curve])
+    assert last == 100 and 2.9 < low < 3.0 and 4.0 < high < 4.1
+    flat = runs.Curves(name="x", training=[], validation=[(0, 2.0)])
+    assert runs._ranges([flat]) == (0, (1.5, 2.5))
+
+
+def test_terminal_plot(folder):
+    text = main([str(folder), "--terminal"])
+    assert max(map(len, text.splitlines())) <= 100
+    assert "a, A: a" in text and "c, C: sweep/lr/c" in text and "205k tokens" in text
+    rows = [row[8:] for row in text.splitlines() if len(row) > 7 and row[7] == "|"]
+    assert len(rows) == 22
+    # A falling loss: what is to the left stands above what is to the right.
+    columns = [[number for number, row in enumerate(rows) if row[x : x + 1] == "a"] for x in range(20, 90)]
+    heights = [column[0] for column in columns if column]
+    assert len(heights) > 20 and heights == sorted(heights)
+    assert sum(row.count("A") for row in rows) == 2  # of three evaluations the first is beyond the plot
+
+
+def test_what_cannot_be_plotted(folder, monkeypatch):
+    with pytest.raises(UserError, match=r"--plot .*losses\.xyz cannot be written"):
+        main([str(folder), "--plot", str(folder / "losses.xyz")])
+    with pytest.raises(UserError, match=r"cannot be written: .*No such file"):
+        main([str(folder), "--plot", str(folder / "none" / "losses.png")])
+    for number in range(30):
+        make_run(folder / f"more{number}", steps=20)
+    with pytest.raises(UserError, match="--terminal shows at most 26 runs, and these are 33"):
+        main([str(folder), "--terminal"])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match="--plot needs matplotlib, which is not installed: pip install matplotlib"):
+        main([str(folder), "--plot", "x.png"])
+    (tmp := folder / "young").mkdir()
+    make_run(tmp / "x")
+    (tmp / "x" / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match="none of these runs has logged a loss yet"):
+        main([str(tmp), "--terminal"])
+
+
+def test_folders_without_runs(tmp_path, monkeypatch, capsys):
+    with pytest.raises(UserError, match="there are no runs in there; a run is a folder with metrics"):
+        main([str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["runs.py", str(tmp_path / "none")])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(runs.__file__, run_name="__main__")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'none'} is no folder; give a run folder or")
+
+
+def test_units():
+    assert [runs._short(n) for n in (0, 983, 999.6, 6575, 307_200, 999_600, 2_048_000, 294_912_000_000)] == [
+        "0",
+        "983",
+        "1k",
+        "6.58k",
+        "307k",
+        "1M",
+        "2.05M",
+        "295G",
+    ]
+    assert [runs._age(s) for s in (0, 119, 120, 7199, 7200, 86400, 200_000)] == [
+        "0s",
+        "119s",
+        "2m",
+        "120m",
+        "2h",
+        "24h",
+        "2d",
+    ]
