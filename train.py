@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from hgpt import checkpoint as ckpt
 from hgpt.baselines import unigram_loss
-from hgpt.batches import TrainingBatches
+from hgpt.batches import DeviceBatches, TrainingBatches
 from hgpt.configuration_hgpt import HGPTConfig
 from hgpt.engines import (
     FullState,
@@ -96,6 +96,7 @@ def main(config: RunConfig) -> dict[str, float]:
         rank=accelerator.process_index,
         seed=config.train.seed,
     )
+    device_batches = DeviceBatches(batches, accelerator.device)
     accelerator.gradient_accumulation_steps = batches.accumulation
     configure_engine(
         accelerator,
@@ -282,9 +283,7 @@ def main(config: RunConfig) -> dict[str, float]:
             step_loss = torch.zeros((), device=accelerator.device)
             for micro_step in range(batches.accumulation):
                 with phases("data"):
-                    inputs, targets = batches(step, micro_step)
-                    inputs = inputs.to(accelerator.device, non_blocking=True)
-                    targets = targets.to(accelerator.device, non_blocking=True)
+                    inputs, targets = device_batches(step, micro_step)
                 with accelerator.accumulate(model):
                     with phases("forward"):
                         loss = model(inputs, shift_labels=targets, use_cache=False).loss

@@ -7,32 +7,27 @@ processes, splits them into train and val, and writes a data folder (hgpt/shards
 """
 
 import argparse
-import gzip
+import codecs
 import hashlib
 import importlib.metadata
-import io
-import json
-import multiprocessing
 import os
 import platform
-import signal
 import sys
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from data_prep.text_files import count_documents, find_files, kind_of, read_documents
+from data_prep.worker_pool import worker_pool
 from hgpt.errors import UserError
 from hgpt.shards import (
     META_FILE,
@@ -169,6 +164,14 @@ def decode_utf8(document: bytes) -> tuple[str, bool]:
         return document.decode(errors="replace"), False
 
 
+def decoded_chunks(document: bytes, size: int = 1 << 20) -> Iterator[str]:
+    """The same text as `decode_utf8`, as the chunks that `size` bytes at a time give."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    view = memoryview(document)
+    for start in range(0, len(document), size):
+        yield decoder.decode(view[start : start + size], final=start + size >= len(document))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """What `prepare` did, for its summary."""
@@ -291,18 +294,26 @@ def prepare(
     )
 
 
+def counts_table(counts: dict[str, Counts], shards: dict[str, int]) -> list[str]:
+    """Lines for the terminal: the counts of each split, of both, and the number of shards."""
+    both = Counts()
+    for side in SPLITS:
+        both.add(counts[side])
+    columns = [*(counts[side] for side in SPLITS), both]
+    rows: list[tuple[str, ...]] = [("", *SPLITS, "both")]
+    for name in ("documents", "characters", "tokens"):
+        rows.append((name, *(f"{getattr(column, name):,}" for column in columns)))
+    rows.append(("characters/token", *(f"{column.characters / max(1, column.tokens):.2f}" for column in columns)))
+    rows.append(("shards", *(str(shards[side]) for side in SPLITS), str(sum(shards.values()))))
+    return [f"{row[0]:<18}" + "".join(f"{cell:>15}" for cell in row[1:]) for row in rows]
+
+
 def summary(prepared: Prepared) -> str:
     """A table of what was written, for the terminal."""
     both = Counts()
     for side in SPLITS:
         both.add(prepared.counts[side])
-    rows: list[tuple[str, ...]] = [("", "train", "val", "both")]
-    columns = [prepared.counts["train"], prepared.counts["val"], both]
-    for name in ("documents", "characters", "tokens"):
-        rows.append((name, *(f"{getattr(column, name):,}" for column in columns)))
-    rows.append(("characters/token", *(f"{column.characters / column.tokens:.2f}" for column in columns)))
-    rows.append(("shards", *(str(len(prepared.meta.splits[side].shards)) for side in SPLITS), ""))
-    lines = [f"{row[0]:<18}" + "".join(f"{cell:>15}" for cell in row[1:]) for row in rows]
+    lines = counts_table(prepared.counts, {side: len(prepared.meta.splits[side].shards) for side in SPLITS})
     seconds = prepared.seconds
     lines += [
         f"tokenizer         {prepared.meta.tokenizer}, {prepared.meta.vocab_size:,} tokens",
@@ -394,23 +405,14 @@ def _encode_in_order(encoder: Encoder, batches: Iterable[list[bytes]], workers: 
     if workers == 1 or len(head) < FEW_BATCHES:
         yield from map(encoder, chain(head, batches))
         return
-    # Not a plain fork: tokenizers and pyarrow have threads by now, whose locks a forked child would inherit.
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        # Imported once and not by every worker. Not this module: it may be __main__, and would come twice.
-        context.set_forkserver_preload(["hgpt.tokenizer", "pyarrow.parquet", "tqdm"])
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(encoder,))
     pending: deque[Future[EncodedBatch]] = deque()
-    try:
+    with worker_pool(workers, _start_worker, encoder) as pool:
         for batch in chain(head, batches):
             pending.append(pool.submit(_encode_in_worker, batch))
             if len(pending) >= 3 * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 _encoder: Encoder | None = None  # of this worker process
@@ -419,192 +421,11 @@ _encoder: Encoder | None = None  # of this worker process
 def _start_worker(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
 
 
 def _encode_in_worker(batch: list[bytes]) -> EncodedBatch:
     assert _encoder is not None
     return _encoder(batch)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Documents in files
-
-COMPRESSED = (".gz", ".zst")
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-
-
-def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
-    """The text files named by `paths`, folders searched in full, sorted; and the files of folders left out.
-
-    A file that is named itself must be of a kind that can be read; in a folder, others (a README, say) are
-    left out, hidden ones silently.
-    """
-    found: list[Path] = []
-    ignored: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            files = [
-                file
-                for file in path.rglob("*")
-                if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
-            ]
-            readable = [file for file in files if _kind(file) is not None]
-            if not readable:
-                raise UserError(
-                    f"folder {path} holds no text to read. Wanted: {', '.join(SUFFIXES)} files, the first "
-                    "two also with .gz or .zst."
-                )
-            found += readable
-            ignored += [file for file in files if _kind(file) is None]
-        elif not path.exists():
-            raise UserError(f"{path} does not exist. Give the path of a file or a folder of text.")
-        elif _kind(path) is None:
-            raise UserError(
-                f"{path}: cannot tell from its name what it holds. Wanted: {', '.join(SUFFIXES)}, the first "
-                "two also with .gz or .zst; rename it if it is one of these."
-            )
-        else:
-            found.append(path)
-    unique = {path.resolve(): path for path in reversed(found)}
-    return sorted(unique.values(), key=lambda path: path.as_posix()), sorted(ignored)
-
-
-def read_documents(files: Sequence[Path], text_column: str = "text", separator: str | None = None) -> Iterator[bytes]:
-    """The documents of the files, in order, as bytes of UTF-8 text, possibly invalid. Memory stays bounded.
-
-    A .txt file is one document, or several with `separator` between them; a .jsonl file has one per line and a .parquet
-    file one per row, in the field or column `text_column`; a null there is an empty document. Raises UserError with
-    file and line or column.
-    """
-    for file in files:
-        kind = _kind(file)
-        try:
-            if kind == ".parquet":
-                yield from _read_parquet(file, text_column)
-            else:
-                with _open(file) as stream:
-                    if kind == ".txt":
-                        content = _without_mark(stream.read(), file)
-                        yield from [content] if separator is None else content.split(separator.encode())
-                    else:
-                        yield from _read_jsonl(stream, file, text_column)
-        except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
-            raise UserError(f"{file} cannot be read: {error}. Is it complete? Copy it again.") from error
-
-
-def count_documents(files: Sequence[Path]) -> int | None:
-    """The number of documents if it can be had without reading them, which .jsonl does not allow."""
-    total = 0
-    for file in files:
-        kind = _kind(file)
-        if kind == ".jsonl":
-            return None
-        try:
-            total += pq.read_metadata(file).num_rows if kind == ".parquet" else 1
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{file} cannot be read: {error}. Is it complete? Copy it again.") from error
-    return total
-
-
-def _kind(path: Path) -> str | None:
-    """.txt, .jsonl or .parquet, or None for what cannot be read."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSED:
-        return suffixes[-2] if len(suffixes) > 1 and suffixes[-2] in (".txt", ".jsonl") else None
-    return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
-
-
-def _open(path: Path) -> io.BufferedIOBase | IO[bytes]:
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return gzip.open(path, "rb")
-    if suffix == ".zst":
-        # By pyarrow, because the reader of the package zstandard takes a truncated file for a whole one.
-        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"), 1 << 20)
-    return open(path, "rb")
-
-
-def _without_mark(content: bytes, path: Path) -> bytes:
-    """`content` without a UTF-8 byte order mark; another mark means another encoding, and is refused."""
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path} is UTF-16, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8 {path}")
-    return content.removeprefix(b"\xef\xbb\xbf")
-
-
-def _read_jsonl(stream: Iterable[bytes], path: Path, text_column: str) -> Iterator[bytes]:
-    for number, line in enumerate(stream, start=1):
-        if number == 1:
-            line = _without_mark(line, path)
-        if not line.strip():
-            continue
-        try:
-            # Invalid bytes pass through as surrogates and are replaced, and counted, with the others.
-            row = json.loads(line.decode(errors="surrogateescape"))
-        except ValueError as error:
-            raise UserError(
-                f"{path}, line {number}: not a JSON value ({error}). Every line must be one JSON object; "
-                "mend or delete the line."
-            ) from error
-        if not isinstance(row, dict) or text_column not in row:
-            found = f"has the keys {', '.join(sorted(row)) or 'none'}" if isinstance(row, dict) else "is none"
-            raise UserError(
-                f"{path}, line {number}: no JSON object with a field {text_column!r}; this one {found}. "
-                "Name the field that holds the text with --text-column."
-            )
-        text = row[text_column]
-        if not isinstance(text, str | None):
-            raise UserError(
-                f"{path}, line {number}: the field {text_column!r} must be a string, not "
-                f"{type(text).__name__}. Name the field that holds the text with --text-column."
-            )
-        yield _raw_bytes(text or "")
-
-
-def _raw_bytes(text: str) -> bytes:
-    """UTF-8 of `text`, invalid where the text is: escaped bytes as they were, lone surrogates as such."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        pass
-    try:
-        return text.encode(errors="surrogateescape")
-    except UnicodeEncodeError:
-        return text.encode(errors="surrogatepass")
-
-
-def _read_parquet(path: Path, text_column: str) -> Iterator[bytes]:
-    with pq.ParquetFile(path) as file:
-        schema = file.schema_arrow
-        if text_column not in schema.names:
-            raise UserError(
-                f"{path} has no column {text_column!r}; its columns are "
-                f"{', '.join(schema.names) or 'none'}. Name the one that holds the text with --text-column."
-            )
-        kind = schema.field(text_column).type
-        if pa.types.is_dictionary(kind):
-            kind = kind.value_type
-        if not any(
-            test(kind)
-            for test in (
-                pa.types.is_string,
-                pa.types.is_large_string,
-                pa.types.is_string_view,
-                pa.types.is_binary,
-                pa.types.is_large_binary,
-            )
-        ):
-            raise UserError(
-                f"{path}: the column {text_column!r} holds {kind}, not text. Its columns are "
-                f"{', '.join(schema.names)}: name the one that holds the text with --text-column."
-            )
-        for batch in file.iter_batches(batch_size=BATCH_DOCUMENTS, columns=[text_column]):
-            column = batch.column(0)
-            if pa.types.is_dictionary(column.type):
-                column = column.dictionary_decode()
-            # As bytes: pyarrow makes no str of invalid UTF-8, and the decoding is left to the workers.
-            for document in column.cast(pa.large_binary()).to_pylist():
-                yield document or b""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -644,7 +465,7 @@ def _run(options: argparse.Namespace) -> None:
     if ignored:
         left_out = ", ".join(path.name for path in ignored[:5]) + (", ..." if len(ignored) > 5 else "")
         print(f"left out {len(ignored)} files of other kinds: {left_out}", file=sys.stderr)
-    if options.separator is not None and not any(_kind(path) == ".txt" for path in files):
+    if options.separator is not None and not any(kind_of(path) == ".txt" for path in files):
         raise UserError("--separator has no effect without a .txt file: leave it out.")
     total = count_documents(files) if options.separator is None else None
     if total == 1:  # a tokenizer would be trained before this is found; what is wrong with the file comes first
@@ -670,20 +491,23 @@ def _unescape(text: str) -> str:
     return value
 
 
-def exit_status(run: Callable[[], None]) -> int:
-    """The exit status of a script that does `run`: 0, 2 for bad input, 130 for Ctrl-C; no traceback."""
+def exit_status(run: Callable[[], None], interrupted: str = "what was written so far was removed again") -> int:
+    """The exit status of a script that does `run`: 0, 2 for bad input, 130 for Ctrl-C; no traceback.
+
+    `interrupted` says what becomes of the work after Ctrl-C.
+    """
     try:
         run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: what was written so far was removed again", file=sys.stderr)
+        print(f"interrupted: {interrupted}", file=sys.stderr)
         return 130
     return 0
 
 
-def add_options(parser: argparse.ArgumentParser, *, tokenizer: str, val_fraction: float) -> None:
+def add_options(parser: argparse.ArgumentParser, *, tokenizer: str, val_fraction: float, seed: int = 0) -> None:
     """The options that every data script has, with its defaults; `core_settings` reads them."""
     parser.add_argument(
         "--tokenizer",
@@ -697,7 +521,7 @@ def add_options(parser: argparse.ArgumentParser, *, tokenizer: str, val_fraction
         default=val_fraction,
         help="share of the documents kept for validation (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the split (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=seed, help="of the split (default: %(default)s)")
     parser.add_argument(
         "--workers",
         type=int,

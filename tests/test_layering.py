@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY_POINTS = {"train", "sample", "data_prep", "benchmarks", "tests"}
-ENTRY_MODULES = {"hgpt.interpret.__main__"}
+ENTRY_MODULES = {"hgpt.compare", "hgpt.interpret.__main__", "hgpt.plan", "hgpt.runs"}
 
 # These are copied beside an exported checkpoint by transformers, which follows relative imports only.
 MODEL = {
@@ -77,13 +77,14 @@ def test_nothing_imports_an_entry_point() -> None:
         for module in imports(name, path) - {name}:
             root = module.split(".")[0]
             same_folder = root == name.split(".")[0] and root in {"data_prep", "benchmarks"}
-            assert root not in ENTRY_POINTS or same_folder, f"{name} imports the entry point {module}"
+            measured = name.startswith("benchmarks.") and root == "data_prep"
+            assert root not in ENTRY_POINTS or same_folder or measured, f"{name} imports the entry point {module}"
             assert module not in ENTRY_MODULES, f"{name} imports the entry point {module}"
 
 
 def test_only_entry_points_import_the_composed_configuration() -> None:
     for name, path in ALL.items():
-        if name.startswith("hgpt."):
+        if name.startswith("hgpt.") and name not in ENTRY_MODULES:
             wrong = {f"hgpt.{module}" for module in COMPOSITION} & (imports(name, path) - {name})
             assert not wrong, f"{name} imports {wrong}: leaf modules lie below the run's configuration"
 

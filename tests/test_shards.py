@@ -1,8 +1,11 @@
 """hgpt/shards.py: round trips, reading across shards, and every way in which a data folder can be bad."""
 
 import json
+import os
 import pickle
+import resource
 import subprocess
+import threading
 
 import numpy as np
 import pytest
@@ -148,6 +151,17 @@ def test_the_writer_refuses_what_is_no_uint16(tmp_path, tokens):
         writer.write(tokens)
 
 
+def test_a_writer_goes_on_behind_finished_shards(tmp_path, folder):
+    meta = read_meta(folder)
+    told = []
+    finished = meta.splits["train"].shards[:2]
+    with ShardWriter(tmp_path, "train", 250, finished, told.append) as writer:
+        assert writer.tokens == 500
+        writer.write(TOKENS["train"][500:])
+        records = writer.close()
+    assert records == meta.splits["train"].shards and tuple(told) == records[2:]
+
+
 # ------------------------------------------------------------------------------------------------ bare nanoGPT
 
 
@@ -188,6 +202,111 @@ def test_bad_bare_nanogpt_files(nanogpt):
     (nanogpt / "val.bin").unlink()
     with pytest.raises(UserError, match=r"has no val\.bin"):
         TokenShards.open(nanogpt, "val", vocab_size=9)
+
+
+# ------------------------------------------------------------------------------------- shards that others wrote
+
+
+def write_llm_c(path, tokens):
+    """As modded-nanogpt's data/fineweb.py and llm.c's dev/data/data_common.py write a shard."""
+    header = np.zeros(256, dtype=np.int32)
+    header[0] = 20240520
+    header[1] = 1
+    header[2] = len(tokens)
+    with open(path, "wb") as file:
+        file.write(header.tobytes())
+        file.write(np.asarray(tokens).astype(np.uint16).tobytes())
+
+
+def test_shards_of_modded_nanogpt_and_llm_c(tmp_path):
+    for number, part in enumerate(np.array_split(TOKENS["train"], 3), start=1):
+        write_llm_c(tmp_path / f"fineweb_train_{number:06d}.bin", part)
+    write_llm_c(tmp_path / "fineweb_val_000000.bin", TOKENS["val"])
+    for split in ("train", "val"):
+        shards = TokenShards.open(tmp_path, split, vocab_size=VOCAB_SIZE)
+        assert np.array_equal(shards.read(0, len(shards)), TOKENS[split]) and shards.meta is None
+    verify(tmp_path, vocab_size=VOCAB_SIZE)
+    with pytest.raises(UserError, match=r"shards of others.*state vocab_size \(50257"):
+        TokenShards.open(tmp_path, "train")
+    patch(tmp_path / "fineweb_train_000002.bin", 4, b"\x02")
+    with pytest.raises(UserError, match=r"fineweb_train_000002\.bin has version 2 of the shard format"):
+        TokenShards.open(tmp_path, "train", vocab_size=VOCAB_SIZE)
+    patch(tmp_path / "fineweb_train_000002.bin", 4, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+    with pytest.raises(UserError, match="its header says 0 tokens"):
+        TokenShards.open(tmp_path, "train", vocab_size=VOCAB_SIZE)
+
+
+def test_a_single_shard_of_llm_c(tmp_path):
+    write_llm_c(tmp_path / "tiny_shakespeare_train.bin", TOKENS["train"])
+    assert len(TokenShards.open(tmp_path, "train", vocab_size=VOCAB_SIZE)) == 1003
+    with pytest.raises(UserError, match=r"split train only, and none with 'val' in its name"):
+        TokenShards.open(tmp_path, "val", vocab_size=VOCAB_SIZE)
+
+
+# ----------------------------------------------------------------------------------------- reading large data sets
+
+
+def test_resident_memory_does_not_grow_with_what_is_read(folder):
+    """Every byte of a larger shard is read; a memory map would count each page that was touched."""
+    with ShardWriter(folder, "train", tokens_per_shard=30_000_000) as writer:
+        writer.write(np.zeros(30_000_000, dtype=np.uint16))
+        records = writer.close()
+    meta = read_meta(folder)
+    splits = {**meta.splits, "train": SplitMeta(tokens=30_000_000, documents=1, bytes=1, shards=records)}
+    for path in folder.glob("train_00000[1-4].bin"):
+        path.unlink()
+    write_meta(folder, DataMeta(**{**meta.__dict__, "splits": splits}))
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    shards = TokenShards.open(folder, "train")
+    shards.read(0, 1025)
+    before = resident()
+    for start in range(0, len(shards) - 1025, 1024):
+        shards.read(start, start + 1025)
+    assert resident() - before < 10_000_000  # of 60 MB
+
+
+def test_more_shards_than_a_process_may_open_files(tmp_path):
+    for number in range(200):
+        write_llm_c(tmp_path / f"x_train_{number:06d}.bin", [number, number])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 150, hard))
+    try:
+        shards = TokenShards.open(tmp_path, "train", vocab_size=200)
+        for _ in range(2):
+            assert np.array_equal(shards.read(0, 400), np.repeat(np.arange(200), 2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_threads_read_the_same(folder):
+    shards = TokenShards.open(folder, "train")
+    wrong = []
+
+    def read():
+        for start in range(0, 1000, 7):
+            if not np.array_equal(shards.read(start, start + 3), TOKENS["train"][start : start + 3]):
+                wrong.append(start)
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_shard_that_is_cut_short_after_it_was_opened(folder):
+    """A memory map would end the process by SIGBUS."""
+    shards = TokenShards.open(folder, "train")
+    os.truncate(folder / "train_000001.bin", HEADER_BYTES + 2 * 100)
+    shards.read(0, 350)
+    with pytest.raises(UserError, match=r"train_000001\.bin ends before token 101: it was cut short"):
+        shards.read(0, 351)
 
 
 # -------------------------------------------------------------------------------------------------- bad folders

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import pickle
+import random
 import subprocess
 import sys
 
@@ -244,3 +245,52 @@ def test_gpt2_with_a_wrong_file_in_the_package_asks_tiktoken(monkeypatch, gpt2, 
     monkeypatch.setattr(tokenizer_module, "read_file_cached", download)
     assert load_tokenizer("gpt2").encode_batch(TEXTS)[0].tolist() == gpt2.encode_batch(TEXTS)[0].tolist()
     assert len(asked) == 2
+
+
+# ---------------------------------------------------------------------------------------------------- long texts
+
+
+@pytest.mark.parametrize("piece", [5, 37, 300])
+def test_pieces_of_a_long_text_have_the_tokens_of_the_whole(gpt2, monkeypatch, piece):
+    monkeypatch.setattr(tokenizer_module, "PIECE", piece)
+    monkeypatch.setattr(tokenizer_module, "LONGEST_PIECE", 1 << 30)
+    rng = random.Random(piece)
+    alphabet = [
+        *" \n\t.,!'’_-^3½日本。，éÀ\u0301\u00a0\u2028\x1c\ufffd",
+        "'s",
+        "'ll",
+        "it's",
+        "word",
+        "  ",
+        "\r\n",
+        "👩‍👩‍👧",
+    ]
+    for text in [*TEXTS, *("".join(rng.choices(alphabet, k=400)) for _ in range(200))]:
+        whole = gpt2._fast.encode_ordinary(text)
+        assert gpt2.encode_batch([text])[0].tolist() == whole
+        for size in (1, 7, 1000):  # the pieces do not depend on the chunks in which the text comes
+            chunks = [text[i : i + size] for i in range(0, len(text), size)]
+            assert [token for part in gpt2.encode_chunks(chunks) for token in part.tolist()] == whole
+
+
+def test_a_long_text_is_cut_only_where_it_has_to_be(gpt2, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "PIECE", 100)
+    monkeypatch.setattr(tokenizer_module, "LONGEST_PIECE", 400)
+    words = " ".join(f"word{i}" for i in range(1000))
+    assert max(map(len, tokenizer_module._pieces([words]))) <= 100
+    # 250 symbols without a boundary stay together; of 1000, each piece has 400, and no character is lost.
+    assert "^" * 250 in "".join(
+        piece for piece in tokenizer_module._pieces([words + "^" * 250 + words]) if "^" in piece
+    )
+    pieces = list(tokenizer_module._pieces([words, "^" * 1000, words]))
+    assert "".join(pieces) == words + "^" * 1000 + words and max(map(len, pieces)) == 400
+    assert gpt2.decode(gpt2.encode_batch(["^" * 1000])[0]) == "^" * 1000
+
+
+def test_a_tokenizer_that_is_no_byte_level_bpe_gets_the_whole_text(tmp_path, bpe, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "PIECE", 10)
+    bpe.save(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    text = "The quick brown fox jumps over the lazy dog's back. " * 5
+    (tokens,) = loaded.encode_chunks([text[:30], text[30:]])
+    assert tokens.tolist() == bpe._fast.encode_ordinary(text)

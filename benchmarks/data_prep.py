@@ -1,0 +1,269 @@
+"""OpenWebText's preparation and the reading of its shards, against what people use and against what the machine can do.
+
+    python -m benchmarks.data_prep --source ../shared/data/documents
+
+Preparation, of the same documents in the same run, each way in a fresh process and all ways in turn:
+
+    ours            python -m data_prep.openwebtext with all processors
+    nanoGPT's way   datasets.map with a process per processor, then a copy into a memory map (its cache is emptied)
+    bare            tiktoken's encode_ordinary of each document in one process, text in memory, tokens thrown away
+
+The time of the first two is that of the work: reading, encoding and writing, without the start of Python and its
+imports (which each of them has), but with the start of the worker processes. Reading is measured on 2 billion tokens in
+shards of 100 million, sparse on disk (they take no space), as GPT-2 small reads OpenWebText.
+"""
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_prep.openwebtext import SEED, VAL_FRACTION, prepare_openwebtext
+from data_prep.text_files import find_files, read_documents
+from hgpt.batches import DeviceBatches, TrainingBatches, epoch_permutation, num_windows
+from hgpt.shards import (
+    HEADER_BYTES,
+    MAGIC,
+    TOKEN,
+    TOKENS_PER_SHARD,
+    VERSION,
+    DataMeta,
+    ShardRecord,
+    SplitMeta,
+    TokenShards,
+    shard_name,
+    write_meta,
+)
+from hgpt.tokenizer import load_tokenizer
+
+OPENWEBTEXT_WINDOWS = num_windows(9_035_582_198, 1024)
+COPIES = 1024  # batches in which nanoGPT's script copies
+H100_TOKENS_PER_SECOND = (
+    468_000  # GPT-2 small in llm.c, a share of eight GPUs: the fastest that a loader has to keep up with
+)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Preparation
+
+
+def ours(files: list[Path], folder: Path, workers: int) -> float:
+    """Seconds for the shards of the documents in `files`, which lie in one folder."""
+    start = time.perf_counter()
+    prepare_openwebtext(folder / "ours", source=str(files[0].parent), workers=workers)
+    return time.perf_counter() - start
+
+
+def nanogpts_way(files: list[Path], folder: Path, workers: int) -> float:
+    """Seconds for the same tokens by datasets, as nanoGPT's data/openwebtext/prepare.py makes them."""
+    import datasets
+
+    encoding = load_tokenizer("gpt2")._fast
+    assert encoding is not None
+    start = time.perf_counter()
+    loaded = datasets.load_dataset(
+        "parquet", data_files=[str(file) for file in files], split="train", cache_dir=str(folder), num_proc=workers
+    )
+    split = loaded.train_test_split(test_size=VAL_FRACTION, seed=SEED, shuffle=True)
+
+    def tokenized(example: dict[str, str]) -> dict[str, object]:
+        ids = encoding.encode_ordinary(example["text"])
+        ids.append(encoding.eot_token)
+        return {"ids": ids, "len": len(ids)}
+
+    encoded = split.map(tokenized, remove_columns=["text"], num_proc=workers)
+    for name, rows in encoded.items():
+        length = int(np.sum(rows["len"], dtype=np.uint64))
+        target = np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="w+", shape=(length,))
+        batches = min(COPIES, len(rows))
+        position = 0
+        for index in range(batches):
+            batch = rows.shard(num_shards=batches, index=index, contiguous=True).with_format("numpy")
+            ids = np.concatenate(batch["ids"])
+            target[position : position + len(ids)] = ids
+            position += len(ids)
+        target.flush()
+    return time.perf_counter() - start
+
+
+def bare(files: list[Path], folder: Path, workers: int) -> float:
+    """Seconds for `encode_ordinary` of all documents, one after the other in this process."""
+    encoding = load_tokenizer("gpt2")._fast
+    assert encoding is not None
+    texts = [document.decode() for document in read_documents(files)]
+    start = time.perf_counter()
+    for text in texts:
+        encoding.encode_ordinary(text)
+    return time.perf_counter() - start
+
+
+OURS, NANOGPT, BARE = "ours", "nanoGPT's way", "bare"
+WAYS: dict[str, Callable[[list[Path], Path, int], float]] = {OURS: ours, NANOGPT: nanogpts_way, BARE: bare}
+
+
+def _timed(way: str, files: list[Path], folder: Path, workers: int, connection: Connection) -> None:
+    connection.send(WAYS[way](files, folder, workers))
+
+
+def measure_preparation(source: str, folder: Path, *, workers: int, copies: int, rounds: int) -> None:
+    originals, _ = find_files([source])
+    size = sum(len(document) for document in read_documents(originals))
+    inputs = folder / "input"
+    inputs.mkdir()
+    for copy in range(copies):
+        for file in originals:
+            (inputs / f"{copy:03}_{file.name}").symlink_to(file.resolve())
+    files = sorted(inputs.iterdir())
+    print(
+        f"preparation of {copies} x {size / 1e6:.1f} MB of text in {len(files)} files; {workers} processors; {rounds} "
+        f"rounds in turn; bare: of 1 x {size / 1e6:.1f} MB"
+    )
+    context = multiprocessing.get_context("spawn")
+    rates: dict[str, list[float]] = {way: [] for way in WAYS}  # bytes per second
+    for _ in range(rounds):
+        for way, found in rates.items():
+            own = folder / "own"
+            own.mkdir()
+            receiver, sender = context.Pipe(duplex=False)
+            some = files[: len(originals)] if way == BARE else files
+            process = context.Process(target=_timed, args=(way, some, own, workers, sender))
+            process.start()
+            sender.close()
+            found.append(size * len(some) / len(originals) / receiver.recv())
+            process.join()
+            shutil.rmtree(own)
+            print(f"  {way:<14} {found[-1] / 1e6:8.2f} MB/s", flush=True)
+
+    print(f"{'median, MB/s':<16}" + "".join(f"{way:>16}" for way in WAYS))
+    print(" " * 16 + "".join(f"{statistics.median(found) / 1e6:>16.2f}" for found in rates.values()))
+
+    def ratio(to: str, factor: int = 1) -> float:
+        return statistics.median(a / (b * factor) for a, b in zip(rates[OURS], rates[to], strict=True))
+
+    print(f"ours / (bare x {workers} processors): {ratio(BARE, workers):.2f}   (goal: at least 0.9)")
+    print(f"ours / nanoGPT's way:{ratio(NANOGPT):8.2f}          (goal: at least 2)\n")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def sparse_data_set(folder: Path, tokens: int) -> None:
+    """A data folder of `tokens` zeros for training in whole shards, and one shard for val; holes on the disk."""
+    splits = {}
+    for split, count in (("train", tokens), ("val", 1_000_000)):
+        records: list[ShardRecord] = []
+        for first in range(0, count, TOKENS_PER_SHARD):
+            length = min(TOKENS_PER_SHARD, count - first)
+            header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
+            header[:3] = MAGIC, VERSION, length
+            name = shard_name(split, len(records))
+            with open(folder / name, "wb") as file:
+                file.write(header.data)
+                file.truncate(HEADER_BYTES + length * TOKEN.itemsize)
+            records.append(ShardRecord(file=name, tokens=length, sha256="0" * 64))
+        splits[split] = SplitMeta(tokens=count, documents=1, bytes=4 * count, shards=tuple(records))
+    write_meta(folder, DataMeta(tokenizer="gpt2", vocab_size=50_257, end_of_text=50_256, splits=splits, source="zeros"))
+
+
+def resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def measure_reading(folder: Path, *, tokens: int, seq_len: int, micro_batch: int, device: str) -> None:
+    sparse_data_set(folder, tokens)
+    print(f"reading of {tokens / 1e9:g} billion tokens, {-(-tokens // TOKENS_PER_SHARD)} shards, sparse on disk")
+    before = resident_mb()
+    start = time.perf_counter()
+    shards = TokenShards.open(folder, "train")
+    seconds = time.perf_counter() - start
+    print(f"opening                     {seconds * 1e3:8.1f} ms, {resident_mb() - before:.1f} MB   (goal: below 1 s)")
+
+    times = []
+    for _ in range(3):
+        epoch_permutation.cache_clear()
+        start = time.perf_counter()
+        epoch_permutation(0, 0, OPENWEBTEXT_WINDOWS)
+        times.append(time.perf_counter() - start)
+    epoch_permutation.cache_clear()
+    line = f"order of {OPENWEBTEXT_WINDOWS / 1e6:.1f} M windows"
+    print(f"{line:<28}{statistics.median(times) * 1e3:8.0f} ms   (goal: below 1 s)")
+
+    windows = num_windows(len(shards), seq_len)
+    order = epoch_permutation(0, 0, windows)
+    before = resident_mb()
+    start = time.perf_counter()
+    for window in order.tolist():
+        shards.read(window * seq_len, window * seq_len + seq_len + 1)
+    seconds = time.perf_counter() - start
+    print(f"a window of {seq_len + 1} tokens    {seconds / windows * 1e6:8.2f} us   (goal: below 20 us)")
+    line = f"{resident_mb() - before:8.1f} MB more after {windows:,} windows"
+    print(f"an epoch in random order    {line}   (goal: no growth)")
+
+    batches = TrainingBatches(
+        shards, seq_len=seq_len, global_batch=micro_batch, micro_batch=micro_batch, world_size=1, rank=0, seed=0
+    )
+    batches(0, 0)
+    start = time.perf_counter()
+    for step in range(500):
+        batches(step, 0)
+    seconds = (time.perf_counter() - start) / 500
+    compute = micro_batch * seq_len / H100_TOKENS_PER_SECOND  # seconds
+    print(
+        f"a micro-batch of {micro_batch} windows  {seconds * 1e6:8.0f} us, {seconds / compute:.2%} of an H100's "
+        f"{compute * 1e3:.0f} ms of GPT-2 small for it, if nothing were read ahead   (goal: below 1 %)"
+    )
+    ahead = DeviceBatches(batches, device)
+    waited = 0.0
+    for number in range(50):
+        start = time.perf_counter()
+        ahead(number, 0)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        waited += (time.perf_counter() - start) * (number > 0)
+        time.sleep(compute)  # the computation, during which the next one is read
+    print(f"read ahead, on {device:<13}{waited / 49 * 1e6:8.0f} us, {waited / 49 / compute:.2%}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", help="folder of Parquet files to prepare; without it reading alone is measured")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--copies", type=int, default=16, help="of the source, so that starting counts for little")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=2_000_000_000, help="of the data set that is read")
+    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--micro-batch", type=int, default=16)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--scratch", help="folder for temporary files (default: the system's)")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        if options.source is not None:
+            measure_preparation(
+                options.source,
+                Path(scratch),
+                workers=options.workers,
+                copies=options.copies,
+                rounds=options.rounds,
+            )
+        measure_reading(
+            Path(scratch),
+            tokens=options.tokens,
+            seq_len=options.seq_len,
+            micro_batch=options.micro_batch,
+            device=options.device,
+        )
+
+
+if __name__ == "__main__":
+    main()

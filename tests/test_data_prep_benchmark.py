@@ -1,0 +1,43 @@
+"""benchmarks/data_prep.py: what it compares gives the same tokens, and what it measures is there."""
+
+import random
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks import data_prep
+from hgpt.shards import TokenShards
+
+TEXTS = [" ".join(random.Random(n).choices(["distance", "centre", "日本", "loss"], k=n % 40 + 1)) for n in range(300)]
+
+
+def documents(stream):
+    return sorted(tuple(part) for part in np.split(stream, np.flatnonzero(stream == 50256) + 1) if len(part))
+
+
+def test_nanogpts_way_gives_the_same_documents_on_both_sides(tmp_path):
+    files = []
+    (tmp_path / "source").mkdir()
+    for number in range(2):
+        files.append(tmp_path / "source" / f"{number}.parquet")
+        pq.write_table(pa.table({"text": TEXTS[150 * number : 150 * (number + 1)]}), files[-1])
+    data_prep.nanogpts_way(files, tmp_path, workers=1)
+    data_prep.ours(files, tmp_path, workers=1)
+    for ours, theirs in (("train", "train"), ("val", "test")):
+        shards = TokenShards.open(tmp_path / "ours", ours)
+        expected = np.fromfile(tmp_path / f"{theirs}.bin", dtype=np.uint16)
+        assert documents(shards.read(0, len(shards))) == documents(expected.astype(np.int64))
+    assert data_prep.bare(files, tmp_path, workers=1) > 0
+
+
+def test_reading_is_measured_on_a_sparse_data_set(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data_prep, "OPENWEBTEXT_WINDOWS", 1000)
+    monkeypatch.setattr(data_prep, "TOKENS_PER_SHARD", 700_000)
+    data_prep.measure_reading(tmp_path, tokens=2_000_000, seq_len=128, micro_batch=4, device="cpu")
+    printed = capsys.readouterr().out
+    assert "reading of 0.002 billion tokens, 3 shards" in printed
+    assert float(re.search(r"a window of 129 tokens\s+([\d.]+) us", printed)[1]) > 0
+    assert "read ahead, on cpu" in printed
+    assert len(TokenShards.open(tmp_path, "train")) == 2_000_000
