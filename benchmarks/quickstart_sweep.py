@@ -26,13 +26,14 @@ LARGEST_RATIO = 0.8  # of the distance to the target to the median distance; abo
 Point = tuple[bool, str, float, float]  # tied, exponent (empty for softmax), initial gain, learning rate
 POINTS: dict[str, list[Point]] = {
     "harmonic": [
+        (False, "3.2*sqrt_dim", 0.05, 3e-3),
+        (False, "3.2*sqrt_dim", 0.1, 3e-3),
+        (False, "3.2*sqrt_dim", 0.025, 3e-3),
+        (False, "3.2*sqrt_dim", 0.05, 6e-3),
+        (False, "3.2*sqrt_dim", 0.05, 1.5e-3),
         (False, "3*sqrt_dim", 0.05, 3e-3),
-        (False, "3*sqrt_dim", 0.1, 3e-3),
-        (False, "3*sqrt_dim", 0.025, 3e-3),
-        (False, "3*sqrt_dim", 0.05, 6e-3),
-        (False, "3*sqrt_dim", 0.05, 1.5e-3),
         (False, "4*sqrt_dim", 0.05, 3e-3),
-        (True, "3*sqrt_dim", 0.05, 3e-3),
+        (True, "3.2*sqrt_dim", 0.05, 3e-3),
     ],
     "softmax": [
         (False, "", 6.0, 3e-3),

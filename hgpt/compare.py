@@ -1,0 +1,546 @@
+"""A comparison as an experiment: a matched grid of training runs, one table, one report.
+
+    python -m hgpt.compare --config A.toml B.toml --seeds 3 --sweep optim.lr=1e-3,3e-3,6e-3 --out comparisons/heads
+
+Every arm (a configuration, or with --vary one for each value) is trained at every point of its sweep with the first
+seed; the point with the lowest validation loss is then trained with the other seeds. Data, order of the data, number
+of steps and seeds are the same in each arm, or nothing is trained. What has finished is kept: the same command goes on
+where it stopped.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import os
+import queue
+import re
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from scipy import stats
+from tqdm import tqdm
+
+import hgpt
+from hgpt.checkpoint import LATEST, MODEL
+from hgpt.errors import UserError
+from hgpt.interpret.analysis import analyse
+from hgpt.interpret.figures import measure_against_loss, save_figure
+from hgpt.interpret.report import restricted, write_report
+from hgpt.interpret.results import READABILITY, AnalysisSettings, readability
+from hgpt.interpret.statistics import holm
+from hgpt.metrics import METRICS_FILE
+from hgpt.run_config import CONFIG_FILE, RunConfig, load_run_config, settings, write_toml
+
+TRAIN = Path(hgpt.__file__).parent.parent / "train.py"
+RESULT_FILE = "comparison.json"
+CONFIDENCE = 0.95
+
+# Runs on several GPUs are watched from threads, and jsonargparse's parsers share state.
+_PARSING = threading.Lock()
+
+# What has to be the same for a difference between two arms to be the arms'.
+MATCHED = ("data.", "train.steps", "train.global_batch", "train.seed")
+# What may differ between a finished run and the one that is wanted, since nothing that it measures depends on it.
+FREE = ("name", "runs_dir", "resume", "data.verify", "log.", "checkpoint.", "train.micro_batch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """`[ARM:]KEY=V1,V2`: a setting and the values it takes, in every arm or in those whose configuration is ARM."""
+
+    arm: str | None
+    key: str
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One side of the comparison: a configuration, settings on top of it, and the points at which it is tuned."""
+
+    name: str
+    file: str
+    fixed: dict[str, str]
+    points: tuple[dict[str, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A run that is over: its last evaluation, or the message with which it stopped."""
+
+    folder: Path
+    evaluation: dict[str, float] | None
+    message: str = ""
+
+    @property
+    def loss(self) -> float:
+        """Validation loss in nats per token; infinite where the run failed, so that it is never the best."""
+        return float("inf") if self.evaluation is None else self.evaluation["loss"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        options = parse_arguments(argv)
+        compare(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """Train what is missing, write the table and the report; returns what comparison.json holds."""
+    out = Path(options.out)
+    arms = build_arms(options.config, options.vary, options.sweep, options.set)
+    first = {arm.name: [run_config(arm, point, 0, out) for point in arm.points] for arm in arms}
+    check_matched({name: configs[0] for name, configs in first.items()})
+    if not TRAIN.is_file():
+        raise UserError(
+            f"there is no {TRAIN}: hgpt.compare trains with the train.py of the checkout; install hgpt from one with "
+            "pip install -e ."
+        )
+
+    # The grid with the first seed, then the best point of each arm with the others.
+    tuned = train_all([config for configs in first.values() for config in configs], options.gpus, out, "tuning")
+    best = {arm.name: best_point(arm, tuned) for arm in arms}
+    for arm in arms:
+        if tuned[run_name(arm, best[arm.name], 0)].evaluation is None:
+            raise UserError(
+                f"every run of the arm {arm.name} failed; see {out / 'logs'}. Lower the learning rates of the sweep."
+            )
+    again = [run_config(arm, best[arm.name], seed, out) for arm in arms for seed in range(1, options.seeds)]
+    outcomes = tuned | train_all(again, options.gpus, out, "seeds")
+
+    table = [row(arm, best[arm.name], outcomes, options.seeds) for arm in arms]
+    add_differences(table)
+    result = {
+        "command": ["python", "-m", "hgpt.compare", *options.argv],
+        "arms": table,
+        "runs": {
+            name: {"folder": str(outcome.folder), "evaluation": outcome.evaluation, "message": outcome.message}
+            for name, outcome in sorted(outcomes.items())
+        },
+    }
+    write_tables(out, result)
+    print((out / "table.md").read_text(encoding="utf-8"))
+    if not options.no_report:
+        report(out, table, outcomes, options.relations)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are a UserError: one line, status 2, testable."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (python -m hgpt.compare --help lists every option)")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m hgpt.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", nargs="+", required=True, metavar="FILE", help="TOML files; each is an arm")
+    parser.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="[ARM:]KEY=V1,V2",
+        help="one arm for each value, reported on its own; ARM limits it to the configuration of that file name",
+    )
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="[ARM:]KEY=V1,V2",
+        help="values among which each arm takes its best; several sweeps make a grid. Sweeping optim.lr moves "
+        "optim.min_lr along, in the proportion of the configuration",
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every arm")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each arm's best point (default: 3)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the runs, the table and the report")
+    parser.add_argument(
+        "--gpus", nargs="+", metavar="ID", help="one run at a time on each of these GPUs (default: one run at a time)"
+    )
+    parser.add_argument("--relations", metavar="DIR", help="relation sets of the report (default: those that ship)")
+    parser.add_argument("--no-report", action="store_true", help="only train, and print the table")
+    options = parser.parse_args(argv)
+    options.argv = list(sys.argv[1:] if argv is None else argv)
+    if options.seeds < 1:
+        raise UserError(f"--seeds must be at least 1; got {options.seeds}")
+    if options.relations is not None and options.no_report:
+        raise UserError("--relations has no effect with --no-report; leave one out")
+    options.vary = [parse_axis(text, "--vary") for text in options.vary]
+    options.sweep = [parse_axis(text, "--sweep") for text in options.sweep]
+    options.set = [parse_axis(text, "--set") for text in options.set]
+    for axis in options.set:
+        if axis.arm is not None or len(axis.values) > 1:
+            raise UserError(f"--set takes one KEY=VALUE for every arm; got {axis}: use --vary or --sweep")
+    return options
+
+
+def parse_axis(text: str, option: str) -> Axis:
+    match = re.fullmatch(r"(?:(?P<arm>[\w.-]+):)?(?P<key>[\w.]+)=(?P<values>.+)", text)
+    if match is None:
+        raise UserError(f"{option} takes [ARM:]KEY=V1,V2, for example optim.lr=1e-3,3e-3; got {text!r}")
+    values = tuple(value.strip() for value in match["values"].split(","))
+    if not all(values) or len(set(values)) < len(values):
+        raise UserError(f"{option} {text!r}: the values must be different and none of them empty")
+    if match["key"] in ("name", "runs_dir", "resume"):
+        raise UserError(f"{option} {text!r}: hgpt.compare names the runs itself; leave {match['key']} out")
+    return Axis(arm=match["arm"], key=match["key"], values=values)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The grid
+
+
+def build_arms(files: Sequence[str], vary: Sequence[Axis], sweep: Sequence[Axis], fixed: Sequence[Axis]) -> list[Arm]:
+    """Every configuration at every combination of the values it varies over."""
+    stems = [Path(file).stem for file in files]
+    if len(set(stems)) < len(stems):
+        raise UserError(f"--config: the arms take the names of their files, which must differ; got {', '.join(stems)}")
+    for axis in (*vary, *sweep):
+        if axis.arm is not None and axis.arm not in stems:
+            raise UserError(f"{axis.arm}:{axis.key}: there is no arm {axis.arm}; the arms are {', '.join(stems)}")
+    keys = [axis.key for axis in vary]
+    for axis in sweep:
+        if axis.key in keys and any(axis.arm in (None, other.arm) or other.arm is None for other in vary):
+            raise UserError(f"{axis.key} is varied and swept: take it out of --vary or out of --sweep")
+    arms = []
+    for file, stem in zip(files, stems, strict=True):
+        shared = {axis.key: axis.values[0] for axis in fixed}
+        points = tuple(combinations(axis for axis in sweep if axis.arm in (None, stem)))
+        for varied in combinations(axis for axis in vary if axis.arm in (None, stem)):
+            name = "-".join([stem, *(short(key, value) for key, value in varied.items())])
+            arms.append(Arm(name=name, file=file, fixed=shared | varied, points=points))
+    return arms
+
+
+def combinations(axes: Iterable[Axis]) -> list[dict[str, str]]:
+    axes = list(axes)
+    return [
+        dict(zip((axis.key for axis in axes), values, strict=True))
+        for values in itertools.product(*(axis.values for axis in axes))
+    ]
+
+
+def short(key: str, value: str) -> str:
+    """`exponent2xsqrt_dim` of model.head.exponent = 2*sqrt_dim: for the name of a folder."""
+    return key.rsplit(".", 1)[-1] + re.sub(r"[^\w.+-]", "", value.replace("*", "x"))
+
+
+def run_name(arm: Arm, point: dict[str, str], seed: int) -> str:
+    return "-".join([arm.name, *(short(key, value) for key, value in point.items()), f"seed{seed}"])
+
+
+def run_config(arm: Arm, point: dict[str, str], seed: int, out: Path) -> RunConfig:
+    """The configuration of one run; seed counts from 0 above the configuration's own train.seed."""
+    chosen = arm.fixed | point
+    base = load_run_config(["--config", arm.file, *(f"--{key}={value}" for key, value in arm.fixed.items())])
+    if "optim.lr" in point and "optim.min_lr" not in chosen:
+        chosen["optim.min_lr"] = repr(float(point["optim.lr"]) * base.optim.min_lr / base.optim.lr)
+    chosen |= {
+        "train.seed": str(base.train.seed + seed),
+        "name": run_name(arm, point, seed),
+        "runs_dir": str(out / "runs"),
+        "resume": "auto",
+    }
+    return load_run_config(["--config", arm.file, *(f"--{key}={value}" for key, value in chosen.items())])
+
+
+def check_matched(configs: dict[str, RunConfig]) -> None:
+    """Raises UserError naming the settings that would make a difference between arms meaningless."""
+    found = {name: settings(config) for name, config in configs.items()}
+    keys = sorted({key for values in found.values() for key in values if key.startswith(MATCHED)})
+    for key in keys:
+        values = {name: values.get(key) for name, values in found.items()}
+        if len({json.dumps(value) for value in values.values()}) > 1:
+            listed = ", ".join(f"{value} in {name}" for name, value in values.items())
+            raise UserError(
+                f"the arms must be trained on the same tokens in the same order, but {key} is {listed}: give all of "
+                f"them one value with --set {key}=VALUE"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train_all(configs: Sequence[RunConfig], gpus: Sequence[str] | None, out: Path, stage: str) -> dict[str, Outcome]:
+    """Train every run that has not finished, one at a time or one on each GPU."""
+    devices: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    names: list[str | None] = [*gpus] if gpus else [None]
+    for name in names:
+        devices.put(name)
+
+    def train_one(config: RunConfig) -> Outcome:
+        device = devices.get()
+        try:
+            return train(config, device, out)
+        finally:
+            devices.put(device)
+            bar.update()
+
+    with tqdm(total=len(configs), desc=stage, unit="run") as bar, ThreadPoolExecutor(len(names)) as pool:
+        try:
+            outcomes = list(pool.map(train_one, configs))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return {config.name: outcome for config, outcome in zip(configs, outcomes, strict=True)}
+
+
+def train(config: RunConfig, gpu: str | None, out: Path) -> Outcome:
+    """One run of train.py, unless it has finished or failed before."""
+    folder = config.run_folder
+    failure = out / "logs" / f"{config.name}.failed"
+    if failure.exists():
+        return Outcome(folder=folder, evaluation=None, message=failure.read_text(encoding="utf-8"))
+    if evaluation := finished(config):
+        return Outcome(folder=folder, evaluation=evaluation)
+    for name in ("configs", "logs"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    file, log = out / "configs" / f"{config.name}.toml", out / "logs" / f"{config.name}.log"
+    write_toml(config, file)
+    environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+    with log.open("a", encoding="utf-8") as stream:
+        status = subprocess.run(
+            [sys.executable, str(TRAIN), "--config", str(file)], env=environment, stdout=stream, stderr=stream
+        ).returncode
+    if status == 130:
+        raise KeyboardInterrupt
+    evaluation = finished(config)
+    if evaluation is not None:
+        return Outcome(folder=folder, evaluation=evaluation)
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    message = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")
+    # A run that has trained and then stopped with an error has diverged, and its point is simply not the best one.
+    if status == 2 and any(record["kind"] == "train" for record in records(folder)):
+        failure.write_text(message, encoding="utf-8")
+        return Outcome(folder=folder, evaluation=None, message=message)
+    raise UserError(f"the run {config.name} stopped with status {status}: {message} (all of it is in {log})")
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, but for one that a killed run broke off."""
+    path = folder / METRICS_FILE
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def finished(config: RunConfig) -> dict[str, float] | None:
+    """The evaluation after the last step, None if the run is not there yet.
+
+    Raises UserError when the folder holds a finished run with other settings.
+    """
+    folder = config.run_folder
+    evaluations = [record for record in records(folder) if record["kind"] == "eval"]
+    over = evaluations and evaluations[-1]["step"] == config.train.steps
+    if not over or not (folder / LATEST / MODEL / "config.json").is_file():
+        return None
+    with _PARSING:
+        there = settings(load_run_config(["--config", str(folder / CONFIG_FILE)]))
+    wanted = settings(config)
+    different = [
+        f"{key}: {there.get(key)} there, {wanted.get(key)} wanted"
+        for key in sorted(there.keys() | wanted.keys())
+        if there.get(key) != wanted.get(key) and not key.startswith(FREE)
+    ]
+    if different:
+        raise UserError(
+            f"{folder} holds a finished run with other settings ({'; '.join(different)}): choose another --out, or "
+            "delete that run"
+        )
+    return {key: value for key, value in evaluations[-1].items() if key not in ("kind", "step", "time")}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def row(arm: Arm, best: dict[str, str], outcomes: dict[str, Outcome], seeds: int) -> dict[str, Any]:
+    """What one arm came to: its best point, the losses of its seeds, their mean and spread."""
+    runs = [outcomes[run_name(arm, best, seed)] for seed in range(seeds)]
+    losses = [run.loss for run in runs if run.evaluation is not None]
+    swept = {key: list(dict.fromkeys(point[key] for point in arm.points)) for key in best}
+    return {
+        "arm": arm.name,
+        "config": arm.file,
+        "settings": arm.fixed,
+        "best": best,
+        "at_the_edge": [key for key, values in swept.items() if at_the_edge(values, best[key])],
+        "tried": [{"point": point, "loss": finite(outcomes[run_name(arm, point, 0)].loss)} for point in arm.points],
+        "runs": [run_name(arm, best, seed) for seed in range(seeds)],
+        "losses": [finite(run.loss) for run in runs],
+        "mean": statistics.mean(losses),
+        "sd": statistics.stdev(losses) if len(losses) > 1 else None,
+        "interval": t_interval(losses),
+        "diagnostics": {
+            name: statistics.mean(run.evaluation[name] for run in runs if run.evaluation is not None)
+            for name in (runs[0].evaluation or {})
+            if name != "loss"
+        },
+    }
+
+
+def best_point(arm: Arm, tuned: dict[str, Outcome]) -> dict[str, str]:
+    """The point of the sweep with the lowest validation loss of the first seed."""
+    return min(arm.points, key=lambda point: tuned[run_name(arm, point, 0)].loss)
+
+
+def finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return None if value == float("inf") else value
+
+
+def at_the_edge(values: Sequence[str], best: str) -> bool:
+    """Whether the best of several numbers is the largest or the smallest: then a better one may lie beyond."""
+    try:
+        numbers = sorted(float(value) for value in values)
+    except ValueError:
+        return False
+    return len(numbers) > 1 and float(best) in (numbers[0], numbers[-1])
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Student's interval of the mean, x̄ ± t_{0.975, m−1} s/√m; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    mean = statistics.mean(values)
+    return float(mean - half), float(mean + half)
+
+
+def add_differences(table: list[dict[str, Any]]) -> None:
+    """To each row but the first: its loss minus the first arm's, paired by seed, Student's interval, Holm's p.
+
+    A pair shares its seed and therefore the order of its data, whose share of the noise cancels.
+    """
+    p_values = []
+    for entry in table[1:]:
+        pairs = [
+            (own, first)
+            for own, first in zip(entry["losses"], table[0]["losses"], strict=True)
+            if own is not None and first is not None
+        ]
+        differences = [own - first for own, first in pairs]
+        entry["difference"] = statistics.mean(differences) if differences else None
+        entry["difference_interval"] = t_interval(differences)
+        if len(differences) > 1 and statistics.stdev(differences) > 0:
+            p_values.append((entry, float(stats.ttest_1samp(differences, 0.0).pvalue)))
+    for (entry, _), adjusted in zip(p_values, holm([p for _, p in p_values]), strict=True):
+        entry["difference_p_holm"] = float(adjusted)
+
+
+def write_tables(out: Path, result: dict[str, Any]) -> None:
+    """comparison.json, table.md and table.csv."""
+    (out / RESULT_FILE).write_text(json.dumps(result, indent=1), encoding="utf-8")
+    table, first = result["arms"], result["arms"][0]["arm"]
+    header = ["arm", "best point", "validation loss", "95 % interval", "sd", "seeds", f"minus {first}", "p (Holm)"]
+    rows = [
+        [
+            entry["arm"],
+            ", ".join(
+                f"{key.rsplit('.', 1)[-1]} {value}{' (edge)' if key in entry['at_the_edge'] else ''}"
+                for key, value in entry["best"].items()
+            ),
+            f"{entry['mean']:.4f}",
+            interval_text(entry["interval"]),
+            "" if entry["sd"] is None else f"{entry['sd']:.4f}",
+            ", ".join("failed" if loss is None else f"{loss:.4f}" for loss in entry["losses"]),
+            difference_text(entry),
+            f"{entry['difference_p_holm']:.3f}" if "difference_p_holm" in entry else "",
+        ]
+        for entry in table
+    ]
+    lines = [header, ["---"] * len(header), *rows]
+    notes = (
+        "Losses in nats per token over the validation set. Intervals: Student's, over seeds; differences are paired by "
+        "seed. The best point was chosen on the first seed and the same validation set, which flatters every arm a "
+        "little. (edge): the best value is the smallest or the largest that was tried, so a better one may lie beyond."
+    )
+    markdown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    (out / "table.md").write_text(f"{markdown}\n\n{notes}\n", encoding="utf-8")
+    with (out / "table.csv").open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([header, *rows])
+
+
+def interval_text(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
+
+
+def difference_text(entry: dict[str, Any]) -> str:
+    if entry.get("difference") is None:
+        return ""
+    interval = entry["difference_interval"]
+    return f"{entry['difference']:+.4f}" + ("" if interval is None else f" ({interval[0]:+.4f} to {interval[1]:+.4f})")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def report(out: Path, table: Sequence[dict[str, Any]], outcomes: dict[str, Outcome], relations: str | None) -> None:
+    """The report of the first seed of each arm, and every run's readability against its loss."""
+    runs = [(entry, name) for entry in table for name in entry["runs"] if outcomes[name].evaluation is not None]
+    # The first run of each arm comes first: these are on the page, the others in the figure and the table only.
+    runs.sort(key=lambda run: run[0]["runs"].index(run[1]))
+    shown = len({entry["arm"] for entry, _ in runs})
+    analysis = analyse(
+        [str(outcomes[name].folder) for _, name in runs], AnalysisSettings(relations=relations), checkpoints=False
+    )
+    rows = [
+        {"arm": entry["arm"], "run": name, "loss": outcomes[name].loss} | readability(model)
+        for (entry, name), model in zip(runs, analysis.models, strict=True)
+    ]
+    source = (
+        f"{len(rows)} runs, {len(table)} arms, each at its own best point. Validation loss at the last step; the other "
+        f"measures on {analysis.evaluated_tokens:,} validation tokens of: {analysis.data_source}. One point a run."
+    )
+    save_figure(measure_against_loss(rows, READABILITY, source), out, "readability")
+    with (out / "readability.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    (out / "readability.md").write_text(readability_table(rows), encoding="utf-8")
+    page = write_report(restricted(analysis, shown), out / "report")
+    print(f"{page}\n{out / 'readability.png'}")
+
+
+def readability_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Mean and standard deviation over the runs of each arm, as Markdown."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    names = {"loss": "validation loss", **{key: " ".join(label.split()) for key, label in READABILITY.items()}}
+    lines = ["| measure | " + " | ".join(arms) + " |", "| --- |" + " --- |" * len(arms)]
+    for key, label in names.items():
+        cells = []
+        for arm in arms:
+            values = [row[key] for row in rows if row["arm"] == arm and row[key] is not None]
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n\nMean ± standard deviation over seeds.\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Relations between words: read from JSON in the format of function vectors, and turned into pairs of tokens.
+
+A file holds one relation, a list of `{"input": "France", "output": "Paris"}`; its name is the relation's (Todd et al.,
+*Function Vectors in Large Language Models*, arXiv:2310.15213). The sets in `relation_sets/` were written for this
+project and are what a report uses when no folder is named.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from hgpt.errors import UserError
+
+SHIPPED = Path(__file__).parent / "relation_sets"
+SMALLEST_RELATION = 4  # pairs; two disjoint pairs of pairs are the least that can be compared
+
+# How a word becomes one token: its last token, as in arXiv:2502.01628; or only words that are one token, without or
+# with the space that stands before a word inside a sentence.
+WordForm = Literal["last", "single", "single_after_space"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relation:
+    """A name and its pairs of words (a, b), each pair once."""
+
+    name: str
+    pairs: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenPairs:
+    """The pairs of a relation that a tokenizer can express.
+
+    `words` are their texts, `ids` their tokens, (pairs, 2) int64; `dropped` counts the pairs that were left out.
+    """
+
+    words: tuple[tuple[str, str], ...]
+    ids: np.ndarray
+    dropped: int
+
+
+def load_relations(folder: str | Path | None = None) -> list[Relation]:
+    """Every `*.json` of `folder` (default: the shipped sets), by name. Raises UserError for none, or a broken one."""
+    folder = SHIPPED if folder is None else Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"--relations {folder}: there is no such folder; leave it out to use the sets that ship")
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise UserError(
+            f'--relations {folder} holds no .json file; each is one relation, a list of {{"input": ..., "output": ...}}'
+        )
+    return [read_relation(file) for file in files]
+
+
+def read_relation(path: str | Path) -> Relation:
+    """The relation in one file. Raises UserError naming the first entry that is not a pair of texts."""
+    path = Path(path)
+    rule = 'a relation is a list of {"input": "text", "output": "text"}'
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); {rule}") from error
+    if not isinstance(content, list):
+        raise UserError(f"{path}: {rule}; got {_shown(content)}")
+    pairs: dict[tuple[str, str], None] = {}
+    for number, entry in enumerate(content, start=1):
+        pair = (entry.get("input"), entry.get("output")) if isinstance(entry, dict) else (None, None)
+        if not all(isinstance(word, str) and word.strip() for word in pair):
+            raise UserError(f"{path}: {rule}; entry {number} is {_shown(entry)}. Correct or remove it")
+        pairs[pair[0].strip(), pair[1].strip()] = None  # type: ignore[union-attr]
+    return Relation(name=path.stem, pairs=tuple(pairs))
+
+
+def token_pairs(
+    relation: Relation, encode: Callable[[str], Sequence[int]], form: WordForm, unknown: int | None = None
+) -> TokenPairs:
+    """The tokens of a relation's words.
+
+    Args:
+        encode: text → token ids, without special tokens.
+        form: which token stands for a word; a pair with a word that has none is left out.
+        unknown: the tokenizer's id for what it does not know; a word that contains it has no token.
+    """
+    words, ids = [], []
+    for pair in relation.pairs:
+        tokens = [word_token(word, encode, form, unknown) for word in pair]
+        if None not in tokens:
+            words.append(pair)
+            ids.append(tokens)
+    return TokenPairs(
+        words=tuple(words),
+        ids=np.array(ids, dtype=np.int64).reshape(-1, 2),
+        dropped=len(relation.pairs) - len(words),
+    )
+
+
+def word_token(word: str, encode: Callable[[str], Sequence[int]], form: WordForm, unknown: int | None) -> int | None:
+    """The token that stands for a word, None if there is none."""
+    tokens = encode(f" {word}" if form == "single_after_space" else word)
+    if not len(tokens) or unknown in tokens or (form != "last" and len(tokens) > 1):
+        return None
+    return int(tokens[-1])
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

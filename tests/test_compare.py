@@ -1,0 +1,279 @@
+"""hgpt/compare.py: the grid, what is trained and what is not, and the table; with a trainer that only pretends."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from hgpt import compare
+from hgpt.compare import (
+    Axis,
+    Outcome,
+    add_differences,
+    at_the_edge,
+    build_arms,
+    main,
+    parse_axis,
+    readability_table,
+    t_interval,
+)
+from hgpt.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+name = "{name}"
+[data]
+path = "data"
+seq_len = 16
+[model]
+n_layer = 1
+n_head = 2
+n_embd = 16
+[model.head]
+type = "{head}"
+{exponent}
+final_norm_gain = {gain}
+[train]
+steps = {steps}
+global_batch = 4
+micro_batch = 4
+[optim]
+lr = 2e-3
+min_lr = 2e-4
+"""
+# Its loss is smallest at lr = 3e-3, and softmax is better by 0.1; it fails at lr = 1, and counts how often it is run.
+TRAINER = """
+import json, os, shutil, sys, tomllib
+from pathlib import Path
+file = sys.argv[sys.argv.index("--config") + 1]
+config = tomllib.loads(Path(file).read_text())
+folder = Path(config["runs_dir"]) / config["name"]
+folder.mkdir(parents=True, exist_ok=True)
+shutil.copy(file, folder / "config.toml")
+lr, seed = config["optim"]["lr"], config["train"]["seed"]
+loss = abs(lr - 3e-3) * 100 + 4 + 0.01 * (seed - 1337) - 0.1 * (config["model"]["head"]["type"] == "softmax")
+records = [{"kind": "train", "step": 1, "loss": 9.0}]
+if lr < 1:
+    records.append({"kind": "eval", "step": config["train"]["steps"], "time": 0, "loss": loss, "accuracy": 0.25,
+                    "gpu": int(os.environ.get("CUDA_VISIBLE_DEVICES", -1))})
+(folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\\n" for r in records))
+with open(folder.parent / "trained", "a") as log:
+    log.write(config["name"] + "\\n")
+if lr >= 1:
+    print("error: the loss of step 2 is nan")
+    sys.exit(2)
+model = folder / "latest" / "model"
+model.mkdir(parents=True, exist_ok=True)
+(model / "config.json").write_text("{}")
+"""
+
+
+@pytest.fixture
+def arms(tmp_path, monkeypatch) -> list[str]:
+    """Two configurations, and the trainer that pretends."""
+    (tmp_path / "train.py").write_text(TRAINER)
+    monkeypatch.setattr(compare, "TRAIN", tmp_path / "train.py")
+    monkeypatch.chdir(tmp_path)
+    write_configs(tmp_path)
+    return ["--config", "harmonic.toml", "softmax.toml"]
+
+
+def write_configs(folder: Path, **softmax_settings) -> None:
+    for head, exponent, gain in (("harmonic", 'exponent = "2*sqrt_dim"', 0.05), ("softmax", "", 3.0)):
+        values = {"name": head, "head": head, "exponent": exponent, "gain": gain, "steps": 20}
+        values |= softmax_settings if head == "softmax" else {}
+        (folder / f"{head}.toml").write_text(CONFIG.format(**values))
+
+
+def trained(out: Path) -> list[str]:
+    file = out / "runs" / "trained"
+    return file.read_text().split() if file.exists() else []
+
+
+def run(*argv: str) -> dict:
+    assert main([*argv, "--no-report"]) == 0
+    return json.loads((Path(argv[argv.index("--out") + 1]) / "comparison.json").read_text())
+
+
+SWEEP = ["--sweep", "optim.lr=1e-3,3e-3,9e-3"]
+
+
+def test_each_arm_is_tuned_and_then_repeated(arms, capsys):
+    result = run(*arms, *SWEEP, "--seeds", "3", "--out", "out")
+    assert len(trained(Path("out"))) == 2 * (3 + 2)
+    harmonic, softmax = result["arms"]
+    for arm in (harmonic, softmax):
+        assert arm["best"] == {"optim.lr": "3e-3"}
+        assert arm["at_the_edge"] == []
+        assert len(arm["tried"]) == 3
+        assert arm["sd"] == pytest.approx(0.01)
+        assert arm["diagnostics"]["accuracy"] == 0.25
+    assert harmonic["losses"] == pytest.approx([4, 4.01, 4.02])
+    assert softmax["mean"] == pytest.approx(3.91)
+    assert softmax["difference"] == pytest.approx(-0.1)
+    # The seeds shift both arms alike: paired, the difference has no spread at all.
+    assert softmax["difference_interval"] == pytest.approx((-0.1, -0.1))
+    table = capsys.readouterr().out
+    assert "| softmax | lr 3e-3 | 3.9100 |" in table
+    assert "chosen on the first seed" in table
+    assert Path("out/table.csv").read_text().count("\n") == 3
+
+
+def test_the_minimum_moves_with_the_learning_rate(arms):
+    run(*arms, *SWEEP, "--seeds", "1", "--out", "out")
+    text = Path("out/configs/harmonic-lr9e-3-seed0.toml").read_text()
+    assert "lr = 0.009\n" in text and re.search(r"min_lr = 0\.0009", text)
+    assert "seed = 1337" in text
+
+
+def test_the_same_command_goes_on_where_it_stopped(arms):
+    command = [*arms, *SWEEP, "--seeds", "2", "--out", "out"]
+    first = run(*command)
+    before = len(trained(Path("out")))
+    (Path("out/runs/harmonic-lr3e-3-seed1") / "metrics.jsonl").write_text('{"kind": "train", "step": 3}\n{"kin')
+    assert run(*command) == first
+    assert trained(Path("out"))[before:] == ["harmonic-lr3e-3-seed1"]
+
+
+def test_a_run_that_diverges_is_not_the_best_and_not_repeated(arms, capsys):
+    command = [*arms, "--sweep", "optim.lr=3e-3,1", "--seeds", "1", "--out", "out"]
+    result = run(*command)
+    assert result["arms"][0]["best"] == {"optim.lr": "3e-3"}
+    assert result["arms"][0]["tried"][1]["loss"] is None
+    assert result["runs"]["harmonic-lr1-seed0"]["message"] == "error: the loss of step 2 is nan"
+    before = len(trained(Path("out")))
+    run(*command)
+    assert len(trained(Path("out"))) == before
+    assert main([*arms, "--sweep", "optim.lr=1,2", "--seeds", "1", "--out", "other", "--no-report"]) == 2
+    assert "every run of the arm harmonic failed" in capsys.readouterr().err
+
+
+def test_runs_are_spread_over_the_gpus(arms):
+    result = run(*arms, *SWEEP, "--seeds", "1", "--gpus", "3", "5", "--out", "out")
+    used = {entry["evaluation"]["gpu"] for entry in result["runs"].values()}
+    assert used <= {3, 5} and len(trained(Path("out"))) == 6
+
+
+def test_varied_settings_make_arms(arms):
+    result = run(
+        *arms, "--vary", "model.tie_word_embeddings=true,false", "--vary", "harmonic:model.head.exponent=sqrt_dim,dim",
+        "--sweep", "softmax:model.head.final_norm_gain=3,6", "--seeds", "1", "--out", "out",
+    )  # fmt: skip
+    names = [arm["arm"] for arm in result["arms"]]
+    assert names == [
+        "harmonic-tie_word_embeddingstrue-exponentsqrt_dim",
+        "harmonic-tie_word_embeddingstrue-exponentdim",
+        "harmonic-tie_word_embeddingsfalse-exponentsqrt_dim",
+        "harmonic-tie_word_embeddingsfalse-exponentdim",
+        "softmax-tie_word_embeddingstrue",
+        "softmax-tie_word_embeddingsfalse",
+    ]
+    assert [len(arm["tried"]) for arm in result["arms"]] == [1, 1, 1, 1, 2, 2]
+
+
+def test_what_finished_with_other_settings_is_not_taken_for_the_run(arms, capsys):
+    run(*arms, "--seeds", "1", "--out", "out")
+    assert main([*arms, "--seeds", "1", "--out", "out", "--set", "optim.weight_decay=0.2", "--no-report"]) == 2
+    error = capsys.readouterr().err
+    assert "optim.weight_decay: 0.1 there, 0.2 wanted" in error
+    # What changes nothing that is measured may differ.
+    assert main([*arms, "--seeds", "1", "--out", "out", "--set", "train.micro_batch=2", "--no-report"]) == 0
+
+
+def test_arms_that_are_not_matched_are_refused(arms, tmp_path, capsys):
+    write_configs(tmp_path, steps=30)
+    assert main([*arms, "--out", "out", "--no-report"]) == 2
+    error = capsys.readouterr().err
+    assert "train.steps is 20 in harmonic, 30 in softmax: give all of them one value with --set train.steps" in error
+    assert trained(Path("out")) == []
+    assert run(*arms, "--set", "train.steps=30", "--seeds", "1", "--out", "out")["arms"][0]["mean"] > 0
+
+
+def test_a_trainer_that_breaks_is_an_error(arms, tmp_path, capsys):
+    (tmp_path / "train.py").write_text("import sys\nprint('error: the disk is full')\nsys.exit(2)\n")
+    assert main([*arms, "--out", "out", "--no-report"]) == 2
+    assert "stopped with status 2: error: the disk is full (all of it is in out/logs/" in capsys.readouterr().err
+    (tmp_path / "train.py").unlink()
+    assert main([*arms, "--out", "out", "--no-report"]) == 2
+    assert "hgpt.compare trains with the train.py of the checkout" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--sweep", "optim.lr"], r"--sweep takes \[ARM:\]KEY=V1,V2"),
+        (["--sweep", "optim.lr=1,1"], "the values must be different"),
+        (["--sweep", "nobody:optim.lr=1,2"], "there is no arm nobody; the arms are harmonic, softmax"),
+        (["--sweep", "optim.lr=1,2", "--vary", "optim.lr=1,2"], "optim.lr is varied and swept"),
+        (["--sweep", "optim.rl=1,2"], "there is no setting optim.rl"),
+        (["--vary", "name=a,b"], "names the runs itself"),
+        (["--set", "optim.lr=1,2"], "--set takes one KEY=VALUE for every arm"),
+        (["--seeds", "0"], "--seeds must be at least 1; got 0"),
+        (["--relations", "x"], "--relations has no effect with --no-report"),
+        (["--nonsense"], "unrecognized arguments"),
+    ],
+)
+def test_bad_input(arms, capsys, options, message):
+    assert main([*arms, "--out", "out", "--no-report", *options]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_arms_take_the_names_of_their_files(tmp_path):
+    with pytest.raises(UserError, match="which must differ; got a, a"):
+        build_arms(["a.toml", "x/a.toml"], [], [], [])
+    assert parse_axis("a:b.c=1, 2", "--vary") == Axis(arm="a", key="b.c", values=("1", "2"))
+
+
+def test_edges():
+    assert at_the_edge(["1e-3", "3e-3", "6e-3"], "6e-3")
+    assert not at_the_edge(["1e-3", "6e-3", "3e-3"], "3e-3")
+    assert not at_the_edge(["3e-3"], "3e-3")  # nothing was tuned
+    assert not at_the_edge(["sqrt_dim", "dim"], "dim")
+
+
+def test_intervals_are_students():
+    values = [4.0, 4.1, 4.4]
+    assert t_interval(values) == pytest.approx(stats.ttest_1samp(values, 0).confidence_interval(0.95))
+    assert t_interval([4.0]) is None
+
+
+def test_differences_are_paired_and_corrected():
+    table = [{"losses": [4.0, 4.2, 4.1]}, {"losses": [4.1, 4.35, 4.2]}, {"losses": [4.0, None, 4.3]}]
+    add_differences(table)
+    expected = stats.ttest_rel([4.1, 4.35, 4.2], [4.0, 4.2, 4.1]).pvalue
+    other = stats.ttest_rel([4.0, 4.3], [4.0, 4.1]).pvalue
+    assert table[1]["difference"] == pytest.approx(0.35 / 3)
+    assert table[1]["difference_p_holm"] == pytest.approx(2 * expected)
+    assert table[2]["difference_p_holm"] == pytest.approx(max(other, 2 * expected))
+    assert table[2]["difference"] == pytest.approx(0.1)
+
+
+def test_a_failed_run_is_never_the_best():
+    assert Outcome(folder=Path(), evaluation=None).loss == float("inf")
+
+
+def test_readability_table():
+    rows = [{"arm": "a", "loss": 4.0}, {"arm": "a", "loss": 4.2}, {"arm": "b", "loss": 5.0}]
+    rows = [dict.fromkeys(compare.READABILITY) | row for row in rows]
+    lines = readability_table(rows).splitlines()
+    assert lines[0] == "| measure | a | b |"
+    assert lines[2] == "| validation loss | 4.100 ± 0.141 | 5.000 |"
+
+
+@pytest.mark.slow
+def test_the_whole_experiment_with_the_real_trainer(tmp_path):
+    from data_prep.python_docs import main as prepare
+
+    prepare(["--out", str(tmp_path / "data"), "--tokenizer", "bpe:400"])
+    write_configs(tmp_path)
+    out = tmp_path / "out"
+    status = main(
+        ["--config", str(tmp_path / "harmonic.toml"), str(tmp_path / "softmax.toml"), "--set",
+         f"data.path={tmp_path / 'data'}", "--sweep", "optim.lr=1e-3,3e-3", "--seeds", "2", "--out", str(out)]
+    )  # fmt: skip
+    assert status == 0
+    assert (out / "report" / "index.html").is_file() and (out / "readability.png").is_file()
+    assert (out / "readability.csv").read_text().count("\n") == 5
+    assert "validation loss" in (out / "readability.md").read_text()

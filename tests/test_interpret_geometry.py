@@ -1,0 +1,140 @@
+"""hgpt/interpret/geometry.py: against scikit-learn, NumPy's SVD, and clouds whose shape is known."""
+
+import numpy as np
+import pytest
+from sklearn.decomposition import PCA
+
+from hgpt.interpret.geometry import (
+    centred_gram,
+    covariance,
+    debiased_cka,
+    effective_rank,
+    explained_variance,
+    isotropy,
+    linear_cka,
+    mean_cosine,
+    norm_summary,
+    participation_ratio,
+    principal_axes,
+)
+
+
+def cloud(n=300, d=10, seed=0):
+    rng = np.random.default_rng(seed)
+    return (rng.normal(size=(n, d)) * np.linspace(3, 0.2, d) + 4).astype(np.float32)
+
+
+def spectrum(x):
+    return principal_axes(covariance(x).matrix).variances
+
+
+def test_principal_components_are_scikit_learns():
+    x = cloud()
+    pca = PCA(svd_solver="full").fit(x.astype(np.float64))
+    found = principal_axes(covariance(x).matrix)
+    assert found.variances * 300 / 299 == pytest.approx(pca.explained_variance_, rel=1e-5)
+    assert np.abs(found.axes.T) == pytest.approx(np.abs(pca.components_), abs=1e-4)
+    assert explained_variance(found.variances) == pytest.approx(np.cumsum(pca.explained_variance_ratio_), rel=1e-5)
+    first = principal_axes(covariance(x).matrix, 2)
+    assert first.axes.shape == (10, 2)
+    assert (first.axes[np.abs(first.axes).argmax(axis=0), [0, 1]] > 0).all()
+
+
+def test_covariance_is_numpys_beyond_one_chunk():
+    x = cloud(n=20_000, d=4)
+    assert covariance(x).matrix == pytest.approx(np.cov(x.T.astype(np.float64), bias=True), rel=1e-9)
+    assert covariance(x).mean == pytest.approx(x.mean(axis=0, dtype=np.float64))
+
+
+def test_ranks_by_hand():
+    assert effective_rank(np.array([1.0, 1.0, 1.0, 1.0])) == pytest.approx(4)
+    assert participation_ratio(np.array([1.0, 1.0, 1.0, 1.0])) == pytest.approx(4)
+    assert effective_rank(np.array([5.0, 0.0])) == pytest.approx(1)
+    assert participation_ratio(np.array([5.0, 0.0])) == pytest.approx(1)
+    # Singular values 3 and 1: p = (3/4, 1/4); eigenvalues 9 and 1: (10)² / 82.
+    assert effective_rank(np.array([9.0, 1.0])) == pytest.approx(np.exp(-0.75 * np.log(0.75) - 0.25 * np.log(0.25)))
+    assert participation_ratio(np.array([9.0, 1.0])) == pytest.approx(100 / 82)
+
+
+def test_effective_rank_is_that_of_the_singular_values():
+    x = cloud()
+    singular = np.linalg.svd(x - x.mean(axis=0, dtype=np.float64), compute_uv=False)
+    p = singular / singular.sum()
+    assert effective_rank(spectrum(x)) == pytest.approx(np.exp(-np.sum(p * np.log(p))), rel=1e-6)
+
+
+def test_mean_cosine_is_brute_force():
+    x = cloud(n=20)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    cosines = (unit @ unit.T)[~np.eye(20, dtype=bool)]
+    assert mean_cosine(x) == pytest.approx(cosines.mean(), rel=1e-5)
+    assert mean_cosine(np.concatenate([x, np.zeros((1, 10), np.float32)])) == pytest.approx(cosines.mean(), rel=1e-5)
+    assert mean_cosine(np.ones((5, 3))) == pytest.approx(1)
+    assert np.isnan(mean_cosine(np.ones((1, 3))))
+
+
+def test_isotropy():
+    rng = np.random.default_rng(0)
+    round_cloud = rng.normal(size=(20_000, 5))
+    assert isotropy(round_cloud) > 0.95
+    assert isotropy(17.0 * round_cloud) == pytest.approx(isotropy(round_cloud))  # no unit of length
+    assert isotropy(round_cloud + 5) < 0.2
+    # Two points ±1 on a line, s = 1: Z = e + 1/e both ways.
+    assert isotropy(np.array([[1.0], [-1.0]])) == pytest.approx(1)
+    # The points 1 and 1: Z(1) = 2e, Z(−1) = 2/e.
+    assert isotropy(np.array([[1.0], [1.0]])) == pytest.approx(np.exp(-2))
+
+
+def test_norms_by_hand():
+    found = norm_summary(np.array([[3.0, 4.0], [0.0, 1.0]]))
+    assert (found["mean"], found["sd"], found["max"]) == pytest.approx((3, 2, 5))
+
+
+def hsic_cka(x, y):
+    """CKA by the definition with centring matrices, arXiv:1905.00414, eq. 1 and 2."""
+    n = len(x)
+    h = np.eye(n) - 1 / n
+    k, m = h @ x @ x.T @ h, h @ y @ y.T @ h
+    return np.sum(k * m) / np.sqrt(np.sum(k * k) * np.sum(m * m))
+
+
+def test_linear_cka_is_the_definition():
+    x, y = cloud(60, 8, 1), cloud(60, 5, 2)
+    assert linear_cka(x, y) == pytest.approx(hsic_cka(x.astype(float), y.astype(float)), rel=1e-6)
+
+
+def test_cka_knows_rotations_and_scales_and_nothing_else():
+    rng = np.random.default_rng(3)
+    x = cloud(200, 8)
+    rotation = np.linalg.qr(rng.normal(size=(8, 8)))[0]
+    same = 3 * x @ rotation + 1
+    other = rng.normal(size=(200, 8))
+    assert linear_cka(x, same) == pytest.approx(1)
+    assert debiased_cka(centred_gram(x), centred_gram(same)) == pytest.approx(1)
+    assert debiased_cka(centred_gram(x), centred_gram(other)) < 0.05
+
+
+def test_debiased_cka_is_zero_on_average_where_the_biased_one_is_not():
+    """Independent representations with D larger than N: the planted null."""
+    biased, debiased = [], []
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        x, y = rng.normal(size=(30, 100)), rng.normal(size=(30, 100))
+        biased.append(linear_cka(x, y))
+        debiased.append(debiased_cka(centred_gram(x), centred_gram(y)))
+    assert np.mean(biased) > 0.6
+    assert abs(np.mean(debiased)) < 0.03
+
+
+def test_unbiased_hsic_by_its_formula():
+    """Song et al. 2012, eq. 5, term by term, is ⟨K̃, L̃⟩ / (N (N − 3))."""
+    x, y = cloud(12, 4, 1).astype(float), cloud(12, 3, 2).astype(float)
+    k, m = x @ x.T, y @ y.T
+    np.fill_diagonal(k, 0)
+    np.fill_diagonal(m, 0)
+    n, one = 12, np.ones(12)
+    expected = np.trace(k @ m) + (one @ k @ one) * (one @ m @ one) / ((n - 1) * (n - 2))
+    expected = (expected - 2 * (one @ k @ m @ one) / (n - 2)) / (n * (n - 3))
+    assert np.sum(centred_gram(x) * centred_gram(y)) / (n * (n - 3)) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="at least 4 vectors; got 3"):
+        centred_gram(x[:3])

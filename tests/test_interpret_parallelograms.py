@@ -1,0 +1,254 @@
+"""hgpt/interpret/parallelograms.py: hand-worked values, brute force, planted structure and planted nulls."""
+
+import itertools
+
+import numpy as np
+import pytest
+from sklearn.decomposition import PCA
+
+from hgpt.interpret.geometry import covariance, principal_axes
+from hgpt.interpret.parallelograms import (
+    EPSILON,
+    PRESET,
+    VARIANTS,
+    ScoreSettings,
+    analogy_answers,
+    disjoint_pairs_of_pairs,
+    distinct_pairs,
+    mean_parallelogram_score,
+    offset_consistency,
+    pairs_of_pairs,
+    parallelogram_scores,
+    project,
+    resampled_accuracy,
+    shuffled_scores,
+)
+from hgpt.interpret.statistics import bootstrap_counts, percentile_interval, sign_flip_test
+
+
+def projected(vectors, ids, settings):
+    spread = covariance(vectors)
+    return project(vectors, ids, spread, principal_axes(spread.matrix), settings)
+
+
+def random_ids(pairs, vocabulary, seed=0):
+    return np.random.default_rng(seed).permutation(vocabulary)[: 2 * pairs].reshape(pairs, 2)
+
+
+def test_score_by_hand():
+    # E(a) = (0, 0), E(b) = (1, 0), E(c) = (0, 2), E(d) = (3, 3): a + d − b − c = (2, 1), squared length 5.
+    inputs, outputs = np.array([[0.0, 0.0], [0.0, 2.0]]), np.array([[1.0, 0.0], [3.0, 3.0]])
+    assert parallelogram_scores(outputs - inputs, 2.0, np.array([[0, 1]])).tolist() == [2.5]
+    assert mean_parallelogram_score(outputs - inputs, 2.0) == pytest.approx(2.5)
+
+
+def test_mean_over_all_pairs_of_pairs_is_brute_force():
+    offsets = np.random.default_rng(0).normal(3, 1, (9, 4))
+    every = np.array(list(itertools.permutations(range(9), 2)))
+    assert mean_parallelogram_score(offsets, 1.7) == pytest.approx(parallelogram_scores(offsets, 1.7, every).mean())
+    counts = bootstrap_counts(9, 20, seed=1)
+    for replicate, row in zip(mean_parallelogram_score(offsets, 1.7, counts), counts, strict=True):
+        weights = row[every[:, 0]] * row[every[:, 1]]
+        assert replicate == pytest.approx(np.average(parallelogram_scores(offsets, 1.7, every), weights=weights))
+
+
+def test_a_resample_of_one_pair_has_no_score():
+    counts = np.array([[3.0, 0.0, 0.0]])
+    assert np.isnan(mean_parallelogram_score(np.eye(3), 1.0, counts)).all()
+    assert np.isnan(offset_consistency(np.eye(3), counts)).all()
+
+
+@pytest.mark.parametrize("name", [n for n, s in VARIANTS.items() if s.vectors == "input"])
+def test_perfect_parallelograms_score_zero_in_every_variant(name):
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(400, 120))
+    ids = random_ids(30, 400)
+    vectors[ids[:, 1]] = vectors[ids[:, 0]] + rng.normal(size=120)
+    result = projected(vectors, ids, VARIANTS[name])
+    offsets = result.outputs - result.inputs
+    assert mean_parallelogram_score(offsets, result.scale) == pytest.approx(0, abs=1e-12)
+    shuffled = shuffled_scores(result.inputs, result.outputs, result.scale, 199, seed=0)
+    assert shuffled.min() > 0.05  # the same words paired at random are no parallelograms
+    assert offset_consistency(offsets) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ScoreSettings(),
+        ScoreSettings(components=10),
+        ScoreSettings(components=None),
+        ScoreSettings(normalisation="relation", components=None),
+    ],
+    ids=str,
+)
+def test_a_random_embedding_scores_about_four(settings):
+    means = []
+    for seed in range(40):
+        vectors = np.random.default_rng(seed).normal(size=(500, 30)) * np.linspace(0.5, 2, 30) + 5
+        result = projected(vectors, random_ids(40, 500, seed), settings)
+        means.append(mean_parallelogram_score(result.outputs - result.inputs, result.scale))
+    assert np.mean(means) == pytest.approx(4, abs=0.25)
+
+
+def test_a_random_embedding_is_not_found_and_a_planted_relation_is():
+    p_null, p_planted = [], []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        vectors = rng.normal(size=(300, 20))
+        ids = random_ids(40, 300, seed)
+        for planted, p_values in ((False, p_null), (True, p_planted)):
+            if planted:
+                vectors[ids[:, 1]] = vectors[ids[:, 0]] + rng.normal(size=20) + rng.normal(size=(40, 20))
+            result = projected(vectors, ids, ScoreSettings(components=None))
+            score = mean_parallelogram_score(result.outputs - result.inputs, result.scale)
+            shuffled = shuffled_scores(result.inputs, result.outputs, result.scale, 99, seed)
+            p_values.append((1 + np.sum(shuffled <= score)) / 100)
+    assert np.mean(np.array(p_null) <= 0.05) < 0.15
+    assert np.mean(np.array(p_planted) <= 0.05) > 0.95
+
+
+def test_two_models_that_differ_are_told_apart_and_two_equal_ones_are_not():
+    """Whole comparison: models in spaces of their own, disjoint pairs of pairs, the sign-flip test."""
+
+    def scores(seed, noise, ids):
+        rng = np.random.default_rng(seed)
+        vectors = rng.normal(size=(300, 20))
+        vectors[ids[:, 1]] = vectors[ids[:, 0]] + rng.normal(size=20) + noise * rng.normal(size=(len(ids), 20))
+        result = projected(vectors, ids, ScoreSettings(components=None, normalisation="relation"))
+        chosen = disjoint_pairs_of_pairs(len(ids), 0)
+        return parallelogram_scores(result.outputs - result.inputs, result.scale, chosen)
+
+    ids = random_ids(50, 300)
+    same = [sign_flip_test(scores(2 * s, 1.0, ids) - scores(2 * s + 1, 1.0, ids), permutations=199) for s in range(80)]
+    other = [sign_flip_test(scores(2 * s, 1.0, ids) - scores(2 * s + 1, 1.5, ids), permutations=199) for s in range(20)]
+    assert np.mean(np.array(same) <= 0.05) < 0.13
+    assert np.mean(np.array(other) <= 0.05) > 0.9
+
+
+def test_intervals_cover_the_expectation():
+    """95 % intervals over pairs hold the score of the population that the offsets come from: 2 k σ² / scale."""
+    covered = 0
+    for seed in range(150):
+        offsets = np.random.default_rng(seed).normal(size=(40, 3))
+        replicates = mean_parallelogram_score(offsets, 1.0, bootstrap_counts(40, 300, seed))
+        low, high = percentile_interval(replicates)
+        covered += low <= 6.0 <= high
+    assert covered / 150 > 0.86
+
+
+def test_planes_are_those_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    vectors = (rng.normal(size=(200, 12)) * np.linspace(3, 0.3, 12)).astype(np.float32)
+    ids = random_ids(20, 200)
+    pca = PCA(n_components=2, svd_solver="full").fit(vectors)
+    expected = pca.transform(vectors)
+    result = projected(vectors, ids, VARIANTS[PRESET])
+    assert np.abs(result.inputs) == pytest.approx(np.abs(expected[ids[:, 0]]), abs=1e-4)  # up to the axes' signs
+    assert result.scale == pytest.approx(np.square(expected).sum(axis=1).mean(), rel=1e-5)
+    assert result.plane_variance == pytest.approx(pca.explained_variance_ratio_.sum(), rel=1e-5)
+
+    words = vectors[np.unique(ids)]
+    pca = PCA(n_components=2, svd_solver="full").fit(words)
+    result = projected(vectors, ids, ScoreSettings(plane="relation", normalisation="relation"))
+    distance = np.linalg.norm(pca.transform(vectors[ids[:, 0]]) - pca.transform(vectors[ids[:, 1]]), axis=1)
+    assert np.linalg.norm(result.outputs - result.inputs, axis=1) == pytest.approx(distance, rel=1e-4)
+    assert result.scale == pytest.approx(np.square(pca.transform(words)).sum(axis=1).mean(), rel=1e-5)
+    assert result.plane_variance_of_words == pytest.approx(pca.explained_variance_ratio_.sum(), rel=1e-5)
+
+
+def test_scales():
+    vectors = np.random.default_rng(1).normal(size=(300, 8)) + 3
+    ids = random_ids(30, 300)
+    centred = vectors - vectors.mean(axis=0)
+    full = np.square(centred).sum(axis=1).mean()
+    assert projected(vectors, ids, ScoreSettings(normalisation="full_space")).scale == pytest.approx(full)
+    assert projected(vectors, ids, ScoreSettings(components=None)).scale == pytest.approx(full)
+    words = vectors[np.unique(ids)]
+    relation = np.square(words - words.mean(axis=0)).sum(axis=1).mean()
+    settings = ScoreSettings(components=None, normalisation="relation")
+    assert projected(vectors, ids, settings).scale == pytest.approx(relation)
+
+
+def test_the_preset_is_the_papers():
+    assert VARIANTS[PRESET] == ScoreSettings(
+        components=2, plane="vocabulary", normalisation="vocabulary", words="last", vectors="input", distinct=False
+    )
+    for name, settings in VARIANTS.items():
+        assert (settings == VARIANTS[PRESET]) == (name == PRESET), name
+
+
+def test_shuffled_scores_are_scores_of_shuffled_pairs():
+    rng = np.random.default_rng(2)
+    inputs, outputs = rng.normal(size=(7, 3)) + 1, rng.normal(size=(7, 3)) - 2
+    found = shuffled_scores(inputs, outputs, 1.3, 5, seed=9)
+    replay = np.random.default_rng(9)
+    expected = [mean_parallelogram_score(outputs[replay.permutation(7)] - inputs, 1.3) for _ in range(5)]
+    assert found == pytest.approx(np.array(expected))
+
+
+def test_distinct_pairs():
+    ids = np.array([[3, 4], [1, 1], [3, 4], [4, 3], [1, 2]])
+    assert distinct_pairs(ids).tolist() == [0, 3, 4]
+    # What is left has no perfect parallelogram that the tokens alone decide: a = b and c = d, or a = c and b = d.
+    kept = ids[distinct_pairs(ids)]
+    for first, second in itertools.combinations(kept, 2):
+        assert sorted([first[0], second[1]]) != sorted([first[1], second[0]]) or first[0] == second[1]
+
+
+def test_pairs_of_pairs():
+    chosen = pairs_of_pairs(5, 4000, seed=0)
+    assert (chosen[:, 0] != chosen[:, 1]).all()
+    counts = np.bincount(chosen[:, 0] * 5 + chosen[:, 1], minlength=25).reshape(5, 5)
+    off_diagonal = counts[~np.eye(5, dtype=bool)]
+    assert off_diagonal.min() > 140 and off_diagonal.max() < 260  # 200 each
+    disjoint = disjoint_pairs_of_pairs(7, seed=0)
+    assert disjoint.shape == (3, 2) and len(np.unique(disjoint)) == 6
+
+
+def test_offset_consistency_is_brute_force():
+    offsets = np.random.default_rng(3).normal(0.5, 1, (8, 5))
+    unit = offsets / np.linalg.norm(offsets, axis=1, keepdims=True)
+    cosines = [unit[i] @ unit[j] for i, j in itertools.permutations(range(8), 2)]
+    assert offset_consistency(offsets) == pytest.approx(np.mean(cosines))
+    with_zero = np.concatenate([offsets, np.zeros((1, 5))])  # a word twice has no direction
+    assert offset_consistency(with_zero) == pytest.approx(np.mean(cosines))
+    noise = np.random.default_rng(4).normal(size=(2000, 50))
+    assert abs(offset_consistency(noise)) < 0.005
+
+
+def test_analogies_are_brute_force():
+    rng = np.random.default_rng(5)
+    vectors = rng.normal(size=(40, 6)).astype(np.float32)
+    questions = rng.integers(0, 40, (25, 3))
+    found = analogy_answers(vectors, questions)
+    unit = vectors.astype(np.float64) / np.linalg.norm(vectors, axis=1, keepdims=True)
+    for number, (a, b, c) in enumerate(questions):
+        cosines = {name: unit @ unit[token] for name, token in (("a", a), ("b", b), ("c", c))}
+        positive = {name: (value + 1) / 2 for name, value in cosines.items()}
+        add = cosines["b"] - cosines["a"] + cosines["c"]
+        mul = positive["b"] * positive["c"] / (positive["a"] + EPSILON)
+        for method, scores in (("3CosAdd", add), ("3CosMul", mul)):
+            scores[[a, b, c]] = -np.inf
+            assert found[method][number] == scores.argmax(), method
+
+
+def test_planted_analogies_are_answered():
+    rng = np.random.default_rng(6)
+    vectors = rng.normal(size=(500, 50)).astype(np.float32)
+    ids = random_ids(30, 500)
+    vectors[ids[:, 1]] = vectors[ids[:, 0]] + 1.5 * rng.normal(size=50)
+    chosen = pairs_of_pairs(30, 200, seed=0)
+    questions = np.column_stack([ids[chosen[:, 0]], ids[chosen[:, 1], 0]])
+    for answers in analogy_answers(vectors, questions).values():
+        assert np.mean(answers == ids[chosen[:, 1], 1]) > 0.95
+    scrambled = rng.normal(size=(500, 50)).astype(np.float32)
+    for answers in analogy_answers(scrambled, questions).values():
+        assert np.mean(answers == ids[chosen[:, 1], 1]) < 0.05
+
+
+def test_resampled_accuracy_weighs_questions_by_their_pairs():
+    correct, chosen = np.array([True, False, False]), np.array([[0, 1], [1, 2], [0, 2]])
+    counts = np.array([[1.0, 1.0, 1.0], [2.0, 1.0, 0.0], [1.0, 0.0, 2.0]])
+    # Weights 1 1 1 → 1/3; 2 0 0 → 1; 0 0 2 → 0.
+    assert resampled_accuracy(correct, chosen, counts).tolist() == pytest.approx([1 / 3, 1, 0])

@@ -1,0 +1,113 @@
+"""hgpt/interpret/relations.py: the shipped sets, the format, and which words have a token."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from hgpt.errors import UserError
+from hgpt.interpret.relations import SHIPPED, Relation, load_relations, read_relation, token_pairs, word_token
+
+ROOT = Path(__file__).parent.parent
+# A tokenizer of the words "a" 1, "b" 2, "cd" → 3 4, " a" 5; everything else is unknown, 0, and "" has no token.
+TOKENS = {"a": [1], "b": [2], "cd": [3, 4], " a": [5], " b": [6], "": []}
+
+
+def encode(text: str) -> list[int]:
+    return TOKENS.get(text, [0])
+
+
+def test_shipped_sets_are_large_and_clean():
+    relations = load_relations()
+    assert len(relations) >= 8
+    for relation in relations:
+        assert len(relation.pairs) >= 40, relation.name
+        content = json.loads((SHIPPED / f"{relation.name}.json").read_text(encoding="utf-8"))
+        assert len(content) == len(relation.pairs), f"{relation.name} holds a pair twice"
+        assert all(set(entry) == {"input", "output"} for entry in content)
+        # Nearly a function: an input has one output.
+        assert len({first for first, _ in relation.pairs}) >= 0.9 * len(relation.pairs)
+
+
+@pytest.mark.slow
+def test_an_installed_hgpt_has_the_sets_and_the_page(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = set(wheel.namelist())
+    expected = {f"hgpt/interpret/relation_sets/{path.name}" for path in SHIPPED.glob("*.json")}
+    assert expected | {"hgpt/interpret/page/style.css", "hgpt/interpret/page/browser.js"} <= names
+
+
+def test_reading_strips_and_keeps_each_pair_once(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('[{"input": " a", "output": "b"}, {"input": "a", "output": "b "}, {"input": "b", "output": "a"}]')
+    assert read_relation(path) == Relation(name="x", pairs=(("a", "b"), ("b", "a")))
+
+
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        ('{"input": "a"}', 'got {"input": "a"}'),
+        ('[["a", "b"]]', r'entry 1 is \["a", "b"\]'),
+        ('[{"input": "a", "output": "b"}, {"input": "a", "output": 3}]', "entry 2 is"),
+        ('[{"input": "a"}]', "entry 1 is"),
+        ('[{"input": "", "output": "b"}]', "entry 1 is"),
+        ("[", "cannot be read as JSON"),
+    ],
+)
+def test_wrong_shapes_are_named(tmp_path, content, found):
+    path = tmp_path / "broken.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=rf'(?s)broken\.json.*{found}|broken\.json.*"input"'):
+        read_relation(path)
+    with pytest.raises(UserError, match=found):
+        read_relation(path)
+
+
+def test_folders_without_relations(tmp_path):
+    with pytest.raises(UserError, match=r"holds no \.json file"):
+        load_relations(tmp_path)
+    with pytest.raises(UserError, match="there is no such folder; leave it out"):
+        load_relations(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "word, form, expected",
+    [
+        ("a", "last", 1),
+        ("cd", "last", 4),
+        ("cd", "single", None),
+        ("a", "single", 1),
+        ("a", "single_after_space", 5),
+        ("cd", "single_after_space", None),
+        ("zebra", "last", None),  # unknown to the tokenizer
+        ("", "last", None),
+    ],
+)
+def test_the_token_of_a_word(word, form, expected):
+    assert word_token(word, encode, form, unknown=0) == expected
+
+
+def test_pairs_without_tokens_are_counted():
+    relation = Relation(name="x", pairs=(("a", "b"), ("a", "zebra"), ("cd", "a")))
+    last = token_pairs(relation, encode, "last", unknown=0)
+    assert last.ids.tolist() == [[1, 2], [4, 1]]
+    assert last.words == (("a", "b"), ("cd", "a"))
+    assert last.dropped == 1
+    single = token_pairs(relation, encode, "single", unknown=0)
+    assert (single.ids.tolist(), single.dropped) == ([[1, 2]], 2)
+    assert token_pairs(Relation(name="y", pairs=(("x", "y"),)), encode, "last", 0).ids.shape == (0, 2)

@@ -1,0 +1,475 @@
+"""The command from end to end on small models (harmonic, softmax, GPT-2): what it writes, what it refuses."""
+
+import csv
+import json
+import pydoc_data.topics
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import hgpt
+from hgpt.checkpoint import LATEST, MODEL
+from hgpt.errors import UserError
+from hgpt.interpret import models
+from hgpt.interpret.__main__ import main
+from hgpt.interpret.analysis import analyse
+from hgpt.interpret.corpus import Corpus
+from hgpt.interpret.figures import COLOURS, FIGURES
+from hgpt.interpret.models import LoadedModel, find_sources, loaded
+from hgpt.interpret.parallelograms import PRESET, VARIANTS
+from hgpt.interpret.report import restricted, variant_signs, write_report
+from hgpt.interpret.results import READABILITY, AnalysisSettings, readability
+from hgpt.shards import DataMeta, ShardWriter, SplitMeta, write_meta
+from hgpt.tokenizer import Tokenizer, hf_tokenizer, load_tokenizer
+
+VOCAB, CONTEXT = 320, 24
+TEXT = pydoc_data.topics.topics["with"] + pydoc_data.topics.topics["while"]
+RELATION = [
+    {"input": w, "output": w + "s"}
+    for w in ["the", "with", "while", "item", "value", "class", "name", "suite", "test", "list"]
+]
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Tokenizer:
+    return load_tokenizer(f"bpe:{VOCAB}", lambda: [TEXT])
+
+
+def export(folder: Path, tokenizer: Tokenizer, head: str, seed: int = 1) -> Path:
+    torch.manual_seed(seed)
+    if head == "gpt2":
+        model = GPT2LMHeadModel(
+            GPT2Config(vocab_size=tokenizer.vocab_size, n_positions=2 * CONTEXT, n_embd=32, n_layer=2, n_head=2)
+        )
+    else:
+        config = hgpt.HGPTConfig(
+            vocab_size=tokenizer.vocab_size,
+            n_positions=CONTEXT,
+            n_embd=32,
+            n_layer=2,
+            n_head=2,
+            head=head,
+            tie_word_embeddings=head == "softmax",
+        )
+        model = hgpt.HGPTForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    tokenizer.save(folder)
+    hf_tokenizer(folder / "tokenizer.json", CONTEXT).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, bpe) -> dict[str, Path]:
+    """A data folder, relations, a run with two checkpoints and a history, and models of every kind."""
+    root = tmp_path_factory.mktemp("interpret")
+    data = root / "data"
+    data.mkdir()
+    tokens = bpe.encode_batch([TEXT])[0]
+    splits = {}
+    for split, part in (("train", tokens), ("val", tokens[:600])):
+        with ShardWriter(data, split) as writer:
+            writer.write(part)
+            splits[split] = SplitMeta(tokens=len(part), documents=1, bytes=len(TEXT), shards=writer.close())
+    bpe.save(data)
+    meta = DataMeta(tokenizer="bpe", vocab_size=VOCAB, end_of_text=bpe.end_of_text, splits=splits, source="help topics")
+    write_meta(data, meta)
+
+    relations = root / "relations"
+    relations.mkdir()
+    (relations / "plural.json").write_text(json.dumps(RELATION))
+    (relations / "tiny.json").write_text(json.dumps(RELATION[:3]))
+
+    run = root / "runs" / "harmonic"
+    for step in (10, 20):
+        folder = run / "checkpoints" / f"step_{step:07d}"
+        export(folder / MODEL, bpe, "harmonic", seed=step)
+        (folder / "state.json").write_text(json.dumps({"step": step, "tokens": 1000 * step}))
+    (run / LATEST).symlink_to("checkpoints/step_0000020")
+    (run / "config.toml").write_text(f'[data]\npath = "{data}"\n')
+    history = [{"kind": "train", "step": 1, "loss": 6.0}]
+    history += [{"kind": "eval", "step": s, "loss": 6.0 - s / 10, "w_norm_mean": 1 + s, "x_norm_mean": 2.0,
+                 "target_over_median_distance": 0.9} for s in (0, 10, 20, 30)]  # fmt: skip
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history) + '{"kind": "ev')
+
+    other = load_tokenizer("bpe:290", lambda: [TEXT[:3000]])
+    return {
+        "root": root,
+        "data": data,
+        "relations": relations,
+        "harmonic": run,
+        "softmax": export(root / "softmax", bpe, "softmax"),
+        "gpt2": export(root / "gpt2", bpe, "gpt2"),
+        "foreign": export(root / "foreign", other, "softmax"),
+    }
+
+
+@pytest.fixture(scope="module")
+def report(places) -> Path:
+    out = places["root"] / "report"
+    names = [str(places[name]) for name in ("harmonic", "softmax", "gpt2", "foreign")]
+    status = main([*names, "--relations", str(places["relations"]), "--tokens", "0", "--bootstrap", "100",
+                   "--out", str(out)])  # fmt: skip
+    assert status == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def results(report) -> dict:
+    return json.loads((report / "results.json").read_text(encoding="utf-8"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is written
+
+
+class Page(HTMLParser):
+    """Tags that are open at the end, and every address in the page."""
+
+    VOID = ("meta", "img", "br", "input", "link")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open, self.addresses, self.tags = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_fetches_nothing(report):
+    text = (report / "index.html").read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    for address in page.addresses:
+        assert address.startswith(("data:image/png;base64,", "#")) or (report / address).is_file(), address[:60]
+    assert not re.search(r"https?://|@import|url\(", re.sub(r"data:image/png;base64,[^\"]*", "", text))
+    assert "nan" not in re.sub(r"<script.*?</script>|base64,[^\"]*", "", text, flags=re.DOTALL).split()
+    assert '<meta name="viewport"' in text and "@media print" in text
+    # The summary comes before everything else, and figures have a text for those who do not see them.
+    assert text.index('id="summary"') < text.index('id="figures"') < text.index('id="text"')
+    assert text.count("<img alt=") == page.tags.count("img") > 8
+
+
+def test_figures_are_written_and_signed(report):
+    names = {path.stem for path in (report / "figures").iterdir()}
+    assert names == {name for name, *_ in FIGURES}
+    for name in names:
+        svg = (report / "figures" / f"{name}.svg").read_text(encoding="utf-8")
+        assert svg.startswith("<?xml")
+        pixels = imread(report / "figures" / f"{name}.png")
+        assert pixels.shape[1] == 960
+        assert pixels[..., :3].std() > 0.02, f"{name} is blank"
+        # Nothing is cut off: the outermost columns and rows are empty.
+        assert pixels[:, [0, -1], :3].min() > 0.9 and pixels[[0, -1], :, :3].min() > 0.9, name
+
+
+def test_the_text_browser_holds_every_position(report):
+    text = (report / "index.html").read_text(encoding="utf-8")
+    groups = json.loads(re.search(r'id="readings">(.*?)</script>', text, re.DOTALL)[1])
+    assert [[m["label"] for m in g["models"]] for g in groups] == [["harmonic", "softmax", "gpt2"], ["foreign"]]
+    for number, group in enumerate(groups):
+        for model in group["models"]:
+            assert len(model["reading"]) == len(group["tokens"])
+            for seen in model["reading"]:
+                assert 0 < seen["p"] <= 1
+                assert (seen["ratio"] is None) == (model["label"] != "harmonic")
+                assert seen["ratio"] is None or (seen["ratio"] >= 1 and seen["nearest"][0][2] == pytest.approx(1))
+                assert seen["rank"] > 1 or seen["nearest"][0][0] == seen["token"]
+        assert f'id="panel-{number}"' in text
+    spans = re.findall(r'data-position="(\d+)"', text)
+    assert len(spans) == sum(len(group["tokens"]) for group in groups)
+
+
+def test_results(results, places):
+    assert [model["label"] for model in results["models"]] == ["harmonic", "softmax", "gpt2", "foreign"]
+    assert results["data"]["evaluated_tokens"] == 599
+    harmonic, softmax, gpt2, foreign = results["models"]
+    assert (harmonic["step"], harmonic["tokens_seen"]) == (20, 20_000)
+    assert harmonic["quality"]["accuracy"] == harmonic["quality"]["nearest_accuracy"]
+    assert [row["step"] for row in harmonic["checkpoints"]] == [10, 20]
+    assert harmonic["checkpoints"][-1]["centre_norm"] == pytest.approx(harmonic["geometry"]["centres"]["norms"]["mean"])
+    assert harmonic["geometry"]["centres"] != harmonic["geometry"]["input"]
+    assert softmax["geometry"]["centres"] == softmax["geometry"]["input"]
+    for model in (harmonic, softmax, gpt2):
+        quality = model["quality"]
+        assert quality["loss"]["low"] < quality["loss"]["value"] < quality["loss"]["high"]
+        assert sum(band["positions"] for band in model["bands"]) == 599
+        losses = [band["loss"]["value"] * band["positions"] for band in model["bands"]]
+        assert sum(losses) / 599 == pytest.approx(quality["loss"]["value"])
+        assert len(model["logit_lens"]) == 3
+        assert "baek2025: fewer than 4 pairs can be used of tiny (3 of 3)" in model["skipped"]
+        assert any(entry.startswith("100 components: the model has only 32 dimensions") for entry in model["skipped"])
+        assert set(model["parallelograms"][PRESET]["relations"]) == {"plural"}
+    assert foreign["bands"] == []
+
+
+def test_tests_between_models_are_corrected_and_only_where_they_make_sense(results):
+    compared = {row["model"] for row in results["comparisons"]}
+    assert compared == {"softmax", "gpt2"} == set(results["cka_with_the_first"])
+    assert any("foreign and harmonic have different tokenizers" in note for note in results["notes"])
+    assert any("foreign has another tokenizer than" in note and "Bits per byte" in note for note in results["notes"])
+    for row in results["comparisons"]:
+        assert row["low"] <= row["high"] and 0 < row["p"] <= row["p_holm"] <= 1
+    assert np.array(results["cka_with_the_first"]["softmax"]).shape == (3, 3)
+
+
+def test_scores_as_a_table(report, results):
+    with (report / "parallelograms.csv").open(encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    expected = sum(len(v["relations"]) for m in results["models"] for v in m["parallelograms"].values())
+    assert len(rows) == expected
+    row = next(row for row in rows if row["model"] == "softmax" and row["variant"] == PRESET)
+    test = next(t for t in results["comparisons"] if t["model"] == "softmax" and t["variant"] == PRESET)
+    assert float(row["difference_to_the_first_model"]) == test["difference"]
+
+
+def test_the_same_command_gives_the_same_numbers(places, results):
+    settings = AnalysisSettings(relations=str(places["relations"]), tokens=0, bootstrap=100)
+    again = analyse([str(places["harmonic"]), str(places["softmax"])], settings)
+    assert again.models[0].quality["loss"].value == results["models"][0]["quality"]["loss"]["value"]
+    first = [row for row in results["comparisons"] if row["model"] == "softmax"]
+    assert [row["p_holm"] for row in again.comparisons] == [row["p_holm"] for row in first]
+    assert [row["low"] for row in again.comparisons] == [row["low"] for row in first]
+    assert readability(again.models[0]).keys() == READABILITY.keys()
+    alone = restricted(again, 1)
+    assert (len(alone.models), alone.comparisons, alone.cka) == (1, [], {})
+
+
+def test_a_model_alone_and_without_text(places, tmp_path, capsys):
+    assert main([str(places["softmax"]), "--out", str(tmp_path / "out"), "--bootstrap", "100"]) == 0
+    captured = capsys.readouterr()
+    assert "nothing was measured on text" in captured.err
+    assert captured.out.startswith(f"{tmp_path}/out/index.html")
+    assert not (tmp_path / "out" / "figures" / "reliability.png").exists()
+    assert (tmp_path / "out" / "figures" / "scores_by_relation.png").exists()
+    page = Page()
+    page.feed((tmp_path / "out" / "index.html").read_text(encoding="utf-8"))
+    assert page.open == []
+
+
+def test_colours_differ_for_colour_blind_readers():
+    """Every two colours stay apart in lightness or hue under deuteranopia (Viénot, Brettel & Mollon 1999)."""
+    to_lms = np.array([[17.8824, 43.5161, 4.11935], [3.45565, 27.1554, 3.86714], [0.0299566, 0.184309, 1.46709]])
+    blind = np.array([[1, 0, 0], [0.494207, 0, 1.24827], [0, 0, 1]])
+    rgb = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in COLOURS])
+    seen = (np.linalg.inv(to_lms) @ blind @ to_lms @ (rgb**2.2).T).T.clip(0, 1) ** (1 / 2.2)
+    for i in range(len(seen)):
+        for j in range(i):
+            assert np.linalg.norm(seen[i] - seen[j]) > 0.15, (COLOURS[i], COLOURS[j])
+
+
+def test_a_text_and_words_of_ones_own(places, tmp_path):
+    (tmp_path / "text.txt").write_text("The with statement, while it lasts.")
+    settings = AnalysisSettings(text=str(tmp_path / "text.txt"), words=("with", " the"), bootstrap=100)
+    found = analyse([str(places["softmax"])], settings).models[0]  # without data
+    assert "".join(seen.token for seen in found.reading) in "The with statement, while it lasts."
+    assert found.words_read[0]["token"] in "with"
+    assert all(len(word["neighbours"]) == 10 and word["contexts"] == [] for word in found.words_read)
+    with pytest.raises(UserError, match=r"text\.txt has 1 tokens, but at least 2"):
+        (tmp_path / "text.txt").write_text("a")
+        analyse([str(places["softmax"])], settings)
+    with pytest.raises(UserError, match="cannot be read as UTF-8"):
+        analyse([str(places["softmax"])], AnalysisSettings(text=str(tmp_path / "none")))
+    with pytest.raises(UserError, match="--words '' has no token"):
+        analyse([str(places["softmax"])], AnalysisSettings(words=("",)))
+
+
+def test_too_little_text(places):
+    with pytest.raises(UserError, match=r"validation tokens are too few .* raise --tokens to at least 64"):
+        analyse([str(places["softmax"])], AnalysisSettings(data=str(places["data"]), tokens=30))
+
+
+def test_signs_of_variants():
+    rows = [{"variant": "x", "difference": d} for d in (1.0, -3.0)] + [{"variant": "y", "difference": 0.5}]
+    assert variant_signs(rows) == {"x": -1.0, "y": 0.5}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def test_sources(places):
+    run, step = places["harmonic"], places["harmonic"] / "checkpoints" / "step_0000010"
+    sources = find_sources([str(run), str(step), str(places["gpt2"])])
+    assert [source.label for source in sources] == ["harmonic", "harmonic step 10", "gpt2"]
+    assert [source.step for source in sources] == [20, 10, None]
+    assert find_sources(["gpt2-medium"])[0].folder == "gpt2-medium"  # a name on the hub
+    with pytest.raises(UserError, match="is named twice"):
+        find_sources([str(run), str(run / LATEST)])
+
+
+def test_labels_differ(places, bpe):
+    twin = places["root"] / "elsewhere" / "softmax"
+    if not twin.exists():
+        export(twin, bpe, "softmax", seed=7)
+    labels = [source.label for source in find_sources([str(places["softmax"]), str(twin)])]
+    assert len(set(labels)) == 2 and all(label.startswith("softmax (") for label in labels)
+
+
+def test_bytes_of_tokens_add_up_to_the_text(places):
+    with loaded(find_sources([str(places["softmax"])])[0], torch.device("cpu")) as model:
+        text = "naïve “quotes” — 日本 with tabs\t\n"
+        assert model.token_bytes()[model.encode(text)].sum() == len(text.encode())
+        assert model.token_bytes()[model.tokenizer.eos_token_id] == 0
+        assert "".join(model.token_text(token) for token in model.encode("with a while")) == "with a while"
+
+
+def test_distances_between_centres_are_the_heads(places):
+    with loaded(find_sources([str(places["harmonic"])])[0], torch.device("cpu")) as model:
+        w = torch.from_numpy(model.centre_rows()).double()
+        expected = torch.cdist(w, w, compute_mode="donot_use_mm_for_euclid_dist")[5]
+        found = model.distances_from_centre(5)
+        assert found[torch.arange(VOCAB) != 5].numpy() == pytest.approx(
+            expected[torch.arange(VOCAB) != 5].numpy(), rel=1e-3
+        )
+    with loaded(find_sources([str(places["gpt2"])])[0], torch.device("cpu")) as model:
+        w = model.centre_rows()
+        cosine = w @ w[5] / np.linalg.norm(w, axis=1) / np.linalg.norm(w[5])
+        assert model.distances_from_centre(5).numpy() == pytest.approx(1 - cosine, abs=1e-5)
+
+
+def test_text_of_another_tokenizer_is_the_same_text(places):
+    corpus = Corpus.open(str(places["data"]))
+    with loaded(find_sources([str(places["foreign"])])[0], torch.device("cpu")) as model:
+        assert not corpus.fits(model)
+        inputs, targets = corpus.windows(model, 8, 0)[0]
+        assert targets[:-1].tolist() == inputs[1:].tolist()
+        ids = [inputs[0], *targets]
+        assert model.tokenizer.decode(ids) == corpus.tokenizer.decode(corpus.val.read(0, 9).tolist())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def test_what_is_no_model(tmp_path, places):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty is no model: a run folder holds latest/"):
+        find_sources([str(tmp_path / "empty")])
+    with pytest.raises(UserError, match="there is no such folder"):
+        find_sources([str(tmp_path / "none")])
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"model_type": "hgpt"}')
+    with (
+        pytest.raises(UserError, match="no model can be loaded from"),
+        loaded(find_sources([str(broken)])[0], torch.device("cpu")),
+    ):
+        pass
+
+
+def test_a_model_without_tokenizer(tmp_path, bpe):
+    folder = export(tmp_path / "model", bpe, "softmax")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with (
+        pytest.raises(UserError, match="no tokenizer can be loaded from"),
+        loaded(find_sources([str(folder)])[0], torch.device("cpu")),
+    ):
+        pass
+
+
+def test_a_model_that_does_not_fit_into_memory(places, monkeypatch):
+    monkeypatch.setattr(models, "WORKING_BYTES", 10**18)
+    with pytest.raises(UserError, match=r"needs about 1000000000\.0 GB of memory .* GB are free: close other"):
+        analyse([str(places["softmax"])], AnalysisSettings())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--tokens", "-1"], r"--tokens must be 0 \(the whole validation split\) or more; got -1"),
+        (["--bootstrap", "10"], "--bootstrap must be at least 100 resamples for an interval; got 10"),
+        (["--seed", "-1"], "--seed must be 0 or more; got -1"),
+        (["--device", "quantum"], "--device quantum cannot be used here"),
+        (["--data", "/nowhere"], "/nowhere"),
+        (["--relations", "/nowhere"], "--relations /nowhere: there is no such folder"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate .*--help lists every option"),
+    ],
+)
+def test_wrong_options_are_one_line_with_status_2(places, tmp_path, capsys, options, message):
+    assert main([str(places["softmax"]), "--out", str(tmp_path / "x"), *options]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert "Traceback" not in error
+    assert not (tmp_path / "x").exists()
+
+
+def test_out_is_a_file(places, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main([str(places["softmax"]), "--out", str(tmp_path / "file")]) == 2
+    assert "file is a file; name a folder" in capsys.readouterr().err
+
+
+def test_every_variant_has_its_description(report):
+    text = (report / "index.html").read_text(encoding="utf-8")
+    for name in VARIANTS:
+        assert f"<th>{name}</th>" in text
+
+
+@pytest.mark.slow
+def test_gpt2_small_with_twelve_relations_in_three_minutes_and_four_gigabytes(tmp_path, bpe):
+    """124 M parameters, V = 50257: the whole command in a process of its own."""
+    import resource
+    import subprocess
+    import sys
+    import time
+
+    tokenizer = load_tokenizer("gpt2")
+    torch.manual_seed(0)
+    folder = tmp_path / "gpt2"
+    GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
+    tokenizer.save(folder)
+    hf_tokenizer(folder / "tokenizer.json", 1024).save_pretrained(folder)
+    data = tmp_path / "data"
+    data.mkdir()
+    tokens = tokenizer.encode_batch(["\n".join(pydoc_data.topics.topics.values())])[0]
+    splits = {}
+    for split in ("train", "val"):
+        with ShardWriter(data, split) as writer:
+            writer.write(tokens)
+            splits[split] = SplitMeta(tokens=len(tokens), documents=1, bytes=len(TEXT), shards=writer.close())
+    tokenizer.save(data)
+    write_meta(data, DataMeta(tokenizer="gpt2", vocab_size=50257, end_of_text=50256, splits=splits, source="topics"))
+    start = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "hgpt.interpret", folder, "--data", data, "--out", tmp_path / "out"], check=True
+    )
+    assert time.perf_counter() - start < 180
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4e6  # kB
+
+
+def test_loaded_model_refuses_other_architectures(bpe):
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(vocab_size=50, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2,
+                       max_position_embeddings=8, word_embed_proj_dim=16)  # fmt: skip
+    source = find_sources(["facebook/opt"])[0]
+    with pytest.raises(UserError, match=r"is a OPTForCausalLM; hgpt\.interpret reads models of hgpt and GPT-2"):
+        LoadedModel(source, OPTForCausalLM(config), None, torch.device("cpu"))
+
+
+def test_a_report_is_written_where_there_is_room_only(places, tmp_path, monkeypatch):
+    analysis = analyse([str(places["softmax"])], AnalysisSettings(relations=str(places["relations"]), bootstrap=100))
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match=r"cannot be written: .*No space left on device; choose another folder"):
+        write_report(analysis, tmp_path / "out")

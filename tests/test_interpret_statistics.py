@@ -1,0 +1,96 @@
+"""hgpt/interpret/statistics.py: against SciPy, values worked out by hand, and rates under a true null hypothesis."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from hgpt.interpret.statistics import (
+    LARGEST_EXACT,
+    bootstrap_counts,
+    bootstrap_ratio,
+    holm,
+    percentile_interval,
+    sign_flip_test,
+)
+
+
+def test_holm_by_hand():
+    # Sorted 0.01, 0.02, 0.03, 0.5; times 4, 3, 2, 1 = 0.04, 0.06, 0.06, 0.5; already rising.
+    assert holm([0.03, 0.01, 0.5, 0.02]).tolist() == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    # 0.04 · 2 = 0.08, then max(0.08, 0.05 · 1) = 0.08.
+    assert holm([0.05, 0.04]).tolist() == pytest.approx([0.08, 0.08])
+    assert holm([0.9, 0.8]).tolist() == [1.0, 1.0]
+    assert holm([]).tolist() == []
+
+
+def test_holm_counts_only_tests_that_were_made():
+    assert holm([0.02, float("nan"), 0.01])[[0, 2]].tolist() == pytest.approx([0.02, 0.02])
+    assert np.isnan(holm([0.02, float("nan")])[1])
+
+
+@pytest.mark.parametrize("size", [3, 7, LARGEST_EXACT])
+def test_exact_sign_flips_are_those_of_scipy(size):
+    differences = np.random.default_rng(size).normal(0.4, 1, size)
+    expected = stats.permutation_test(
+        (differences, np.zeros(size)), lambda a, b: np.mean(a - b), permutation_type="samples", n_resamples=np.inf
+    )
+    assert sign_flip_test(differences) == pytest.approx(expected.pvalue)
+
+
+def test_sampled_sign_flips_agree_with_scipy():
+    differences = np.random.default_rng(1).normal(0.3, 1, 40)
+    expected = stats.permutation_test(
+        (differences, np.zeros(40)),
+        lambda a, b, axis: np.mean(a - b, axis=axis),
+        permutation_type="samples",
+        n_resamples=20_000,
+        vectorized=True,
+        rng=np.random.default_rng(2),
+    )
+    assert sign_flip_test(differences) == pytest.approx(expected.pvalue, abs=0.015)
+
+
+def test_sign_flips_by_hand():
+    # Of the four sign patterns of (1, 2), the sums are ±3 and ±1: two are as large as 3.
+    assert sign_flip_test(np.array([1.0, 2.0])) == 0.5
+    assert sign_flip_test(np.zeros(5)) == 1.0
+    assert np.isnan(sign_flip_test(np.empty(0)))
+    assert sign_flip_test(np.full(40, 1.0)) == 1 / 10_000  # never 0
+
+
+def test_sign_flips_reject_a_true_null_as_often_as_they_should():
+    rng = np.random.default_rng(0)
+    p = np.array([sign_flip_test(rng.normal(size=20), permutations=199, seed=i) for i in range(600)])
+    assert np.mean(p <= 0.05) == pytest.approx(0.05, abs=0.027)  # three standard errors
+    planted = np.array([sign_flip_test(rng.normal(1.0, size=20), permutations=199, seed=i) for i in range(50)])
+    assert np.mean(planted <= 0.05) > 0.9
+
+
+def test_bootstrap_counts_are_resamples():
+    counts = bootstrap_counts(7, 5000, seed=3)
+    assert counts.shape == (5000, 7)
+    assert (counts.sum(axis=1) == 7).all()
+    # Multinomial: mean 1 and variance 1 − 1/7 of each count.
+    assert counts.mean(axis=0) == pytest.approx(np.ones(7), abs=0.05)
+    assert counts.var(axis=0) == pytest.approx(np.full(7, 6 / 7), abs=0.06)
+    assert np.array_equal(counts, bootstrap_counts(7, 5000, seed=3))
+
+
+def test_bootstrap_interval_is_that_of_scipy():
+    values = np.random.default_rng(4).exponential(size=60)
+    counts = bootstrap_counts(60, 20_000, seed=0)
+    low, high = percentile_interval(bootstrap_ratio(values, np.ones(60), counts))
+    expected = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=1).confidence_interval
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.01)
+
+
+def test_clusters_are_resampled_whole():
+    # Two windows with 10 and 30 targets: a resample of twice the first has a mean of 1, of the second 2.
+    counts = np.array([[2.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    replicates = bootstrap_ratio(np.array([10.0, 60.0]), np.array([10.0, 30.0]), counts)
+    assert replicates.tolist() == pytest.approx([1.0, 2.0, 70 / 40])
+
+
+def test_interval_leaves_out_replicates_that_are_not_defined():
+    assert percentile_interval(np.array([1.0, float("nan"), 1.0])) == (1.0, 1.0)
+    assert np.isnan(percentile_interval(np.array([float("nan")]))).all()
