@@ -448,6 +448,14 @@ def test_what_the_launcher_cannot_have(data, tmp_path, monkeypatch):
     assert not config.run_folder.exists()
 
 
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="a folder that not even root may write to")
+def test_a_runs_dir_that_is_read_only(data):
+    with pytest.raises(
+        UserError, match=r"run folder /sys/kernel/runs/run cannot be written: .*choose another --runs_dir"
+    ):
+        train.main(make_config(data, Path("/sys/kernel/runs")))
+
+
 def test_a_runs_dir_that_cannot_be_made(data, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"run folder .* cannot be written: .*choose another --runs_dir"):
