@@ -2,10 +2,10 @@
 
     python -m benchmarks.engines [--steps 20] [--processes 1 2 4] [--engines multi_cpu zero1 zero2 zero3]
 
-Trains the quickstart's model for some steps on random tokens on the CPU, launched with the files of configs/accelerate,
-and prints for each engine the largest difference from one process: of the loss and the gradient norm over all steps, of
-the validation loss, of the exported weights and of AdamW's state. Seconds are those of a step after the first, with
-every process on one thread: on a machine with fewer cores than processes they say nothing.
+Trains the quickstart's model with AdamW for some steps on random tokens on the CPU, launched with the files of
+configs/accelerate, and prints for each engine the largest difference from one process: of the loss and the gradient
+norm over all steps, of the validation loss, of the exported weights and of AdamW's state. Seconds are those of a step
+after the first, with every process on one thread: on a machine with fewer cores than processes they say nothing.
 """
 
 import argparse
@@ -55,6 +55,7 @@ def train(folder: Path, name: str, launcher: str, processes: int, head: str, tie
         "train.steps": steps,
         "train.global_batch": 8,
         "train.micro_batch": 2,
+        "optim.algorithm": "adamw",
         "optim.warmup_steps": 5,
         "eval.every": steps,
         "eval.unigram_baseline": "false",

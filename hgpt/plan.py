@@ -15,8 +15,8 @@ weights; the rest is arithmetic, of the peak of a step, in bytes:
     fsdp2           4 P/W        4 P/W       8 P/W       c (2 E + 3 B)
 
 P parameters, of which B in each block and E outside the blocks; W processes; R = 5·10⁸, DeepSpeed's reduce bucket; c
-bytes for an element of matrix products, 2 under bf16 and 4 under fp32. AdamW keeps two float32 numbers a parameter.
-ZeRO adds float32 masters of its weights, and ZeRO-1 accumulates float32 gradients beside the bf16 ones (under fp32 it
+bytes for an element of matrix products, 2 under bf16 and 4 under fp32. AdamW keeps two float32 numbers a parameter,
+Muon (ddp only) one for the blocks' matrices. ZeRO adds float32 masters of its weights, and ZeRO-1 accumulates float32 gradients beside the bf16 ones (under fp32 it
 has 4 P of them, and ZeRO-2 a bucket without a copy). A ZeRO engine allocates whole buckets, however small the model.
 
     activations            L N (D (2 r + 14 c) + 4 H + 16) + N (D r + 16)
@@ -241,6 +241,7 @@ def memory_per_gpu(
     tokens: int,
     precision: str,
     checkpointing: bool,
+    muon: bool = False,
 ) -> Memory:
     """The peak of a training step on one GPU, by the table of this module.
 
@@ -250,6 +251,7 @@ def memory_per_gpu(
         tokens: N, of a micro-batch.
         precision: as `train.precision`, "auto" being bf16.
         checkpointing: as `train.activation_checkpointing`.
+        muon: whether Muon trains the blocks' matrices.
     """
     numbers = precision_of(engine, precision)
     total, share, c = parameters.total, -(-parameters.total // processes), numbers.compute.itemsize
@@ -257,7 +259,7 @@ def memory_per_gpu(
     reduced = c * _REDUCE_BUCKET + (4 * bucket if c != 4 else 0)
     host = 0
     if engine == "ddp":
-        static = (4 * total, 4 * total, 8 * total, 0)
+        static = (4 * total, 4 * total, 8 * total - (4 * parameters.matrices if muon else 0), 0)
     elif engine == "zero1":
         static = (c * total, (4 if c == 4 else 6) * total, 12 * share, 4 * bucket)
     elif engine == "zero2":
@@ -357,6 +359,7 @@ class Plan:
             tokens=self.micro_tokens,
             precision=train.precision,
             checkpointing=train.activation_checkpointing if checkpointing is None else checkpointing,
+            muon=self.run.optim.algorithm == "muon",
         )
 
 
@@ -418,6 +421,8 @@ def warnings(plan: Plan) -> list[str]:
             f"{_gib(need)} GiB in the {_gib(capacity)} GiB of {launch.device} {state}"
             + (f"; what helps: {' or '.join(ways)}" if ways else "")
         )
+    if launch.engine != "ddp" and run.optim.algorithm == "muon":
+        found.append(f'{launch.engine} does not work with optim.algorithm = "muon": set it to "adamw"')
     if launch.engine == "zero3" and run.train.compile:
         found.append("zero3 does not work with train.compile = true: set it to false")
     return found

@@ -118,6 +118,27 @@ def test_parameters_gradients_and_adamw_of_a_real_model(precision):
     assert memory.buckets == memory.host == 0
 
 
+def test_muon_keeps_one_number_for_each_weight_of_the_blocks_matrices():
+    config = HGPTConfig(vocab_size=61, n_positions=8, n_layer=2, n_head=2, n_embd=16, exponent=8.0)
+    model = HGPTForCausalLM(config)
+    optimizer = build_optimizer(model, OptimConfig(algorithm="muon"))
+    tokens = torch.arange(16).reshape(2, 8)
+    model(tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    state = [v for p in model.parameters() for name, v in optimizer.state[p].items() if name != "step"]
+    memory = memory_per_gpu(
+        "ddp",
+        config,
+        count_parameters(config),
+        processes=1,
+        tokens=16,
+        precision="fp32",
+        checkpointing=False,
+        muon=True,
+    )
+    assert memory.optimiser == sum(value.nbytes for value in state)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Activations
 
@@ -470,4 +491,4 @@ def test_the_command_itself(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: train.global_batch = 16 cannot be reached")
     monkeypatch.setattr(sys, "argv", [*command, "--gpus", "1"])
     runpy.run_path(plan.__file__, run_name="__main__")
-    assert capsys.readouterr().out.startswith("quickstart: harmonic head, n = 33.94")
+    assert capsys.readouterr().out.startswith("quickstart: harmonic head, n = 36.2")
