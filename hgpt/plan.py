@@ -16,8 +16,9 @@ weights; the rest is arithmetic, of the peak of a step, in bytes:
 
 P parameters, of which B in each block and E outside the blocks; W processes; R = 5·10⁸, DeepSpeed's reduce bucket; c
 bytes for an element of matrix products, 2 under bf16 and 4 under fp32. AdamW keeps two float32 numbers a parameter,
-Muon (ddp only) one for the blocks' matrices. ZeRO adds float32 masters of its weights, and ZeRO-1 accumulates float32 gradients beside the bf16 ones (under fp32 it
-has 4 P of them, and ZeRO-2 a bucket without a copy). A ZeRO engine allocates whole buckets, however small the model.
+Muon (ddp only) one for the blocks' matrices. ZeRO adds float32 masters of its weights, and ZeRO-1 accumulates float32
+gradients beside the bf16 ones (under fp32 it has 4 P of them, and ZeRO-2 a bucket without a copy). A ZeRO engine
+allocates whole buckets, however small the model.
 
     activations            L N (D (2 r + 14 c) + 4 H + 16) + N (D r + 16)
       with checkpointing   L N D r + N (D r + 16)
