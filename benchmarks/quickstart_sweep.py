@@ -28,7 +28,7 @@ POINTS: dict[str, list[Point]] = {
     "harmonic": [
         (False, "3.2*sqrt_dim", 0.05, 3e-3),
         (False, "3.2*sqrt_dim", 0.1, 3e-3),
-        (False, "3.2*sqrt_dim", 0.025, 3e-3),
+        (False, "3.2*sqrt_dim", 0.2, 3e-3),
         (False, "3.2*sqrt_dim", 0.05, 6e-3),
         (False, "3.2*sqrt_dim", 0.05, 1.5e-3),
         (False, "2*sqrt_dim", 0.05, 3e-3),
@@ -36,13 +36,13 @@ POINTS: dict[str, list[Point]] = {
         (True, "3.2*sqrt_dim", 0.05, 3e-3),
     ],
     "softmax": [
-        (False, "", 6.0, 3e-3),
-        (False, "", 12.0, 3e-3),
         (False, "", 3.0, 3e-3),
         (False, "", 1.0, 3e-3),
-        (False, "", 6.0, 6e-3),
-        (False, "", 6.0, 1.5e-3),
-        (True, "", 6.0, 3e-3),
+        (False, "", 6.0, 3e-3),
+        (False, "", 12.0, 3e-3),
+        (False, "", 3.0, 6e-3),
+        (False, "", 3.0, 1.5e-3),
+        (True, "", 3.0, 3e-3),
     ],
 }
 
