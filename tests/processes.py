@@ -52,7 +52,7 @@ def start(configs: Sequence[RunConfig], processes: int, engine: str = "ddp", log
     return started
 
 
-def finish(started: Sequence[multiprocessing.Process], timeout: float = 300) -> list[int]:
+def finish(started: Sequence[multiprocessing.Process], timeout: float = 600) -> list[int]:
     """The exit codes of all processes; those that are not done in time are killed."""
     deadline = time.monotonic() + timeout
     for process in started:
@@ -101,7 +101,7 @@ def _train(config: RunConfig, environment: dict[str, str], log: Path | None) -> 
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
-    faulthandler.dump_traceback_later(240)  # says where a process hangs
+    faulthandler.dump_traceback_later(500)  # says where a process hangs
     torch.set_num_threads(1)
     code = 0
     try:
