@@ -84,6 +84,8 @@ def build_accelerator(precision: str, hang_timeout: float) -> Accelerator:
             "zero2.yaml on CPUs"
         )
     mixed_precision = _mixed_precision(precision)
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is installed, warns that it guesses so
     plugin = None
     timeout = 1.5 * hang_timeout
     group: dict[str, Any] = {"timeout": timedelta(seconds=timeout)}
@@ -93,7 +95,6 @@ def build_accelerator(precision: str, hang_timeout: float) -> Accelerator:
             # Accelerate knows DeepSpeed on GPUs only and would see one process: it has to be told the backend, and must
             # not be told that this is a CPU.
             os.environ.pop("ACCELERATE_USE_CPU", None)
-            os.environ["DS_ACCELERATOR"] = "cpu"
             group["backend"] = "gloo"
     # Otherwise DDP holds every gradient twice, in the parameter and in the bucket that is sent.
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
