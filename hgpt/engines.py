@@ -95,6 +95,7 @@ def build_accelerator(precision: str, hang_timeout: float) -> Accelerator:
             # Accelerate knows DeepSpeed on GPUs only and would see one process: it has to be told the backend, and must
             # not be told that this is a CPU.
             os.environ.pop("ACCELERATE_USE_CPU", None)
+            os.environ["DS_ACCELERATOR"] = "cpu"
             group["backend"] = "gloo"
     # Otherwise DDP holds every gradient twice, in the parameter and in the bucket that is sent.
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
