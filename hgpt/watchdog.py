@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -60,7 +59,6 @@ class Watchdog:
                 lines = [f"process {self._rank} has waited for {self.timeout:g} s in step {step} ({doing})"]
                 lines += self._others(step)
                 os.write(2, ("\nerror: " + "; ".join(lines) + ". Go on with --resume auto.\n").encode())
-                sys.stderr.flush()
                 os._exit(EXIT_HUNG)  # the main thread would never come back from the operation it waits in
             self._end.wait(self._interval)
 

@@ -245,10 +245,8 @@ def test_a_document_of_200_mb_is_encoded_in_bounded_memory(tmp_path):
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree", "fcntl.flock"}
 
 
-def killed_run(source, out, kill_at, workers=1):
-    """In a process of its own: a run that is killed (kill -9) before its `kill_at`-th work on a file in `out`."""
-    for module in (text_files, sharding):
-        module.SECTION_BYTES = 3000
+def kill_this_process(out, kill_at):
+    """By kill -9, before its `kill_at`-th work on a file in `out`."""
     seen = 0
 
     def count(event, arguments):
@@ -259,6 +257,13 @@ def killed_run(source, out, kill_at, workers=1):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
+
+
+def killed_run(source, out, kill_at, workers=1):
+    """In a process of its own: a run that is killed before its `kill_at`-th work on a file."""
+    for module in (text_files, sharding):
+        module.SECTION_BYTES = 3000
+    kill_this_process(out, kill_at)
     sys.exit(main(["--source", str(source), "--out", str(out), *SMALL, "--workers", str(workers)]))
 
 
@@ -484,16 +489,7 @@ def test_merging_killed_at_any_file_operation(tmp_path, source):
 
 
 def killed_merge(out, kill_at):
-    seen = 0
-
-    def count(event, arguments):
-        nonlocal seen
-        if event in FILE_EVENTS and arguments and str(arguments[0]).startswith(str(out)):
-            seen += 1
-            if seen == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(count)
+    kill_this_process(out, kill_at)
     sys.exit(main(["--out", str(out), "--merge"]))
 
 
