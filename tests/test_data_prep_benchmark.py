@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from benchmarks import data_prep
 from hgpt.shards import TokenShards
@@ -23,13 +24,25 @@ def test_nanogpts_way_gives_the_same_documents_on_both_sides(tmp_path):
     for number in range(2):
         files.append(tmp_path / "source" / f"{number}.parquet")
         pq.write_table(pa.table({"text": TEXTS[150 * number : 150 * (number + 1)]}), files[-1])
-    data_prep.nanogpts_way(files, tmp_path, workers=1)
-    data_prep.ours(files, tmp_path, workers=1)
+    timings = [way(files, tmp_path, 1) for way in data_prep.WAYS.values()]
+    assert all(timing.seconds > 0 for timing in timings)
     for ours, theirs in (("train", "train"), ("val", "test")):
         shards = TokenShards.open(tmp_path / "ours", ours)
         expected = np.fromfile(tmp_path / f"{theirs}.bin", dtype=np.uint16)
         assert documents(shards.read(0, len(shards))) == documents(expected.astype(np.int64))
-    assert data_prep.bare(files, tmp_path, workers=1) > 0
+    lengths = [len(TokenShards.open(tmp_path / "ours", split)) for split in ("train", "val")]
+    assert [timing.tokens for timing in timings] == [sum(lengths)] * len(timings)
+
+
+@pytest.mark.slow
+def test_every_copy_of_the_source_is_prepared(tmp_path, capsys):
+    (tmp_path / "source").mkdir()
+    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "source" / "0.parquet")
+    (tmp_path / "scratch").mkdir()
+    data_prep.measure_preparation(str(tmp_path / "source"), tmp_path / "scratch", workers=1, copies=3, rounds=1)
+    printed = capsys.readouterr().out
+    assert "in 3 files" in printed
+    assert "ours / nanoGPT's way" in printed
 
 
 def test_reading_is_measured_on_a_sparse_data_set(tmp_path, capsys, monkeypatch):
