@@ -35,6 +35,7 @@ from transformers.generation import BaseStreamer
 
 import hgpt
 from hgpt.checkpoint import model_folder
+from hgpt.distances import load_distances
 from hgpt.errors import UserError
 
 DEFAULT_TEMPERATURE = 0.8  # this and the next as in nanoGPT's sample.py
@@ -48,7 +49,7 @@ TOKEN_WIDTH = 16  # columns of the terminal that a token takes at most in the ta
 LEGEND = """\
 p        HarMax probability of the token under the model itself: exponent n = {exponent:.4g}, temperature 1,
          nothing cut off, whatever the text was sampled with
-d/d_min  distance of the hidden state to the token's centre over that to the nearest centre,
+d/d_min  {distance} distance of the hidden state to the token's centre over that to the nearest centre,
          (p_max / p)^(1/n); the scale d_min is not in the probabilities
 rank     1 where the token's own centre is the nearest"""
 
@@ -79,8 +80,10 @@ def sample(options: argparse.Namespace) -> None:
     # Model, tokenizer, prompt
     prompt = read_prompt(options)
     device = resolve_device(options.device)
+    register_own_distances(options.distance_file)
     model, tokenizer = load(options.checkpoint, device, options.dtype)
-    exponent = model.config.exponent if getattr(model.config, "head", None) == "harmonic" else None
+    head = model.get_output_embeddings()
+    exponent = float(head.exponent) if isinstance(head, hgpt.HarmonicHead) else None
     if options.show_distances and exponent is None:
         raise UserError(
             f"--show-distances needs a model with a harmonic head; {options.checkpoint} has a softmax head, whose "
@@ -122,7 +125,7 @@ def sample(options: argparse.Namespace) -> None:
             positions = measure(model, prompt_ids, new_ids, options.nearest)
             print("\n" + distance_table(positions, tokenizer, exponent))
     if options.show_distances:
-        print("\n" + LEGEND.format(exponent=exponent))
+        print("\n" + LEGEND.format(exponent=exponent, distance=model.config.distance))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -155,6 +158,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
     add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: auto, as they were saved)")
+    add("--distance-file", metavar="FILE", help="a Python file that registers the model's own distance; it is executed")
 
     add = parser.add_argument_group(
         "prompt",
@@ -387,6 +391,14 @@ def load(checkpoint: str, device: torch.device, dtype: str) -> tuple[PreTrainedM
     return model.to(device), tokenizer
 
 
+def register_own_distances(file: str | None) -> None:
+    if file is not None:
+        try:
+            load_distances(file)
+        except ValueError as error:
+            raise UserError(f"--distance-file: {error}") from error
+
+
 def no_tokenizer(source: str) -> UserError:
     return UserError(
         f"no tokenizer can be loaded from {source}; put the tokenizer.json and tokenizer_config.json that the "
@@ -414,7 +426,7 @@ def resolve_device(device: str | None) -> torch.device:
 
 
 def describe(model: PreTrainedModel, checkpoint: str, exponent: float | None) -> str:
-    head = "softmax" if exponent is None else f"harmonic, n = {exponent:.4g}"
+    head = "softmax" if exponent is None else f"harmonic ({model.config.distance}), n = {exponent:.4g}"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = f"{parameters / 1e6:.3g}M" if parameters < 1e9 else f"{parameters / 1e9:.3g}B"
     dtype = str(model.dtype).removeprefix("torch.")
@@ -564,7 +576,7 @@ def measure(model: PreTrainedModel, prompt_ids: list[int], new_ids: list[int], n
     ids = torch.tensor([prompt_ids + new_ids[:-1]], device=model.device)
     logits = model(ids, use_cache=False, logits_to_keep=len(new_ids)).logits[0]  # (T, V): −n log d
     log_probs = logits.log_softmax(-1)
-    ratios = hgpt.relative_distances(log_probs, model.config.exponent)
+    ratios = hgpt.relative_distances(log_probs, model.get_output_embeddings().exponent)
     chosen = torch.tensor(new_ids, device=model.device)[:, None]  # (T, 1)
     own = log_probs.gather(1, chosen)
     ranks = 1 + (log_probs > own).sum(-1)

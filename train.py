@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from hgpt import checkpoint as ckpt
 from hgpt.baselines import unigram_loss
 from hgpt.batches import DeviceBatches, TrainingBatches
 from hgpt.configuration_hgpt import HGPTConfig
+from hgpt.energy import RunEnergy, check_country, in_words, last_record
 from hgpt.engines import (
     FullState,
     build_accelerator,
@@ -45,6 +46,7 @@ from hgpt.engines import (
 from hgpt.errors import UserError
 from hgpt.evaluation import evaluation_windows, head_diagnostics, validation_loss
 from hgpt.metrics import (
+    METRICS_FILE,
     LossSpikes,
     MetricsLog,
     PhaseTimes,
@@ -76,6 +78,8 @@ def main(config: RunConfig) -> dict[str, float]:
     """Train as `config` says; returns the last evaluation (`loss`, and the diagnostics of the head)."""
     # ------------------------------------------------------------------------------------------------------------
     # Data. Opened first: most mistakes are here, and they should cost no time.
+    if config.log.energy_country is not None:
+        check_country(config.log.energy_country)
     train_shards = TokenShards.open(config.data.path, "train", config.data.vocab_size)
     val_shards = TokenShards.open(config.data.path, "val", config.data.vocab_size)
     evaluation_windows(val_shards, config.data.seq_len)  # raises if there is not one sequence to evaluate
@@ -134,7 +138,7 @@ def main(config: RunConfig) -> dict[str, float]:
     set_seed(config.train.seed)
     states = None
     if resume_from is not None:
-        model = HGPTForCausalLM.from_pretrained(resume_from / ckpt.MODEL, dtype=torch.float32)
+        model = ckpt.load_model(resume_from)
         states = ckpt.load_optimizer(resume_from, model)
     else:
         model = HGPTForCausalLM(model_config)
@@ -142,6 +146,8 @@ def main(config: RunConfig) -> dict[str, float]:
             for note in initialize_from(model, config.model.init_from):
                 say(f"{config.model.init_from}: {note}")
     model.lm_head.label_smoothing = config.train.label_smoothing  # in training mode only, and not exported
+    if config.train.distance_memory is not None:
+        model.lm_head.memory = int(config.train.distance_memory * 2**20)
     set_seed(config.train.seed, device_specific=True)
     if config.train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -218,7 +224,18 @@ def main(config: RunConfig) -> dict[str, float]:
 
     # ------------------------------------------------------------------------------------------------------------
     # The loop runs steps + 1 times: the last pass only evaluates and saves.
-    first_step, last_evaluation = step, {}
+    first_step, last_evaluation, spent = step, {}, None
+    energy = None
+    if config.log.energy_country is not None:
+        before = None if resume_from is None else last_record(resume_from.parent.parent / METRICS_FILE, step)
+        energy = RunEnergy(
+            country=config.log.energy_country,
+            measures=accelerator.is_local_main_process,
+            gather=gather_object,
+            say=say,
+            tokens=step * tokens_per_step,
+            before=before,
+        )
     throughput, phases, spikes = Throughput(), PhaseTimes(accelerator.device), LossSpikes()
     pending: list[torch.Tensor] = []  # (loss, gradient norm) of the steps since the last log, still on the device
     skipped = 0  # steps whose gradient was not finite
@@ -230,12 +247,16 @@ def main(config: RunConfig) -> dict[str, float]:
         _interruptible(config.checkpoint.on_interrupt) as interrupted,
         ckpt.Writer(config.checkpoint.background) as writer,
         Watchdog(config.train.hang_timeout) as watchdog,
+        nullcontext() if energy is None else energy,
         bar,
     ):
+        if energy is not None and log is not None:
+            bar.write(f"energy: {energy.method}")
         while True:
             last = step == config.train.steps
             pause = time.perf_counter()
-            if last or step % config.eval.every == 0:
+            evaluating = last or step % config.eval.every == 0
+            if evaluating:
                 watchdog.beat(step, "evaluation")
                 validation_step = step
                 with phases("evaluation"):
@@ -260,7 +281,13 @@ def main(config: RunConfig) -> dict[str, float]:
                     log.write("eval", step, last_evaluation)
                     bar.write(_evaluation_line(step, last_evaluation))
             new = step > first_step or resume_from is None
-            if (step > first_step and (last or stop)) or (new and config.checkpoint.due(step)):
+            saving = (step > first_step and (last or stop)) or (new and config.checkpoint.due(step))
+            # A run that is resumed goes on counting from the line of its checkpoint.
+            if energy is not None and new and (evaluating or saving):
+                spent = energy.read(step * tokens_per_step)
+                if log is not None and spent is not None:
+                    log.write("energy", step, spent, method=energy.method)
+            if saving:
                 watchdog.beat(step, "saving a checkpoint")
                 with phases("save"):
                     target = save(step, writer)
@@ -369,6 +396,8 @@ def main(config: RunConfig) -> dict[str, float]:
     if log is not None:
         log.close()
     say(f"\nvalidation loss {validation:.4f}" + (f", of a unigram model {unigram:.4f}" if unigram is not None else ""))
+    if energy is not None and spent is not None:
+        say(in_words(spent, energy.method))
     say(f"the model is in {run_folder / ckpt.LATEST / ckpt.MODEL}; python sample.py --checkpoint {run_folder}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -421,7 +450,7 @@ def _write_checkpoint(
         card = model_card(
             hf_config,
             name=config.name,
-            parameters=sum(weight.numel() for weight in full.weights.values()),
+            weights=full.weights,
             data=config.data.path if shards.meta is None else shards.meta.source,
             tokens=state.tokens,
             steps=state.step,
@@ -446,7 +475,10 @@ def _introduction(
 ) -> Iterator[str]:
     """What is about to happen, in three lines."""
     tokens_per_step = config.train.global_batch * config.data.seq_len
-    head = f"harmonic head, n = {hf_config.exponent:.4g}" if hf_config.head == "harmonic" else "softmax head"
+    head = "softmax head"
+    if hf_config.head == "harmonic":
+        start = "n learnt, from" if hf_config.learn_exponent else "n ="
+        head = f"harmonic head, {hf_config.distance} distance, {start} {hf_config.exponent:.4g}"
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     yield f"{config.name}: {parameters:,} parameters, {head}, vocabulary {hf_config.vocab_size:,}"
     yield f"data: {len(train_shards):,} training and {len(val_shards):,} validation tokens in {config.data.path}"

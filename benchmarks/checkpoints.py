@@ -55,15 +55,15 @@ def main() -> None:
         for number in range(options.rounds):
             for way, measured in results.items():
                 measured.append(run(way, number, Path(temporary), options, settings))
-    print(f"{options.config}, {options.steps} steps, a checkpoint every {options.every}, {options.rounds} rounds in turn")
+    print(
+        f"{options.config}: {options.steps} steps, checkpoints every {options.every}; {options.rounds} rounds in turn"
+    )
     print("| checkpoints | seconds | seconds between two | waiting | time / none |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for way, measured in results.items():
         seconds = statistics.median(total for total, _ in measured)
         waiting = statistics.median(saving / total for total, saving in measured)
-        ratio = statistics.median(
-            total / none for (total, _), (none, _) in zip(measured, results["none"], strict=True)
-        )
+        ratio = statistics.median(total / none for (total, _), (none, _) in zip(measured, results["none"], strict=True))
         between = seconds / options.steps * options.every
         print(f"| {way} | {seconds:.1f} | {between:.1f} | {waiting:.2%} | {ratio:.3f} |")
 

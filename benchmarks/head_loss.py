@@ -3,6 +3,8 @@
     python -m benchmarks.head_loss                                     GPT-2 small's head, 2048 positions, float32
     python -m benchmarks.head_loss --shape 2048x1600x50304             GPT-2 xl's
     python -m benchmarks.head_loss --device cuda --dtype bfloat16 --shape 32768x768x50304
+    python -m benchmarks.head_loss --distances cosine mahalanobis:metric=low_rank,rank=16 --only "fused harmonic"
+    python -m benchmarks.head_loss --distances manhattan minkowski:p=3 --shape 64x768x50304 --rounds 1   minutes
 
 Prints a table. `time` is the median of forward + backward over rounds in which every variant runs once, so that what
 else the machine does meets all of them, with the quartiles; the ratios are medians over the rounds of the ratio within
@@ -12,6 +14,7 @@ float64 on the same rounded operands, over the first positions: of the loss, of 
 """
 
 import argparse
+import json
 import multiprocessing
 import platform
 import re
@@ -19,7 +22,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,6 +32,7 @@ from torch.nn import functional as F
 
 from hgpt.fused_loss import fused_harmonic_loss, fused_softmax_loss
 from hgpt.harmax import harmonic_loss, resolve_exponent
+from hgpt.heads import HarmonicHead
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # x (N, D), w (V, D), targets (N,)
 ACCURACY_POSITIONS = 128
@@ -44,6 +48,7 @@ class Settings:
     threads: int
     chunk: int | None
     exponent: str
+    distances: tuple[str, ...] = ()
 
     @property
     def n(self) -> float:
@@ -58,6 +63,46 @@ def torch_chunked(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
     return F.linear_cross_entropy(x, w, targets, options=nn.LinearCrossEntropyOptions())
 
 
+@dataclass
+class DistanceLoss:
+    """The loss of a head with this distance, "minkowski:p=3": all that the model does, with the weight as an argument.
+
+    `parameters` are what is learnt of the distance, whose gradients belong to the loss.
+    """
+
+    text: str
+    settings: Settings
+    head: HarmonicHead = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.head = HarmonicHead(self.settings.dim, 1, self.settings.n, **distance_and_options(self.text))
+        self.head.num_classes = self.settings.rows
+        self.head.metric.to(self.settings.device)
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return tuple(self.head.metric.parameters())
+
+    def __call__(self, x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+        return torch.func.functional_call(self.head, {"weight": w}, (x, targets))
+
+    def dense(self, x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(self.head, {"weight": w}, (x,)), targets)
+
+
+def distance_and_options(text: str) -> dict[str, object]:
+    """{"distance": "minkowski", "p": 3} of "minkowski:p=3"."""
+    name, _, rest = text.partition(":")
+    options: dict[str, object] = {"distance": name}
+    for part in filter(None, rest.split(",")):
+        option, _, value = part.partition("=")
+        try:
+            options[option] = json.loads(value)
+        except json.JSONDecodeError:
+            options[option] = value
+    return options
+
+
 def variants(settings: Settings) -> dict[str, Loss]:
     """Name → loss. Liger's and Apple's kernels need a GPU and are left out where they are not installed."""
     n, chunk = settings.n, settings.chunk
@@ -69,6 +114,7 @@ def variants(settings: Settings) -> dict[str, Loss]:
         "F.linear_cross_entropy": torch_chunked,
         "fused softmax": lambda x, w, y: fused_softmax_loss(x, w, y, chunk=chunk),
     }
+    found |= {f"harmonic, {text}": DistanceLoss(text, settings) for text in settings.distances}
     if settings.device == "cuda" and find_spec("liger_kernel"):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
@@ -96,7 +142,8 @@ def problem(settings: Settings, harmonic: bool) -> tuple[Tensor, Tensor, Tensor]
 
 def differentiate(loss: Loss, operands: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     value = loss(*operands)
-    return value.detach(), *torch.autograd.grad(value, operands[:2])
+    grads = torch.autograd.grad(value, (*operands[:2], *getattr(loss, "parameters", ())))
+    return value.detach(), *grads[:2]
 
 
 def synchronize(device: str) -> None:
@@ -124,7 +171,8 @@ def measure_errors(loss: Loss, settings: Settings, harmonic: bool) -> list[float
     x, targets = x[:ACCURACY_POSITIONS].detach().requires_grad_(), targets[:ACCURACY_POSITIONS]
     values = differentiate(loss, (x, w, targets))
     exact = (x.detach().double().requires_grad_(), w.detach().double().requires_grad_(), targets)
-    truth = differentiate((lambda x, w, y: harmonic_loss(x, w, y, settings.n)) if harmonic else dense_softmax, exact)
+    reference: Loss = (lambda x, w, y: harmonic_loss(x, w, y, settings.n)) if harmonic else dense_softmax
+    truth = differentiate(loss.dense if isinstance(loss, DistanceLoss) else reference, exact)
     return [((v.double() - t).norm() / t.norm()).item() for v, t in zip(values, truth, strict=True)]
 
 
@@ -188,6 +236,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--chunk", type=int, help="positions per chunk of the fused losses; default their own rule")
     parser.add_argument("--exponent", default="2*sqrt_dim", help="n on the distance d")
+    parser.add_argument(
+        "--distances", nargs="+", default=[], metavar="NAME[:OPTION=VALUE,...]", help="rows for other distances as well"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="variants by name; default all")
     parser.add_argument("--skip", nargs="+", choices=("time", "memory", "errors"), default=[])
@@ -204,12 +255,16 @@ def main(arguments: list[str] | None = None) -> None:
         threads=options.threads,
         chunk=options.chunk,
         exponent=options.exponent,
+        distances=tuple(options.distances),
     )
-    losses = variants(settings)
+    try:
+        losses = variants(settings)
+    except ValueError as error:
+        parser.error(f"--distances: {error}")
     if options.only:
         if unknown := set(options.only) - set(losses):
             parser.error(f"--only: no variant {sorted(unknown)} here; there are {sorted(losses)}")
-        losses = {name: loss for name, loss in losses.items() if name in options.only}
+        losses = {name: loss for name, loss in losses.items() if name in options.only or isinstance(loss, DistanceLoss)}
 
     threads = f", {options.threads} threads" if options.device == "cpu" else ""
     print(f"{device_name(options.device)}{threads}, torch {torch.__version__}, {options.dtype}")
@@ -219,6 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
     if "time" not in options.skip:
         times = measure_times(losses, settings, options.rounds)
         references = [name for name in ("F.cross_entropy(x @ W.T)", "F.linear_cross_entropy") if name in losses]
+        references += ["fused harmonic"] if options.distances and "fused harmonic" in losses else []
         header += ["time, s (quartiles)", *(f"/ {name}" for name in references)]
         for column in columns:
             own = times[column[0]]

@@ -7,6 +7,7 @@ Importing this package registers the model with transformers, so that `AutoConfi
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_hgpt import HGPTConfig
+from .distances import Distance, register_distance
 from .harmax import harmax, harmonic_loss, log_harmax, relative_distances, squared_distances
 from .heads import HarmonicHead, SoftmaxHead
 from .modeling_hgpt import HGPTForCausalLM, HGPTModel
@@ -20,6 +21,7 @@ HGPTModel.register_for_auto_class("AutoModel")
 HGPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 __all__ = [
+    "Distance",
     "HGPTConfig",
     "HGPTForCausalLM",
     "HGPTModel",
@@ -28,6 +30,7 @@ __all__ = [
     "harmax",
     "harmonic_loss",
     "log_harmax",
+    "register_distance",
     "relative_distances",
     "squared_distances",
 ]

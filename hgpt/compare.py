@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from scipy import stats
 from tqdm import tqdm
 
@@ -101,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Train what is missing, write the table and the report; returns what comparison.json holds."""
-    out = Path(options.out)
+    out = Path(options.out).resolve()  # jsonargparse changes the working directory for a moment, in other threads too
     arms = build_arms(options.config, options.vary, options.sweep, options.set)
     first = {arm.name: [run_config(arm, point, 0, out) for point in arm.points] for arm in arms}
     check_matched({name: configs[0] for name, configs in first.items()})
@@ -111,8 +112,9 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             "pip install -e ."
         )
 
+    places = run_places(options.gpus, options.jobs)
     # The grid with the first seed, then the best point of each arm with the others.
-    tuned = train_all([config for configs in first.values() for config in configs], options.gpus, out, "tuning")
+    tuned = train_all([config for configs in first.values() for config in configs], places, out, "tuning")
     best = {arm.name: best_point(arm, tuned) for arm in arms}
     for arm in arms:
         if tuned[run_name(arm, best[arm.name], 0)].evaluation is None:
@@ -120,7 +122,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
                 f"every run of the arm {arm.name} failed; see {out / 'logs'}. Lower the learning rates of the sweep."
             )
     again = [run_config(arm, best[arm.name], seed, out) for arm in arms for seed in range(1, options.seeds)]
-    outcomes = tuned | train_all(again, options.gpus, out, "seeds")
+    outcomes = tuned | train_all(again, places, out, "seeds")
 
     table = [row(arm, best[arm.name], outcomes, options.seeds) for arm in arms]
     add_differences(table)
@@ -179,12 +181,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--gpus", nargs="+", metavar="ID", help="one run at a time on each of these GPUs (default: one run at a time)"
     )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="runs at a time on the CPU, each with its share of the processors: small models train faster side by side",
+    )
     parser.add_argument("--relations", metavar="DIR", help="relation sets of the report (default: those that ship)")
     parser.add_argument("--no-report", action="store_true", help="only train, and print the table")
     options = parser.parse_args(argv)
     options.argv = list(sys.argv[1:] if argv is None else argv)
     if options.seeds < 1:
         raise UserError(f"--seeds must be at least 1; got {options.seeds}")
+    if options.jobs is not None and options.jobs < 1:
+        raise UserError(f"--jobs must be at least 1; got {options.jobs}")
+    if options.jobs is not None and options.gpus:
+        raise UserError("--jobs is for the CPU and --gpus says where runs go otherwise; leave one out")
     if options.relations is not None and options.no_report:
         raise UserError("--relations has no effect with --no-report; leave one out")
     options.vary = [parse_axis(text, "--vary") for text in options.vary]
@@ -284,22 +296,33 @@ def check_matched(configs: dict[str, RunConfig]) -> None:
 # Training
 
 
-def train_all(configs: Sequence[RunConfig], gpus: Sequence[str] | None, out: Path, stage: str) -> dict[str, Outcome]:
-    """Train every run that has not finished, one at a time or one on each GPU."""
-    devices: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    names: list[str | None] = [*gpus] if gpus else [None]
-    for name in names:
-        devices.put(name)
+def run_places(gpus: Sequence[str] | None, jobs: int | None) -> list[dict[str, str]]:
+    """What the environment of a run has besides, for each of the runs that go on at the same time."""
+    if gpus:
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
+    if jobs is None:
+        return [{}]
+    threads = max(1, torch.get_num_threads() // jobs)
+    return [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}] * jobs
+
+
+def train_all(
+    configs: Sequence[RunConfig], places: Sequence[dict[str, str]], out: Path, stage: str
+) -> dict[str, Outcome]:
+    """Train every run that has not finished, one at a time at each place."""
+    free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+    for place in places:
+        free.put(place)
 
     def train_one(config: RunConfig) -> Outcome:
-        device = devices.get()
+        place = free.get()
         try:
-            return train(config, device, out)
+            return train(config, place, out)
         finally:
-            devices.put(device)
+            free.put(place)
             bar.update()
 
-    with tqdm(total=len(configs), desc=stage, unit="run") as bar, ThreadPoolExecutor(len(names)) as pool:
+    with tqdm(total=len(configs), desc=stage, unit="run") as bar, ThreadPoolExecutor(len(places)) as pool:
         try:
             outcomes = list(pool.map(train_one, configs))
         except BaseException:
@@ -308,7 +331,7 @@ def train_all(configs: Sequence[RunConfig], gpus: Sequence[str] | None, out: Pat
     return {config.name: outcome for config, outcome in zip(configs, outcomes, strict=True)}
 
 
-def train(config: RunConfig, gpu: str | None, out: Path) -> Outcome:
+def train(config: RunConfig, place: dict[str, str], out: Path) -> Outcome:
     """One run of train.py, unless it has finished or failed before."""
     folder = config.run_folder
     failure = out / "logs" / f"{config.name}.failed"
@@ -320,10 +343,9 @@ def train(config: RunConfig, gpu: str | None, out: Path) -> Outcome:
         (out / name).mkdir(parents=True, exist_ok=True)
     file, log = out / "configs" / f"{config.name}.toml", out / "logs" / f"{config.name}.log"
     write_toml(config, file)
-    environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
     with log.open("a", encoding="utf-8") as stream:
         status = subprocess.run(
-            [sys.executable, str(TRAIN), "--config", str(file)], env=environment, stdout=stream, stderr=stream
+            [sys.executable, str(TRAIN), "--config", str(file)], env=os.environ | place, stdout=stream, stderr=stream
         ).returncode
     if status == 130:
         raise KeyboardInterrupt
@@ -395,12 +417,20 @@ def row(arm: Arm, best: dict[str, str], outcomes: dict[str, Outcome], seeds: int
         "mean": statistics.mean(losses),
         "sd": statistics.stdev(losses) if len(losses) > 1 else None,
         "interval": t_interval(losses),
+        "joules_per_token": mean_joules_per_token([run.folder for run in runs]),
         "diagnostics": {
             name: statistics.mean(run.evaluation[name] for run in runs if run.evaluation is not None)
             for name in (runs[0].evaluation or {})
             if name != "loss"
         },
     }
+
+
+def mean_joules_per_token(folders: Sequence[Path]) -> float | None:
+    """Mean over runs of energy over training tokens, in J; None where it was not measured (log.energy)."""
+    lines = [[record for record in records(folder) if record["kind"] == "energy"] for folder in folders]
+    rates = [spent[-1]["tokens_per_joule"] for spent in lines if spent]
+    return statistics.mean(1 / rate for rate in rates) if rates and all(rates) else None
 
 
 def best_point(arm: Arm, tuned: dict[str, Outcome]) -> dict[str, str]:
@@ -473,12 +503,22 @@ def write_tables(out: Path, result: dict[str, Any]) -> None:
         ]
         for entry in table
     ]
+    measured = any(entry["joules_per_token"] is not None for entry in table)
+    if measured:
+        header.append("J per token")
+        for cells, entry in zip(rows, table, strict=True):
+            cells.append("" if entry["joules_per_token"] is None else f"{entry['joules_per_token']:.3g}")
     lines = [header, ["---"] * len(header), *rows]
     notes = (
         "Losses in nats per token over the validation set. Intervals: Student's, over seeds; differences are paired by "
         "seed. The best point was chosen on the first seed and the same validation set, which flatters every arm a "
         "little. (edge): the best value is the smallest or the largest that was tried, so a better one may lie beyond."
     )
+    if measured:
+        notes += (
+            " J per token: energy of the whole machine, evaluations included, over training tokens. The metrics.jsonl "
+            "of each run says whether it was measured or estimated; of two runs at a time each counts the whole."
+        )
     markdown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     (out / "table.md").write_text(f"{markdown}\n\n{notes}\n", encoding="utf-8")
     with (out / "table.csv").open("w", newline="", encoding="utf-8") as stream:

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .harmax import DISTANCES, resolve_exponent
+from .distances import make_distance
+from .harmax import resolve_exponent
 
 HEADS = ("harmonic", "softmax")
 
@@ -28,9 +30,11 @@ class HGPTConfig(PreTrainedConfig):
             have it divided by √(2 · n_layer).
         tie_word_embeddings: centres (or unembedding rows) are the token embedding.
         head: "harmonic" or "softmax".
-        distance: metric of the harmonic head, "euclidean".
+        distance: metric of the harmonic head, by default "euclidean"; `hgpt.distances` has the list.
+        distance_options: options of the distance, such as {"p": 3.0} of "minkowski"; stored with its defaults.
         exponent: n on d of the harmonic head; a number, or "sqrt_dim", "dim", "2*sqrt_dim", … which is stored
             as the number that it stands for.
+        learn_exponent: n is trained, starting from `exponent`; what it has become is in the head's weights.
         final_norm_gain: initial value of the final layer norm's weight, which sets the norm of the hidden
             states that the head sees. Default: 0.05 with the harmonic head, 1 with the softmax head.
         centre_init_std: initial standard deviation of the centres (of the token embedding, where tied).
@@ -66,7 +70,9 @@ class HGPTConfig(PreTrainedConfig):
         tie_word_embeddings: bool = True,
         head: str = "harmonic",
         distance: str = "euclidean",
+        distance_options: dict[str, Any] | None = None,
         exponent: float | str = "2*sqrt_dim",
+        learn_exponent: bool = False,
         final_norm_gain: float | None = None,
         centre_init_std: float = 0.02,
         use_cache: bool = True,
@@ -89,8 +95,13 @@ class HGPTConfig(PreTrainedConfig):
             raise ValueError(f"n_embd must be divisible by n_head; got n_embd = {n_embd}, n_head = {n_head}")
         if head not in HEADS:
             raise ValueError(f"head must be one of {', '.join(HEADS)}; got {head!r}")
-        if distance not in DISTANCES:
-            raise ValueError(f"distance must be one of {', '.join(DISTANCES)}; got {distance!r}")
+        with torch.device("meta"):
+            metric = make_distance(distance, n_embd, **(distance_options or {}))
+        if head == "softmax":
+            if distance != "euclidean":
+                raise ValueError(f'distance = "{distance}" has no effect with head = "softmax": remove it')
+            if learn_exponent:
+                raise ValueError('learn_exponent has no effect with head = "softmax": remove it')
         if activation_function not in ACT2FN:
             raise ValueError(
                 f"activation_function must be one that transformers knows, such as gelu; got {activation_function!r}"
@@ -121,7 +132,9 @@ class HGPTConfig(PreTrainedConfig):
         self.pad_vocab_to_multiple_of = pad_vocab_to_multiple_of
         self.head = head
         self.distance = distance
+        self.distance_options = metric.options
         self.exponent = resolve_exponent(exponent, n_embd)
+        self.learn_exponent = learn_exponent
         self.final_norm_gain = final_norm_gain
         self.centre_init_std = centre_init_std
         self.use_cache = use_cache

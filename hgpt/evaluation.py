@@ -9,6 +9,7 @@ from torch import Tensor
 from hgpt.batches import read_windows
 from hgpt.engines import whole
 from hgpt.errors import UserError
+from hgpt.heads import HarmonicHead
 from hgpt.modeling_hgpt import HGPTForCausalLM
 from hgpt.shards import TokenShards
 
@@ -100,10 +101,14 @@ def head_diagnostics(
     and the maximum of |w_i| over the vocabulary and of |x| over the positions. For a harmonic head besides, with d from
     the logits (d = exp(−z / n), whatever the metric): the means over positions of d to the target and of d to the
     nearest centre, each over the median of the position's distances. A target ratio near 1 says that distances hardly
-    differ: such a model is a softmax model under another name.
+    differ: such a model is a softmax model under another name. Where n is learnt, `exponent` is what it has become.
     """
     unwrapped: HGPTForCausalLM = accelerator.unwrap_model(model)
-    config = unwrapped.config
+    config, head = unwrapped.config, unwrapped.lm_head
+    exponent, learnt = config.exponent, head.log_exponent if isinstance(head, HarmonicHead) else None
+    if learnt is not None:
+        with whole(learnt) as log_exponent:
+            exponent = float(log_exponent.exp())
     count = evaluation_windows(shards, seq_len)
     chosen = sorted({int(i * count / windows) for i in range(windows)})
     sums: dict[str, float] = {}
@@ -121,7 +126,7 @@ def head_diagnostics(
         x_norms = output.hidden_states[-1][0, counted].float().norm(dim=-1)
         values = {"accuracy": (logits.argmax(-1) == targets).float(), "x_norm_mean": x_norms}
         if config.head == "harmonic":
-            values |= _distance_ratios(logits, targets, config.exponent)
+            values |= _distance_ratios(logits, targets, exponent)
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + float(value.sum())
         maximum_x = max(maximum_x, float(x_norms.max()))
@@ -133,6 +138,7 @@ def head_diagnostics(
         "x_norm_max": maximum_x,
         "w_norm_mean": float(w_norms.mean()),
         "w_norm_max": float(w_norms.max()),
+        **({} if learnt is None else {"exponent": exponent}),
     }
 
 

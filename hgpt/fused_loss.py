@@ -60,7 +60,7 @@ def _block_positions(products: Tensor) -> int:
     return products.shape[0]  # elsewhere what counts is the number of kernels
 
 
-class _Terms(NamedTuple):
+class Terms(NamedTuple):
     """What the loss of a position is made of: n (None: softmax), the classes, ε, and whether ∂L/∂n is wanted."""
 
     n: float | Tensor | None
@@ -84,49 +84,60 @@ def _relative_distances(products: Tensor, x_sq: Tensor, w_sq: Tensor, num_classe
     return d_sq.div_(nearest), nearest, clamped
 
 
-def _block(
-    products: Tensor,
-    x_sq: Tensor,
-    w_sq: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    terms: _Terms,
-    g_out: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Losses of R positions, (R, 1), and their share of ∂L/∂n; G times `weights` (R, 1) goes to `g_out`, (R, V).
+def cross_entropy(
+    scores: Tensor, targets: Tensor, weights: Tensor, terms: Terms, need_g: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Losses of R positions, (R, 1), p − q, (R, V), and their share of ∂L/∂n, from scores that are overwritten.
 
-    `products` is overwritten, and `g_out` may be the same memory. Scores are to base 2, whose logarithm and power are
-    several times faster on a CPU than those to base e, and relative to the largest of the position: they reach
-    thousands, and so would their rounding.
+    Scores are to base 2, whose logarithm and power are several times faster on a CPU than those to base e, and relative
+    to the largest of the position: they reach thousands, and so would their rounding.
     """
     n, num_classes, smoothing, need_n = terms
-    if n is not None:
-        ratio, nearest, clamped = _relative_distances(products, x_sq, w_sq, num_classes)
-        scores = torch.log2(ratio).mul_(-0.5 * n)
-    else:
-        products[:, num_classes:] = -torch.inf
-        scores = (products - products.amax(-1, keepdim=True)).mul_(_LOG2_E)
-
     q_scores = scores.gather(-1, targets) * (1 - smoothing)  # Σ_i q_i scores_i, (R, 1)
     if smoothing:
         q_scores += scores[:, :num_classes].mean(-1, keepdim=True) * smoothing
     p = torch.exp2(scores, out=None if need_n else scores)
     normaliser = p.sum(-1, keepdim=True)
     losses = normaliser.log() - q_scores * _LN_2
-    if g_out is None:
-        return losses, None
+    if not need_g:
+        return losses, None, None
 
     g = p.div_(normaliser)  # p − q
     if smoothing:
         g[:, :num_classes] -= smoothing / num_classes
     g.scatter_add_(-1, targets, g.new_full(targets.shape, smoothing - 1))
+    if n is None or not need_n:
+        return losses, g, None
+    dots = (g[:, :num_classes] * scores[:, :num_classes]).sum(-1, keepdim=True)
+    return losses, g, (dots * weights).sum() * _LN_2 / n
+
+
+def _block(
+    products: Tensor,
+    x_sq: Tensor,
+    w_sq: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    terms: Terms,
+    g_out: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Losses of R positions, (R, 1), and their share of ∂L/∂n; G times `weights` (R, 1) goes to `g_out`, (R, V).
+
+    `products` is overwritten, and `g_out` may be the same memory.
+    """
+    n, num_classes, _, _ = terms
+    if n is not None:
+        ratio, nearest, clamped = _relative_distances(products, x_sq, w_sq, num_classes)
+        scores = torch.log2(ratio).mul_(-0.5 * n)
+    else:
+        products[:, num_classes:] = -torch.inf
+        scores = (products - products.amax(-1, keepdim=True)).mul_(_LOG2_E)
+    losses, g, grad_n = cross_entropy(scores, targets, weights, terms, g_out is not None)
+    if g is None or g_out is None:
+        return losses, None
     if n is None:
         torch.mul(g, weights, out=g_out)
         return losses, None
-    grad_n = None
-    if need_n:
-        dots = (g[:, :num_classes] * scores[:, :num_classes]).sum(-1, keepdim=True)
-        grad_n = (dots * weights).sum() * _LN_2 / n
     torch.mul(g.div_(ratio), weights * n / nearest, out=g_out)
     if clamped.numel():
         g_out.masked_fill_(clamped, 0.0)
@@ -154,7 +165,7 @@ def _losses_and_grads(
     num, dtype, harmonic = x.shape[0], accumulation_dtype(x.dtype), exponent is not None
     g_dtype = _gradient_dtype(x.dtype)
     n = exponent.item() if exponent is not None and exponent.is_cpu else exponent
-    terms = _Terms(n, num_classes, smoothing, need_n)
+    terms = Terms(n, num_classes, smoothing, need_n)
     w_sq = w.new_empty(w.shape[0], dtype=dtype)  # (V,)
     for rows, squares in zip(w.split(1024), w_sq.split(1024), strict=True):  # no second tensor of the size of w
         torch.sum(rows.to(dtype).square(), -1, out=squares)
@@ -312,6 +323,58 @@ _summed_loss.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 _position_losses.register_autograd(_compute_gradients, setup_context=_keep_operands)
 
 
+class Positions(NamedTuple):
+    """The operands of a loss with all positions in one dimension.
+
+    Attributes:
+        x, targets: (N, D) and (N,); a target that is ignored is 0.
+        counted: which positions count, (N,).
+        weights: 1/N_counted, 1/num_items or 1 where a position counts, otherwise 0; (N,) in the accumulation dtype.
+        num_classes: rows of w from here on are padding.
+    """
+
+    x: Tensor
+    targets: Tensor
+    counted: Tensor
+    weights: Tensor
+    num_classes: int
+
+
+def check_and_flatten(
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    *,
+    num_classes: int | None,
+    ignore_index: int,
+    num_items: Tensor | float | None,
+    reduction: str,
+    label_smoothing: float,
+) -> Positions:
+    """The arguments of a fused loss, checked and brought into one form. Raises ValueError as that does."""
+    if x.dtype != w.dtype or x.shape[-1] != w.shape[-1] or x.shape[:-1] != targets.shape:
+        raise ValueError(
+            "x (..., D), w (V, D) and targets (...) must fit, x and w with one dtype: "
+            f"x is {tuple(x.shape)} {x.dtype}, w is {tuple(w.shape)} {w.dtype}, "
+            f"targets is {tuple(targets.shape)}"
+        )
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+    if num_items is not None and reduction != "mean":
+        raise ValueError(f'num_items divides the sum of reduction="mean"; it has no effect with {reduction!r}')
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}")
+    dtype = accumulation_dtype(x.dtype)
+    x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    counted = targets != ignore_index
+    targets = targets.where(counted, 0)
+    weights = counted.to(dtype)
+    if reduction == "mean":
+        divisor = counted.sum().clamp_min(1) if num_items is None else num_items
+        weights = weights.where(~counted, 1 / torch.as_tensor(divisor, dtype=dtype, device=x.device))
+    return Positions(x, targets, counted, weights, w.shape[0] if num_classes is None else num_classes)
+
+
 def _fused_loss(
     x: Tensor,
     w: Tensor,
@@ -326,30 +389,20 @@ def _fused_loss(
     recompute: bool,
     chunk: int | None,
 ) -> Tensor:
-    if x.dtype != w.dtype or x.shape[-1] != w.shape[-1] or x.shape[:-1] != targets.shape:
-        raise ValueError(
-            "x (..., D), w (V, D) and targets (...) must fit, x and w with one dtype: "
-            f"x is {tuple(x.shape)} {x.dtype}, w is {tuple(w.shape)} {w.dtype}, "
-            f"targets is {tuple(targets.shape)}"
-        )
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
-    if num_items is not None and reduction != "mean":
-        raise ValueError(f'num_items divides the sum of reduction="mean"; it has no effect with {reduction!r}')
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}")
+    shape = targets.shape
+    x, targets, counted, weights, num_classes = check_and_flatten(
+        x,
+        w,
+        targets,
+        num_classes=num_classes,
+        ignore_index=ignore_index,
+        num_items=num_items,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
     if isinstance(exponent, float | int):
         exponent = torch.tensor(exponent, dtype=torch.float64)
-    num_classes = w.shape[0] if num_classes is None else num_classes
     chunk = chunk_positions(w.shape[0], x.dtype, x.device.type) if chunk is None else chunk
-    shape, dtype = targets.shape, accumulation_dtype(x.dtype)
-    x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    counted = targets != ignore_index
-    targets = targets.where(counted, 0)
-    weights = counted.to(dtype)
-    if reduction == "mean":
-        divisor = counted.sum().clamp_min(1) if num_items is None else num_items
-        weights = weights.where(~counted, 1 / torch.as_tensor(divisor, dtype=dtype, device=x.device))
 
     if reduction == "none" or recompute:
         losses = _position_losses(x, w, targets, exponent, num_classes, label_smoothing, chunk)

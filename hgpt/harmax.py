@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-DISTANCES = ("euclidean",)
-
 _EXPONENT = re.compile(r"(?:(?P<factor>[0-9.eE+-]+)\s*\*\s*)?(?P<base>sqrt_dim|dim)")
 
 # The rounding error of |x|² + |w|² − 2 x·w, in units of the accumulation dtype's epsilon times |x|². Below it

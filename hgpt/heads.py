@@ -11,8 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .distances import make_distance, pairwise_distances
 from .fused_loss import fused_harmonic_loss, fused_softmax_loss
-from .harmax import DISTANCES, harmonic_scores, inner_products, resolve_exponent, squared_distances
+from .harmax import accumulation_dtype, inner_products, resolve_exponent, squared_distances
+from .pairwise_loss import pairwise_harmonic_loss
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class _Head(nn.Module):
@@ -68,8 +75,7 @@ class _Head(nn.Module):
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x and the weight in the compute dtype: autocast's where it is on, otherwise that of x."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = _compute_dtype(x)
         return x.to(dtype), self.weight.to(dtype)
 
     def extra_repr(self) -> str:
@@ -78,19 +84,20 @@ class _Head(nn.Module):
 
 
 class HarmonicHead(_Head):
-    """d_i = ||w_i − x||₂ and logits z_i = −n log d_i, so softmax(logits) = HarMax = d_i^(−n) / Σ_j d_j^(−n).
+    """Logits z_i = −n log d_i of the distances to V centres, so softmax(logits) = HarMax = d_i^(−n) / Σ_j d_j^(−n).
 
     Works in place of the last `nn.Linear` of a classifier with a plain `F.cross_entropy` on its output:
 
         >>> head = HarmonicHead(in_features=64, num_classes=10)
         >>> loss = F.cross_entropy(head(features), labels)    # or head(features, labels), without the logits
+        >>> head = HarmonicHead(in_features=64, num_classes=10, distance="minkowski", p=3)
 
     Args:
         in_features: D, the width of x.
         num_classes: V, the number of classes.
         exponent: n on d: a number, "sqrt_dim" (the default: √D, as in arXiv:2502.01628), "dim" or a multiple,
             "2*sqrt_dim".
-        distance: the metric; "euclidean".
+        distance: what d is, by default |x − w_i|₂; `hgpt.distances` has the list.
         init_std: standard deviation of the normal distribution that the centres are drawn from; default
             1/√D, centres of norm about 1. HarMax does not see a common scale of x and w, but optimisers
             with absolute steps do: hidden states should be of about the centres' norm.
@@ -98,6 +105,11 @@ class HarmonicHead(_Head):
         learn_exponent: n is trained too, as the parameter `log_exponent` = log n, (1,): n stays positive, and an
             optimiser's steps are relative.
         label_smoothing: ε of the loss in training mode.
+        memory: bytes that a distance without a matrix product works with; default `distances.memory_of` the device.
+        options: those of the distance, such as p of "minkowski".
+
+    Attributes:
+        metric: the `Distance`, whose parameters are what is learnt of it.
     """
 
     def __init__(
@@ -111,39 +123,71 @@ class HarmonicHead(_Head):
         rows: int | None = None,
         learn_exponent: bool = False,
         label_smoothing: float = 0.0,
+        memory: int | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(in_features, num_classes, rows, label_smoothing)
-        if distance not in DISTANCES:
-            raise ValueError(f"distance must be one of {', '.join(DISTANCES)}; got {distance!r}")
         self.distance = distance
+        self.metric = make_distance(distance, in_features, **options)
         self.initial_exponent = resolve_exponent(exponent, in_features)
         self.log_exponent = nn.Parameter(torch.empty(1)) if learn_exponent else None
         self.init_std = in_features**-0.5 if init_std is None else init_std
+        self.memory = memory
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.init_std)
         if self.log_exponent is not None:
             nn.init.constant_(self.log_exponent, math.log(self.initial_exponent))
+        self.metric.reset_parameters()
 
     @property
     def exponent(self) -> float | Tensor:
         """n on d: a number, or where it is learnt a tensor of shape ()."""
         return self.initial_exponent if self.log_exponent is None else self.log_exponent.exp().squeeze()
 
-    def distances_squared(self, x: Tensor) -> Tensor:
-        """d²_i to every class, (..., D) → (..., num_classes), in float32 (float64 for float64 input)."""
+    def log_distances(self, x: Tensor) -> Tensor:
+        """log d_i to every class, (..., D) → (..., num_classes), in float32 (float64 for float64 input)."""
+        metric, shape = self.metric, (*x.shape[:-1], self.num_classes)
+        if metric.power is None:
+            x, w = self._exact_operands(x, self.weight[: self.num_classes])
+            return pairwise_distances(metric, x.reshape(-1, x.shape[-1]), w, self.memory).log().reshape(shape)
         x, w = self._operands(x)
         with torch.autocast(x.device.type, enabled=False):
-            return squared_distances(x, w)[..., : self.num_classes]
+            log_d = 0.5 * metric.power * squared_distances(x, w)[..., : self.num_classes].log()
+        return log_d if metric.scale == 1 else log_d + math.log(metric.scale)
+
+    def distances(self, x: Tensor) -> Tensor:
+        """d_i to every class, (..., D) → (..., num_classes), in float32 (float64 for float64 input)."""
+        return self.log_distances(x).exp()
 
     def logits(self, x: Tensor) -> Tensor:
-        """z_i = −(n/2) log d_i², (..., D) → (..., num_classes), in float32 (float64 for float64 input)."""
-        return harmonic_scores(self.distances_squared(x), self.exponent)
+        """z_i = −n log d_i, (..., D) → (..., num_classes), in float32 (float64 for float64 input)."""
+        return -self.exponent * self.log_distances(x)
 
     def loss(self, x: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        options |= self._loss_options()
+        if self.metric.power is None:
+            x, w = self._exact_operands(x, self.weight[: options.pop("num_classes")])
+            return pairwise_harmonic_loss(self.metric, x, w, targets, self.exponent, memory=self.memory, **options)
         x, w = self._operands(x)
-        return fused_harmonic_loss(x, w, targets, self.exponent, **self._loss_options(), **options)
+        return fused_harmonic_loss(x, w, targets, self.metric.power * self.exponent, **options)
+
+    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The distance's operands in the compute dtype, to which they are rounded once, at the end."""
+        if not self.metric.transforms:
+            return super()._operands(x)
+        dtype = _compute_dtype(x)
+        x, w = self._exact_operands(x, self.weight)
+        return x.to(dtype), w.to(dtype)
+
+    def _exact_operands(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """The distance's operands in float32, or float64 for float64. Called as a module, as `_Head.forward` says."""
+        if x.shape[-1] != w.shape[-1]:
+            raise ValueError(f"x and w must have one width: x is {tuple(x.shape)}, w is {tuple(w.shape)}")
+        dtype = accumulation_dtype(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.metric(x.to(dtype), w.to(dtype))
 
     def extra_repr(self) -> str:
         learnt = "" if self.log_exponent is None else " (learnt)"

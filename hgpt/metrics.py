@@ -30,11 +30,16 @@ class LogConfig:
         every: steps between logged training losses.
         trackers: "tensorboard" (files in the run folder), "wandb", or both; none for an empty list.
         wandb_project: project name for Weights & Biases, "hgpt" if not set.
+        energy: measure energy and emissions, with codecarbon and without a network (pip install "hgpt[energy]"); a line
+            of metrics.jsonl at every evaluation and checkpoint, cumulative. What the figures come from is printed.
+        energy_country: whose electricity the run uses, as ISO 3166-1 alpha-3: "DEU", "USA". Required with log.energy.
     """
 
     every: int = 10
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     wandb_project: str | None = None
+    energy: bool = False
+    energy_country: str | None = None
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -43,6 +48,16 @@ class LogConfig:
             raise UserError(
                 f'log.wandb_project = {self.wandb_project!r} has no effect without "wandb" in log.trackers: '
                 'set log.trackers = ["wandb"], or remove it'
+            )
+        if self.energy and self.energy_country is None:
+            raise UserError(
+                "log.energy = true needs log.energy_country, the country whose electricity the run uses, as three "
+                'letters of ISO 3166-1: set log.energy_country = "DEU", say, or log.energy = false'
+            )
+        if self.energy_country is not None and not self.energy:
+            raise UserError(
+                f"log.energy_country = {self.energy_country!r} has no effect without log.energy: set log.energy = "
+                "true, or remove it"
             )
 
 
@@ -217,10 +232,10 @@ class MetricsLog:
             tracker.start()
             tracker.store_init_configuration(plain)
 
-    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """One line {"kind", "step", "time", values…}; the trackers get the values as kind/name."""
+    def write(self, kind: str, step: int, values: Mapping[str, float], **words: str) -> None:
+        """One line {"kind", "step", "time", values…, words…}; the trackers get the values as kind/name."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._write_line({"kind": kind, "step": step, "time": time.time(), **finite})
+        self._write_line({"kind": kind, "step": step, "time": time.time(), **finite, **words})
         for tracker in self._trackers:
             tracker.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 

@@ -1,16 +1,25 @@
 """The README.md of an exported model."""
 
+import inspect
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
 from hgpt.configuration_hgpt import HGPTConfig
+from hgpt.distances import make_distance
 
 _HARMONIC = """\
 The unembedding is a harmonic distance layer (Baek et al., arXiv:2502.01628): with the hidden state x and a centre
-w_i for each token, d_i = ||w_i − x||, and the probability of token i is
+w_i for each token, d_i = {distance}, and the probability of token i is
 
-    p_i = d_i^(−n) / Σ_j d_j^(−n),    n = {exponent:g}
+    p_i = d_i^(−n) / Σ_j d_j^(−n),    n = {exponent:g}{learnt}
 
 `logits` are −n log d_i, so softmax, temperature (which is the exponent n/T), top-k, top-p, beams and cross-entropy
 on them are right as they stand. Distances come back from probabilities as d_i / d_min = (p_max / p_i)^(1/n).
 """
+
+_DISTANCE = "d(x, w_i) by the distance `{name}`{options} of hgpt: {formula}"
 
 _SOFTMAX = """\
 The unembedding is the ordinary softmax layer, logits w_i · x: the twin of a harmonic model of the same training code.
@@ -58,7 +67,7 @@ def model_card(
     config: HGPTConfig,
     *,
     name: str,
-    parameters: int,
+    weights: Mapping[str, Tensor],
     data: str,
     tokens: int,
     steps: int,
@@ -66,7 +75,11 @@ def model_card(
     validation_step: int | None,
     prompt: str = "The",
 ) -> str:
-    """Markdown that says what the model is, what it saw, how good it is, how to load it and how not to serve it."""
+    """Markdown that says what the model is, what it saw, how good it is, how to load it and how not to serve it.
+
+    Args:
+        weights: the model's parameters by name: they are counted, and the exponent is among them where it is learnt.
+    """
     harmonic = config.head == "harmonic"
     loss = "not measured"
     if validation_loss is not None:
@@ -74,17 +87,33 @@ def model_card(
     return _TEMPLATE.format(
         name=name,
         head=config.head,
-        parameters=parameters,
+        parameters=sum(weight.numel() for weight in weights.values()),
         n_layer=config.n_layer,
         n_embd=config.n_embd,
         n_head=config.n_head,
         n_positions=config.n_positions,
         vocab_size=config.vocab_size,
-        description=_HARMONIC.format(exponent=config.exponent) if harmonic else _SOFTMAX,
+        description=_harmonic(config, weights) if harmonic else _SOFTMAX,
         data=data,
         tokens=tokens,
         steps=steps,
         loss=loss,
         prompt=prompt,
         warning="\n" + _WARNING if harmonic else "",
+    )
+
+
+def _harmonic(config: HGPTConfig, weights: Mapping[str, Tensor]) -> str:
+    distance = "||w_i − x||"
+    if config.distance != "euclidean":
+        with torch.device("meta"):  # it may draw initial values, and the generator is the training's
+            metric = make_distance(config.distance, config.n_embd, **config.distance_options)
+        options = ", ".join(f"{name} = {value}" for name, value in config.distance_options.items())
+        formula = (inspect.getdoc(metric) or "").partition("\n")[0]  # where a distance says what it is
+        distance = _DISTANCE.format(name=config.distance, options=options and f" ({options})", formula=formula)
+    learnt = weights.get("lm_head.log_exponent")
+    return _HARMONIC.format(
+        distance=distance,
+        exponent=config.exponent if learnt is None else float(learnt.exp()),
+        learnt="" if learnt is None else f" (learnt, from {config.exponent:g})",
     )

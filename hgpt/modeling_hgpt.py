@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_hgpt import HGPTConfig
+from .distances import Distance
 from .heads import HarmonicHead, SoftmaxHead
 
 
@@ -152,6 +153,10 @@ class HGPTPreTrainedModel(PreTrainedModel):
             elif isinstance(module, HarmonicHead | SoftmaxHead) or (module is trunk.wte and config.tie_word_embeddings):
                 std = config.centre_init_std
             init.normal_(module.weight, std=std)
+            if isinstance(module, HarmonicHead) and module.log_exponent is not None:
+                init.constant_(module.log_exponent, math.log(module.initial_exponent))
+        elif isinstance(module, Distance):
+            module.reset_parameters()  # by torch.nn.init, which transformers guards in the same way
         elif isinstance(module, nn.LayerNorm):
             init.constant_(module.weight, config.final_norm_gain if module is trunk.ln_f else 1.0)
         elif next(module.parameters(recurse=False), None) is not None:
@@ -287,7 +292,12 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
         if config.head == "softmax":
             return SoftmaxHead(**shape, init_std=config.centre_init_std)
         return HarmonicHead(
-            **shape, exponent=config.exponent, distance=config.distance, init_std=config.centre_init_std
+            **shape,
+            exponent=config.exponent,
+            learn_exponent=config.learn_exponent,
+            distance=config.distance,
+            init_std=config.centre_init_std,
+            **config.distance_options,
         )
 
     def get_output_embeddings(self) -> nn.Module:
@@ -323,6 +333,12 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
         head = self._new_head(rows.num_embeddings)
         head.weight = nn.Parameter(rows.weight.data)
         head.label_smoothing = old_lm_head.label_smoothing
+        if isinstance(head, HarmonicHead):  # what does not depend on the number of rows
+            head.metric, head.log_exponent, head.memory = (
+                old_lm_head.metric,
+                old_lm_head.log_exponent,
+                old_lm_head.memory,
+            )
         return head
 
     def forward(

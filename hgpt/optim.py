@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hgpt.errors import UserError
+from hgpt.heads import HarmonicHead
 from hgpt.modeling_hgpt import HGPTForCausalLM
 
 
@@ -32,6 +33,8 @@ class OptimConfig:
         grad_clip: largest global norm of the gradient; 0 turns clipping off.
         centre_lr_multiplier: factor on the learning rate of the centres (of the token embedding, where tied).
         final_norm_lr_multiplier: factor on the learning rate of the final layer norm.
+        metric_lr_multiplier: factor on the learning rate of what is learnt of the head's distance ("mahalanobis"),
+            which never decays: its scale means nothing.
     """
 
     algorithm: Literal["adamw", "muon"] = "adamw"
@@ -47,9 +50,10 @@ class OptimConfig:
     grad_clip: float = 1.0
     centre_lr_multiplier: float = 1.0
     final_norm_lr_multiplier: float = 1.0
+    metric_lr_multiplier: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("lr", "eps", "centre_lr_multiplier", "final_norm_lr_multiplier"):
+        for name in ("lr", "eps", "centre_lr_multiplier", "final_norm_lr_multiplier", "metric_lr_multiplier"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 raise UserError(f"optim.{name} must be a positive number; got {value}")
@@ -98,7 +102,8 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
 
 
 def parameter_groups(model: HGPTForCausalLM, config: OptimConfig) -> list[dict]:
-    """Groups: matrices decay, vectors do not; centres and final norm have their own learning-rate factor.
+    """Groups: matrices decay, vectors and the head's distance do not; centres, final norm and distance have their own
+    learning-rate factor.
 
     Each group carries `lr_multiplier`, and `muon` where Muon trains it; every parameter that is trained is in exactly
     one group.
@@ -109,11 +114,13 @@ def parameter_groups(model: HGPTForCausalLM, config: OptimConfig) -> list[dict]:
     }
     if isinstance(model.transformer.ln_f.bias, nn.Parameter):
         special[model.transformer.ln_f.bias] = config.final_norm_lr_multiplier
+    metric = set(model.lm_head.metric.parameters()) if isinstance(model.lm_head, HarmonicHead) else set()
+    special |= dict.fromkeys(metric, config.metric_lr_multiplier)
     in_blocks = set(model.transformer.h.parameters()) if config.algorithm == "muon" else set()
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+            decay = config.weight_decay if parameter.ndim >= 2 and parameter not in metric else 0.0
             muon = parameter.ndim == 2 and parameter in in_blocks
             groups.setdefault((decay, special.get(parameter, 1.0), muon), []).append(parameter)
     return [

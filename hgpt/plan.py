@@ -32,6 +32,8 @@ and the attention's output (c each), the input and the output of the activation 
 norms' statistics and the attention's log-sum-exp. Other activation functions than gelu and gelu_pytorch_tanh may keep
 more; torch.compile usually keeps less.
 
+A distance that is no matrix product takes time that MFU says nothing of (`distance_seconds`).
+
 The head's loss (`head_memory`) has its peak when all activations are there, and the backward pass of the last block
 comes after it: the larger of the two counts. Gradients are there at that time because they are accumulated over
 micro-batches. Not counted: CUDA's context, workspaces of kernels and the allocator's fragmentation, together often 1 to
@@ -53,6 +55,7 @@ from torch import nn
 
 from hgpt.batches import TrainingBatches, accumulation_steps
 from hgpt.configuration_hgpt import HGPTConfig
+from hgpt.distances import Distance, make_distance, memory_of, score_chunk
 from hgpt.errors import UserError
 from hgpt.fused_loss import chunk_positions
 from hgpt.metrics import flops_per_token, peak_flops
@@ -67,22 +70,24 @@ GIB = 2**30
 # DeepSpeed's defaults: zero_optimization.reduce_bucket_size and stage3_max_live_parameters, in elements.
 _REDUCE_BUCKET, _MAX_LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 
-# Memory in GiB as CUDA reports it, rounded down, by words of the device's name; the first entry whose words are all
-# there.
-_MEMORY_GIB = (
-    ("H100 NVL", 93),
-    ("H100", 79),
-    ("H200", 139),
-    ("GH200", 94),
-    ("A100 80GB", 79),
-    ("A100 40GB", 39),
-    ("L40S", 44),
-    ("L4", 22),
-    ("A10G", 22),
-    ("A10", 22),
-    ("RTX 4090", 23),
-    ("RTX 3090", 23),
+# Memory in GiB as CUDA reports it, rounded down, and its bandwidth in GB/s of the vendors' data sheets, by words of the
+# device's name; the first entry whose words are all there.
+_MEMORY = (
+    ("H100 NVL", 93, 3900),
+    ("H100 PCIe", 79, 2000),
+    ("H100", 79, 3350),
+    ("H200", 139, 4800),
+    ("GH200", 94, 4000),
+    ("A100 80GB", 79, 1935),
+    ("A100 40GB", 39, 1555),
+    ("L40S", 44, 864),
+    ("L4", 22, 300),
+    ("A10G", 22, 600),
+    ("A10", 22, 600),
+    ("RTX 4090", 23, 1008),
+    ("RTX 3090", 23, 936),
 )
+_DAY = 86400
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -182,7 +187,9 @@ class HeadMemory(NamedTuple):
         return self.operands + self.chunk
 
 
-def head_memory(config: HGPTConfig, tokens: int, precision: Precision) -> HeadMemory:
+def head_memory(
+    config: HGPTConfig, tokens: int, precision: Precision, distance_memory: float | None = None
+) -> HeadMemory:
     """What `hgpt.fused_loss` needs on a GPU for `tokens` positions, by its own chunk rule, and the dense head instead.
 
     operands: x and its gradient, (N, D); under autocast x in both dtypes and a bf16 copy of w; the gradient of w in
@@ -190,14 +197,29 @@ def head_memory(config: HGPTConfig, tokens: int, precision: Precision) -> HeadMe
     chunk: C positions · V times 4 bytes of products, 4 of scores, 1 of mask (harmonic), 2 of G (bf16).
     dense: (N, V) times 17 bytes in the backward pass of `harmax.harmonic_loss`, 12 in that of the softmax twin, and the
         same operands.
+
+    A distance with operands of its own has them and their gradients in float32 besides. One in blocks works in float32,
+    with the operands and their gradients, and in `distance_memory` MiB (train.distance_memory).
     """
     rows, width = config.padded_vocab_size, config.n_embd
     c = precision.compute.itemsize
+    metric = distance_of(config)
+    if metric is not None and metric.power is None:
+        memory = memory_of("cuda") if distance_memory is None else int(distance_memory * 2**20)
+        operands = (tokens + rows) * width * (8 + (8 if metric.transforms else 0))
+        return HeadMemory(
+            operands=operands,
+            chunk=memory,
+            dense=operands + tokens * rows * 17,
+            chunk_positions=min(tokens, score_chunk(config.vocab_size, 4, memory)),
+        )
     harmonic = config.head == "harmonic"
     chunk = min(tokens, chunk_positions(rows, precision.compute, "cuda"))
     operands = tokens * width * 2 * c + rows * width * 4 + 8 * rows + 20 * tokens
     if precision.autocast:
         operands += tokens * width * precision.residual.itemsize + rows * width * c
+    if metric is not None and metric.transforms:
+        operands += (tokens + rows) * width * 8
     scores = chunk * rows
     elementwise = scores * (8 + (1 if harmonic else 0) + (2 if c == 2 else 0))
     # With bf16 operands a chunk's share of the gradient of w comes as a float32 tensor of its own.
@@ -208,6 +230,31 @@ def head_memory(config: HGPTConfig, tokens: int, precision: Precision) -> HeadMe
         dense=operands + tokens * rows * (17 if harmonic else 12),
         chunk_positions=chunk,
     )
+
+
+def distance_of(config: HGPTConfig) -> Distance | None:
+    """The distance of a harmonic head, without memory for its weights."""
+    if config.head != "harmonic":
+        return None
+    with torch.device("meta"):
+        return make_distance(config.distance, config.n_embd, **config.distance_options)
+
+
+def distance_seconds(config: HGPTConfig, tokens: float, device: str) -> float:
+    """About how long one GPU takes for loss and gradients of `tokens` positions with a distance in blocks, otherwise 0.
+
+        tokens · V · D · traffic · 4 bytes / bandwidth
+
+    `traffic` is how often the blocks' operations read or write an element (`Distance.traffic`, counted in the code).
+    Computed, not measured: each operation on its own is bound by memory; caches may help, and a fused kernel would. A
+    device whose bandwidth is not known counts as an H100.
+    """
+    metric = distance_of(config)
+    if metric is None or metric.power is not None:
+        return 0.0
+    known = _of_device(device) or _of_device("H100")
+    assert known is not None
+    return tokens * config.vocab_size * config.n_embd * metric.traffic * 4 / (known[1] * 1e9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +290,7 @@ def memory_per_gpu(
     precision: str,
     checkpointing: bool,
     muon: bool = False,
+    distance_memory: float | None = None,
 ) -> Memory:
     """The peak of a training step on one GPU, by the table of this module.
 
@@ -253,6 +301,7 @@ def memory_per_gpu(
         precision: as `train.precision`, "auto" being bf16.
         checkpointing: as `train.activation_checkpointing`.
         muon: whether Muon trains the blocks' matrices.
+        distance_memory: as `train.distance_memory`.
     """
     numbers = precision_of(engine, precision)
     total, share, c = parameters.total, -(-parameters.total // processes), numbers.compute.itemsize
@@ -283,19 +332,25 @@ def memory_per_gpu(
         buckets=static[3],
         activations=activations.kept + copies,
         block=activations.block,
-        head=head_memory(config, tokens, numbers).peak,
+        head=head_memory(config, tokens, numbers, distance_memory).peak,
         host=host,
     )
 
 
 def memory_of_device(device_name: str) -> float | None:
     """Bytes of memory of a GPU by its name, as in "NVIDIA H100 80GB HBM3"; None if unknown."""
+    known = _of_device(device_name)
+    return None if known is None else known[0] * GIB
+
+
+def _of_device(device_name: str) -> tuple[int, int] | None:
+    """GiB and GB/s of a GPU's memory by its name; None if unknown."""
     if peak_flops(device_name) is None:  # not a device of the table, or a slice of one
         return None
     words = device_name.replace("-", " ").split()
-    for name, gib in _MEMORY_GIB:
+    for name, gib, bandwidth in _MEMORY:
         if set(name.split()) <= set(words):
-            return gib * GIB
+            return gib, bandwidth
     return None
 
 
@@ -361,7 +416,18 @@ class Plan:
             precision=train.precision,
             checkpointing=train.activation_checkpointing if checkpointing is None else checkpointing,
             muon=self.run.optim.algorithm == "muon",
+            distance_memory=train.distance_memory,
         )
+
+    @property
+    def tokens(self) -> int:
+        """That the run trains on."""
+        return self.run.train.steps * self.run.train.global_batch * self.run.data.seq_len
+
+    @property
+    def distance_seconds(self) -> float:
+        """About how long the run takes for a distance in blocks alone."""
+        return distance_seconds(self.config, self.tokens, self.launch.device) / self.launch.processes
 
 
 def make_plan(run: RunConfig, launch: Launch) -> Plan:
@@ -422,6 +488,13 @@ def warnings(plan: Plan) -> list[str]:
             f"{_gib(need)} GiB in the {_gib(capacity)} GiB of {launch.device} {state}"
             + (f"; what helps: {' or '.join(ways)}" if ways else "")
         )
+    if plan.distance_seconds > _DAY:
+        found.append(
+            f'model.head.distance = "{plan.config.distance}" visits every coordinate of every pair of a token and a '
+            f"centre: about {_duration(plan.distance_seconds)} for {_short(plan.tokens)} tokens and "
+            f"{plan.config.vocab_size:,} centres, by the memory's bandwidth. What helps: cosine, mahalanobis or "
+            "euclidean, which are matrix products, a smaller vocabulary, or fewer tokens"
+        )
     if launch.engine != "ddp" and run.optim.algorithm == "muon":
         found.append(f'{launch.engine} does not work with optim.algorithm = "muon": set it to "adamw"')
     if launch.engine == "zero3" and run.train.compile:
@@ -449,7 +522,10 @@ def report(plan: Plan) -> str:
 def _introduction(plan: Plan) -> list[str]:
     launch, train, config = plan.launch, plan.run.train, plan.config
     precision = "fp32" if train.precision == "fp32" else "bf16"
-    head = f"harmonic head, n = {config.exponent:.4g}" if config.head == "harmonic" else "softmax head"
+    head = "softmax head"
+    if config.head == "harmonic":
+        head = f"harmonic head ({config.distance}), n = {config.exponent:.4g}"
+        head += " to start with" if config.learn_exponent else ""
     nodes = f"{launch.nodes} nodes of {launch.gpus}" if launch.nodes > 1 else f"{launch.gpus}"
     return [
         f"{plan.run.name}: {head}, vocabulary {config.vocab_size:,} in {config.padded_vocab_size:,} rows",
@@ -478,7 +554,7 @@ def _memory_lines(plan: Plan) -> list[str]:
     run, engine, config = plan.run, plan.launch.engine, plan.config
     memory = plan.memory(engine)
     precision = precision_of(engine, run.train.precision)
-    head = head_memory(config, plan.micro_tokens, precision)
+    head = head_memory(config, plan.micro_tokens, precision, run.train.distance_memory)
     off, on = (plan.memory(engine, checkpointing=value) for value in (False, True))
     rows = [
         (f"memory per GPU, {engine}", "GiB", ""),
@@ -530,7 +606,7 @@ def _engine_lines(plan: Plan) -> list[str]:
 def _training_lines(plan: Plan) -> list[str]:
     run, launch = plan.run, plan.launch
     step_tokens = run.train.global_batch * run.data.seq_len
-    tokens = run.train.steps * step_tokens
+    tokens = plan.tokens
     flops = flops_per_token(plan.config, run.data.seq_len)
     lines = [
         f"tokens per step  {step_tokens:,} = {run.train.global_batch} x {run.data.seq_len:,}; accumulation "
@@ -554,6 +630,11 @@ def _training_lines(plan: Plan) -> list[str]:
         lines.append(
             f"time             {_duration(tokens / rate)} at {launch.mfu:.0%} MFU of {peak / 1e12:g} TFLOP/s a GPU: "
             f"{rate:,.0f} tokens/s, {step_tokens / rate:.3g} s a step; without evaluations and checkpoints"
+        )
+    if plan.distance_seconds:
+        lines.append(
+            f"distance         about {_duration(plan.distance_seconds)} besides for {plan.config.distance}, which is "
+            "no matrix product"
         )
     return lines
 

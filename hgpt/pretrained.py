@@ -20,6 +20,8 @@ _CONV1D = re.compile(r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight
 _MASKS = re.compile(r"\.attn\.(bias|masked_bias)$")
 _TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # one function, three names
 _TOKENS, _HEAD, _POSITIONS = "transformer.wte.weight", "lm_head.weight", "transformer.wpe.weight"
+_EXPONENT, _METRIC = "lm_head.log_exponent", "lm_head.metric."
+_HEAD_SETTINGS = ("exponent", "learn_exponent", "distance", "distance_options")
 _MOST_PADDING = 127  # rows that a checkpoint's embedding may have beyond the vocabulary: multiples of up to 128
 
 
@@ -65,7 +67,10 @@ def initialize_from(model: HGPTForCausalLM, source: str) -> list[str]:
         if not torch.equal(head, weights.get(_TOKENS, head)):
             notes.append(f"not used from the checkpoint: {_HEAD} (its embeddings are not tied, the run's are)")
 
-    shared = sorted(parameters.keys() & weights.keys())
+    same_distance = all(found.behaviour.get(name) == getattr(config, name) for name in ("distance", "distance_options"))
+    shared = sorted(
+        name for name in parameters.keys() & weights.keys() if same_distance or not name.startswith(_METRIC)
+    )
     unfit = [
         f"{name}: {tuple(weights[name].shape)} in the checkpoint, {tuple(parameters[name].shape)} in the model"
         for name in shared
@@ -80,9 +85,9 @@ def initialize_from(model: HGPTForCausalLM, source: str) -> list[str]:
         for name in shared:
             rows = min(len(weights[name]), len(parameters[name]))
             parameters[name][:rows] = weights[name][:rows]
-    if missing := sorted(parameters.keys() - weights.keys()):
+    if missing := sorted(parameters.keys() - shared):
         notes.append("not in the checkpoint, kept as initialised: " + ", ".join(missing))
-    if unused := sorted(weights.keys() - parameters.keys()):
+    if unused := sorted(weights.keys() - shared):
         notes.append("not used from the checkpoint: " + ", ".join(unused))
     return notes
 
@@ -101,11 +106,13 @@ def _fits(name: str, value: Tensor, parameter: Tensor, vocab_size: int) -> bool:
 def _differences(found: _Source, config: Any) -> list[str]:
     """A line for each setting in which the run computes something else than the checkpoint's model did."""
     now = {name: getattr(config, name) for name in found.behaviour}
+    if now.get("learn_exponent") and _EXPONENT in found.weights:
+        now["exponent"] = found.behaviour["exponent"]  # which is taken over
     return [
-        f"model.{'head.' if name in ('exponent', 'distance') else ''}{name} is {now[name]!r}, the checkpoint was "
+        f"model.{'head.' if name in _HEAD_SETTINGS else ''}{name} is {now[name]!r}, the checkpoint was "
         f"trained with {value!r}"
         for name, value in found.behaviour.items()
-        if now[name] != value and not {now[name], value} <= set(_TANH_GELUS)
+        if now[name] != value and not (now[name] in _TANH_GELUS and value in _TANH_GELUS)
     ]
 
 
@@ -131,7 +138,9 @@ def _hugging_face(source: str) -> _Source:
     else:
         behaviour |= {"bias": config.bias, "head": config.head}
         if config.head == "harmonic":
-            behaviour |= {"exponent": config.exponent, "distance": config.distance}
+            behaviour |= {name: getattr(config, name) for name in _HEAD_SETTINGS}
+            if _EXPONENT in weights:
+                behaviour["exponent"] = float(weights[_EXPONENT].exp())
     return _Source(
         weights=_clean(weights), shape=_shape(config.n_layer, config.n_head, config.n_embd), behaviour=behaviour
     )

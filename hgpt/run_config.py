@@ -17,16 +17,19 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
+import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
 from hgpt.checkpoint import CheckpointConfig
 from hgpt.configuration_hgpt import HGPTConfig
+from hgpt.distances import Distance, load_distances, make_distance
 from hgpt.errors import UserError
 from hgpt.evaluation import EvalConfig
 from hgpt.metrics import LogConfig
 from hgpt.optim import OptimConfig
 
 CONFIG_FILE = "config.toml"
+DISTANCE_OPTIONS = ("p", "temperature", "metric", "rank")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,15 @@ class HeadConfig:
         type: "harmonic" (logits −n log d) or "softmax" (logits w · x).
         exponent: n on the distance d: a number, "sqrt_dim" (√D), "dim" or a multiple such as "2*sqrt_dim".
             Harmonic only, and there required.
-        distance: the metric, "euclidean". Harmonic only.
+        learn_exponent: n is trained, starting from `exponent`. Harmonic only.
+        distance: what d is: "euclidean" (the default), "cosine", "mahalanobis", which go through matrix products, or
+            "manhattan", "minkowski", "chebyshev", "canberra", "bray_curtis", "hamming", which take many times as long
+            (python -m hgpt.plan). Harmonic only, as are its options.
+        distance_file: a Python file that registers a distance of your own (hgpt.register_distance); it is executed.
+        p: of "minkowski", 1 or more; there required.
+        temperature: of "hamming", in the unit of the hidden states; default 1.
+        metric: of "mahalanobis", "diagonal" (the default), "low_rank" or "full".
+        rank: of a "low_rank" metric, at most n_embd; there required.
         final_norm_gain: initial weight of the final layer norm, which sets the norm of the hidden states;
             default 0.05 with the harmonic head, 1 with softmax.
         centre_init_std: initial standard deviation of the centres (of the token embedding, where tied).
@@ -45,14 +56,20 @@ class HeadConfig:
 
     type: Literal["harmonic", "softmax"] = "harmonic"
     exponent: float | str | None = None
-    distance: Literal["euclidean"] | None = None
+    learn_exponent: bool = False
+    distance: str | None = None
+    distance_file: str | None = None
+    p: float | None = None
+    temperature: float | None = None
+    metric: str | None = None
+    rank: int | None = None
     final_norm_gain: float | None = None
     centre_init_std: float = 0.02
 
     def __post_init__(self) -> None:
         if self.type == "softmax":
-            for name in ("exponent", "distance"):
-                if getattr(self, name) is not None:
+            for name in ("exponent", "distance", "distance_file", "learn_exponent", *DISTANCE_OPTIONS):
+                if getattr(self, name) not in (None, False):
                     raise UserError(
                         f'model.head.{name} = {getattr(self, name)!r} has no effect with model.head.type = "softmax": '
                         f"remove it (on the command line: --model.head.{name} null), or set model.head.type = "
@@ -63,6 +80,21 @@ class HeadConfig:
                 'model.head.exponent is required with model.head.type = "harmonic": n on the distance d, for example '
                 '"2*sqrt_dim"'
             )
+        if self.distance_file is not None:
+            try:
+                load_distances(self.distance_file)
+            except ValueError as error:
+                raise UserError(f"model.head.distance_file: {error}") from error
+
+    def make_distance(self, dim: int) -> Distance:
+        """The distance for vectors of width `dim`, without memory for its weights. Raises ValueError."""
+        with torch.device("meta"):
+            return make_distance(self.distance or "euclidean", dim, **self.distance_options)
+
+    @property
+    def distance_options(self) -> dict[str, Any]:
+        options = {name: getattr(self, name) for name in DISTANCE_OPTIONS}
+        return {name: value for name, value in options.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +130,12 @@ class ModelConfig:
     init_from: str | None = None
     head: HeadConfig
 
+    def __post_init__(self) -> None:
+        try:
+            self.head.make_distance(self.n_embd)
+        except ValueError as error:
+            raise UserError(f"model.head.{error}") from error
+
     def to_hf(self, *, vocab_size: int, seq_len: int, end_of_text: int | None = None) -> HGPTConfig:
         """The Hugging Face configuration of this model for a vocabulary and a context length."""
         head = self.head
@@ -111,6 +149,8 @@ class ModelConfig:
                 n_positions=seq_len,
                 head=head.type,
                 distance=head.distance or "euclidean",
+                distance_options=head.distance_options,
+                learn_exponent=head.learn_exponent,
                 final_norm_gain=head.final_norm_gain,
                 centre_init_std=head.centre_init_std,
                 bos_token_id=end_of_text,
@@ -164,6 +204,8 @@ class TrainConfig:
             losses that are logged contain it, validation losses never do.
         skip_non_finite: how many steps with a gradient that is not finite are left out before the run stops; the
             windows of each are written to non_finite.jsonl. 0 stops at the first. Not with DeepSpeed.
+        distance_memory: MiB that a distance which is no matrix product may work with, beside operands and gradients.
+            Default: 64 on a CPU, 512 on a GPU.
         hang_timeout: seconds without progress after which a process of several gives up, naming those it waits for.
             To be longer than the longest evaluation.
     """
@@ -177,6 +219,7 @@ class TrainConfig:
     activation_checkpointing: bool = False
     label_smoothing: float = 0.0
     skip_non_finite: int = 0
+    distance_memory: float | None = None
     hang_timeout: float = 1800.0
 
     def __post_init__(self) -> None:
@@ -187,6 +230,8 @@ class TrainConfig:
             raise UserError(f"train.label_smoothing must lie in [0, 1); got {self.label_smoothing}")
         if self.skip_non_finite < 0:
             raise UserError(f"train.skip_non_finite must be 0 (none) or more steps; got {self.skip_non_finite}")
+        if self.distance_memory is not None and not 0 < self.distance_memory < math.inf:
+            raise UserError(f"train.distance_memory must be a positive number of MiB; got {self.distance_memory}")
         if not 0 < self.hang_timeout < math.inf:
             raise UserError(f"train.hang_timeout must be a positive number of seconds; got {self.hang_timeout}")
         if not 0 <= self.seed < 2**31:  # NumPy's generators take 32 bits, and each process adds its number
@@ -229,6 +274,20 @@ class RunConfig:
             raise UserError(
                 f"optim.warmup_steps = {self.optim.warmup_steps} must be fewer than train.steps = {self.train.steps}: "
                 "lower the one or raise the other"
+            )
+        distance = self.model.head.make_distance(self.model.n_embd)
+        what = f'model.head.distance = "{self.model.head.distance or "euclidean"}"'
+        if self.model.head.type == "softmax":
+            what = 'model.head.type = "softmax"'
+        if self.optim.metric_lr_multiplier != 1 and not list(distance.parameters()):
+            raise UserError(
+                f"optim.metric_lr_multiplier = {self.optim.metric_lr_multiplier} has no effect with {what}, where no "
+                "distance is learnt: remove it"
+            )
+        if self.train.distance_memory is not None and distance.power is not None:
+            raise UserError(
+                f"train.distance_memory = {self.train.distance_memory} has no effect with {what}, which goes through "
+                "matrix products: remove it"
             )
 
     @property
@@ -381,7 +440,7 @@ def to_toml(table: dict[str, Any], name: str = "") -> str:
 # What may differ between a checkpoint and the run that goes on from it: nothing that changes the model, the data or
 # what the optimiser remembers.
 _FIXED_ON_RESUME = ("model.", "data.", "train.seed", "train.global_batch", "optim.algorithm")
-_FREE_ON_RESUME = ("model.init_from", "data.path", "data.verify")
+_FREE_ON_RESUME = ("model.init_from", "model.head.distance_file", "data.path", "data.verify")
 
 
 def check_resume(saved: dict[str, Any], config: RunConfig, checkpoint: Path) -> list[str]:

@@ -65,6 +65,7 @@ class Run:
     validation_loss: float | None
     tokens_per_second: float | None
     tokens: int | None
+    energy_kwh: float | None = None
     age: float | None
     state: str
 
@@ -115,6 +116,7 @@ def read_run(name: str, folder: Path, now: float) -> Run:
         validation_loss=_number(evaluation, "loss"),
         tokens_per_second=_number(train, "tokens_per_second"),
         tokens=None if (tokens := _number(train, "tokens")) is None else int(tokens),
+        energy_kwh=_number(last.get("energy"), "energy_kwh"),
         age=age,
         state=_state(folder, steps, age, times),
     )
@@ -155,17 +157,17 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _last_records(path: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """The last few lines of metrics.jsonl, the oldest first, and the last line of each of "train" and "eval".
+    """The last few lines of metrics.jsonl, the oldest first, and the last line of each of "train", "eval" and "energy".
 
-    Read backwards, and only what may hold a line that is still missing is parsed. Whatever is no whole JSON object with
-    a step is passed over.
+    Read backwards, and only what may hold a line that is still missing is parsed; not every run has one about energy,
+    which stands after that of an evaluation. Whatever is no whole JSON object with a step is passed over.
     """
     recent: list[dict[str, Any]] = []
     last: dict[str, dict[str, Any]] = {}
     for lines in _lines_backwards(path):
-        missing = [f'"{kind}"'.encode() for kind in ("train", "eval") if kind not in last]
+        missing = [f'"{kind}"'.encode() for kind in ("train", "eval", "energy") if kind not in last]
         if len(recent) == _RECENT_LINES:
-            if not missing:
+            if {"train", "eval"} <= last.keys():
                 break
             if not any(kind in lines for kind in missing):  # many times faster than to look at each
                 continue
@@ -239,7 +241,9 @@ def sort_runs(runs: Sequence[Run], by: str) -> list[Run]:
 
 def table(runs: Sequence[Run]) -> str:
     """One line a run, in `LINE_WIDTH` columns; a name that is too long loses its middle."""
-    rows = [["run", "step", "train", "val", "tok/s", "tokens", "age", "state"], *map(_cells, runs)]
+    rows = [["run", "step", "train", "val", "tok/s", "tokens", "kWh", "age", "state"], *map(_cells, runs)]
+    if all(run.energy_kwh is None for run in runs):
+        rows = [row[:6] + row[7:] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     gaps = 2 * (len(widths) - 1)
     widths[0] = min(widths[0], max(12, LINE_WIDTH - sum(widths[1:]) - gaps))
@@ -259,6 +263,7 @@ def _cells(run: Run) -> list[str]:
         "-" if run.validation_loss is None else f"{run.validation_loss:.4f}",
         "-" if run.tokens_per_second is None else _short(run.tokens_per_second),
         "-" if run.tokens is None else _short(run.tokens),
+        "-" if run.energy_kwh is None else f"{run.energy_kwh:.3g}",
         "-" if run.age is None else _age(run.age),
         run.state,
     ]

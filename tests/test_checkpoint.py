@@ -177,11 +177,11 @@ def test_a_disk_that_fills_up(tmp_path, limit):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 400 kB, where one can be mounted."""
+    """A file system of 600 kB, where one can be mounted."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if shutil.which("mount") is None or subprocess.call(
-        ["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(disk)], stderr=subprocess.DEVNULL
+        ["mount", "-t", "tmpfs", "-o", "size=600k", "none", str(disk)], stderr=subprocess.DEVNULL
     ):
         pytest.skip("no file system can be mounted here; test_a_disk_that_fills_up tries the same with a limit")
     yield disk

@@ -57,7 +57,8 @@ loss = abs(lr - 3e-3) * 100 + 4 + 0.01 * (seed - 1337) - 0.1 * (config["model"][
 records = [{"kind": "train", "step": 1, "loss": 9.0}]
 if lr < 1:
     records.append({"kind": "eval", "step": config["train"]["steps"], "time": 0, "loss": loss, "accuracy": 0.25,
-                    "gpu": int(os.environ.get("CUDA_VISIBLE_DEVICES", -1))})
+                    "gpu": int(os.environ.get("CUDA_VISIBLE_DEVICES") or -1),
+                    "threads": int(os.environ.get("OMP_NUM_THREADS") or 0)})
 (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\\n" for r in records))
 with open(folder.parent / "trained", "a") as log:
     log.write(config["name"] + "\\n")
@@ -121,6 +122,20 @@ def test_each_arm_is_tuned_and_then_repeated(arms, capsys):
     assert Path("out/table.csv").read_text().count("\n") == 3
 
 
+def test_energy_per_token_where_it_was_measured(arms, capsys):
+    command = [*arms, *SWEEP, "--seeds", "2", "--out", "out"]
+    assert run(*command)["arms"][0]["joules_per_token"] is None
+    assert "J per token" not in capsys.readouterr().out
+    for seed, rates in ((0, (1.0, 100.0)), (1, (50.0,))):
+        with open(f"out/runs/harmonic-lr3e-3-seed{seed}/metrics.jsonl", "a") as file:
+            for rate in rates:  # the last line counts
+                file.write(json.dumps({"kind": "energy", "step": 20, "tokens_per_joule": rate}) + "\n")
+    harmonic, softmax = run(*command)["arms"]
+    assert harmonic["joules_per_token"] == pytest.approx(0.015) and softmax["joules_per_token"] is None
+    header, _, first, second, *_ = capsys.readouterr().out.splitlines()
+    assert header.endswith("| J per token |") and first.endswith("| 0.015 |") and second.endswith("|  |")
+
+
 def test_the_minimum_moves_with_the_learning_rate(arms):
     run(*arms, *SWEEP, "--seeds", "1", "--out", "out")
     text = Path("out/configs/harmonic-lr9e-3-seed0.toml").read_text()
@@ -154,6 +169,19 @@ def test_runs_are_spread_over_the_gpus(arms):
     result = run(*arms, *SWEEP, "--seeds", "1", "--gpus", "3", "5", "--out", "out")
     used = {entry["evaluation"]["gpu"] for entry in result["runs"].values()}
     assert used <= {3, 5} and len(trained(Path("out"))) == 6
+
+
+def test_runs_side_by_side_on_the_cpu_share_its_threads(arms, monkeypatch, capsys):
+    monkeypatch.setattr(compare.torch, "get_num_threads", lambda: 7)
+    result = run(*arms, *SWEEP, "--seeds", "2", "--jobs", "2", "--out", "out")
+    assert {(entry["evaluation"]["gpu"], entry["evaluation"]["threads"]) for entry in result["runs"].values()} == {
+        (-1, 3)
+    }
+    assert len(trained(Path("out"))) == 8
+    assert main([*arms, *SWEEP, "--jobs", "2", "--gpus", "0", "--out", "out"]) == 2
+    assert "leave one out" in capsys.readouterr().err
+    assert main([*arms, *SWEEP, "--jobs", "0", "--out", "out"]) == 2
+    assert "--jobs must be at least 1" in capsys.readouterr().err
 
 
 def test_varied_settings_make_arms(arms):
@@ -194,7 +222,8 @@ def test_arms_that_are_not_matched_are_refused(arms, tmp_path, capsys):
 def test_a_trainer_that_breaks_is_an_error(arms, tmp_path, capsys):
     (tmp_path / "train.py").write_text("import sys\nprint('error: the disk is full')\nsys.exit(2)\n")
     assert main([*arms, "--out", "out", "--no-report"]) == 2
-    assert "stopped with status 2: error: the disk is full (all of it is in out/logs/" in capsys.readouterr().err
+    message = f"stopped with status 2: error: the disk is full (all of it is in {tmp_path}/out/logs/"
+    assert message in capsys.readouterr().err
     (tmp_path / "train.py").unlink()
     assert main([*arms, "--out", "out", "--no-report"]) == 2
     assert "hgpt.compare trains with the train.py of the checkout" in capsys.readouterr().err

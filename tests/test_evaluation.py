@@ -165,6 +165,19 @@ def test_diagnostics(head):
         assert found[name] == pytest.approx(value.item(), rel=1e-5), name
 
 
+def test_diagnostics_with_a_learnt_exponent():
+    """Ratios of distances do not depend on n: it must be the head's own, and not the one it started from."""
+    fixed, learnt, shards = small_model(), small_model(learn_exponent=True), stream(3 * T)
+    learnt.load_state_dict(fixed.state_dict(), strict=False)
+    with torch.no_grad():
+        learnt.lm_head.log_exponent.fill_(2.0)
+    expected, found = (
+        head_diagnostics(model, shards, seq_len=T, windows=9, accelerator=OneOf()) for model in (fixed, learnt)
+    )
+    assert found.pop("exponent") == pytest.approx(np.exp(2.0))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_diagnostics_take_windows_from_all_over_the_split():
     shards = stream(100 * T + 1)
     read = []

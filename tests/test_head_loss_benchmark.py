@@ -20,6 +20,17 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
             assert all(0 <= float(error) < 1e-4 for error in rows[name][-1].split(","))
 
 
+def test_other_distances(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["cosine", "mahalanobis:metric=low_rank,rank=4", "manhattan", "minkowski:p=3"]
+    only = ["--only", "fused harmonic", "--skip", "memory", "--rounds", "1", "--threads", "1"]
+    head_loss.main(["--shape", "64x16x200", "--distances", *names, *only])
+    table = filter(None, map(split, capsys.readouterr().out.splitlines()))
+    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in table}
+    for name in ("fused harmonic", *(f"harmonic, {name}" for name in names)):
+        assert float(rows[name][1]) > 0 and all(0 <= float(error) < 1e-4 for error in rows[name][-1].split(","))
+    assert rows["fused harmonic"][1] == "1.000"
+
+
 def split(line: str) -> list[str]:
     return line.split("|") if line.startswith("|") else []
 
@@ -37,6 +48,7 @@ def test_errors(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["--shape", "3x4"], "three sizes"),
         (["--only", "magic"], "no variant .'magic'. here; there are"),
+        (["--distances", "minkowski"], "--distances: p is required"),
     ):
         with pytest.raises(SystemExit):
             head_loss.main(arguments)

@@ -41,7 +41,7 @@ def test_harmonic_logits_are_minus_n_log_d() -> None:
     assert head.exponent == pytest.approx(n)
     d = torch.cdist(x, head.weight.detach().expand(4, V, D))
     torch.testing.assert_close(head(x), -n * d.log())
-    torch.testing.assert_close(head.distances_squared(x), d.square())
+    torch.testing.assert_close(head.distances(x), d)
     torch.testing.assert_close(head(x).softmax(-1), d**-n / (d**-n).sum(-1, keepdim=True))
 
 
@@ -185,8 +185,8 @@ def test_initial_centres() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="distance must be one of euclidean; got 'cosine'"):
-        HarmonicHead(D, V, distance="cosine")
+    with pytest.raises(ValueError, match=r"distance must be one of euclidean, cosine, .*; got 'cosinus'"):
+        HarmonicHead(D, V, distance="cosinus")
     with pytest.raises(ValueError, match=r"exponent .* must be a positive number"):
         HarmonicHead(D, V, exponent=0)
     for head in (HarmonicHead, SoftmaxHead):

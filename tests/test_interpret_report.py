@@ -98,6 +98,8 @@ def places(tmp_path_factory, bpe) -> dict[str, Path]:
     history = [{"kind": "train", "step": 1, "loss": 6.0}]
     history += [{"kind": "eval", "step": s, "loss": 6.0 - s / 10, "w_norm_mean": 1 + s, "x_norm_mean": 2.0,
                  "target_over_median_distance": 0.9} for s in (0, 10, 20, 30)]  # fmt: skip
+    history += [{"kind": "energy", "step": s, "energy_kwh": 1e-5 * s, "tokens_per_joule": 81.25, "emissions_kg": 7e-6,
+                 "method": "CPU measured by a test"} for s in (10, 20, 30)]  # fmt: skip
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history) + '{"kind": "ev')
 
     other = load_tokenizer("bpe:290", lambda: [TEXT[:3000]])
@@ -216,6 +218,21 @@ def test_results(results, places):
         assert any(entry.startswith("100 components: the model has only 32 dimensions") for entry in model["skipped"])
         assert set(model["parallelograms"][PRESET]["relations"]) == {"plural"}
     assert foreign["bands"] == []
+
+
+def test_energy_up_to_the_step_of_the_model_and_where_it_was_measured(report, results):
+    assert [(model["energy"] or {}).get("step") for model in results["models"]] == [20, None, None, None]
+    text = (report / "index.html").read_text(encoding="utf-8")
+    rows = {
+        re.sub("<.*?>", "", row).strip(" ↓↑"): cells for row, cells in re.findall(r"<tr>(<th>.*?</th>)(.*?)</tr>", text)
+    }
+    for name, first in (
+        ("energy of the training, kWh", "0.0002"),
+        ("training tokens per joule", "81.2"),
+        ("emissions of the training, kg CO2eq", "7e-06"),
+    ):
+        assert re.findall("<td.*?>(.*?)</td>", rows[name]) == [first, "–", "–", "–"]
+    assert text.count("Energy of ") == text.count("Energy of harmonic, by whole machines: CPU measured by a test.") == 1
 
 
 def test_tests_between_models_are_corrected_and_only_where_they_make_sense(results):

@@ -13,10 +13,12 @@ ENTRY_MODULES = {"hgpt.compare", "hgpt.interpret.__main__", "hgpt.plan", "hgpt.r
 # These are copied beside an exported checkpoint by transformers, which follows relative imports only.
 MODEL = {
     "harmax": set(),
+    "distances": set(),
     "fused_loss": {"harmax"},
-    "heads": {"fused_loss", "harmax"},
-    "configuration_hgpt": {"harmax"},
-    "modeling_hgpt": {"configuration_hgpt", "heads"},
+    "pairwise_loss": {"distances", "fused_loss"},
+    "heads": {"distances", "fused_loss", "harmax", "pairwise_loss"},
+    "configuration_hgpt": {"distances", "harmax"},
+    "modeling_hgpt": {"configuration_hgpt", "distances", "heads"},
 }
 # The composition of a run's configuration, above every leaf and below the entry points.
 COMPOSITION = {"run_config"}

@@ -18,7 +18,7 @@ from hgpt.modeling_hgpt import HGPTForCausalLM
 def card(config: HGPTConfig, **values) -> str:
     settings = {
         "name": "quickstart",
-        "parameters": 2_188_992,
+        "weights": {"lm_head.weight": torch.empty(2000, 1000), "transformer.ln_f.weight": torch.empty(992)},
         "data": "Python's documentation {3.11}",
         "tokens": 819_200,
         "steps": 400,
@@ -35,9 +35,17 @@ def test_harmonic():
     assert "| data | Python's documentation {3.11} |" in text
     assert "| training tokens | 819,200 in 400 steps |" in text
     assert "| validation loss | 3.2199 nats per token, unsmoothed, at step 400 |" in text
-    assert "2,188,992 parameters" in text
+    assert "d_i = ||w_i − x||, and" in text
+    assert "2,000,992 parameters" in text
     assert "Do not serve this model with an engine that puts its own linear head on the trunk" in text
     assert text.startswith("---\nlibrary_name: transformers\n")
+
+
+def test_another_distance_and_a_learnt_exponent():
+    config = HGPTConfig(distance="minkowski", distance_options={"p": 3}, exponent=14, learn_exponent=True)
+    text = card(config, weights={"lm_head.log_exponent": torch.tensor([2.0])})
+    assert "the distance `minkowski` (p = 3) of hgpt: (Σ |x_k − w_k|^p)^(1/p)" in text
+    assert "n = 7.38906 (learnt, from 14)" in text
 
 
 def test_softmax():

@@ -705,7 +705,7 @@ def test_config_defaults() -> None:
         ({"pad_vocab_to_multiple_of": 0}, "pad_vocab_to_multiple_of must be at least 1; got 0"),
         ({"n_head": 5}, "n_embd must be divisible by n_head; got n_embd = 32, n_head = 5"),
         ({"head": "linear"}, "head must be one of harmonic, softmax; got 'linear'"),
-        ({"distance": "cosine"}, "distance must be one of euclidean; got 'cosine'"),
+        ({"distance": "cosinus"}, "distance must be one of euclidean, cosine, .*; got 'cosinus'"),
         ({"exponent": 0}, "must be a positive number"),
         ({"exponent": "root"}, "got 'root'"),
         ({"activation_function": "gelo"}, "activation_function must be one that transformers knows"),

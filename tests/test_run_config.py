@@ -207,7 +207,6 @@ def test_sections_and_values_are_not_mixed_up(file):
         ("optim.betas", "[0.9]", "must be a list of 2, each a number; got [0.9]"),
         ("optim.betas", '[0.9, "x"]', "must be a list of 2, each a number; got x"),
         ("model.head.type", "soft", 'must be one of "harmonic", "softmax"; got soft'),
-        ("model.head.distance", "cosine", 'must be one of "euclidean" or null (not set); got cosine'),
         ("log.trackers", "wandb", 'must be a list, each one of "tensorboard", "wandb"; got wandb'),
         ("log.trackers", '["aim"]', 'must be a list, each one of "tensorboard", "wandb"; got aim'),
     ],
@@ -290,6 +289,62 @@ def test_settings_of_the_harmonic_head_with_the_softmax_head(name):
         f'model.head.{name} = {value!r} has no effect with model.head.type = "softmax": remove it (on the '
         f'command line: --model.head.{name} null), or set model.head.type = "harmonic"'
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("learn_exponent", True), ("p", 3.0), ("temperature", 0.5), ("metric", "full"), ("rank", 4)]
+)
+def test_settings_of_a_distance_with_the_softmax_head(name, value):
+    with pytest.raises(UserError, match=f"model.head.{name} = .* has no effect with model.head.type"):
+        HeadConfig(type="softmax", **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"distance": "cosinus"}, "model.head.distance must be one of euclidean, cosine, mahalanobis, manhattan, "),
+        ({"distance": "minkowski"}, 'model.head.p is required with distance = "minkowski"'),
+        ({"distance": "minkowski", "p": "0.5"}, "model.head.p must be a number of at least 1"),
+        ({"p": "3"}, 'model.head.p = 3.0 has no effect with distance = "euclidean", which has no options: remove it'),
+        ({"distance": "hamming", "temperature": "0"}, "model.head.temperature must be a positive number; got 0.0"),
+        ({"distance": "hamming", "temperature": "cold"}, "model.head.temperature must be a number or null (not set)"),
+        ({"distance": "mahalanobis", "metric": "round"}, "model.head.metric must be one of diagonal, low_rank, full"),
+        ({"distance": "mahalanobis", "metric": "low_rank"}, "model.head.rank is required with metric"),
+        (
+            {"distance": "mahalanobis", "metric": "low_rank", "rank": "1000"},
+            "model.head.rank must lie between 1 and the width of the vectors, ",
+        ),
+        ({"distance": "mahalanobis", "rank": "4"}, 'model.head.rank = 4 has no effect with metric = "diagonal"'),
+        ({"distance_file": "none.py"}, "model.head.distance_file: "),
+    ],
+)
+def test_a_distance_that_cannot_be(file, settings, message):
+    options = [part for name, value in settings.items() for part in (f"--model.head.{name}", value)]
+    assert refusal(file, *options).startswith(message)
+
+
+def test_settings_that_need_a_certain_distance(file):
+    assert refusal(file, "--optim.metric_lr_multiplier", "2") == (
+        'optim.metric_lr_multiplier = 2.0 has no effect with model.head.distance = "euclidean", where no distance is '
+        "learnt: remove it"
+    )
+    message = refusal(file, "--optim.metric_lr_multiplier", "0")
+    assert message.startswith("optim.metric_lr_multiplier must be a positive number; got 0")
+    assert refusal(file, "--train.distance_memory", "64", "--model.head.distance", "cosine") == (
+        'train.distance_memory = 64.0 has no effect with model.head.distance = "cosine", which goes through matrix '
+        "products: remove it"
+    )
+    assert refusal(file, "--train.distance_memory", "0").startswith("train.distance_memory must be a positive number")
+    learnt = ["--model.head.distance", "mahalanobis", "--optim.metric_lr_multiplier", "2"]
+    assert load_run_config(["--config", str(file), *learnt]).optim.metric_lr_multiplier == 2
+    blocks = ["--model.head.distance", "manhattan", "--train.distance_memory", "64"]
+    assert load_run_config(["--config", str(file), *blocks]).train.distance_memory == 64
+
+
+def test_a_distance_in_toml(file):
+    text = edited(file, "[model.head]", '[model.head]\ndistance = "minkowski"\np = 3\nlearn_exponent = true')
+    config = load_run_config(["--config", str(text)]).model.to_hf(vocab_size=100, seq_len=8)
+    assert (config.distance, config.distance_options, config.learn_exponent) == ("minkowski", {"p": 3.0}, True)
 
 
 def test_harmonic_head_without_exponent():

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
+from hgpt.distances import load_distances
 from hgpt.errors import UserError
 from hgpt.interpret.report import PAGE, interpret
 from hgpt.interpret.results import AnalysisSettings
@@ -58,6 +59,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="WORD",
         help="tokens whose centres to read, a leading space in quotes: ' the' (default: the commonest words)",
     )
+    add("--distance-file", metavar="FILE", help="a Python file that registers a model's own distance; it is executed")
     add("--seed", type=int, default=defaults.seed, help=f"of every random choice (default: {defaults.seed})")
     add("--device", default=defaults.device, help=f"cpu, cuda, cuda:1, mps, ... (default: {defaults.device})")
     add(
@@ -73,6 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     try:
         options = parse_arguments(argv)
+        if options.distance_file is not None:
+            try:
+                load_distances(options.distance_file)
+            except ValueError as error:
+                raise UserError(f"--distance-file: {error}") from error
         settings = AnalysisSettings(
             data=options.data,
             relations=options.relations,

@@ -134,7 +134,8 @@ class LoadedModel:
                 "of transformers"
             )
         self.harmonic = isinstance(self._head, HarmonicHead)
-        self.exponent = float(self._head.exponent) if isinstance(self._head, HarmonicHead) else None
+        with torch.no_grad():
+            self.exponent = float(self._head.exponent) if isinstance(self._head, HarmonicHead) else None
         self.vocab_size = int(self.model.config.vocab_size)
         self.context = int(self.model.config.n_positions)
         embedding = self.model.get_input_embeddings()
@@ -195,7 +196,7 @@ class LoadedModel:
         """From one centre to all of them, (V,): d by the metric of a harmonic head, 1 − cosine for a softmax head."""
         w = self._head.weight[: self.vocab_size].float()
         if isinstance(self._head, HarmonicHead):
-            return self._head.distances_squared(w[token : token + 1])[0].sqrt()
+            return self._head.distances(w[token : token + 1])[0]
         return 1 - torch.nn.functional.cosine_similarity(w, w[token : token + 1], dim=-1)
 
     def token_text(self, token: int) -> str:

@@ -164,9 +164,11 @@ def _trained(model: ModelResult) -> str:
     return ("" if model.source.step is None else f", step {model.source.step:,}") + seen
 
 
-def _number(estimate: Estimate | float | None, digits: int = 3) -> str:
+def _number(estimate: Estimate | float | str | None, digits: int = 3) -> str:
     if estimate is None:
         return '<td class="number">–</td>'
+    if isinstance(estimate, str):
+        return f'<td class="number">{escape(estimate)}</td>'
     if isinstance(estimate, Estimate):
         low, high = f"{estimate.low:.{digits}f}", f"{estimate.high:.{digits}f}"
         return f'<td class="number">{estimate.value:.{digits}f} <span class="interval">[{low}, {high}]</span></td>'
@@ -174,7 +176,7 @@ def _number(estimate: Estimate | float | None, digits: int = 3) -> str:
 
 
 _ARROWS = {"lower": "↓", "higher": "↑", "": ""}
-Measure = Callable[[ModelResult], Estimate | float | None]
+Measure = Callable[[ModelResult], Estimate | float | str | None]
 
 
 def _score(variant: str) -> Measure:
@@ -193,6 +195,13 @@ def summary_measures() -> list[tuple[str, str, Measure]]:
 
     def shape(matrix: str, name: str) -> Measure:
         return lambda model: model.geometry.get(matrix, {}).get(name)
+
+    def energy(name: str) -> Measure:
+        def measure(model: ModelResult) -> str | None:
+            value = (model.energy or {}).get(name)
+            return None if value is None else f"{value:.3g}"
+
+        return measure
 
     return [
         ("validation loss, nats per token, unsmoothed", "lower", quality("loss")),
@@ -221,6 +230,9 @@ def summary_measures() -> list[tuple[str, str, Measure]]:
         ("mean cosine of two centres", "", shape("centres", "mean_cosine")),
         ("effective rank of hidden states", "", shape("hidden", "effective_rank")),
         ("mean norm of the centres", "", lambda model: model.geometry["centres"]["norms"]["mean"]),
+        ("energy of the training, kWh", "lower", energy("energy_kwh")),
+        ("training tokens per joule", "higher", energy("tokens_per_joule")),
+        ("emissions of the training, kg CO2eq", "lower", energy("emissions_kg")),
     ]
 
 
@@ -233,15 +245,24 @@ def _summary(analysis: Analysis) -> str:
             cells = "".join(map(_number, values))
             rows.append(f"<tr><th>{escape(name)} {_ARROWS[better]}</th>{cells}</tr>")
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in analysis.notes)
+    methods = "".join(
+        f'<p class="quiet">Energy of {escape(model.label)}, by whole machines: {escape(model.energy["method"])}. '
+        "Estimates compare runs on one machine only.</p>"
+        for model in analysis.models
+        if model.energy is not None
+    )
     explanation = (
         "↓ lower is better, ↑ higher is better. Intervals of losses and calibration are over windows of text, those of "
         "scores, consistency and analogies over word pairs, with the relations held fixed. None of them covers another "
         "seed: how much two runs of one configuration differ only several seeds can tell (python -m hgpt.compare). "
-        "Distances of a softmax head are Euclidean and stand for comparison only: its training does not see them."
+        "Margins, ratios of distances, the logit lens, neighbours and contexts use the head's own distance. Those of a "
+        "softmax head are Euclidean and stand for comparison only: its training does not see them. Parallelograms, "
+        "analogies, norms, ranks and CKA are Euclidean on purpose, whatever the head's distance: they describe the "
+        "vectors as they are stored, and compare models."
     )
     return (
         f'{notes}<div class="scroll"><table><thead><tr><th>measure</th>{heads}</tr></thead>'
-        f'<tbody>{"".join(rows)}</tbody></table></div><p class="quiet">{explanation}</p>'
+        f'<tbody>{"".join(rows)}</tbody></table></div><p class="quiet">{explanation}</p>{methods}'
     )
 
 

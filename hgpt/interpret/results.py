@@ -112,12 +112,17 @@ class ModelResult:
     reliability: calibration.Reliability | None = None
     reading: list[centres.Reading] = field(default_factory=list)
     words_read: list[dict[str, Any]] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)  # evaluations and training losses of the run
+    history: list[dict[str, Any]] = field(default_factory=list)  # the lines of the run's metrics.jsonl
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def label(self) -> str:
         return self.source.label
+
+    @property
+    def energy(self) -> dict[str, Any] | None:
+        """What the training up to this step spent, as hgpt.energy logged it; None where it did not."""
+        return next((record for record in reversed(self.history) if record["kind"] == "energy"), None)
 
     @property
     def provenance(self) -> str:
@@ -317,6 +322,7 @@ def _model_json(model: ModelResult) -> dict[str, Any]:
             for vectors, by_relation in model.words.items()
         },
         "skipped": model.skipped,
+        "energy": model.energy,
         "logit_lens": [] if model.text is None else [asdict(layer) for layer in model.text.lens],
         "checkpoints": model.checkpoints,
         "centres": model.words_read,

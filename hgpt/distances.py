@@ -1,0 +1,561 @@
+"""The distances of a harmonic head: what each computes, how it is computed, and how to add one.
+
+A `Distance` is a module that says what d(x, w) is for hidden states x (N, D) and centres w (V, D):
+
+    x′, w′ = distance(x, w)                   operands, made once for all pairs; as they are unless it says otherwise
+    d = scale · |x′ − w′|₂^power              where `power` is a number: then the head's loss is matrix products
+    d = distance.pairwise(x′, w′)             otherwise, in blocks of (C, D) and (V′, D)
+
+and HarMax is p_i = d_i^(−n) / Σ_j d_j^(−n) with the same n for each. A constant factor on d changes nothing.
+
+    name          d(x, w)                                           computed as
+    euclidean     |x − w|₂                                          product
+    cosine        1 − cos(x, w) = ½ |x/|x| − w/|w||²                product
+    mahalanobis   |L (x − w)|₂, with a learnt L                     product
+    manhattan     Σ |x_k − w_k|                                     blocks
+    minkowski     (Σ |x_k − w_k|^p)^(1/p), p ≥ 1                    blocks; p = 2: product
+    chebyshev     max |x_k − w_k|                                   blocks
+    canberra      Σ |x_k − w_k| / (|x_k| + |w_k|), 0/0 = 0          blocks
+    bray_curtis   Σ |x_k − w_k| / Σ (|x_k| + |w_k|), 0/0 = 0        blocks
+    hamming       (1/D) Σ |σ(x_k/τ) − σ(w_k/τ)|                     blocks
+
+They are SciPy's (scipy.spatial.distance) where SciPy has them; its braycurtis has |x_k + w_k| below, which is the same
+for vectors without negative entries and no distance for others, and its hamming compares for equality. The choice of
+distances is that of Miller-Golub et al., arXiv:2603.10225.
+
+Near zero. A d below `Distance.floor(x)`, a few units in the last place of x's own distance from the origin, is noise:
+it counts as that floor and passes no gradient, so that x = w has a finite loss. Where |x_k − w_k| has a kink, at 0, its
+gradient is taken to be 0, and that of a maximum goes to the first coordinate that attains it.
+"""
+
+import functools
+import inspect
+import math
+import runpy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+# Bytes of the working memory of the distances that go in blocks, and of one (C, V′, D) tensor on a CPU. There, one
+# thread, D = 768: blocks of 4 MiB take half the time of 256 KiB or 16 MiB, and less than torch.cdist, of which p = 3
+# takes eight times as long. On a GPU not measured.
+_MEMORY_CPU, _MEMORY_GPU = 64 * 2**20, 512 * 2**20
+_BLOCK_BYTES_CPU = 4 * 2**20
+# Tensors of a block's size, and of a chunk's scores, that are there at one time.
+_BLOCK_TENSORS, SCORE_TENSORS = 8, 3
+
+_ROUNDING_ULPS = 4.0
+
+
+class Distance(nn.Module):
+    """A distance between hidden states and centres; d = |x − w|₂ unless a subclass says otherwise.
+
+    A subclass whose distance is no power of a Euclidean one sets `power = None` and defines `pairwise`; `gradients` is
+    then autograd's of a recomputed block, and may be written by hand. Options are keyword-only arguments of `__init__`,
+    with their defaults; what is learnt is an `nn.Parameter` that `reset_parameters` sets by `torch.nn.init`.
+
+    Attributes:
+        power, scale: d = scale · |x′ − w′|₂^power; `power = None` where that is not so.
+        traffic: for an estimate of its time, how often the loss and its gradients read or write a tensor of the size
+            (tokens, V, D); only of a distance without a power.
+        options: those it was made with, as `make_distance` takes them.
+    """
+
+    power: float | None = 1.0
+    scale: float = 1.0
+    traffic: float = 40.0
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.options: dict[str, Any] = {}
+
+    def reset_parameters(self) -> None:
+        """Set the initial values of what is learnt."""
+
+    @property
+    def transforms(self) -> bool:
+        """Whether operands have to be made."""
+        return type(self).forward is not Distance.forward
+
+    def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """x′, w′ of x (..., D) and w (V, D), float32 or float64, in the same dtype."""
+        return x, w
+
+    def pairwise(self, x: Tensor, w: Tensor) -> Tensor:
+        """d of every pair in a block, (C, D), (V′, D) → (C, V′), of the operands that `forward` returned.
+
+        To be finite, with finite derivatives, also at x = w and x = 0.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no power and no pairwise value")
+
+    def gradients(self, x: Tensor, w: Tensor, d: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        """Of Σ g d: by x (C, D), by w (V′, D), and by each of `parameters()`, from d and g (C, V′).
+
+        g is 0 where d is clamped.
+        """
+        x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+        inputs = [x, w, *self.parameters()]
+        with torch.enable_grad():
+            value = self.pairwise(x, w)
+        trained = [tensor for tensor in inputs if tensor.requires_grad]
+        found = iter(torch.autograd.grad(value, trained, g, allow_unused=True, materialize_grads=True))
+        return tuple(next(found) if tensor.requires_grad else torch.zeros_like(tensor) for tensor in inputs)
+
+    def floor(self, x: Tensor) -> Tensor:
+        """The smallest d that counts, (C, D) → (C, 1): four units in the last place of d(x, 0), and never 0."""
+        limits = torch.finfo(x.dtype)
+        origin = self.pairwise(x, x.new_zeros(1, x.shape[1]))
+        return (_ROUNDING_ULPS * limits.eps * origin).clamp_min(limits.tiny**0.75)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The registry
+
+_REGISTRY: dict[str, type[Distance]] = {}
+
+
+def register_distance(name: str) -> Callable[[type[Distance]], type[Distance]]:
+    """Class decorator: makes a `Distance` known under `name` to heads, configurations and checkpoints.
+
+    Raises:
+        ValueError: when another class has that name.
+        TypeError: when the class is no `Distance`.
+    """
+
+    def register(cls: type[Distance]) -> type[Distance]:
+        if not (isinstance(cls, type) and issubclass(cls, Distance)):
+            raise TypeError(f"register_distance({name!r}) is for subclasses of hgpt.Distance; got {cls!r}")
+        known = _REGISTRY.get(name)
+        # The same class once more is a notebook's cell, or a file, that is executed again.
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise ValueError(f"there is a distance {name!r} already, {known.__qualname__}: choose another name")
+        _REGISTRY[name] = cls
+        return cls
+
+    return register
+
+
+def load_distances(file: str) -> None:
+    """Execute a Python file that calls `register_distance`, unless that was done before.
+
+    Raises:
+        ValueError: a file that cannot be executed, or that registers nothing.
+    """
+    _load_distances(Path(file).resolve())
+
+
+@functools.cache
+def _load_distances(path: Path) -> None:
+    before = dict(_REGISTRY)
+    try:
+        runpy.run_path(str(path))
+    except Exception as error:  # whatever somebody's own file does
+        raise ValueError(f"{path} cannot be executed: {type(error).__name__}: {error}") from error
+    if before == _REGISTRY:
+        raise ValueError(f"{path} registers no distance: it has to use @hgpt.register_distance")
+
+
+def distance_names() -> tuple[str, ...]:
+    """Names of all distances that can be chosen."""
+    return tuple(_REGISTRY)
+
+
+def make_distance(name: str, dim: int, **options: Any) -> Distance:
+    """The distance `name` for vectors of width `dim`; an option that is None counts as not given.
+
+    Raises:
+        ValueError: an unknown name (naming those that exist), an option that the distance does not have or that is
+            out of range.
+    """
+    if name not in _REGISTRY:
+        raise ValueError(
+            f"distance must be one of {', '.join(distance_names())}; got {name!r}. One of your own is known only after "
+            "the file that calls hgpt.register_distance was imported, one of a newer hgpt only to that version"
+        )
+    cls = _REGISTRY[name]
+    given = {option: value for option, value in options.items() if value is not None}
+    known = {
+        parameter.name: parameter.default
+        for parameter in inspect.signature(cls.__init__).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    for option in given:
+        if option not in known:
+            has = f"which has {', '.join(known)}" if known else "which has no options"
+            raise ValueError(f'{option} = {given[option]!r} has no effect with distance = "{name}", {has}: remove it')
+    for option, default in known.items():
+        if default is inspect.Parameter.empty and option not in given:
+            raise ValueError(f'{option} is required with distance = "{name}"')
+    metric = cls(dim, **given)
+    defaults = {option: default for option, default in known.items() if default not in (None, inspect.Parameter.empty)}
+    metric.options = defaults | given
+    return metric
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Distances that are matrix products
+
+
+@register_distance("euclidean")
+class Euclidean(Distance):
+    """|x − w|₂."""
+
+
+@register_distance("cosine")
+class Cosine(Distance):
+    """1 − cos(x, w) = ½ |x̂ − ŵ|², with x̂ = x/|x|: 0 for parallel vectors, 2 for opposite ones.
+
+    So p_i = |x̂ − ŵ_i|^(−2n) / Σ: Euclid's on normalised operands with the exponent 2n. |x̂ − ŵ|² comes from the squared
+    norms of the very operands that enter the product, so that their rounding to bfloat16 cancels near 0; in 1 − x̂·ŵ it
+    does not. In float32 angles below 1e-3 count as the floor's. A vector shorter than 1e-19 (in float32) counts as 0
+    and has no direction: its distance from all others is ½, and it gets no gradient, which is else of the size 1/|x|.
+    """
+
+    power, scale = 2.0, 0.5
+
+    def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return _Direction.apply(x), _Direction.apply(w)
+
+
+class _Direction(torch.autograd.Function):
+    """v̂ = v / |v| of rows, (..., D); 0, without a gradient, where |v|² would leave the dtype's range.
+
+    ∂L/∂v = (g − (g·v̂) v̂) / |v|. Autograd would keep, and make, three more tensors of the size of the centres.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor) -> Tensor:
+        ctx.save_for_backward(v)
+        return v * _inverse_norm(v)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (v,) = ctx.saved_tensors
+        inverse = _inverse_norm(v)
+        along = torch.linalg.vecdot(grad, v)[..., None] * inverse.square()
+        return torch.addcmul(grad, along, v, value=-1).mul_(inverse)
+
+
+def _inverse_norm(v: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+    return norm.reciprocal().masked_fill(norm <= torch.finfo(v.dtype).tiny ** 0.5, 0.0)
+
+
+@register_distance("mahalanobis")
+class Mahalanobis(Distance):
+    """√((x − w)ᵀ M (x − w)) = |L (x − w)|₂ with M = Lᵀ L learnt, starting from the identity.
+
+    HarMax does not see the scale of L. At x = w the distance is 0 whatever L; x = 0 is nothing special.
+
+    Args:
+        metric: "diagonal", L = diag(e^s) with s = `log_scale` (D,). "low_rank", L = I + A B with A = `left` (D, r),
+            which starts at 0, and B = `right` (r, D), which starts at N(0, 1/D), so that A has a gradient. "full",
+            L = Cᵀ with a lower triangular C (M = C Cᵀ): below its diagonal that of `factor` (D, D), on it e^(that of
+            `factor`).
+        rank: r of "low_rank", at most D.
+
+    The product that makes w′ costs V·D·r·4 FLOPs ("low_rank") or V·D²·2 ("full") and twice that backwards, however many
+    tokens there are: beside the loss's own products a share of 2 r/N, or D/N, for N tokens at a time.
+    """
+
+    METRICS: ClassVar = ("diagonal", "low_rank", "full")
+
+    def __init__(self, dim: int, *, metric: str = "diagonal", rank: int | None = None) -> None:
+        super().__init__(dim)
+        if metric not in self.METRICS:
+            raise ValueError(f"metric must be one of {', '.join(self.METRICS)}; got {metric!r}")
+        if metric == "low_rank" and rank is None:
+            raise ValueError('rank is required with metric = "low_rank"')
+        if metric != "low_rank" and rank is not None:
+            raise ValueError(f'rank = {rank} has no effect with metric = "{metric}": remove it, or set "low_rank"')
+        if rank is not None and not 1 <= rank <= dim:
+            raise ValueError(f"rank must lie between 1 and the width of the vectors, {dim}; got {rank}")
+        self.metric = metric
+        if metric == "diagonal":
+            self.log_scale = nn.Parameter(torch.empty(dim))
+        elif rank is not None:
+            self.left = nn.Parameter(torch.empty(dim, rank))
+            self.right = nn.Parameter(torch.empty(rank, dim))
+        else:
+            self.factor = nn.Parameter(torch.empty(dim, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.metric == "diagonal":
+            nn.init.zeros_(self.log_scale)
+        elif self.metric == "low_rank":
+            nn.init.zeros_(self.left)
+            nn.init.normal_(self.right, std=self.dim**-0.5)
+        else:
+            nn.init.zeros_(self.factor)
+
+    def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        if self.metric == "diagonal":
+            scale = self.log_scale.to(x.dtype).exp()
+            return x * scale, w * scale
+        if self.metric == "low_rank":
+            left, right = self.left.to(x.dtype).T, self.right.to(x.dtype).T
+            rows = x.reshape(-1, self.dim)  # addmm needs no second tensor of the size of w
+            return torch.addmm(rows, rows @ right, left).reshape(x.shape), torch.addmm(w, w @ right, left)
+        factor = self.factor.to(x.dtype)
+        cholesky = factor.tril(-1) + factor.diagonal().exp().diag()
+        return x @ cholesky, w @ cholesky
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Distances in blocks
+
+
+def _differences(x: Tensor, w: Tensor) -> Tensor:
+    return x[:, None] - w  # (C, V′, D)
+
+
+def _difference_gradients(slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of Σ g d by x and w from g ∂d/∂(x − w), (C, V′, D)."""
+    return slopes.sum(1), slopes.sum(0).neg_()
+
+
+@register_distance("manhattan")
+class Manhattan(Distance):
+    """Σ |x_k − w_k|."""
+
+    power, traffic = None, 11.0
+
+    def pairwise(self, x: Tensor, w: Tensor) -> Tensor:
+        return _differences(x, w).abs_().sum(-1)
+
+    def gradients(self, x: Tensor, w: Tensor, d: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        return _difference_gradients(_differences(x, w).sign_().mul_(g[..., None]))
+
+
+@register_distance("minkowski")
+class Minkowski(Distance):
+    """(Σ |x_k − w_k|^p)^(1/p), with ∂d/∂x_k = sign(x_k − w_k) (|x_k − w_k| / d)^(p − 1).
+
+    Powers are taken of numbers up to 1, |x_k − w_k| over the largest of the pair: those of small differences would
+    leave float32's range. p = 2 is Euclid's and goes through the matrix product.
+
+    Args:
+        p: 1 (Manhattan) or more; its limit for p → ∞ is "chebyshev".
+    """
+
+    power, traffic = None, 27.0
+
+    def __init__(self, dim: int, *, p: float) -> None:
+        super().__init__(dim)
+        if not 1 <= p < math.inf:
+            raise ValueError(f'p must be a number of at least 1 (for infinity: distance = "chebyshev"); got {p}')
+        self.p = float(p)
+        if p == 2:
+            self.power = 1.0
+
+    def pairwise(self, x: Tensor, w: Tensor) -> Tensor:
+        a = _differences(x, w).abs_()
+        largest = a.amax(-1, keepdim=True)
+        a.div_(largest.clamp_min(torch.finfo(x.dtype).tiny))
+        return a.pow_(self.p).sum(-1).pow_(1 / self.p).mul_(largest[..., 0])
+
+    def gradients(self, x: Tensor, w: Tensor, d: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        slopes = _differences(x, w).div_(d[..., None])
+        # Rounding may take a quotient above 1, whose powers would grow.
+        magnitudes = slopes.abs().clamp_max_(1.0).pow_(self.p - 1)
+        return _difference_gradients(slopes.sign_().mul_(magnitudes).mul_(g[..., None]))
+
+
+@register_distance("chebyshev")
+class Chebyshev(Distance):
+    """max |x_k − w_k|; its gradient goes to the first k that attains it."""
+
+    power, traffic = None, 8.0
+
+    def pairwise(self, x: Tensor, w: Tensor) -> Tensor:
+        return _differences(x, w).abs_().amax(-1)
+
+    def gradients(self, x: Tensor, w: Tensor, d: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        differences = _differences(x, w)
+        at = differences.abs().argmax(-1)  # (C, V′)
+        slopes = differences.gather(-1, at[..., None])[..., 0].sign_().mul_(g)
+        grad_x, grad_w = torch.zeros_like(x), torch.zeros_like(w)
+        return grad_x.scatter_add_(1, at, slopes), grad_w.scatter_add_(1, at.T, slopes.T.neg())
+
+
+@register_distance("canberra")
+class Canberra(Distance):
+    """Σ |x_k − w_k| / (|x_k| + |w_k|): between 0 and D, each coordinate on its own scale.
+
+    A coordinate that is 0 in both counts 0, as in SciPy; one in which both are below 1e-19 (in float32) counts less
+    than it should, so that gradients stay finite. Where the signs differ a coordinate counts 1 and has no gradient;
+    at x_k = 0 ≠ w_k, a kink, it has the mean of those on either side.
+    """
+
+    power, traffic = None, 33.0
+
+    def _sums(self, x: Tensor, w: Tensor) -> Tensor:
+        return (x.abs()[:, None] + w.abs()).clamp_min_(torch.finfo(x.dtype).tiny ** 0.5)  # (C, V′, D)
+
+    def pairwise(self, x: Tensor, w: Tensor) -> Tensor:
+        return _differences(x, w).abs_().div_(self._sums(x, w)).sum(-1)
+
+    def gradients(self, x: Tensor, w: Tensor, d: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        differences, sums = _differences(x, w), self._sums(x, w)
+        # By x_k, with s = |x_k| + |w_k|: sign(x_k − w_k) / s − sign(x_k) |x_k − w_k| / s².
+        falling = differences.abs().div_(sums)
+        weights = g[..., None] / sums
+        falling.mul_(weights)
+        grad_x, grad_w = _difference_gradients(differences.sign_().mul_(weights))
+        return grad_x.sub_(x.sign() * falling.sum(1)), grad_w.sub_(w.sign() * falling.sum(0))
+
+
+@register_distance("bray_curtis")
+class BrayCurtis(Distance):
+    """Σ |x_k − w_k| / (|x|₁ + |w|₁): Manhattan over the most it could be, between 0 and 1.
+
+    For x = 0 it is 1 for every w ≠ 0, and 0 for w = 0. Two vectors with norms that add up to less than 1e-19 (in
+    float32) count as nearer than they are.
+    """
+
+    power, traffic = None, 11.0
+
+    def _sums(self, x: Tensor, w: Tensor) -> Tensor:
+        sums = x.abs().sum(-1)[:, None] + w.abs().sum(-1)
+        return sums.clamp_min_(torch.finfo(x.dtype).tiny ** 0.5)  # (C, V′)
+
+    def pairwise(self, x: Tensor, w: Tensor) -> Tensor:
+        return _differences(x, w).abs_().sum(-1).div_(self._sums(x, w))
+
+    def gradients(self, x: Tensor, w: Tensor, d: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        weights = g / self._sums(x, w)
+        grad_x, grad_w = _difference_gradients(_differences(x, w).sign_().mul_(weights[..., None]))
+        falling = weights * d
+        return (
+            grad_x.sub_(x.sign() * falling.sum(1, keepdim=True)),
+            grad_w.sub_(w.sign() * falling.sum(0)[:, None]),
+        )
+
+
+@register_distance("hamming")
+class Hamming(Manhattan):
+    """(1/D) Σ |σ(x_k/τ) − σ(w_k/τ)|, with σ(a) = 1/(1 + e^(−a)): the share of coordinates that differ, made soft.
+
+    For τ → 0 it counts the coordinates whose signs differ, for τ far above the coordinates it is Manhattan / (4 D τ).
+    Coordinates far above τ have hardly a gradient. As ½ (tanh(x_k/2τ) − tanh(w_k/2τ)), which keeps small ones exact.
+
+    Args:
+        temperature: τ, in the unit of the hidden states, whose scale `final_norm_gain` sets.
+    """
+
+    def __init__(self, dim: int, *, temperature: float = 1.0) -> None:
+        super().__init__(dim)
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be a positive number; got {temperature}")
+        self.temperature = float(temperature)
+
+    def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        halved = 0.5 / self.temperature
+        share = 0.5 / self.dim
+        return torch.tanh(x * halved) * share, torch.tanh(w * halved) * share
+
+
+# --------------------------------------------------------------------------------------------------------------
+# All pairs, block by block
+
+
+def memory_of(device: torch.device | str) -> int:
+    """Bytes that the distances in blocks work with where nothing else is said."""
+    return _MEMORY_CPU if torch.device(device).type == "cpu" else _MEMORY_GPU
+
+
+def score_chunk(num_classes: int, itemsize: int, memory: int) -> int:
+    """Tokens whose scores, (C, V), take half of `memory` bytes with all that is needed beside them; at least 1."""
+    return max(1, memory // (2 * SCORE_TENSORS * num_classes * itemsize))
+
+
+def _blocks(x: Tensor, w: Tensor, memory: int) -> Iterator[tuple[slice, slice]]:
+    """Ranges of rows of x and of w whose (C, V′, D) tensors take half of `memory` bytes together, nearly square."""
+    size = memory // (2 * _BLOCK_TENSORS)
+    if x.is_cpu:
+        size = min(size, _BLOCK_BYTES_CPU)
+    pairs = max(1, size // (x.shape[1] * x.itemsize))
+    rows = _even(len(x), max(1, math.isqrt(pairs)))
+    columns = _even(len(w), max(1, pairs // max(1, rows)))
+    for i in range(0, len(x), max(1, rows)):
+        for j in range(0, len(w), max(1, columns)):
+            yield slice(i, i + rows), slice(j, j + columns)
+
+
+def _even(count: int, most: int) -> int:
+    """The size of equal parts of `count`, none larger than `most`."""
+    return -(-count // max(1, -(-count // most)))
+
+
+def distances_in_blocks(metric: Distance, x: Tensor, w: Tensor, memory: int) -> tuple[Tensor, Tensor]:
+    """d (C, V) of all pairs, clamped at the floor (C, 1), which comes with it; without a gradient."""
+    d = x.new_empty(len(x), len(w))
+    floor = metric.floor(x)
+    for rows, columns in _blocks(x, w, memory):
+        d[rows, columns] = metric.pairwise(x[rows], w[columns])
+    # Asked this way round, a nan stays one.
+    return torch.where(d <= floor, floor, d), floor
+
+
+def add_gradients_in_blocks(
+    metric: Distance, x: Tensor, w: Tensor, d: Tensor, g: Tensor, memory: int, grads: tuple[Tensor, ...]
+) -> None:
+    """Add the gradients of Σ g d to `grads`: by x (C, D), by w (V, D), and by each parameter of the distance."""
+    grad_x, grad_w, *others = grads
+    for rows, columns in _blocks(x, w, memory):
+        by_x, by_w, *by_parameters = metric.gradients(x[rows], w[columns], d[rows, columns], g[rows, columns])
+        grad_x[rows] += by_x
+        grad_w[columns] += by_w
+        for total, share in zip(others, by_parameters, strict=True):
+            total += share
+
+
+class _PairwiseDistances(torch.autograd.Function):
+    """d (N, V) of all pairs, of which nothing of the size (N, V, D) is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, metric: Distance, memory: int, x: Tensor, w: Tensor, *parameters: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            d, floor = distances_in_blocks(metric, x, w, memory)
+        ctx.metric, ctx.memory = metric, memory
+        ctx.save_for_backward(x, w, d, floor, *parameters)
+        return d
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        x, w, d, floor, *parameters = ctx.saved_tensors
+        grads = tuple(torch.zeros_like(tensor) for tensor in (x, w, *parameters))
+        with torch.autocast(x.device.type, enabled=False):
+            g = grad_output.masked_fill(d <= floor, 0.0)
+            add_gradients_in_blocks(ctx.metric, x, w, d, g, ctx.memory, grads)
+        return (None, None, *grads)
+
+
+def refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():  # create_graph=True would treat these gradients as constants
+        raise RuntimeError("a distance that goes in blocks has no second derivative (create_graph=True)")
+
+
+@torch.compiler.disable
+def pairwise_distances(metric: Distance, x: Tensor, w: Tensor, memory: int | None = None) -> Tensor:
+    """d of all pairs, x′ (N, D), w′ (V, D) → (N, V), at least `metric.floor(x)`, where a gradient stops.
+
+    Args:
+        metric: a distance without a power.
+        x, w: its operands, float32 or float64.
+        memory: bytes to work with, default `memory_of` the device; beside it there are d itself and the operands.
+
+    Gradients reach x, w and the distance's parameters; a second derivative raises RuntimeError. For torch.compile this
+    is a break in the graph.
+    """
+    memory = memory_of(x.device) if memory is None else memory
+    return _PairwiseDistances.apply(metric, memory, x, w, *metric.parameters())

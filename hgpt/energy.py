@@ -1,0 +1,281 @@
+"""Energy and emissions of a run, by the offline tracker of codecarbon (pip install "hgpt[energy]").
+
+    energy_kwh = CPU + GPUs + RAM of every machine, from the first evaluation on         1 kWh = 3.6·10⁶ J
+    emissions_kg = Σ energy · carbon intensity of the country's electricity               kg CO2eq
+    tokens_per_joule = training tokens while energy was measured / (3.6·10⁶ energy_kwh)
+
+What a figure is worth depends on the machine, and `method` says it. Counters measure GPUs (NVML, AMDSMI) and, on Linux
+where /sys/class/powercap can be read, the CPU's package (RAPL). Elsewhere a CPU is estimated from its load, as P (0.1 +
+0.9 load³), with P its rated power if codecarbon knows the model and 4 W a core if not; RAM is always estimated, from
+its size. Whoever knows P sets CODECARBON_FORCE_CPU_POWER to it, in watts, and for RAM CODECARBON_FORCE_RAM_POWER. An
+estimate may be wrong by a factor: it compares runs on one machine, and not machines.
+
+Whole machines are measured, with all that runs on them, but of their GPUs only those in CUDA_VISIBLE_DEVICES. One
+process of each node measures. Nothing is sent anywhere, and nothing is written but the run's own metrics.
+"""
+
+import difflib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from hgpt.errors import UserError
+
+JOULES_PER_KWH = 3.6e6
+
+
+class Reading(NamedTuple):
+    """Energy in kWh and emissions in kg CO2eq since a measurement began."""
+
+    cpu_kwh: float = 0.0
+    gpu_kwh: float = 0.0
+    ram_kwh: float = 0.0
+    emissions_kg: float = 0.0
+
+
+def check_country(country: str) -> None:
+    """Raises UserError when codecarbon is not installed, or does not know the country (ISO 3166-1 alpha-3)."""
+    try:
+        from codecarbon.input import DataSource
+    except ImportError as error:
+        raise UserError(
+            'log.energy = true needs codecarbon, which is not installed: pip install "hgpt[energy]", or set log.energy '
+            "= false"
+        ) from error
+    known = DataSource().get_global_energy_mix_data()
+    if country not in known:  # codecarbon would take the world's average
+        near = difflib.get_close_matches(country.upper(), known)
+        close = [f'"{code}" ({known[code]["country_name"]})' for code in near]
+        raise UserError(
+            f"log.energy_country = {country!r}: codecarbon knows no carbon intensity of that country's electricity"
+            + (f"; did you mean {' or '.join(close)}?" if close else "; it takes three letters, ISO 3166-1 alpha-3")
+        )
+
+
+class EnergyMeter:
+    """Measures this machine from its construction to `stop`. Nothing that goes wrong in it is raised.
+
+    Attributes:
+        method: what the figures come from, in words.
+    """
+
+    def __init__(self, country: str) -> None:
+        self.method = "nothing is measured"
+        self._failure: str | None = None
+        self._tracker: Any = None
+        self._latest: Any = None
+        self._started = False
+        self._cause: BaseException | None = None  # codecarbon swallows exceptions and tells its log of them
+        self._said: set[tuple[str, int]] = set()
+        logging.getLogger("codecarbon").addFilter(self._hear)
+        try:
+            self._start(country)
+        except Exception as error:
+            self._fail(error)
+        self._started = True
+
+    def _start(self, country: str) -> None:
+        from codecarbon import OfflineEmissionsTracker
+        from codecarbon.output_methods.base_output import BaseOutput
+
+        meter = self
+
+        class Output(BaseOutput):
+            def out(self, total: Any, delta: Any) -> None:
+                meter._latest = total
+
+        # What is not given here codecarbon takes from ~/.codecarbon.config and the environment. Whatever sends, writes
+        # or would set the country aside is given, so that none of it can come from there.
+        self._tracker = OfflineEmissionsTracker(
+            country_iso_code=country,
+            region=None,
+            cloud_provider=None,
+            cloud_region=None,
+            country_2letter_iso_code=None,
+            force_carbon_intensity_g_co2e_kwh=None,
+            electricitymaps_api_token="",  # None would let the token's older name in
+            emissions_endpoint=None,
+            output_methods=[],
+            output_handlers=[Output()],
+            output_dir=os.devnull,  # has to exist; nobody can write into it
+            allow_multiple_runs=True,  # otherwise a lock file, and handlers that take SIGINT and SIGTERM from us
+            api_call_interval=-1,
+            measure_power_secs=15,  # RAPL's counters start anew after minutes
+            tracking_mode="machine",
+            gpu_ids=None,
+            force_mode_cpu_load=False,
+            rapl_include_dram=False,  # RAM is estimated already
+            rapl_prefer_psys=False,
+            pue=1.0,
+            wue=0.0,
+            log_level="warning",
+        )
+        self._tracker.start()
+        if isinstance(self.read(), Reading):
+            self.method = describe(self._tracker._hardware)
+
+    def read(self) -> Reading | str:
+        """What was spent since the start; once something has failed, in words what it was."""
+        if self._failure is None:
+            try:
+                # It returns the emissions, or None after an exception that it swallowed.
+                if self._tracker.flush() is None:
+                    raise self._cause or RuntimeError("codecarbon does not say why")
+                total = self._latest
+                return Reading(total.cpu_energy, total.gpu_energy, total.ram_energy, total.emissions)
+            except Exception as error:
+                self._fail(error)
+        return self._failure or ""
+
+    def stop(self) -> None:
+        """End the measurement; may be called again."""
+        try:
+            if self._tracker is not None:
+                self._tracker.stop()
+        except Exception as error:
+            self._fail(error)
+        self._tracker = None
+        logging.getLogger("codecarbon").removeFilter(self._hear)
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = self._failure or f"{type(error).__name__}: {error}"
+
+    def _hear(self, record: logging.LogRecord) -> bool:
+        """Instead of codecarbon's log: each warning of a measurement that runs, once; `method` has those of its start.
+
+        A filter, because codecarbon replaces the handlers of its logger.
+        """
+        if record.exc_info:
+            self._cause = record.exc_info[1]
+        place = (record.pathname, record.lineno)
+        measuring = self._started and self._failure is None
+        swallowed = record.module == "util"  # of codecarbon's `suppress`: it becomes the failure
+        if measuring and record.levelno >= logging.WARNING and not swallowed and place not in self._said:
+            self._said.add(place)
+            print(f"\nenergy: {record.getMessage()}", file=sys.stderr)
+        return False
+
+
+def describe(hardware: list[Any]) -> str:
+    """What codecarbon's parts of a machine are measured by, or how they are estimated."""
+    found = {}
+    for part in hardware:
+        kind = type(part).__name__
+        if kind == "CPU":
+            meters = {"intel_rapl": "RAPL", "windows_emi": "EMI", "intel_power_gadget": "Power Gadget"}
+            if part._mode in meters:
+                found["CPU"] = f"CPU measured by {meters[part._mode]}"
+            elif part._mode == "cpu_load":
+                found["CPU"] = f"CPU estimated from its load and a rated power of {part._tdp:g} W"
+            else:
+                found["CPU"] = f"CPU estimated as half of a rated power of {part._tdp:g} W"
+        elif kind == "RAM":
+            found["RAM"] = f"RAM estimated as {part.total_power().W:g} W from its size"
+            if part._force_ram_power is not None:
+                found["RAM"] = f"RAM taken as {part._force_ram_power:g} W"
+        elif kind == "GPU":
+            meters = {"NvidiaGPUDevice": "NVML", "AMDGPUDevice": "AMDSMI"}
+            names = {meters.get(type(device).__name__, type(device).__name__) for device in part.devices.devices}
+            found["GPU"] = f"{len(part._get_gpu_ids())} GPU measured by {' and '.join(sorted(names))}"
+        else:  # an Apple chip or a Raspberry Pi, which have meters
+            found[part.chip_part] = f"{part.chip_part} measured by {kind}"
+    return ", ".join(found.get(name, f"no {name}") for name in ("CPU", "RAM", "GPU"))
+
+
+class RunEnergy:
+    """Energy and emissions of a run on all of its machines, cumulative over restarts; measures while it is open.
+
+    Every process opens and reads it.
+
+    Args:
+        country: ISO 3166-1 alpha-3.
+        measures: whether this process measures its machine; one of each machine does.
+        gather: from a list of every process one list, on every process: accelerate's `gather_object`.
+        say: prints on the main process.
+        tokens: training tokens of the run so far.
+        before: the record to go on counting from, of `last_record`.
+
+    Attributes:
+        method: what the figures come from, in words; of several machines each way once.
+    """
+
+    def __init__(
+        self,
+        *,
+        country: str,
+        measures: bool,
+        gather: Callable[[list[Any]], list[Any]],
+        say: Callable[[str], None],
+        tokens: int,
+        before: Mapping[str, Any] | None = None,
+    ) -> None:
+        before = {} if before is None else before
+        self._country = country
+        self._measures = measures
+        self._gather = gather
+        self._say = say
+        self._before = Reading(*(before.get(name, 0.0) for name in Reading._fields))
+        self._tokens = before.get("tokens", 0) - tokens
+        self._meter: EnergyMeter | None = None
+        self._failed = False
+        self.method = ""
+
+    def __enter__(self) -> Self:
+        self._meter = EnergyMeter(self._country) if self._measures else None
+        try:
+            methods = self._gather([self._meter and self._meter.method])
+        except BaseException:
+            self.__exit__()
+            raise
+        self.method = "; ".join(dict.fromkeys(method for method in methods if method))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._meter is not None:
+            self._meter.stop()
+
+    def read(self, tokens: int) -> dict[str, float] | None:
+        """What the run, which has seen so many training tokens, has spent so far; keys and units as in `metrics.jsonl`.
+
+        None from the moment on at which one of the machines can no longer be measured, since a part would look like
+        the whole; the main process says so once.
+        """
+        if self._failed:
+            return None
+        found = self._gather([Reading() if self._meter is None else self._meter.read()])
+        for rank, reading in enumerate(found):
+            if isinstance(reading, str):
+                self._failed = True
+                self._say(
+                    f"energy can no longer be measured and is not logged from here on (process {rank}: {reading})"
+                )
+                return None
+        spent = Reading(*map(sum, zip(self._before, *found, strict=True)))
+        energy, tokens = spent.cpu_kwh + spent.gpu_kwh + spent.ram_kwh, self._tokens + tokens
+        return {
+            "energy_kwh": energy,
+            **spent._asdict(),
+            "tokens": tokens,
+            "tokens_per_joule": tokens / (JOULES_PER_KWH * energy) if energy > 0 else float("nan"),
+        }
+
+
+def last_record(metrics: Path, step: int) -> dict[str, Any] | None:
+    """The last line about energy in the `metrics.jsonl` of a run up to this step; None if there is none."""
+    if not metrics.is_file():
+        return None
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+    records = [json.loads(line) for line in lines if line.endswith("\n") and '"energy"' in line]
+    return next((r for r in reversed(records) if r["kind"] == "energy" and r["step"] <= step), None)
+
+
+def in_words(record: Mapping[str, float], method: str) -> str:
+    """One line for people of what `RunEnergy.read` returned."""
+    return (
+        f"energy {record['energy_kwh']:.3g} kWh ({method}), {record['emissions_kg']:.3g} kg CO2eq, "
+        f"{record['tokens_per_joule']:.3g} tokens per joule"
+    )

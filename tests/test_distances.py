@@ -1,0 +1,585 @@
+"""The distances of the head against SciPy and dense float64 autograd: values, gradients, edges, memory, errors."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import cdist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import hgpt
+from hgpt import Distance, HarmonicHead, register_distance
+from hgpt.distances import (
+    distance_names,
+    load_distances,
+    make_distance,
+    memory_of,
+    pairwise_distances,
+    score_chunk,
+)
+from hgpt.pairwise_loss import pairwise_harmonic_loss
+
+LORENTZIAN = Path(__file__).parent.parent / "configs" / "distances" / "lorentzian.py"
+load_distances(str(LORENTZIAN))
+
+# Awkward on purpose, and small: every pair and coordinate is looked at.
+N, V, D, EXPONENT = 11, 13, 7, 5.0
+
+
+def signed_bray_curtis(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    return np.abs(x[:, None] - w).sum(-1) / (np.abs(x).sum(-1)[:, None] + np.abs(w).sum(-1))
+
+
+def soft_hamming(x: np.ndarray, w: np.ndarray, temperature: float = 0.5) -> np.ndarray:
+    x, w = (1 / (1 + np.exp(-v / temperature)) for v in (x, w))
+    return cdist(x, w, "cityblock") / x.shape[1]
+
+
+# Distance, its options, and what it is by somebody else's code: (x, w) → (N, V).
+CASES: list[tuple[str, dict[str, Any], Callable[[np.ndarray, np.ndarray], np.ndarray]]] = [
+    ("euclidean", {}, lambda x, w: cdist(x, w, "euclidean")),
+    ("cosine", {}, lambda x, w: cdist(x, w, "cosine")),
+    ("mahalanobis", {}, lambda x, w: cdist(x, w, "mahalanobis", VI=np.eye(D))),
+    ("mahalanobis", {"metric": "low_rank", "rank": 2}, lambda x, w: cdist(x, w, "mahalanobis", VI=np.eye(D))),
+    ("mahalanobis", {"metric": "full"}, lambda x, w: cdist(x, w, "mahalanobis", VI=np.eye(D))),
+    ("manhattan", {}, lambda x, w: cdist(x, w, "cityblock")),
+    ("minkowski", {"p": 3.0}, lambda x, w: cdist(x, w, "minkowski", p=3)),
+    ("minkowski", {"p": 1.5}, lambda x, w: cdist(x, w, "minkowski", p=1.5)),
+    ("minkowski", {"p": 2.0}, lambda x, w: cdist(x, w, "euclidean")),
+    ("chebyshev", {}, lambda x, w: cdist(x, w, "chebyshev")),
+    ("canberra", {}, lambda x, w: cdist(x, w, "canberra")),
+    ("bray_curtis", {}, signed_bray_curtis),
+    ("hamming", {"temperature": 0.5}, soft_hamming),
+    ("lorentzian", {}, lambda x, w: np.log1p(np.abs(x[:, None] - w)).sum(-1)),
+]
+IDS = ["-".join([name, *map(str, options.values())]) for name, options, _ in CASES]
+EVERY = pytest.mark.parametrize(("distance", "options", "reference"), CASES, ids=IDS)
+IN_BLOCKS = [case for case in CASES if make_distance(case[0], D, **case[1]).power is None]
+BLOCKS = pytest.mark.parametrize(
+    ("distance", "options", "reference"), IN_BLOCKS, ids=[IDS[CASES.index(case)] for case in IN_BLOCKS]
+)
+
+
+def make_head(distance: str, options: dict[str, Any], dtype: Any = torch.float64, **kwargs: Any) -> HarmonicHead:
+    """A head whose blocks are a few pairs."""
+    kwargs = {"exponent": EXPONENT, "init_std": 1.0, "memory": 4096} | kwargs
+    return HarmonicHead(D, V, distance=distance, **options, **kwargs).to(dtype)
+
+
+def disturb(head: HarmonicHead) -> HarmonicHead:
+    """With what is learnt of its distance away from the start."""
+    with torch.no_grad():
+        for parameter in head.metric.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return head
+
+
+def test_every_distance_of_hgpt_is_tested() -> None:
+    assert {case[0] for case in CASES} >= set(distance_names())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Definitions
+
+
+@EVERY
+def test_the_definition_is_the_known_one(distance: str, options: dict[str, Any], reference: Callable) -> None:
+    head = make_head(distance, options)
+    x = torch.randn(N, D, dtype=torch.float64)
+    expected = torch.from_numpy(reference(x.numpy(), head.weight.detach().numpy()))
+    torch.testing.assert_close(head.distances(x), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(head(x), -EXPONENT * expected.log(), rtol=1e-9, atol=1e-9)
+    p = expected**-EXPONENT / (expected**-EXPONENT).sum(-1, keepdim=True)
+    torch.testing.assert_close(head(x).softmax(-1), p)
+    torch.testing.assert_close(head(x.view(1, N, D)), head(x)[None])
+
+
+def test_bray_curtis_is_scipys_for_vectors_without_negative_entries() -> None:
+    head = make_head("bray_curtis", {})
+    x, w = torch.rand(N, D, dtype=torch.float64), torch.rand(V, D, dtype=torch.float64)
+    head.weight = nn.Parameter(w)
+    torch.testing.assert_close(head.distances(x), torch.from_numpy(cdist(x, w, "braycurtis")))
+
+
+@pytest.mark.parametrize("options", [{}, {"metric": "low_rank", "rank": 3}, {"metric": "full"}], ids=str)
+def test_mahalanobis_with_what_it_has_learnt(options: dict[str, Any]) -> None:
+    head = disturb(make_head("mahalanobis", options))
+    x, metric = torch.randn(N, D, dtype=torch.float64), head.metric
+    if "rank" in options:
+        factor = torch.eye(D) + metric.left @ metric.right
+    elif options:
+        factor = (metric.factor.tril(-1) + torch.diag(metric.factor.diagonal().exp())).T
+        torch.testing.assert_close(torch.linalg.cholesky(factor.T @ factor), factor.T)
+    else:
+        factor = torch.diag(metric.log_scale.exp())
+    inverse_covariance = (factor.T @ factor).detach().numpy()
+    expected = cdist(x, head.weight.detach(), "mahalanobis", VI=inverse_covariance)
+    torch.testing.assert_close(head.distances(x), torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("options", [{}, {"metric": "low_rank", "rank": 3}, {"metric": "full"}], ids=str)
+def test_mahalanobis_starts_at_the_identity_and_learns_at_once(options: dict[str, Any]) -> None:
+    head, euclid = make_head("mahalanobis", options), make_head("euclidean", {})
+    euclid.weight = head.weight
+    x, targets = torch.randn(N, D, dtype=torch.float64), torch.randint(V, (N,))
+    torch.testing.assert_close(head(x, targets), euclid(x, targets))
+    first = next(head.metric.parameters())
+    (gradient,) = torch.autograd.grad(head(x, targets), first)
+    assert gradient.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("options", [{}, {"metric": "low_rank", "rank": D}, {"metric": "full"}], ids=str)
+def test_the_scale_of_a_learnt_metric_changes_nothing(options: dict[str, Any]) -> None:
+    head = disturb(make_head("mahalanobis", options))
+    x, targets = torch.randn(N, D, dtype=torch.float64), torch.randint(V, (N,))
+    before, probabilities, distances = head(x, targets), head(x).softmax(-1), head.distances(x)
+    metric = head.metric
+    with torch.no_grad():
+        if not options:
+            metric.log_scale.add_(math.log(3))
+        elif "rank" in options:  # I + A B = 3 (I + A₀ B₀), with B = I
+            metric.left.copy_(2 * torch.eye(D) + 3 * metric.left @ metric.right)
+            metric.right.copy_(torch.eye(D))
+        else:
+            metric.factor.copy_(metric.factor.tril(-1) * 3 + torch.diag(metric.factor.diagonal() + math.log(3)))
+    torch.testing.assert_close(head.distances(x), 3 * distances)
+    torch.testing.assert_close(head(x, targets), before)
+    torch.testing.assert_close(head(x).softmax(-1), probabilities)
+
+
+def test_relations_between_distances() -> None:
+    x = torch.randn(N, D, dtype=torch.float64)
+
+    def distances(name: str, **options: Any) -> Tensor:
+        torch.manual_seed(0)
+        return make_head(name, options).distances(x)
+
+    torch.testing.assert_close(distances("minkowski", p=1), distances("manhattan"))
+    torch.testing.assert_close(distances("minkowski", p=1e4), distances("chebyshev"), rtol=1e-3, atol=0)
+    # A large temperature leaves Manhattan; a small one counts the coordinates of different sign.
+    torch.testing.assert_close(distances("hamming", temperature=1e5) * 4e5 * D, distances("manhattan"))
+    torch.manual_seed(0)
+    signs = make_head("hamming", {}).weight.sign()
+    counted = (x.sign()[:, None] != signs).double().mean(-1)
+    torch.testing.assert_close(distances("hamming", temperature=1e-6), counted.clamp_min(1e-15))
+
+
+def test_powers_stay_within_the_range_of_float32() -> None:
+    """(2e-3)^40 does not exist in float32."""
+    head = make_head("minkowski", {"p": 40.0}, torch.float32, init_std=1e-3)
+    x = (1e-3 * torch.randn(N, D)).requires_grad_()
+    targets = torch.randint(V, (N,))
+    expected = torch.from_numpy(cdist(x.detach().double(), head.weight.detach().double(), "minkowski", p=40))
+    torch.testing.assert_close(head.distances(x).double(), expected, rtol=1e-5, atol=0)
+    exact = make_head("minkowski", {"p": 40.0})
+    exact.weight = nn.Parameter(head.weight.detach().double())
+    doubled = x.detach().double().requires_grad_()
+    (expected_gradient,) = torch.autograd.grad(exact(doubled, targets), doubled)
+    (gradient,) = torch.autograd.grad(head(x, targets), x)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-3, atol=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Gradients
+
+
+@EVERY
+def test_gradcheck(distance: str, options: dict[str, Any], reference: Callable) -> None:
+    """Of the logits and of the loss, by x, the centres, the exponent and what is learnt of the distance."""
+    head = disturb(make_head(distance, options, learn_exponent=True, rows=V + 2))
+    x = torch.randn(5, D, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, 3, -100, V - 1, 3])
+    names, parameters = zip(*head.named_parameters(), strict=True)
+
+    def call(kwargs: dict[str, Any]) -> Callable[..., Tensor]:
+        def run(x: Tensor, *values: Tensor) -> Tensor:
+            return torch.func.functional_call(head, dict(zip(names, values, strict=True)), (x,), kwargs)
+
+        return run
+
+    for kwargs in ({}, {"targets": targets}, {"targets": targets, "reduction": "none"}):
+        assert torch.autograd.gradcheck(call(kwargs), (x, *parameters), fast_mode=True)
+
+
+@EVERY
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"recompute": True},
+        {"reduction": "sum"},
+        {"reduction": "none"},
+        {"num_items": 3},
+        {"ignore_index": 2},
+    ],
+    ids=str,
+)
+def test_the_loss_is_the_cross_entropy_of_the_logits(
+    distance: str, options: dict[str, Any], reference: Callable, kwargs: dict[str, Any]
+) -> None:
+    head = disturb(make_head(distance, options, learn_exponent=True, rows=V + 3, label_smoothing=0.1))
+    x = torch.randn(N, D, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(V, (N,))
+    targets[1:9:3] = kwargs.get("ignore_index", -100)
+    with torch.no_grad():
+        head.weight[V:] = x[:3]  # rows of padding, as near as can be
+    dense = {name: value for name, value in kwargs.items() if name in ("reduction", "ignore_index")}
+    expected = F.cross_entropy(head(x), targets, label_smoothing=0.1, **dense)
+    if "num_items" in kwargs:
+        expected = expected * (targets != -100).sum() / 3
+    value = head.loss(x, targets, **kwargs)
+    torch.testing.assert_close(value, expected)
+    inputs = [x, *head.parameters()]
+    for ours, theirs in zip(
+        torch.autograd.grad(value.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    assert torch.equal(head.eval()(x, targets), head(x, targets))
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_degenerate_vectors_are_finite(
+    distance: str, options: dict[str, Any], reference: Callable, dtype: torch.dtype
+) -> None:
+    """x on a centre, at the origin, parallel and opposite to centres; a centre at the origin; two equal centres."""
+    head = make_head(distance, options, dtype, learn_exponent=True)
+    w = torch.randn(V, D)
+    w[1], w[3], w[4, :3] = 0, w[2], 0
+    x = torch.stack([w[0], torch.zeros(D), 2 * w[2], -w[2], w[4], 3e-5 * w[5], 1e-30 * w[6], w[1], 100 * w[7]])
+    with torch.no_grad():
+        head.weight.copy_(w)
+    for targets in (torch.tensor([0, 1, 2, 2, 4, 5, 6, 1, 7]), torch.full((9,), 8)):
+        inputs = [x.to(dtype).requires_grad_(), *head.parameters()]
+        for value in (head(inputs[0], targets), F.cross_entropy(head(inputs[0]), targets)):
+            assert value.isfinite()
+            assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(value, inputs))
+    # On its own centre the loss is that of a sure thing.
+    assert head(x[:1].to(dtype), torch.tensor([0])) < 1e-3
+
+
+def test_what_happens_at_the_origin() -> None:
+    zero = torch.zeros(1, D, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([3])
+    for distance, expected in (("cosine", 0.5), ("bray_curtis", 1.0), ("canberra", float(D))):
+        head = make_head(distance, {})
+        torch.testing.assert_close(head.distances(zero), torch.full((1, V), expected, dtype=torch.float64))
+        torch.testing.assert_close(head(zero, targets), torch.tensor(math.log(V), dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(make_head("cosine", {})(zero, targets), zero)
+    assert (gradient == 0).all()
+
+
+def test_parallel_vectors() -> None:
+    head = make_head("cosine", {})
+    x = torch.stack([3 * head.weight[0], -0.1 * head.weight[1]]).detach()
+    d = head.distances(x)
+    assert d[0, 0] < 1e-14 and d[1, 1].item() == pytest.approx(2)
+
+
+def test_small_angles_survive_bfloat16() -> None:
+    """The rounding of operands cancels in |x̂|² + |ŵ|² − 2 x̂·ŵ, which in 1 − x̂·ŵ it does not."""
+    w = torch.randn(100, 768)
+    x = w + 0.1 * torch.randn(100, 768)
+    head = HarmonicHead(768, 100, distance="cosine")
+    head.weight = nn.Parameter(w)
+    exact = 1 - F.cosine_similarity(x.double(), w.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = head.distances(x).diagonal().double()
+    rounded = [F.normalize(v, dim=-1).bfloat16().double() for v in (x, w)]
+    naive = 1 - (rounded[0] * rounded[1]).sum(-1)
+    errors = [((value - exact) / exact).square().mean().sqrt().item() for value in (ours, naive)]
+    assert errors[0] < 2e-3 < 4 * errors[0] < errors[1]
+
+
+def test_a_clamped_distance_passes_no_gradient() -> None:
+    head = make_head("manhattan", {})
+    x = head.weight[2:3].detach().clone().requires_grad_()
+    d = pairwise_distances(head.metric, x, head.weight)
+    assert 0 < d[0, 2] == head.metric.floor(x)[0, 0] < 1e-14
+    gradients = torch.autograd.grad(d[0, 2], [x, head.weight])
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+def test_chebyshevs_gradient_goes_to_one_of_equal_coordinates() -> None:
+    """All of them together would be no subgradient: a step along it overshoots."""
+    metric = make_distance("chebyshev", 3)
+    x = torch.tensor([[1.0, 1.0, 0.0]], requires_grad=True)
+    d = pairwise_distances(metric, x, torch.zeros(1, 3))
+    assert torch.equal(torch.autograd.grad(d.sum(), x)[0], torch.tensor([[1.0, 0.0, 0.0]]))
+
+
+@EVERY
+def test_a_nan_reaches_the_loss(distance: str, options: dict[str, Any], reference: Callable) -> None:
+    head = make_head(distance, options)
+    x = torch.randn(N, D, dtype=torch.float64)
+    x[0, 0] = torch.nan
+    assert head(x, torch.randint(V, (N,))).isnan()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Precision
+
+
+@EVERY
+def test_float32_is_accurate(distance: str, options: dict[str, Any], reference: Callable) -> None:
+    """At the scales of a model's start, in float32 against float64."""
+    torch.manual_seed(0)
+    width = 64
+    exact = HarmonicHead(width, 50, "2*sqrt_dim", distance=distance, init_std=0.02, **options).double()
+    x, targets = 0.05 * torch.randn(40, width, dtype=torch.float64), torch.randint(50, (40,))
+    head = HarmonicHead(width, 50, "2*sqrt_dim", distance=distance, **options)
+    head.load_state_dict(exact.state_dict())
+    exact.load_state_dict({name: value.double() for name, value in head.state_dict().items()})
+    x = x.float().double()
+    error = head(x.float()).log_softmax(-1).double() - exact(x).log_softmax(-1)
+    assert error.square().mean().sqrt() < 2e-5
+    inputs = [x.float().requires_grad_(), head.weight]
+    expected = [x.requires_grad_(), exact.weight]
+    for ours, theirs in zip(
+        torch.autograd.grad(head(inputs[0], targets), inputs),
+        torch.autograd.grad(exact(expected[0], targets), expected),
+        strict=True,
+    ):
+        assert (ours.double() - theirs).norm() / theirs.norm() < 1e-5
+
+
+@EVERY
+def test_under_autocast(distance: str, options: dict[str, Any], reference: Callable) -> None:
+    """Products have operands of bfloat16, rounded once, at the end; blocks stay in float32."""
+    width, n = 768, math.sqrt(768)
+    head = HarmonicHead(width, 100, n, distance=distance, init_std=0.02, **options)
+    x, targets = 0.05 * torch.randn(64, width), torch.randint(100, (64,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, loss = head(x), head(x, targets)
+    assert logits.dtype == loss.dtype == torch.float32
+    plain = head(x)
+    if head.metric.power is None:
+        torch.testing.assert_close(logits, plain)
+    # Of the rule for products, 3e-3 at this n, what rounding x and w themselves to bfloat16 does, doubled for cosine.
+    error = logits.log_softmax(-1) - plain.log_softmax(-1)
+    assert error.square().mean().sqrt() < (0.02 if distance == "cosine" else 0.01)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, targets))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+class Sizes(TorchDispatchMode):
+    """Records the number of elements of every tensor that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor):
+                self.numel.add(tensor.numel())
+        return out
+
+
+@BLOCKS
+def test_memory_is_what_was_given(distance: str, options: dict[str, Any], reference: Callable) -> None:
+    tokens, classes, width, memory = 60, 90, 16, 32 * 1024
+    metric = make_distance(distance, width, **options)
+    x, w = torch.randn(tokens, width, requires_grad=True), torch.randn(classes, width, requires_grad=True)
+    targets = torch.randint(classes, (tokens,))
+    x_, w_ = metric(x, w)
+    with Sizes() as sizes:
+        pairwise_harmonic_loss(metric, x_, w_, targets, 3.0, memory=memory).backward()
+    # A block's tensor has an eighth of the memory, a chunk's a sixth; the rest are operands and gradients.
+    assert max(sizes.numel) <= max(memory // 4 // 6, classes * width)
+    assert tokens * classes not in sizes.numel and tokens * classes * width not in sizes.numel
+    assert score_chunk(classes, 4, memory) * classes * 4 * 6 <= memory
+    assert score_chunk(10**9, 4, memory) == 1 and memory_of("cpu") == 64 * 2**20
+
+
+@BLOCKS
+def test_the_size_of_blocks_changes_nothing(distance: str, options: dict[str, Any], reference: Callable) -> None:
+    x, targets = torch.randn(N, D, dtype=torch.float64, requires_grad=True), torch.randint(V, (N,))
+    results = []
+    for memory in (1, 2000, None):
+        torch.manual_seed(1)
+        head = make_head(distance, options, memory=memory)
+        value = head(x, targets)
+        results.append([value, head(x), *torch.autograd.grad(value, [x, head.weight])])
+    for other in results[1:]:
+        for ours, theirs in zip(other, results[0], strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The loss within other machinery
+
+
+@BLOCKS
+def test_no_position_counts(distance: str, options: dict[str, Any], reference: Callable) -> None:
+    head = make_head(distance, options, torch.float32)
+    x = torch.randn(N, D, requires_grad=True)
+    value = head(x, torch.full((N,), -100))
+    assert value == 0
+    assert all((gradient == 0).all() for gradient in torch.autograd.grad(value, [x, *head.parameters()]))
+    assert head(x[:0], torch.zeros(0, dtype=torch.long)) == 0 and head(x[:0]).shape == (0, V)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"recompute": True}, {"reduction": "none"}], ids=str)
+def test_blocks_within_autograd(kwargs: dict[str, Any]) -> None:
+    head = make_head("canberra", {}, torch.float32)
+    x, targets = torch.randn(N, D, requires_grad=True), torch.randint(V, (N,))
+
+    def loss(x: Tensor) -> Tensor:
+        return head.loss(x, targets, **kwargs).sum()
+
+    value = loss(x)
+    first = torch.autograd.grad(value, [x, head.weight], retain_graph=True)
+    again = torch.autograd.grad(value, [x, head.weight])
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss(x), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(head(x).sum(), x, create_graph=True)
+    for use_reentrant in (False, True):
+        repeated = checkpoint(loss, x, use_reentrant=use_reentrant)
+        x.grad = head.weight.grad = None
+        repeated.backward()
+        assert torch.equal(x.grad, first[0]) and torch.equal(head.weight.grad, first[1])
+    frozen = head.loss(x.detach(), targets, **kwargs).sum()
+    torch.testing.assert_close(torch.autograd.grad(frozen, head.weight)[0], first[1])
+    with torch.no_grad():
+        assert not loss(x).requires_grad
+    with torch.inference_mode():
+        torch.testing.assert_close(loss(x), value)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = loss(x)
+    torch.testing.assert_close(inside, value)
+    upstream = torch.autograd.grad(-3 * loss(x), x)[0]
+    torch.testing.assert_close(upstream, -3 * first[0])
+
+
+@pytest.mark.parametrize("distance", ["cosine", "mahalanobis", "manhattan"])
+def test_torch_compile_around_it(distance: str) -> None:
+    """A product stays in the graph, a distance in blocks is a break in it."""
+    head = make_head(distance, {}, torch.float32)
+    x, targets = torch.randn(N, D, requires_grad=True), torch.randint(V, (N,))
+
+    def step(x: Tensor) -> Tensor:
+        return head(torch.tanh(x), targets) * 2
+
+    expected = torch.autograd.grad(step(x), [x, *head.parameters()])
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=distance != "manhattan", backend="aot_eager")
+    for value, reference in zip(torch.autograd.grad(compiled(x), [x, *head.parameters()]), expected, strict=True):
+        torch.testing.assert_close(value, reference)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Learning
+
+
+@EVERY
+def test_a_network_learns_a_batch_by_heart(distance: str, options: dict[str, Any], reference: Callable) -> None:
+    """Random labels of random inputs: nothing but memory helps, and every distance has enough of it."""
+    inputs, labels = torch.randn(24, 12), torch.randint(20, (24,))
+    network = nn.Sequential(
+        nn.Linear(12, 64), nn.GELU(), nn.Linear(64, 32), HarmonicHead(32, 20, distance=distance, **options)
+    )
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    for step in range(300):
+        loss = F.cross_entropy(network(inputs), labels) if step % 50 == 0 else network[3](network[:3](inputs), labels)
+        if loss < 0.04:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A distance of one's own
+
+
+def test_a_distance_of_ones_own() -> None:
+    """The file that the README shows: found by its name, with gradients by autograd for what it learns."""
+    head = HarmonicHead(D, V, distance="lorentzian", scale=2.0).double()
+    assert dict(head.metric.named_parameters())["log_scale"].item() == pytest.approx(math.log(2))
+    assert head.metric.options == {"scale": 2.0}
+    x = torch.randn(N, D, dtype=torch.float64)
+    expected = torch.log1p((x[:, None] - head.weight).abs() / 2).sum(-1)
+    torch.testing.assert_close(head.distances(x), expected)
+
+
+def test_what_is_frozen_of_a_distance_of_ones_own() -> None:
+    head = make_head("lorentzian", {})
+    x, targets = torch.randn(N, D, dtype=torch.float64, requires_grad=True), torch.randint(V, (N,))
+    expected = torch.autograd.grad(head(x, targets), [x, head.weight])
+    head.metric.requires_grad_(False)
+    for ours, theirs in zip(torch.autograd.grad(head(x, targets), [x, head.weight]), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_registry() -> None:
+    assert distance_names()[0] == "euclidean" and hgpt.register_distance is register_distance
+    with pytest.raises(ValueError, match="there is a distance 'manhattan' already, Manhattan: choose another name"):
+        register_distance("manhattan")(type("Mine", (Distance,), {}))
+    with pytest.raises(TypeError, match=r"subclasses of hgpt\.Distance; got"):
+        register_distance("mine")(int)
+    with pytest.raises(NotImplementedError, match="Mine has no power and no pairwise value"):
+        type("Mine", (Distance,), {"power": None})(3).pairwise(torch.zeros(1, 3), torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"own.py cannot be executed: FileNotFoundError"),
+        ("1 / 0", r"own.py cannot be executed: ZeroDivisionError"),
+        ("x = 1", r"own.py registers no distance: it has to use @hgpt.register_distance"),
+    ],
+)
+def test_a_file_without_a_distance(tmp_path: Path, text: str | None, message: str) -> None:
+    file = tmp_path / "own.py"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_distances(str(file))
+
+
+@pytest.mark.parametrize(
+    ("distance", "options", "message"),
+    [
+        ("cosinus", {}, r"distance must be one of euclidean, cosine, mahalanobis, .*; got 'cosinus'. One of your own"),
+        ("minkowski", {}, 'p is required with distance = "minkowski"'),
+        ("minkowski", {"p": 0.5}, r"p must be a number of at least 1 .*; got 0.5"),
+        ("minkowski", {"p": math.inf}, r'p must be .*for infinity: distance = "chebyshev"\); got inf'),
+        ("minkowski", {"p": math.nan}, "p must be .*; got nan"),
+        ("cosine", {"p": 3}, 'p = 3 has no effect with distance = "cosine", which has no options: remove it'),
+        ("hamming", {"p": 3}, 'p = 3 has no effect with distance = "hamming", which has temperature: remove it'),
+        ("hamming", {"temperature": 0.0}, "temperature must be a positive number; got 0.0"),
+        ("hamming", {"temperature": -1.0}, "temperature must be a positive number; got -1.0"),
+        ("mahalanobis", {"metric": "round"}, "metric must be one of diagonal, low_rank, full; got 'round'"),
+        ("mahalanobis", {"metric": "low_rank"}, 'rank is required with metric = "low_rank"'),
+        ("mahalanobis", {"rank": 2}, 'rank = 2 has no effect with metric = "diagonal"'),
+        ("mahalanobis", {"metric": "low_rank", "rank": 8}, "rank must lie between 1 and the width .*, 7; got 8"),
+        ("mahalanobis", {"metric": "low_rank", "rank": 0}, "rank must lie between 1 and the width .*, 7; got 0"),
+    ],
+)
+def test_bad_options(distance: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HarmonicHead(D, V, distance=distance, **options)
+
+
+def test_operands_that_do_not_fit() -> None:
+    for distance in ("manhattan", "cosine"):
+        head = HarmonicHead(D, V, distance=distance)
+        with pytest.raises(ValueError, match=r"one width: x is \(2, 8\), w is \(13, 7\)"):
+            head(torch.zeros(2, D + 1))
+    with pytest.raises(ValueError, match=r"targets \(\.\.\.\) must fit"):
+        HarmonicHead(D, V, distance="manhattan")(torch.zeros(2, D), torch.zeros(3, dtype=torch.long))

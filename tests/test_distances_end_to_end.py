@@ -1,0 +1,325 @@
+"""Every distance in a model: trained, resumed bit for bit, exported, loaded with and without hgpt, sampled, read."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import run as launch
+from safetensors.torch import load_file
+from scipy.spatial.distance import cdist
+from small_run import VOCAB, assert_same_checkpoint, losses, make_config
+from transformers import AutoModelForCausalLM
+
+import hgpt
+import sample
+import train
+from hgpt.checkpoint import CHECKPOINTS
+from hgpt.errors import UserError
+from hgpt.interpret import centres
+from hgpt.interpret.models import find_sources, loaded
+from hgpt.modeling_hgpt import HGPTForCausalLM
+from hgpt.optim import parameter_groups
+from hgpt.pretrained import initialize_from
+from hgpt.run_config import HeadConfig, RunConfig
+
+LORENTZIAN = str(Path(__file__).parent.parent / "configs" / "distances" / "lorentzian.py")
+CASES: dict[str, dict[str, Any]] = {
+    "euclidean": {"learn_exponent": True},
+    "cosine": {"learn_exponent": True},
+    "diagonal": {"distance": "mahalanobis"},
+    "low_rank": {"distance": "mahalanobis", "metric": "low_rank", "rank": 4, "learn_exponent": True},
+    "full": {"distance": "mahalanobis", "metric": "full"},
+    "manhattan": {"learn_exponent": True},
+    "minkowski": {"p": 3.0},
+    "chebyshev": {},
+    "canberra": {},
+    "bray_curtis": {},
+    "hamming": {"temperature": 0.1},
+    "lorentzian": {"distance_file": LORENTZIAN},
+}
+EVERY = pytest.mark.parametrize("case", CASES)
+
+
+def configuration(data: Path, runs: Path, case: str) -> RunConfig:
+    head = HeadConfig(**({"exponent": "2*sqrt_dim", "final_norm_gain": 0.05, "distance": case} | CASES[case]))
+    return make_config(
+        data,
+        runs,
+        head,
+        name=case,
+        train={"steps": 3, "global_batch": 4, "micro_batch": 2},
+        eval={"every": 100, "diagnostic_windows": 1},
+        checkpoint={"every": 2},
+    )
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[RunConfig, dict[str, float]]]:
+    """A finished run with this head, made when it is first asked for, and its last evaluation."""
+    runs = tmp_path_factory.mktemp("runs")
+    finished: dict[str, tuple[RunConfig, dict[str, float]]] = {}
+
+    def make(case: str) -> tuple[RunConfig, dict[str, float]]:
+        if case not in finished:
+            config = configuration(data, runs, case)
+            finished[case] = config, train.main(config)
+        return finished[case]
+
+    return make
+
+
+@EVERY
+def test_a_run_goes_on_bit_for_bit(run: Callable, case: str, tmp_path: Path) -> None:
+    config, evaluation = run(case)
+    folder = config.run_folder
+    copied = replace(config, runs_dir=str(tmp_path), resume="auto")
+    shutil.copytree(folder, copied.run_folder, symlinks=True)
+    shutil.rmtree(copied.run_folder / CHECKPOINTS / "step_0000003")
+    assert train.main(copied) == evaluation
+    last = f"{CHECKPOINTS}/step_0000003"
+    assert_same_checkpoint(folder / last, copied.run_folder / last)
+    if config.model.head.learn_exponent:
+        assert evaluation["exponent"] != pytest.approx(2 * 32**0.5, rel=1e-6)
+
+
+@EVERY
+def test_what_it_exports_is_what_it_trained(run: Callable, case: str) -> None:
+    config, evaluation = run(case)
+    model = AutoModelForCausalLM.from_pretrained(config.run_folder / "latest" / "model")
+    head, metric = model.lm_head, model.lm_head.metric
+    assert head.distance == model.config.distance == (config.model.head.distance or "euclidean")
+    assert metric.options == model.config.distance_options
+    start = config.model.to_hf(vocab_size=VOCAB, seq_len=16)
+    torch.manual_seed(config.train.seed)
+    untrained = dict(HGPTForCausalLM(start).lm_head.named_parameters())
+    for name, parameter in head.named_parameters():
+        if name != "metric.right":  # whose gradient is 0 as long as that of `left` has not moved it
+            assert not torch.equal(parameter, untrained[name]), name
+    n = float(torch.as_tensor(head.exponent).detach())
+    assert n == pytest.approx(evaluation.get("exponent", 2 * 32**0.5))
+    card = (config.run_folder / "latest" / "model" / "README.md").read_text()
+    assert f"n = {n:g}" in card and ("learnt, from 11.3137" in card) == ("exponent" in evaluation)
+    assert f"`{head.distance}`" in card or head.distance == "euclidean"
+    ids = torch.randint(VOCAB, (1, 12))
+    with torch.no_grad():
+        hidden, logits = model.transformer(ids).last_hidden_state, model(ids).logits
+        torch.testing.assert_close(logits, -n * head.distances(hidden).log(), rtol=1e-4, atol=1e-4)
+        loss = model(ids, labels=ids, loss_only=True).loss
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
+    torch.testing.assert_close(loss, expected)
+
+
+@EVERY
+def test_sampling_shows_its_distances(run: Callable, case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config, _ = run(case)
+    model = AutoModelForCausalLM.from_pretrained(config.run_folder / "latest" / "model").eval()
+    position = sample.measure(model, [1, 2, 3], [5], nearest=3)[0]
+    with torch.no_grad():
+        exponent = float(model.lm_head.exponent)
+        d = model.lm_head.distances(model.transformer(torch.tensor([[1, 2, 3]])).last_hidden_state[0, -1])
+    assert position.ratio == pytest.approx(float(d[5] / d.min()), rel=1e-4)
+    assert [token for token, _ in position.nearest] == d.topk(3, largest=False).indices.tolist()
+    arguments = ["--checkpoint", str(config.run_folder), "--show-distances", "--max-new-tokens", "2", "--seed", "1"]
+    assert sample.main(arguments) == 0
+    output = capsys.readouterr()
+    assert f"{model.config.distance} distance of the hidden state" in output.out
+    assert f"harmonic ({model.config.distance}), n = {exponent:.4g}" in output.err
+
+
+@EVERY
+def test_reading_uses_the_heads_metric(run: Callable, case: str) -> None:
+    config, _ = run(case)
+    (source,) = find_sources([str(config.run_folder)])
+    with loaded(source, torch.device("cpu")) as model:
+        assert model.description.startswith(f"harmonic ({model.model.config.distance}), n = ")
+        w = torch.from_numpy(model.centre_rows()).double()
+        neighbours = centres.neighbours(model, 7, 3)
+        by_metric = model.model.lm_head.double().distances(w[7:8])[0].detach()
+        by_metric[7] = torch.inf
+        model.model.float()
+        nearest = by_metric.topk(3, largest=False)
+        assert [text for text, _ in neighbours] == [model.token_text(int(token)) for token in nearest.indices]
+        assert [d for _, d in neighbours] == pytest.approx(nearest.values.tolist(), rel=2e-2)
+        scipy = {"manhattan": "cityblock", "chebyshev": "chebyshev", "canberra": "canberra", "cosine": "cosine"}
+        if case in scipy:
+            expected = torch.from_numpy(cdist(w[7:8], w, scipy[case]))[0]
+            torch.testing.assert_close(by_metric[8:], expected[8:])
+        x = model.hidden_states(torch.arange(10)[None])[-1][0].clone()
+        states = x.numpy()
+        index, ratio = centres.nearest_contexts(model, states, 7, 1)[0]
+        with torch.inference_mode():
+            d = model.model.lm_head.distances(x)
+        assert index == int(d[:, 7].argmin())
+        assert ratio == pytest.approx(float(d[index, 7] / d[index].min()), rel=1e-3)
+        torch.testing.assert_close(model.log_distances(x, model.logits(x)), d.log(), rtol=1e-3, atol=1e-4)
+
+
+REMOTE = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "hgpt":
+            raise ImportError(f"{name} is not installed here")
+
+sys.meta_path.insert(0, Blocker())
+import torch
+from transformers import AutoModelForCausalLM
+
+*folders, unknown = sys.argv[1:]
+for folder in folders:
+    expected = torch.load(f"{folder}/expected.pt", weights_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    assert torch.equal(model(expected["ids"]).logits, expected["logits"]), folder
+    loss = model(expected["ids"], labels=expected["ids"]).loss
+    assert torch.equal(loss, expected["loss"]), folder
+    assert torch.equal(model.generate(expected["ids"], max_new_tokens=3, do_sample=False), expected["generated"])
+try:
+    AutoModelForCausalLM.from_pretrained(unknown, trust_remote_code=True)
+except ValueError as error:
+    assert "distance must be one of euclidean, cosine" in str(error) and "got 'lorentzian'" in str(error), error
+else:
+    raise SystemExit("a distance that nobody knows was loaded")
+assert not any(name.split(".")[0] == "hgpt" for name in sys.modules)
+print("loaded without hgpt")
+"""
+
+
+def test_remote_code_where_hgpt_cannot_be_imported(run: Callable, tmp_path: Path) -> None:
+    folders = []
+    for case in CASES:
+        folder = tmp_path / f"{case}_model"
+        shutil.copytree(run(case)[0].run_folder / "latest" / "model", folder)
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        ids = torch.arange(6)[None]
+        with torch.no_grad():
+            expected = {
+                "ids": ids,
+                "logits": model(ids).logits,
+                "loss": model(ids, labels=ids).loss,
+                "generated": model.generate(ids, max_new_tokens=3, do_sample=False),
+            }
+        torch.save(expected, folder / "expected.pt")
+        folders.append(str(folder))
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HOME": str(tmp_path / "hub")}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [sys.executable, "-c", REMOTE, *folders],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "loaded without hgpt" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A checkpoint and another configuration
+
+
+def test_a_checkpoint_of_an_unknown_distance(
+    run: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run("lorentzian")[0].run_folder
+    monkeypatch.delitem(hgpt.distances._REGISTRY, "lorentzian")
+    with pytest.raises(ValueError, match=r"distance must be one of .*got 'lorentzian'.*hgpt\.register_distance"):
+        AutoModelForCausalLM.from_pretrained(folder / "latest" / "model")
+    assert sample.main(["--checkpoint", str(folder), "--max-new-tokens", "1"]) == 2
+    assert "no model can be loaded" in (error := capsys.readouterr().err) and "got 'lorentzian'" in error
+    hgpt.distances._load_distances.cache_clear()
+    assert sample.main(["--checkpoint", str(folder), "--max-new-tokens", "1", "--distance-file", LORENTZIAN]) == 0
+
+
+def test_going_on_with_another_distance_is_refused(run: Callable) -> None:
+    config, _ = run("minkowski")
+    for head, line in (
+        ({"distance": "chebyshev", "p": None}, "model.head.distance: 'minkowski' in the checkpoint, 'chebyshev' now"),
+        ({"p": 4.0}, "model.head.p: 3.0 in the checkpoint, 4.0 now"),
+        ({"learn_exponent": True}, "model.head.learn_exponent: False in the checkpoint, True now"),
+    ):
+        changed = replace(config, resume="auto", model=replace(config.model, head=replace(config.model.head, **head)))
+        with pytest.raises(UserError, match="cannot go on from") as error:
+            train.main(changed)
+        assert line in str(error.value)
+
+
+def test_starting_from_a_model_with_another_distance(run: Callable) -> None:
+    config, _ = run("low_rank")
+
+    def start(**head: Any) -> tuple[HGPTForCausalLM, list[str]]:
+        settings = {"metric": None, "rank": None, "learn_exponent": False, "distance": "euclidean"} | head
+        model_config = replace(config.model, head=replace(config.model.head, **settings))
+        model = HGPTForCausalLM(model_config.to_hf(vocab_size=VOCAB, seq_len=16))
+        return model, initialize_from(model, str(config.run_folder))
+
+    trained = AutoModelForCausalLM.from_pretrained(config.run_folder / "latest" / "model")
+    same, notes = start(distance="mahalanobis", metric="low_rank", rank=4, learn_exponent=True)
+    assert notes == []
+    assert all(torch.equal(a, b) for a, b in zip(same.parameters(), trained.parameters(), strict=True))
+    learnt = float(trained.lm_head.exponent.detach())
+    other, notes = start(distance="mahalanobis", metric="low_rank", rank=3)
+    assert other.lm_head.exponent == pytest.approx(2 * 32**0.5)
+    assert notes == [
+        f"model.head.exponent is {2 * 32**0.5!r}, the checkpoint was trained with {learnt!r}",
+        "model.head.learn_exponent is False, the checkpoint was trained with True",
+        "model.head.distance_options is {'metric': 'low_rank', 'rank': 3}, the checkpoint was trained with "
+        "{'metric': 'low_rank', 'rank': 4}",
+        "not in the checkpoint, kept as initialised: lm_head.metric.left, lm_head.metric.right",
+        "not used from the checkpoint: lm_head.log_exponent, lm_head.metric.left, lm_head.metric.right",
+    ]
+    _, notes = start()
+    assert "model.head.distance is 'euclidean', the checkpoint was trained with 'mahalanobis'" in notes
+
+
+def test_more_tokens_keep_what_was_learnt(run: Callable) -> None:
+    config, _ = run("low_rank")
+    model = AutoModelForCausalLM.from_pretrained(config.run_folder / "latest" / "model")
+    before = {name: value.clone() for name, value in model.lm_head.named_parameters() if name != "weight"}
+    model.resize_token_embeddings(VOCAB + 70)
+    after = dict(model.lm_head.named_parameters())
+    assert before and all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_what_is_learnt_of_a_distance_has_a_group_of_its_own(data: Path, tmp_path: Path) -> None:
+    config = configuration(data, tmp_path, "low_rank")
+    config = replace(config, optim=replace(config.optim, metric_lr_multiplier=0.3, weight_decay=0.1))
+    model = HGPTForCausalLM(config.model.to_hf(vocab_size=VOCAB, seq_len=16))
+    groups = parameter_groups(model, config.optim)
+    found = {id(p): (g["weight_decay"], g["lr_multiplier"]) for g in groups for p in g["params"]}
+    metric = model.lm_head.metric
+    assert found[id(metric.left)] == found[id(metric.right)] == (0.0, 0.3)
+    assert found[id(model.lm_head.log_exponent)] == (0.0, 1.0)
+    assert found[id(model.lm_head.weight)][0] == 0.1
+    assert len(found) == len(list(model.parameters()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed exists for Linux")
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("case", ["low_rank", "manhattan"])
+def test_engines_train_what_a_head_learns(data: Path, tmp_path: Path, engine: str, case: str) -> None:
+    """Two processes under each engine end where one process does: exponent and metric, whole or in pieces."""
+    config = configuration(data, tmp_path, case)
+    config = replace(
+        config,
+        model=replace(config.model, dropout=0.0),
+        train=replace(config.train, steps=8),
+        resume="auto",
+        checkpoint=replace(config.checkpoint, every=8),
+    )
+    parallel = replace(config, name=f"{case}_{engine}")
+    launch(config, 1)
+    launch(parallel, 2, engine)
+    assert losses(parallel.run_folder) == pytest.approx(losses(config.run_folder), abs=1e-5)
+    ours, theirs = (load_file(c.run_folder / "latest" / "model" / "model.safetensors") for c in (parallel, config))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-5, msg=name)
