@@ -12,11 +12,11 @@ from hgpt.run_config import RunConfig, load_run_config, settings
 CONFIGS = Path(__file__).parent.parent / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.toml"))
 
-# 12 · L · D² + V · D + T · D + (2 · L + 1) · D for models without biases, V padded to a multiple of 64, and another
-# V · D where embeddings are not tied, as in the quickstart: by hand.
+# 12 · L · D² + V · D + T · D + (2 · L + 1) · D for models without biases and tied embeddings, V padded to a
+# multiple of 64: by hand.
 PARAMETERS = {
-    "quickstart": 1_328_256,
-    "quickstart_softmax": 1_328_256,
+    "quickstart": 1_066_112,
+    "quickstart_softmax": 1_066_112,
     "gpt2_small_harmonic": 124_373_760,
     "gpt2_small_softmax": 124_373_760,
     "gpt2_medium_harmonic": 354_599_936,
@@ -64,7 +64,7 @@ def test_harmonic_configs_are_harmonic(name):
     exponent = config.model.to_hf(vocab_size=64, seq_len=8).exponent
     root = math.sqrt(config.model.n_embd)
     assert root <= exponent <= 4 * root * (1 + 1e-9)
-    assert config.model.head.final_norm_gain <= 0.1
+    assert config.model.head.final_norm_gain <= 0.2
 
 
 def test_the_recipe_of_the_first_paper():

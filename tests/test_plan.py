@@ -434,6 +434,40 @@ def test_unknown_device_gets_no_figures(shipped):
     assert "warning: the memory of 'NVIDIA B200' is not known: give it with --memory GIB" in text
 
 
+def test_a_distance_that_takes_days(shipped):
+    tokens = 600_000 * 491_520
+    for distance, traffic in (("manhattan", 11), ("canberra", 33)):
+        text = plan.main([*shipped, "--gpus", "8", "--model.head.distance", distance])
+        days = tokens * 50257 * 768 * traffic * 4 / 3350e9 / 8 / 86400
+        assert f"distance         about {days:.1f} days besides for {distance}" in text
+        assert f'warning: model.head.distance = "{distance}" visits every coordinate' in text
+        assert f"about {days:.1f} days for 294.9 G tokens and 50,257 centres" in text
+    assert "harmonic head (canberra), n = " in text
+    for distance in ("cosine", "mahalanobis"):
+        text = plan.main([*shipped, "--gpus", "8", "--model.head.distance", distance])
+        assert "warning" not in text and "besides" not in text
+    # A small run says what it takes and warns of nothing.
+    small = ["--data.vocab_size", "512", "--train.steps", "3000"]
+    text = plan.main([*shipped, "--model.head.distance", "manhattan", *small])
+    assert "distance         about" in text and "warning" not in text
+    # A GPU that is not known is at best an H100 here.
+    assert plan.distance_seconds(tiny(distance="manhattan"), 1e9, "Mystery") == pytest.approx(
+        1e9 * 300 * 128 * 11 * 4 / 3350e9
+    )
+
+
+def test_memory_of_a_head_with_another_distance():
+    euclid, cosine, manhattan = (
+        head_memory(tiny(distance=distance), 96, AUTOCAST) for distance in ("euclidean", "cosine", "manhattan")
+    )
+    assert cosine.operands == euclid.operands + (96 + 320) * 128 * 8 and cosine.chunk == euclid.chunk
+    assert manhattan.chunk == 512 * 2**20
+    assert head_memory(tiny(distance="manhattan"), 96, AUTOCAST, 3.0).chunk == 3 * 2**20
+    options = {"metric": "full"}
+    full = count_parameters(tiny(distance="mahalanobis", distance_options=options, tie_word_embeddings=True))
+    assert full.head == 128 * 128
+
+
 def test_zero3_with_compile(shipped):
     assert "zero3 does not work with train.compile = true" in plan.main([*shipped, "--gpus", "8", "--engine", "zero3"])
 
@@ -491,4 +525,4 @@ def test_the_command_itself(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: train.global_batch = 16 cannot be reached")
     monkeypatch.setattr(sys, "argv", [*command, "--gpus", "1"])
     runpy.run_path(plan.__file__, run_name="__main__")
-    assert capsys.readouterr().out.startswith("quickstart: harmonic head, n = 36.2")
+    assert capsys.readouterr().out.startswith("quickstart: harmonic head (euclidean), n = ")
