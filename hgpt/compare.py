@@ -417,6 +417,8 @@ def row(arm: Arm, best: dict[str, str], outcomes: dict[str, Outcome], seeds: int
         "mean": statistics.mean(losses),
         "sd": statistics.stdev(losses) if len(losses) > 1 else None,
         "interval": t_interval(losses),
+        "gradient_norm_spread": mean_gradient_norm_spread([run.folder for run in runs]),
+        "tokens_per_second": median_tokens_per_second([run.folder for run in runs]),
         "joules_per_token": mean_joules_per_token([run.folder for run in runs]),
         "diagnostics": {
             name: statistics.mean(run.evaluation[name] for run in runs if run.evaluation is not None)
@@ -424,6 +426,30 @@ def row(arm: Arm, best: dict[str, str], outcomes: dict[str, Outcome], seeds: int
             if name != "loss"
         },
     }
+
+
+def mean_gradient_norm_spread(folders: Sequence[Path]) -> float | None:
+    """Mean over runs of sd / mean of the gradient norms that were logged in the second half of the training.
+
+    Before clipping, and past the warm-up and the first fall of the loss; None for fewer than two such lines.
+    """
+    spreads = []
+    for folder in folders:
+        norms = [(record["step"], record["grad_norm"]) for record in records(folder) if "grad_norm" in record]
+        late = [norm for step, norm in norms if 2 * step > norms[-1][0]]
+        if len(late) > 1:
+            spreads.append(statistics.stdev(late) / statistics.mean(late))
+    return statistics.mean(spreads) if spreads else None
+
+
+def median_tokens_per_second(folders: Sequence[Path]) -> float | None:
+    """Over all that was logged after the first line, with its start-up; evaluation and checkpoints do not count."""
+    rates = [
+        record["tokens_per_second"]
+        for folder in folders
+        for record in [record for record in records(folder) if "tokens_per_second" in record][1:]
+    ]
+    return statistics.median(rates) if rates else None
 
 
 def mean_joules_per_token(folders: Sequence[Path]) -> float | None:
@@ -504,16 +530,23 @@ def write_tables(out: Path, result: dict[str, Any]) -> None:
         for entry in table
     ]
     measured = any(entry["joules_per_token"] is not None for entry in table)
-    if measured:
-        header.append("J per token")
-        for cells, entry in zip(rows, table, strict=True):
-            cells.append("" if entry["joules_per_token"] is None else f"{entry['joules_per_token']:.3g}")
+    for name, title, form in (
+        ("gradient_norm_spread", "gradient norm, sd / mean", ".2f"),
+        ("tokens_per_second", "tokens/s", ",.0f"),
+        ("joules_per_token", "J per token", ".3g"),
+    ):
+        if any(entry[name] is not None for entry in table):
+            header.append(title)
+            for cells, entry in zip(rows, table, strict=True):
+                cells.append("" if entry[name] is None else f"{entry[name]:{form}}")
     lines = [header, ["---"] * len(header), *rows]
     notes = (
         "Losses in nats per token over the validation set. Intervals: Student's, over seeds; differences are paired by "
         "seed. The best point was chosen on the first seed and the same validation set, which flatters every arm a "
         "little. (edge): the best value is the smallest or the largest that was tried, so a better one may lie beyond."
     )
+    if "tokens/s" in header:
+        notes += " Gradient norms: second half of the training, before clipping. tokens/s: median, without evaluation."
     if measured:
         notes += (
             " J per token: energy of the whole machine, evaluations included, over training tokens. The metrics.jsonl "

@@ -136,6 +136,25 @@ def test_energy_per_token_where_it_was_measured(arms, capsys):
     assert header.endswith("| J per token |") and first.endswith("| 0.015 |") and second.endswith("|  |")
 
 
+def test_gradient_norms_and_speed(arms, capsys):
+    command = [*arms, *SWEEP, "--seeds", "1", "--out", "out"]
+    run(*command)
+    assert "tokens/s" not in capsys.readouterr().out
+    # The second half is the steps 12, 16 and 20: mean 2, standard deviation 1.
+    lines = [(4, 90.0, 1.0), (8, 50.0, 700.0), (12, 1.0, 900.0), (16, 2.0, 800.0), (20, 3.0, 1000.0)]
+    metrics = Path("out/runs/harmonic-lr3e-3-seed0/metrics.jsonl")
+    records = [
+        {"kind": "train", "step": step, "grad_norm": norm, "tokens_per_second": rate} for step, norm, rate in lines
+    ]
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in records) + metrics.read_text())
+    harmonic, softmax = run(*command)["arms"]
+    assert harmonic["gradient_norm_spread"] == pytest.approx(0.5)
+    assert harmonic["tokens_per_second"] == 850.0  # without the first line
+    assert softmax["gradient_norm_spread"] is None
+    header, _, first, *_ = capsys.readouterr().out.splitlines()
+    assert header.endswith("| gradient norm, sd / mean | tokens/s |") and first.endswith("| 0.50 | 850 |")
+
+
 def test_the_minimum_moves_with_the_learning_rate(arms):
     run(*arms, *SWEEP, "--seeds", "1", "--out", "out")
     text = Path("out/configs/harmonic-lr9e-3-seed0.toml").read_text()

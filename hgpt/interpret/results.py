@@ -211,6 +211,7 @@ READABILITY = {
     "consistency_centres": "offset consistency, centres",
     "target_ratio": "distance to the target over\nthe median distance",
     "effective_rank_centres": "effective rank of the centres",
+    "explained_2_centres": "share of the centres' variance\nin two components",
     "ece": "expected calibration error",
 }
 
@@ -239,6 +240,7 @@ def readability(model: ModelResult) -> dict[str, float | None]:
         "consistency_centres": value(mean_consistency(model, "centres")),
         "target_ratio": value(model.quality.get("target_ratio")) if model.harmonic else None,
         "effective_rank_centres": model.geometry["centres"]["effective_rank"],
+        "explained_2_centres": model.geometry["centres"]["explained_variance"][1],
         "ece": value(model.quality.get("ece")),
     }
 
