@@ -56,6 +56,8 @@ def train(folder: Path, name: str, launcher: str, processes: int, head: str, tie
         "train.global_batch": 8,
         "train.micro_batch": 2,
         "optim.algorithm": "adamw",
+        "optim.lr": 1e-3,
+        "optim.min_lr": 1e-4,
         "optim.warmup_steps": 5,
         "eval.every": steps,
         "eval.unigram_baseline": "false",
@@ -66,7 +68,7 @@ def train(folder: Path, name: str, launcher: str, processes: int, head: str, tie
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if result.returncode:
+    if result.returncode or f"{processes} x cpu" not in result.stdout + result.stderr:
         sys.exit(f"{' '.join(command)}\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
     return folder / "runs" / name
 

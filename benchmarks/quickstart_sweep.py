@@ -38,12 +38,13 @@ POINTS: dict[str, list[Point]] = {
         (False, "3.1*sqrt_dim", 0.2, 1e-2),
     ],
     "softmax": [
-        (True, "", 3.0, 1e-2),
+        (True, "", 1.0, 1e-2),
+        (True, "", 0.5, 1e-2),
         (True, "", 1.8, 1e-2),
-        (True, "", 5.0, 1e-2),
-        (True, "", 3.0, 7e-3),
-        (True, "", 3.0, 1.5e-2),
-        (False, "", 3.0, 1e-2),
+        (True, "", 3.0, 1e-2),
+        (True, "", 1.0, 7e-3),
+        (True, "", 1.0, 1.5e-2),
+        (False, "", 1.0, 1e-2),
     ],
 }
 

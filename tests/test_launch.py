@@ -63,30 +63,34 @@ def accelerate_launch(config: RunConfig, launcher: str, tmp_path: Path, *options
     )
 
 
-def succeeded(*launchers: subprocess.Popen) -> None:
+def succeeded(*launchers: subprocess.Popen) -> str:
+    """What they printed, if all of them ended well."""
+    texts = []
     for launcher in launchers:
-        printed, _ = launcher.communicate(timeout=400)
-        assert launcher.returncode == 0, printed[-5000:]
+        texts.append(launcher.communicate(timeout=400)[0])
+        assert launcher.returncode == 0, texts[-1][-5000:]
+    return "".join(texts)
 
 
 @pytest.mark.parametrize(
-    ("launcher", "processes"),
+    ("launcher", "processes", "engine"),
     [
-        pytest.param("cpu", 1, marks=pytest.mark.slow),
-        pytest.param("multi_cpu", 2, marks=pytest.mark.slow),
-        pytest.param("zero1", 2, marks=pytest.mark.slow),
-        ("zero2", 2),
-        pytest.param("zero3", 2, marks=pytest.mark.slow),
-        pytest.param("zero2_offload", 2, marks=pytest.mark.slow),
+        pytest.param("cpu", 1, "one process", marks=pytest.mark.slow),
+        ("multi_cpu", 2, "DDP"),
+        pytest.param("zero1", 2, "DeepSpeed ZeRO-1", marks=pytest.mark.slow),
+        ("zero2", 2, "DeepSpeed ZeRO-2"),
+        pytest.param("zero3", 2, "DeepSpeed ZeRO-3", marks=pytest.mark.slow),
+        pytest.param("zero2_offload", 2, "DeepSpeed ZeRO-2", marks=pytest.mark.slow),
     ],
 )
-def test_accelerate_launch(data, tmp_path, launcher, processes):
+def test_accelerate_launch(data, tmp_path, launcher, processes, engine):
     """The shipped file and the same TOML, on the CPU: the curve of one process, and it goes on."""
     alone = engine_config(data, tmp_path, "alone")
     run(alone, 1)
     config = engine_config(data, tmp_path, launcher)
     port = ["--main_process_port", free_port()] if processes > 1 else []
-    succeeded(accelerate_launch(config, launcher, tmp_path, "--num_processes", processes, *port))
+    printed = succeeded(accelerate_launch(config, launcher, tmp_path, "--num_processes", processes, *port))
+    assert f"{processes} x cpu, {engine}" in printed
     # DeepSpeed's Adam on the CPU is another implementation of the same formula.
     np.testing.assert_allclose(curve(config), curve(alone), atol=1e-4 if "offload" in launcher else 1e-5)
     assert len(checkpoints(config.run_folder)) == 2
@@ -105,7 +109,7 @@ def test_two_nodes(data, tmp_path, launcher):
         port = free_port()
         options = ["--num_processes", 2, "--main_process_ip", "127.0.0.1", "--main_process_port", port]
         nodes = [accelerate_launch(config, launcher, tmp_path, "--machine_rank", rank, *options) for rank in (0, 1)]
-        succeeded(*nodes)
+        assert "2 x cpu" in succeeded(*nodes)
 
     both()
     np.testing.assert_allclose(curve(config), curve(alone), atol=1e-5)
