@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run as launch
+from remote_code import WITHOUT_HGPT
 from safetensors.torch import load_file
 from scipy.spatial.distance import cdist
 from small_run import VOCAB, assert_same_checkpoint, losses, make_config
@@ -161,15 +162,9 @@ def test_reading_uses_the_heads_metric(run: Callable, case: str) -> None:
         torch.testing.assert_close(model.log_distances(x, model.logits(x)), d.log(), rtol=1e-3, atol=1e-4)
 
 
-REMOTE = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hgpt":
-            raise ImportError(f"{name} is not installed here")
-
-sys.meta_path.insert(0, Blocker())
+REMOTE = (
+    WITHOUT_HGPT
+    + """
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -190,6 +185,7 @@ else:
 assert not any(name.split(".")[0] == "hgpt" for name in sys.modules)
 print("loaded without hgpt")
 """
+)
 
 
 def test_remote_code_where_hgpt_cannot_be_imported(run: Callable, tmp_path: Path) -> None:

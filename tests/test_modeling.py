@@ -4,12 +4,12 @@ import math
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from remote_code import WITHOUT_HGPT
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -422,22 +422,9 @@ def test_only_missing_weights_are_initialised(tmp_path: Path) -> None:
         assert torch.equal(loaded.state_dict()[name], value), name
 
 
-REMOTE = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hgpt":
-            raise ImportError(f"{name} is not installed here")
-
-sys.meta_path.insert(0, Blocker())
-try:
-    import hgpt
-except ImportError:
-    pass
-else:
-    raise SystemExit("hgpt can be imported: this proves nothing")
-
+REMOTE = (
+    WITHOUT_HGPT
+    + """
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -463,6 +450,7 @@ for folder in sys.argv[1:]:
 assert not any(name.split(".")[0] == "hgpt" for name in sys.modules)
 print("loaded without hgpt")
 """
+)
 
 
 def test_remote_code_where_hgpt_cannot_be_imported(tmp_path: Path) -> None:
@@ -487,7 +475,7 @@ def test_remote_code_where_hgpt_cannot_be_imported(tmp_path: Path) -> None:
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HOME": str(tmp_path / "hub")}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(REMOTE), *folders],
+        [sys.executable, "-c", REMOTE, *folders],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
