@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -45,6 +45,7 @@ from hgpt.engines import (
 )
 from hgpt.errors import UserError
 from hgpt.evaluation import evaluation_windows, head_diagnostics, validation_loss
+from hgpt.folder_lock import folder_lock
 from hgpt.metrics import (
     METRICS_FILE,
     LossSpikes,
@@ -76,6 +77,12 @@ class Preempted(Exception):
 
 def main(config: RunConfig) -> dict[str, float]:
     """Train as `config` says; returns the last evaluation (`loss`, and the diagnostics of the head)."""
+    with ExitStack() as held:
+        return _train(config, held)
+
+
+def _train(config: RunConfig, held: ExitStack) -> dict[str, float]:
+    """`held` is given up however the run ends."""
     # ------------------------------------------------------------------------------------------------------------
     # Data. Opened first: most mistakes are here, and they should cost no time.
     if config.log.energy_country is not None:
@@ -178,6 +185,8 @@ def main(config: RunConfig) -> dict[str, float]:
     if accelerator.is_main_process:
         try:
             run_folder.mkdir(parents=True, exist_ok=True)
+            busy = f"another process is training in {run_folder}: wait for it, or end it, or choose another --name"
+            held.enter_context(folder_lock(run_folder / ckpt.LOCK, busy))
             write_toml(config, run_folder / CONFIG_FILE)
             (run_folder / ckpt.PREEMPTED).unlink(missing_ok=True)
         except OSError as error:

@@ -16,7 +16,6 @@ Every file appears by rename. A unit counts as encoded once the journal says so,
 name: what is redone after a kill is what the workers were encoding, and the copying into the last shard.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -37,6 +36,7 @@ from data_prep.documents import Counts, decode_utf8, decoded_chunks
 from data_prep.text_files import SECTION_BYTES, Section, read_section
 from data_prep.worker_pool import worker_pool
 from hgpt.errors import UserError
+from hgpt.folder_lock import folder_lock
 from hgpt.shards import (
     HEADER_BYTES,
     META_FILE,
@@ -298,21 +298,19 @@ class Preparation(AbstractContextManager["Preparation"]):
         self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / "lock", "w")
+            self._lock = ExitStack()
+            self._lock.enter_context(
+                folder_lock(
+                    self.folder / "lock",
+                    f"--out {self.out}: another process is preparing data in this folder. Wait for it, or end it; what "
+                    "it has finished stays.",
+                )
+            )
         except OSError as error:
             self._remove_made()
             raise UserError(
                 f"--out {self.out} cannot be written: {error.strerror}. Choose another folder, or change "
                 "its permissions."
-            ) from error
-        try:
-            # Ends with the process, however it ends.
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise UserError(
-                f"--out {self.out}: another process is preparing data in this folder. Wait for it, or end it; what it "
-                "has finished stays."
             ) from error
         self.complete = any((self.out / name).exists() for name in (META_FILE, PART_FILE))
         return self
@@ -428,16 +426,25 @@ def write_shards(
             running: set[Future[EncodedUnit]] = set()
             ahead = 1 if workers == 1 else UNITS_AHEAD * workers
             total = Tally()
+
+            def keep(encoded: EncodedUnit) -> None:
+                preparation.record(encoded)
+                done[encoded.unit] = encoded
+                on_unit(encoded.tally)
+
+            starting = workers > 1
             for unit in units:
                 while unit.number not in done:
                     while todo and todo[0].number < unit.number + ahead:
                         running.add(executor.submit(_encode_in_worker, todo.popleft()))
+                    # Workers take seconds to import what they need; until the first one answers this process encodes.
+                    starting = starting and bool(todo) and not any(future.done() for future in running)
+                    if starting:
+                        keep(encoder(todo.popleft()))
+                        continue
                     ready, running = wait(running, return_when=FIRST_COMPLETED)
                     for future in ready:
-                        encoded = future.result()
-                        preparation.record(encoded)
-                        done[encoded.unit] = encoded
-                        on_unit(encoded.tally)
+                        keep(future.result())
                 for appender in appenders:
                     appender.append(done[unit.number])
                 total.add(done[unit.number].tally)

@@ -41,6 +41,7 @@ from hgpt.shards import TokenShards
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 MODEL = "model"
+LOCK = ".lock"  # held by the process that trains in the folder
 PREEMPTED = "preempted"  # in the folder of a run that a cluster stopped: launchers do not pass on exit codes
 MANIFEST = "manifest.json"
 STATE = "state.json"

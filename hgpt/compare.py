@@ -3,9 +3,9 @@
     python -m hgpt.compare --config A.toml B.toml --seeds 3 --sweep optim.lr=1e-3,3e-3,6e-3 --out comparisons/heads
 
 Every arm (a configuration, or with --vary one for each value) is trained at every point of its sweep with the first
-seed; the point with the lowest validation loss is then trained with the other seeds. Data, order of the data, number
-of steps and seeds are the same in each arm, or nothing is trained. What has finished is kept: the same command goes on
-where it stopped.
+seed, or with --search coordinate at fewer; the point with the lowest validation loss is then trained with the other
+seeds. Data, order of the data, number of steps and seeds are the same in each arm, or nothing is trained. What has
+finished is kept: the same command goes on where it stopped.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,8 +113,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         )
 
     places = run_places(options.gpus, options.jobs)
-    # The grid with the first seed, then the best point of each arm with the others.
-    tuned = train_all([config for configs in first.values() for config in configs], places, out, "tuning")
+    # Tuned with the first seed, then the best point of each arm with the others.
+    tuned = tune(arms, options.search, places, out)
     best = {arm.name: best_point(arm, tuned) for arm in arms}
     for arm in arms:
         if tuned[run_name(arm, best[arm.name], 0)].evaluation is None:
@@ -174,6 +174,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="[ARM:]KEY=V1,V2",
         help="values among which each arm takes its best; several sweeps make a grid. Sweeping optim.lr moves "
         "optim.min_lr along, in the proportion of the configuration",
+    )
+    parser.add_argument(
+        "--search",
+        choices=("grid", "coordinate"),
+        default="grid",
+        help="grid: every combination of the sweeps. coordinate: one sweep after the other in the order given, at the "
+        "best values so far, at first the middle ones; fewer runs, and blind to values that are good together only "
+        "(default: %(default)s)",
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every arm")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each arm's best point (default: 3)")
@@ -306,6 +314,35 @@ def run_places(gpus: Sequence[str] | None, jobs: int | None) -> list[dict[str, s
     return [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}] * jobs
 
 
+def tune(arms: Sequence[Arm], search: str, places: Sequence[dict[str, str]], out: Path) -> dict[str, Outcome]:
+    """The runs with the first seed among which each arm has its best, by name."""
+    tuned: dict[str, Outcome] = {}
+
+    def train_points(points: Mapping[str, Sequence[dict[str, str]]], stage: str) -> None:
+        configs = [run_config(arm, point, 0, out) for arm in arms for point in points[arm.name]]
+        tuned.update(train_all([config for config in configs if config.name not in tuned], places, out, stage))
+
+    if search == "grid":
+        train_points({arm.name: arm.points for arm in arms}, "tuning")
+        return tuned
+    sweeps = {arm.name: list(swept_values(arm).items()) for arm in arms}
+    middle = {name: {key: values[(len(values) - 1) // 2] for key, values in sweep} for name, sweep in sweeps.items()}
+    train_points({name: [point] for name, point in middle.items()}, "middle points")
+    for number in range(max(map(len, sweeps.values()))):
+        best = {arm.name: best_point(arm, tuned) for arm in arms}
+        line = {
+            name: [best[name] | {key: value} for key, values in sweep[number : number + 1] for value in values]
+            for name, sweep in sweeps.items()
+        }
+        train_points(line, f"sweep {number + 1}")
+    return tuned
+
+
+def swept_values(arm: Arm) -> dict[str, list[str]]:
+    """The values of each setting that is swept, in the order given."""
+    return {key: list(dict.fromkeys(point[key] for point in arm.points)) for key in arm.points[0]}
+
+
 def train_all(
     configs: Sequence[RunConfig], places: Sequence[dict[str, str]], out: Path, stage: str
 ) -> dict[str, Outcome]:
@@ -404,14 +441,17 @@ def row(arm: Arm, best: dict[str, str], outcomes: dict[str, Outcome], seeds: int
     """What one arm came to: its best point, the losses of its seeds, their mean and spread."""
     runs = [outcomes[run_name(arm, best, seed)] for seed in range(seeds)]
     losses = [run.loss for run in runs if run.evaluation is not None]
-    swept = {key: list(dict.fromkeys(point[key] for point in arm.points)) for key in best}
     return {
         "arm": arm.name,
         "config": arm.file,
         "settings": arm.fixed,
         "best": best,
-        "at_the_edge": [key for key, values in swept.items() if at_the_edge(values, best[key])],
-        "tried": [{"point": point, "loss": finite(outcomes[run_name(arm, point, 0)].loss)} for point in arm.points],
+        "at_the_edge": [key for key, values in swept_values(arm).items() if at_the_edge(values, best[key])],
+        "tried": [
+            {"point": point, "loss": finite(outcomes[run_name(arm, point, 0)].loss)}
+            for point in arm.points
+            if run_name(arm, point, 0) in outcomes
+        ],
         "runs": [run_name(arm, best, seed) for seed in range(seeds)],
         "losses": [finite(run.loss) for run in runs],
         "mean": statistics.mean(losses),
@@ -460,8 +500,9 @@ def mean_joules_per_token(folders: Sequence[Path]) -> float | None:
 
 
 def best_point(arm: Arm, tuned: dict[str, Outcome]) -> dict[str, str]:
-    """The point of the sweep with the lowest validation loss of the first seed."""
-    return min(arm.points, key=lambda point: tuned[run_name(arm, point, 0)].loss)
+    """The point, of those that were tried, with the lowest validation loss of the first seed."""
+    tried = [point for point in arm.points if run_name(arm, point, 0) in tuned]
+    return min(tried, key=lambda point: tuned[run_name(arm, point, 0)].loss)
 
 
 def finite(value: float) -> float | None:

@@ -122,6 +122,31 @@ def test_each_arm_is_tuned_and_then_repeated(arms, capsys):
     assert Path("out/table.csv").read_text().count("\n") == 3
 
 
+def test_one_sweep_after_the_other(arms):
+    # The pretended loss does not depend on the gain: of equals the first is the best.
+    command = [*arms, "--search", "coordinate", "--sweep", "optim.lr=1e-3,2e-3,9e-3,3e-3"]
+    command += ["--sweep", "softmax:model.head.final_norm_gain=1,2,3", "--seeds", "2", "--out", "out"]
+    harmonic, softmax = run(*command)["arms"]
+    assert harmonic["best"] == {"optim.lr": "3e-3"} and softmax["best"]["optim.lr"] == "3e-3"
+    assert [entry["point"] for entry in softmax["tried"]] == [
+        {"optim.lr": lr, "model.head.final_norm_gain": gain}
+        for lr, gain in [("1e-3", "2"), ("2e-3", "2"), ("9e-3", "2"), ("3e-3", "1"), ("3e-3", "2"), ("3e-3", "3")]
+    ]
+    assert softmax["best"]["model.head.final_norm_gain"] == "1" and len(softmax["losses"]) == 2
+    assert softmax["at_the_edge"] == ["model.head.final_norm_gain"]
+    # 4 learning rates of each, 2 more gains of one, 1 more seed of each.
+    assert len(trained(Path("out"))) == len(set(trained(Path("out")))) == 8 + 2 + 2
+    # What is there serves the whole grid, too.
+    grid = [option for option in command if option not in ("--search", "coordinate")]
+    assert len(run(*grid)["arms"][1]["tried"]) == 12
+    assert len(trained(Path("out"))) == 4 + 12 + 2
+
+
+def test_a_search_without_sweeps_is_a_run_of_each_arm(arms):
+    run(*arms, "--search", "coordinate", "--seeds", "2", "--out", "out")
+    assert len(trained(Path("out"))) == 4
+
+
 def test_energy_per_token_where_it_was_measured(arms, capsys):
     command = [*arms, *SWEEP, "--seeds", "2", "--out", "out"]
     assert run(*command)["arms"][0]["joules_per_token"] is None

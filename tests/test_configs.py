@@ -55,6 +55,19 @@ def test_twins_differ_in_the_head_and_the_learning_rate_only(pair):
     assert all(name.startswith("model.head.") for name in different)
 
 
+@pytest.mark.parametrize("file", sorted((CONFIGS / "distances").glob("*.toml")), ids=lambda path: path.stem)
+def test_configs_of_distances_are_the_quickstart_with_another_distance(file):
+    config, quickstart = load_run_config(["--config", str(file)]), load("quickstart")
+    there, expected = settings(config), settings(quickstart)
+    different = {name for name in there.keys() | expected.keys() if there.get(name) != expected.get(name)}
+    assert different - {"model.head.p", "model.head.metric", "model.head.rank"} == {"name", "model.head.distance"}
+    assert config.name == f"quickstart_{file.stem}"
+    with torch.device("meta"):
+        model = HGPTForCausalLM(config.model.to_hf(vocab_size=2048, seq_len=config.data.seq_len))
+    metric = {"mahalanobis_low_rank": 2 * 128 * 16, "mahalanobis_full": 128 * 128, "minkowski": 0}[file.stem]
+    assert model.num_parameters() == PARAMETERS["quickstart"] + metric
+
+
 @pytest.mark.parametrize(
     "name", [name for name in NAMES if name.endswith("harmonic") and "baek" not in name] + ["quickstart"]
 )

@@ -1,6 +1,7 @@
 """The training loop: what it learns, that it goes on exactly, and what it does when something goes wrong."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -32,8 +33,9 @@ from small_run import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from hgpt.checkpoint import checkpoints, damage
+from hgpt.checkpoint import LOCK, checkpoints, damage
 from hgpt.errors import UserError
+from hgpt.folder_lock import folder_lock
 from hgpt.run_config import RunConfig
 
 ROOT = Path(__file__).parent.parent
@@ -387,6 +389,18 @@ def test_a_run_folder_is_never_overwritten(data, tmp_path):
     with pytest.raises(UserError, match=r"run exists already and is never overwritten.*--resume auto"):
         train.main(config)
     assert [path.name for path in config.run_folder.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_in_which_another_process_trains_is_left_alone(data, tmp_path):
+    config = make_config(data, tmp_path)
+    train.main(config)
+    before = {path: path.read_bytes() for path in config.run_folder.glob("*.*") if path.is_file()}
+    longer = replace(config, resume="auto", train=replace(config.train, steps=config.train.steps + 1))
+    with folder_lock(config.run_folder / LOCK, busy=""):
+        with pytest.raises(UserError, match=r"another process is training in .*run: .* or choose another --name"):
+            train.main(longer)
+        assert {path: path.read_bytes() for path in before} == before
+    assert math.isfinite(train.main(longer)["loss"])
 
 
 def test_a_resume_with_another_model_or_data_shows_the_difference(data, tmp_path):
