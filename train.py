@@ -484,12 +484,8 @@ def _introduction(
 ) -> Iterator[str]:
     """What is about to happen, in three lines."""
     tokens_per_step = config.train.global_batch * config.data.seq_len
-    head = "softmax head"
-    if hf_config.head == "harmonic":
-        start = "n learnt, from" if hf_config.learn_exponent else "n ="
-        head = f"harmonic head, {hf_config.distance} distance, {start} {hf_config.exponent:.4g}"
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
-    yield f"{config.name}: {parameters:,} parameters, {head}, vocabulary {hf_config.vocab_size:,}"
+    yield f"{config.name}: {parameters:,} parameters, {hf_config.head_in_words}, vocabulary {hf_config.vocab_size:,}"
     yield f"data: {len(train_shards):,} training and {len(val_shards):,} validation tokens in {config.data.path}"
     yield (
         f"{config.train.steps:,} steps of {tokens_per_step:,} tokens, "

@@ -147,6 +147,13 @@ class HGPTConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     @property
+    def head_in_words(self) -> str:
+        """What programs print of the head: "harmonic head (cosine), n = 35.07"."""
+        if self.head == "softmax":
+            return "softmax head"
+        return f"harmonic head ({self.distance}), n {'learnt from' if self.learn_exponent else '='} {self.exponent:.4g}"
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding and of the head: `vocab_size` rounded up."""
         return -(-self.vocab_size // self.pad_vocab_to_multiple_of) * self.pad_vocab_to_multiple_of

@@ -522,13 +522,10 @@ def report(plan: Plan) -> str:
 def _introduction(plan: Plan) -> list[str]:
     launch, train, config = plan.launch, plan.run.train, plan.config
     precision = "fp32" if train.precision == "fp32" else "bf16"
-    head = "softmax head"
-    if config.head == "harmonic":
-        head = f"harmonic head ({config.distance}), n = {config.exponent:.4g}"
-        head += " to start with" if config.learn_exponent else ""
     nodes = f"{launch.nodes} nodes of {launch.gpus}" if launch.nodes > 1 else f"{launch.gpus}"
     return [
-        f"{plan.run.name}: {head}, vocabulary {config.vocab_size:,} in {config.padded_vocab_size:,} rows",
+        f"{plan.run.name}: {config.head_in_words}, "
+        f"vocabulary {config.vocab_size:,} in {config.padded_vocab_size:,} rows",
         f"on {nodes} x {launch.device}, {launch.engine}, {precision}, activation checkpointing "
         f"{'on' if train.activation_checkpointing else 'off'}",
         *(f"note: {note}" for note in plan.notes),
