@@ -104,8 +104,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Train what is missing, write the table and the report; returns what comparison.json holds."""
     out = Path(options.out).resolve()  # jsonargparse changes the working directory for a moment, in other threads too
     arms = build_arms(options.config, options.vary, options.sweep, options.set)
-    first = {arm.name: [run_config(arm, point, 0, out) for point in arm.points] for arm in arms}
-    check_matched({name: configs[0] for name, configs in first.items()})
+    check_matched({run_name(arm, point, 0): run_config(arm, point, 0, out) for arm in arms for point in arm.points})
     if not TRAIN.is_file():
         raise UserError(
             f"there is no {TRAIN}: hgpt.compare trains with the train.py of the checkout; install hgpt from one with "
@@ -225,6 +224,8 @@ def parse_axis(text: str, option: str) -> Axis:
         raise UserError(f"{option} {text!r}: the values must be different and none of them empty")
     if match["key"] in ("name", "runs_dir", "resume"):
         raise UserError(f"{option} {text!r}: hgpt.compare names the runs itself; leave {match['key']} out")
+    if match["key"] == "train.seed" and option != "--set":
+        raise UserError(f"{option} {text!r}: every arm gets the same seeds; say how many with --seeds")
     return Axis(arm=match["arm"], key=match["key"], values=values)
 
 
@@ -287,15 +288,15 @@ def run_config(arm: Arm, point: dict[str, str], seed: int, out: Path) -> RunConf
 
 
 def check_matched(configs: dict[str, RunConfig]) -> None:
-    """Raises UserError naming the settings that would make a difference between arms meaningless."""
+    """Raises UserError naming the settings that would make a difference between runs meaningless."""
     found = {name: settings(config) for name, config in configs.items()}
     keys = sorted({key for values in found.values() for key in values if key.startswith(MATCHED)})
     for key in keys:
-        values = {name: values.get(key) for name, values in found.items()}
-        if len({json.dumps(value) for value in values.values()}) > 1:
-            listed = ", ".join(f"{value} in {name}" for name, value in values.items())
+        first = {json.dumps(values.get(key)): name for name, values in reversed(found.items())}  # where each is found
+        if len(first) > 1:
+            listed = ", ".join(f"{value} in {name}" for value, name in reversed(first.items()))
             raise UserError(
-                f"the arms must be trained on the same tokens in the same order, but {key} is {listed}: give all of "
+                f"the runs must be trained on the same tokens in the same order, but {key} is {listed}: give all of "
                 f"them one value with --set {key}=VALUE"
             )
 
@@ -624,7 +625,8 @@ def report(out: Path, table: Sequence[dict[str, Any]], outcomes: dict[str, Outco
         [str(outcomes[name].folder) for _, name in runs], AnalysisSettings(relations=relations), checkpoints=False
     )
     rows = [
-        {"arm": entry["arm"], "run": name, "loss": outcomes[name].loss} | readability(model)
+        {"arm": entry["arm"], "run": name, "seed": entry["runs"].index(name), "loss": outcomes[name].loss}
+        | readability(model)
         for (entry, name), model in zip(runs, analysis.models, strict=True)
     ]
     source = (
@@ -642,7 +644,7 @@ def report(out: Path, table: Sequence[dict[str, Any]], outcomes: dict[str, Outco
 
 
 def readability_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Mean and standard deviation over the runs of each arm, as Markdown."""
+    """Mean and standard deviation over the runs of each arm, and the differences from the first arm, as Markdown."""
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     names = {"loss": "validation loss", **{key: " ".join(label.split()) for key, label in READABILITY.items()}}
     lines = ["| measure | " + " | ".join(arms) + " |", "| --- |" + " --- |" * len(arms)]
@@ -653,7 +655,21 @@ def readability_table(rows: Sequence[dict[str, Any]]) -> str:
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n\nMean ± standard deviation over seeds.\n"
+    text = "\n".join(lines) + "\n\nMean ± standard deviation over seeds.\n"
+    first = {row["seed"]: row for row in rows if row["arm"] == arms[0]}
+    lines = [f"| minus {arms[0]} | " + " | ".join(arms[1:]) + " |", "| --- |" + " --- |" * len(arms[1:])]
+    for key, label in names.items():
+        cells = []
+        for arm in arms[1:]:
+            pairs = [(row[key], first.get(row["seed"], {}).get(key)) for row in rows if row["arm"] == arm]
+            differences = [own - other for own, other in pairs if None not in (own, other)]
+            mean = statistics.mean(differences) if differences else None
+            cells.append(difference_text({"difference": mean, "difference_interval": t_interval(differences)}))
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    if len(arms) > 1:
+        text += "\n" + "\n".join(lines)
+        text += "\n\nPaired by seed, Student's 95 % interval; not corrected for the number of measures and arms.\n"
+    return text
 
 
 if __name__ == "__main__":

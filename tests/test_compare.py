@@ -258,7 +258,8 @@ def test_arms_that_are_not_matched_are_refused(arms, tmp_path, capsys):
     write_configs(tmp_path, steps=30)
     assert main([*arms, "--out", "out", "--no-report"]) == 2
     error = capsys.readouterr().err
-    assert "train.steps is 20 in harmonic, 30 in softmax: give all of them one value with --set train.steps" in error
+    message = "train.steps is 20 in harmonic-seed0, 30 in softmax-seed0: give all of them one value with --set train.s"
+    assert message in error
     assert trained(Path("out")) == []
     assert run(*arms, "--set", "train.steps=30", "--seeds", "1", "--out", "out")["arms"][0]["mean"] > 0
 
@@ -282,6 +283,8 @@ def test_a_trainer_that_breaks_is_an_error(arms, tmp_path, capsys):
         (["--sweep", "optim.lr=1,2", "--vary", "optim.lr=1,2"], "optim.lr is varied and swept"),
         (["--sweep", "optim.rl=1,2"], "there is no setting optim.rl"),
         (["--vary", "name=a,b"], "names the runs itself"),
+        (["--sweep", "train.seed=1,2"], "every arm gets the same seeds; say how many with --seeds"),
+        (["--sweep", "softmax:train.steps=20,40"], "train.steps is 20 in .*, 40 in softmax-steps40-seed0: give all of"),
         (["--set", "optim.lr=1,2"], "--set takes one KEY=VALUE for every arm"),
         (["--seeds", "0"], "--seeds must be at least 1; got 0"),
         (["--relations", "x"], "--relations has no effect with --no-report"),
@@ -328,11 +331,16 @@ def test_a_failed_run_is_never_the_best():
 
 
 def test_readability_table():
-    rows = [{"arm": "a", "loss": 4.0}, {"arm": "a", "loss": 4.2}, {"arm": "b", "loss": 5.0}]
-    rows = [dict.fromkeys(compare.READABILITY) | row for row in rows]
+    runs = [("a", 0, 4.0), ("a", 1, 4.2), ("b", 1, 5.0), ("c", 0, 5.0), ("c", 1, 5.4)]
+    rows = [dict.fromkeys(compare.READABILITY) | {"arm": arm, "seed": seed, "loss": loss} for arm, seed, loss in runs]
+    rows[0]["ece"], rows[3]["ece"] = 0.01, 0.02
     lines = readability_table(rows).splitlines()
-    assert lines[0] == "| measure | a | b |"
-    assert lines[2] == "| validation loss | 4.100 ± 0.141 | 5.000 |"
+    assert lines[0] == "| measure | a | b | c |"
+    assert lines[2] == "| validation loss | 4.100 ± 0.141 | 5.000 | 5.200 ± 0.283 |"
+    assert "| minus a | b | c |" in lines
+    # c minus a: 1.0 and 1.2, whose interval is 1.1 ± 12.706 · 0.1.
+    assert "| validation loss | +0.8000 | +1.1000 (-0.1706 to +2.3706) |" in lines
+    assert "| expected calibration error |  | +0.0100 |" in lines
 
 
 @pytest.mark.slow
