@@ -16,12 +16,15 @@ import platform
 import re
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import huggingface_hub
@@ -29,6 +32,7 @@ import numpy as np
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -44,7 +48,7 @@ from data_prep.documents import (
     exit_status,
 )
 from data_prep.sharding import (
-    PART_FILE,
+    UNITS_AHEAD,
     Preparation,
     Tally,
     Unit,
@@ -52,11 +56,12 @@ from data_prep.sharding import (
     plan_units,
     write_shards,
 )
-from data_prep.text_files import Section, find_files, find_sections, read_section
+from data_prep.text_files import Section, find_files, find_sections, is_compressed, read_section
 from data_prep.worker_pool import start_imports
 from hgpt.errors import UserError
 from hgpt.shards import (
     HEADER_BYTES,
+    PART_FILE,
     SPLITS,
     TOKEN,
     TOKENS_PER_SHARD,
@@ -64,6 +69,7 @@ from hgpt.shards import (
     ShardRecord,
     SplitMeta,
     check_vocab_size,
+    sha256,
     shard_name,
     write_meta,
     write_whole,
@@ -120,9 +126,19 @@ class Source:
     revision: str | None
 
 
-def find_source(source: str, revision: str | None) -> Source:
-    """A folder or file on this machine, if there is one of that name; else a data set on the hub. Raises UserError."""
-    if Path(source).exists():
+def find_source(source: str, revision: str | None, preparation: Preparation) -> tuple[Source, str | None]:
+    """A folder or file on this machine, if there is one of that name; else a data set on the hub.
+
+    Also what was asked of the hub, which a preparation that goes on must ask again: it goes on with the commit that was
+    found then. None for a source on this machine. Raises UserError.
+    """
+    try:
+        here = Path(source).exists()
+    except OSError as error:
+        raise UserError(
+            f"--source {source} cannot be read: {error.strerror}. Change its permissions, or give another."
+        ) from error
+    if here:
         if revision is not None:
             raise UserError(
                 f"--revision {revision} has no effect on --source {source}, which is a folder or file on this machine: "
@@ -131,21 +147,51 @@ def find_source(source: str, revision: str | None) -> Source:
         files, ignored = find_files([source])
         if ignored:
             print(f"left out {len(ignored)} files of other kinds in {source}", file=sys.stderr)
-        return Source(files=files, name=Path(source).resolve().name, revision=None)
+        return Source(files=files, name=Path(source).resolve().name, revision=None), None
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise UserError(
             f"--source {source} is neither a folder or file on this machine, nor the id of a data set on the Hugging "
             f"Face hub, like {REPOSITORY}."
         )
-    return download(source, revision or REVISION)
+    revision = revision or REVISION
+    asked = f"{source} at {revision}"
+    begun = preparation.begun({"data set on the hub": asked})
+    found = None
+    if begun or huggingface_hub.constants.HF_HUB_OFFLINE:
+        found = cached(source, begun.get("revision", revision), begun.get("files"))
+    return found or download(source, begun.get("revision", revision)), asked
+
+
+def cached(repository: str, revision: str, files: int | None) -> Source | None:
+    """The same as `download`, without the hub, if all of its files are in the Hugging Face cache.
+
+    All are `files`, or when that is None as many as the names of the files say (train-00003-of-00080.parquet).
+    """
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                repository, repo_type="dataset", revision=revision, local_files_only=True, allow_patterns="*.parquet"
+            )
+        )
+    except (LocalEntryNotFoundError, ValueError):  # ValueError: an id that can be none, of which the hub says more
+        return None
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet") if path.is_file())
+    numbered = [re.fullmatch(r"(.+)-\d+-of-(\d+)\.parquet", name) for name in names]
+    series = Counter(match and match.groups() for match in numbered)
+    as_numbered = all(key is not None and number == int(key[1]) for key, number in series.items())
+    if not names or not (as_numbered if files is None else len(names) == files):
+        return None
+    print(f"{repository} at {folder.name}: {len(names)} files, from the cache")
+    return Source(files=[folder / name for name in names], name=repository, revision=folder.name)
 
 
 def download(repository: str, revision: str) -> Source:
     """The Parquet files of a data set on the hub, sorted by path, downloaded into the Hugging Face cache.
 
-    Files that are there already are not downloaded again, and one that was interrupted goes on. All come from the
-    commit that `revision` was at the start. Raises UserError with the alternatives when the hub cannot be reached.
+    Files that are there already are not downloaded again. All come from the commit that `revision` was at the start.
+    Raises UserError with the alternatives when the hub cannot be reached.
     """
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
     alternatives = (
         f"Alternatives: on a machine that can reach it, run\n"
         f"  hf download {repository} --repo-type dataset --revision {revision} --local-dir openwebtext\n"
@@ -169,7 +215,10 @@ def download(repository: str, revision: str) -> Source:
     except HfHubHTTPError as error:
         raise UserError(f"The Hugging Face hub answers with an error: {_first_line(error)}. {alternatives}") from error
     except OfflineModeIsEnabled as error:
-        raise UserError(f"HF_HUB_OFFLINE is set, so nothing is downloaded. Unset it. {alternatives}") from error
+        raise UserError(
+            f"HF_HUB_OFFLINE is set, so nothing is downloaded, and {cache} does not hold all Parquet files of "
+            f"{repository} at {revision}. Unset it. {alternatives}"
+        ) from error
     except Exception as error:  # whatever the HTTP client of this version of huggingface_hub raises
         raise UserError(
             f"The Hugging Face hub cannot be reached ({type(error).__name__}: {_first_line(error)}). {alternatives}"
@@ -184,11 +233,10 @@ def download(repository: str, revision: str) -> Source:
             f"{REVISION}."
         )
     total = sum(size for _, size in wanted)
-    cached = huggingface_hub.try_to_load_from_cache
+    in_cache = huggingface_hub.try_to_load_from_cache
     missing = sum(
-        size for name, size in wanted if cached(repository, name, repo_type="dataset", revision=info.sha) is None
+        size for name, size in wanted if in_cache(repository, name, repo_type="dataset", revision=info.sha) is None
     )
-    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
     free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
     if missing > free:
         raise UserError(
@@ -197,18 +245,56 @@ def download(repository: str, revision: str) -> Source:
         )
     print(f"{repository} at {info.sha}: {len(wanted)} files, {total / 1e9:.1f} GB, from the hub or its cache")
 
-    def fetch(name: str) -> Path:
-        return Path(huggingface_hub.hf_hub_download(repository, name, repo_type="dataset", revision=info.sha))
+    def fetch(name: str, revision: str = info.sha) -> Path:
+        return Path(huggingface_hub.hf_hub_download(repository, name, repo_type="dataset", revision=revision))
 
+    names = [name for name, _ in wanted]
     try:
-        with ThreadPoolExecutor(DOWNLOADS) as pool:
-            files = list(pool.map(fetch, [name for name, _ in wanted]))
+        files = _all_at_once(fetch, names)
     except Exception as error:  # as above, and a full disk
         raise UserError(
             f"The download of {repository} was interrupted ({type(error).__name__}: {_first_line(error)}). The same "
             f"command goes on with it. {alternatives}"
         ) from error
+    with suppress(Exception):
+        fetch(names[0], revision)  # it is there; the cache notes which commit that is, for a run with HF_HUB_OFFLINE
     return Source(files=files, name=repository, revision=info.sha)
+
+
+def _all_at_once(fetch: Callable[[str], Path], names: Sequence[str]) -> list[Path]:
+    """`fetch` of each name, DOWNLOADS of them at a time.
+
+    In daemon threads: those of a ThreadPoolExecutor would keep the process after Ctrl-C until all files that are under
+    way have come.
+    """
+    todo = deque(names)
+    done: SimpleQueue[tuple[str, Path | Exception]] = SimpleQueue()
+
+    def work() -> None:
+        with suppress(IndexError):  # nothing is left
+            while True:
+                name = todo.popleft()
+                try:
+                    done.put((name, fetch(name)))
+                except Exception as error:
+                    done.put((name, error))
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(DOWNLOADS, len(names)))]
+    paths = {}
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in names:
+            name, path = done.get()
+            if isinstance(path, Exception):
+                todo.clear()
+                for thread in threads:  # what is under way may come, and stays
+                    thread.join()
+                raise path
+            paths[name] = path
+    finally:
+        todo.clear()
+    return [paths[name] for name in names]
 
 
 def _first_line(error: Exception) -> str:
@@ -242,11 +328,14 @@ def tokenizer_for(spec: str, sections: Sequence[Section], val: np.ndarray, text_
 
 def tokens_per_byte(tokenizer: Tokenizer, units: Sequence[Unit], text_column: str) -> float:
     """How many tokens a byte of text becomes, estimated from documents all over the units."""
+    # To enter a compressed file further on, all before it would be decompressed.
+    units = [unit for unit in units if not (unit.sections[0].first and is_compressed(unit.sections[0].path))] or units
     size = tokens = 0
     for unit in units[:: max(1, len(units) // SAMPLE_UNITS)][:SAMPLE_UNITS]:
         sampled = 0
         for document in read_section(unit.sections[0], text_column, on_bad=lambda message: None):
             text, _ = decode_utf8((document or b"")[:SAMPLE_BYTES])
+            del document  # not to be held, which may be large, while that of the next unit is read
             sampled += len(text.encode())
             tokens += tokenizer.encode_batch([text])[0].size + 1
             if sampled >= SAMPLE_BYTES:
@@ -255,9 +344,8 @@ def tokens_per_byte(tokenizer: Tokenizer, units: Sequence[Unit], text_column: st
     return tokens / max(1, size)
 
 
-def check_disk_space(out: Path, tokens: float, tokens_per_shard: int) -> None:
-    """Raise UserError unless about `tokens` tokens fit on the disk of `out`, with the files that they pass through."""
-    passing = min(tokens, tokens_per_shard)
+def check_disk_space(out: Path, tokens: float, passing: float) -> None:
+    """Raise UserError unless shards of about `tokens` fit on the disk of `out`, and `passing` tokens in other files."""
     needed = int((1.02 * tokens + passing) * TOKEN.itemsize)
     free = shutil.disk_usage(out).free
     if needed > free:
@@ -343,7 +431,7 @@ def prepare_openwebtext(
         if preparation.complete:
             preparation.finish()
             return f"{target} was complete."
-        found = find_source(source, revision)
+        found, asked = find_source(source, revision, preparation)
         sections, bad = find_sections(found.files, text_column, skip_bad=skip_bad)
         documents = sum(section.documents for section in sections)
         if documents < 2:
@@ -370,14 +458,19 @@ def prepare_openwebtext(
             "packages": packages(),
             "tokenizer_json": hashlib.sha256(tokenizer_json).hexdigest(),  # last: it follows from the others
         }
-        preparation.begin({**decisive, "part": part and list(part)})
+        preparation.begin(
+            {"data set on the hub": asked, **decisive, "part": part and list(part), "files": len(found.files)}
+        )
         density = tokens_per_byte(encoding, units, text_column)
         progress = Progress(sum(unit.documents for unit in units))
 
-        def start(earlier: Tally, bytes_left: int) -> None:
+        def start(earlier: Tally, waiting: int, todo: Sequence[Unit]) -> None:
             if earlier.rows:
                 print(f"going on: {earlier.rows:,} documents are encoded already", file=sys.stderr)
-            check_disk_space(target, density * bytes_left, tokens_per_shard)
+            left = density * sum(unit.bytes for unit in todo)
+            ahead = density * UNITS_AHEAD * workers * max((unit.bytes for unit in todo), default=0)
+            # The files of units stay until the shard that holds them is whole, and some are ahead of it.
+            check_disk_space(target, waiting + left, passing=min(left, tokens_per_shard + ahead))
             progress.start(earlier)
 
         try:
@@ -432,7 +525,7 @@ def document_count_report(documents: int, bad: Sequence[str]) -> list[str]:
 def units_of_part(units: Sequence[Unit], part: tuple[int, int]) -> list[Unit]:
     """The i-th of k consecutive shares with about as much text in each."""
     index, parts = part
-    total = sum(unit.bytes for unit in units)
+    total = max(1, sum(unit.bytes for unit in units))
     share = []
     before = 0
     for unit in units:
@@ -487,14 +580,21 @@ class PartRecord:
 
     @classmethod
     def read(cls, folder: Path) -> "PartRecord":
-        content = json.loads((folder / PART_FILE).read_text())
-        shards = {
-            split: tuple(ShardRecord(**record) for record in records) for split, records in content["shards"].items()
-        }
-        return cls(
-            **{**content, "part": tuple(content["part"])}
-            | {"tally": Tally.from_json(content["tally"]), "shards": shards}
-        )
+        try:
+            content = json.loads((folder / PART_FILE).read_text())
+            shards = {
+                split: tuple(ShardRecord(**record) for record in records)
+                for split, records in content["shards"].items()
+            }
+            return cls(
+                **{**content, "part": tuple(content["part"])}
+                | {"tally": Tally.from_json(content["tally"]), "shards": shards}
+            )
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{folder / PART_FILE} is damaged ({type(error).__name__}: {error}). Copy the part again from where it "
+                "was prepared."
+            ) from error
 
     def meta(self, parts: Sequence["PartRecord"]) -> DataMeta:
         """meta.json of the folder that these parts, of which this is the first, are together."""
@@ -540,10 +640,11 @@ class PartRecord:
 def merge(out: Path) -> str:
     """Make one data folder of the finished parts in `out`; returns the summary. Raises UserError if one is missing.
 
-    The shards keep their bytes and get consecutive numbers. May be killed and called again.
+    The shards keep their bytes and get consecutive numbers; their sizes are checked, and their checksums only by
+    data_prep.verify, which reads them. May be killed and called again.
     """
-    if not out.is_dir():
-        raise UserError(f"--out {out} is no folder. Give the one in which the parts were written.")
+    if not os.path.isdir(out):
+        raise UserError(f"--out {out} is no folder that can be read. Give the one in which the parts were written.")
     with Preparation(out, may_hold=lambda name: PARTS.fullmatch(name) is not None) as preparation:
         if preparation.complete:
             for path in out.iterdir():
@@ -580,7 +681,14 @@ def merge(out: Path) -> str:
     for part in parts:
         tally.add(part.tally)
     lines = summary(parts[0], tally, {split: len(meta.splits[split].shards) for split in SPLITS})
-    return "\n".join([*lines, f"merged from       {len(parts)} parts", f"written to        {out}"])
+    return "\n".join(
+        [
+            *lines,
+            f"merged from       {len(parts)} parts, by the sizes of their shards; to check every byte: "
+            f"python -m data_prep.verify {out}",
+            f"written to        {out}",
+        ]
+    )
 
 
 def _part_folder(out: Path, part: tuple[int, int]) -> Path:
@@ -616,6 +724,9 @@ def _finished_parts(out: Path) -> list[PartRecord]:
                     f"--merge: part {part.part[0]} was prepared with another {name} than part 1: "
                     f"{part.settings[name]!r}, not {value!r}. Prepare it again with the same."
                 )
+    tokenizer = _part_folder(out, wanted[0]) / TOKENIZER_FILE
+    if not tokenizer.is_file() or sha256(tokenizer) != parts[0].settings["tokenizer_json"]:
+        raise UserError(f"{tokenizer} is missing or damaged. Copy the part again from where it was prepared.")
     return parts
 
 
@@ -686,7 +797,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="data set on the hub, or a folder (or file) of Parquet, .jsonl or .txt files, the last two also with .gz "
         "or .zst; documents are taken in the order of the files' names (default: %(default)s)",
     )
-    parser.add_argument("--revision", help=f"of a data set on the hub, one with Parquet files (default: {REVISION})")
+    parser.add_argument(
+        "--revision",
+        help="of a data set on the hub, one with Parquet files: a branch, a tag, a pull request, which may move, or a "
+        "commit, which does not. The commit that it is when encoding begins is recorded in meta.json, and a "
+        f"preparation that was stopped goes on with that one (default: {REVISION})",
+    )
     parser.add_argument(
         "--text-column", default="text", help="field or column that holds the text (default: %(default)s)"
     )
@@ -696,7 +812,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--part", type=_part, metavar="I/K", help="write only the I-th of K parts, into a folder of its own in --out"
     )
-    parser.add_argument("--merge", action="store_true", help="make one data folder of the finished parts in --out")
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="make one data folder of the finished parts in --out; sizes are checked, by data_prep.verify every byte",
+    )
     add_options(parser, tokenizer="gpt2", val_fraction=VAL_FRACTION, seed=SEED)
     options = parser.parse_args(arguments)
     return exit_status(lambda: _run(parser, options), interrupted="what is finished stays, the same command goes on")

@@ -1,9 +1,10 @@
 """Sections of files to shards: in parallel, in order, and able to go on after being killed.
 
-The documents are cut into units of a few megabytes of text (`plan_units`), which worker processes encode in any order,
-each unit into a file of tokens for each split. The main process appends these files to the shards in the order of the
-documents, so that shards do not depend on the number of workers. A worker holds one document at a time (a megabyte of
-short ones) and a piece of its tokens.
+The documents are cut into units of a few megabytes of text (`plan_units`; up to the text of a shard where a file cannot
+be entered anywhere, data_prep/text_files.py), which worker processes encode in any order, each unit into a file of
+tokens for each split. While the workers start, which takes seconds, the main process encodes units itself. It appends
+these files to the shards in the order of the documents, so that shards do not depend on the number of workers. A worker
+holds one document at a time (a megabyte of short ones) and a piece of its tokens.
 
 What a preparation needs to go on stands in the hidden folder `.preparation` of its data folder:
 
@@ -13,7 +14,8 @@ What a preparation needs to go on stands in the hidden folder `.preparation` of 
     unit_000012.train, unit_000012.val      tokens of an encoded unit, kept until the shards that hold them are whole
 
 Every file appears by rename. A unit counts as encoded once the journal says so, a shard as finished once it has its
-name: what is redone after a kill is what the workers were encoding, and the copying into the last shard.
+name: what is redone after a kill is what the workers were encoding or had just encoded (a unit each, seldom more), and
+the copying into the last shard.
 """
 
 import json
@@ -34,12 +36,13 @@ import numpy as np
 
 from data_prep.documents import Counts, decode_utf8, decoded_chunks
 from data_prep.text_files import SECTION_BYTES, Section, read_section
-from data_prep.worker_pool import worker_pool
+from data_prep.worker_pool import finished_imports, worker_pool
 from hgpt.errors import UserError
 from hgpt.folder_lock import folder_lock
 from hgpt.shards import (
     HEADER_BYTES,
     META_FILE,
+    PART_FILE,
     SPLITS,
     TOKEN,
     UNFINISHED_FOLDER,
@@ -55,7 +58,6 @@ LONG_DOCUMENT = 1 << 20  # bytes; a longer one is decoded, encoded and written a
 UNITS_AHEAD = 3  # per worker, encoded or being encoded and not yet in a shard: bounds the disk space they take
 LENGTH_CLASSES = 40  # powers of two
 UNFINISHED = ".unfinished"
-PART_FILE = "part.json"  # of a part of the work, what meta.json is of the whole
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -281,22 +283,10 @@ class Preparation(AbstractContextManager["Preparation"]):
         self._journal = self.folder / "journal.jsonl"
 
     def __enter__(self) -> "Preparation":
-        if self.out.exists() and not self.out.is_dir():
-            raise UserError(f"--out {self.out} is a file; it must be a folder, new or empty.")
-        if self.out.is_dir() and not self.folder.is_dir():
-            names = sorted(path.name for path in self.out.iterdir() if not self._may_hold(path.name))
-            if META_FILE in names or PART_FILE in names:
-                raise UserError(
-                    f"--out {self.out} holds prepared data already. Nothing is overwritten: choose another "
-                    "folder or delete it."
-                )
-            if names:
-                raise UserError(
-                    f"--out {self.out} is not empty (it holds {names[0]}{', ...' if len(names) > 1 else ''}), and "
-                    "there is no preparation in it to go on with. Choose another folder or delete it."
-                )
-        self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+        self._made: list[Path] = []
         try:
+            self._check_content()
+            self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = ExitStack()
             self._lock.enter_context(
@@ -306,14 +296,31 @@ class Preparation(AbstractContextManager["Preparation"]):
                     "it has finished stays.",
                 )
             )
+            self.complete = any((self.out / name).exists() for name in (META_FILE, PART_FILE))
         except OSError as error:
             self._remove_made()
             raise UserError(
                 f"--out {self.out} cannot be written: {error.strerror}. Choose another folder, or change "
                 "its permissions."
             ) from error
-        self.complete = any((self.out / name).exists() for name in (META_FILE, PART_FILE))
         return self
+
+    def _check_content(self) -> None:
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"--out {self.out} is a file; it must be a folder, new or empty.")
+        if not self.out.is_dir() or self.folder.is_dir():
+            return
+        names = sorted(path.name for path in self.out.iterdir() if not self._may_hold(path.name))
+        if META_FILE in names or PART_FILE in names:
+            raise UserError(
+                f"--out {self.out} holds prepared data already. Nothing is overwritten: choose another "
+                "folder or delete it."
+            )
+        if names:
+            raise UserError(
+                f"--out {self.out} is not empty (it holds {names[0]}{', ...' if len(names) > 1 else ''}), and "
+                "there is no preparation in it to go on with. Choose another folder or delete it."
+            )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -333,18 +340,25 @@ class Preparation(AbstractContextManager["Preparation"]):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
+    def begun(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """All settings of the earlier run, {} if there is none; raises UserError if one of `settings` was another."""
+        if not self._settings.exists():
+            return {}
+        begun = json.loads(self._settings.read_text())
+        for name, value in settings.items():
+            if begun.get(name) != value:
+                raise UserError(
+                    f"--out {self.out} holds a preparation that was begun with another {name}: "
+                    f"{begun.get(name)!r}, now {value!r}. Go on with the same, or delete the folder."
+                )
+        return begun
+
     def begin(self, settings: dict[str, Any]) -> None:
         """Record the settings that decide the bytes, or raise UserError if those of an earlier run are others."""
-        if self._settings.exists():
-            begun = json.loads(self._settings.read_text())
-            for name in dict.fromkeys([*begun, *settings]):
-                if begun.get(name) != settings.get(name):
-                    raise UserError(
-                        f"--out {self.out} holds a preparation that was begun with another {name}: "
-                        f"{begun.get(name)!r}, now {settings.get(name)!r}. Go on with the same, or delete the folder."
-                    )
-            return
-        write_whole(self._settings, json.dumps(settings, indent=2))
+        begun = self.begun({})
+        self.begun({**dict.fromkeys(begun), **settings})
+        if not begun:
+            write_whole(self._settings, json.dumps(settings, indent=2))
 
     def read_journal(self) -> tuple[dict[int, EncodedUnit], dict[str, ShardRecord]]:
         """The encoded units by number, and the finished shards by file name."""
@@ -393,14 +407,14 @@ def write_shards(
     *,
     workers: int,
     tokens_per_shard: int,
-    on_start: Callable[[Tally, int], None],
+    on_start: Callable[[Tally, int, Sequence[Unit]], None],
     on_unit: Callable[[Tally], None],
 ) -> tuple[Tally, dict[str, tuple[ShardRecord, ...]]]:
     """Encode the units and write the shards of both splits, going on where an earlier run was stopped.
 
-    `on_start` is told what is encoded already, and the bytes of text that are not; `on_unit` each unit as it is done.
-    Returns the sum of all units and the records of the shards. Raises UserError, and OSError for a full disk; what was
-    finished then stays.
+    `on_start` is told what is encoded already, how many tokens of it are in no finished shard, and the units that are
+    not encoded; `on_unit` each unit as it is done. Returns the sum of all units and the records of the shards. Raises
+    UserError, and OSError for a full disk; what was finished then stays.
     """
     preparation.sweep()
     done, recorded = preparation.read_journal()
@@ -410,18 +424,19 @@ def write_shards(
     for encoded in done.values():
         earlier.add(encoded.tally)
     todo = deque(unit for unit in units if unit.number not in done)
-    on_start(earlier, sum(unit.bytes for unit in todo))
+    in_shards = sum(record.tokens for records in finished.values() for record in records)
+    on_start(earlier, earlier.both.tokens - in_shards, todo)
     try:
         with ExitStack() as stack:
             appenders = [
                 stack.enter_context(_Appender(preparation, split, tokens_per_shard, finished[split]))
                 for split in SPLITS
             ]
-            pool: AbstractContextManager[Executor] = (
-                nullcontext(_ThisProcess(encoder))
-                if workers == 1 or len(todo) <= 1
-                else worker_pool(min(workers, len(todo)), _start_worker, encoder)
-            )
+            pool: AbstractContextManager[Executor] = nullcontext(_ThisProcess(encoder))
+            importing: Future[None] | None = None
+            if workers > 1 and len(todo) > 1:
+                pool = worker_pool(min(workers, len(todo)), _start_worker, encoder)
+                importing = finished_imports()
             executor = stack.enter_context(pool)
             running: set[Future[EncodedUnit]] = set()
             ahead = 1 if workers == 1 else UNITS_AHEAD * workers
@@ -432,16 +447,16 @@ def write_shards(
                 done[encoded.unit] = encoded
                 on_unit(encoded.tally)
 
-            starting = workers > 1
             for unit in units:
                 while unit.number not in done:
+                    if importing is not None:
+                        if not importing.done():
+                            keep(encoder(todo.popleft()))  # it is `unit`, for nothing is given to workers yet
+                            continue
+                        importing.result()
+                        importing = None
                     while todo and todo[0].number < unit.number + ahead:
                         running.add(executor.submit(_encode_in_worker, todo.popleft()))
-                    # Workers take seconds to import what they need; until the first one answers this process encodes.
-                    starting = starting and bool(todo) and not any(future.done() for future in running)
-                    if starting:
-                        keep(encoder(todo.popleft()))
-                        continue
                     ready, running = wait(running, return_when=FIRST_COMPLETED)
                     for future in ready:
                         keep(future.result())

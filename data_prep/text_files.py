@@ -2,17 +2,21 @@
 
 A document is the bytes of UTF-8 text, possibly invalid: the decoding is left to whoever encodes it, in parallel.
 `read_documents` reads files from the first to the last document; `find_sections` cuts them into sections, which
-several processes read at once with `read_section`.
+several processes read at once with `read_section`. A .txt file is held as a whole. A line of a .jsonl file takes some
+four times its size while it is decoded, and ten times where an emoji stands in plain English: Python's str then has 4
+bytes for every character.
 """
 
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,8 +28,12 @@ SUFFIXES = (".txt", ".jsonl", ".parquet")
 READ_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException)
 
 SECTION_BYTES = 4 << 20  # of text: some 0.4 s of work with tiktoken, so that many processes end together
-SECTIONS_PER_ROW_GROUP = 4  # at most: what stands before a section in its row group is decompressed for it once more
-BATCH_ROWS = 1024  # of a Parquet file at once, fewer where documents are long
+# What stands before a section in its row group, or in its compressed file, is decompressed for it once more. So these
+# have few sections, of any size up to that of the text of a shard (a byte is one token at most; for as many sections as
+# that takes, decompressing again costs less than encoding does).
+SECTIONS_PER_ROW_GROUP = 4
+LARGEST_SECTION = 100_000_000
+BATCH_ROWS = 64  # of a Parquet file at once, fewer where documents are long
 BATCH_BYTES = 1 << 20
 
 
@@ -38,31 +46,45 @@ def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
     found: list[Path] = []
     ignored: list[Path] = []
     for path in map(Path, paths):
-        if path.is_dir():
-            files = [
-                file
-                for file in path.rglob("*")
-                if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
-            ]
-            readable = [file for file in files if kind_of(file) is not None]
-            if not readable:
+        try:
+            if path.is_dir():
+                files = _files_below(path)
+                readable = [file for file in files if kind_of(file) is not None]
+                if not readable:
+                    raise UserError(
+                        f"folder {path} holds no text to read. Wanted: {', '.join(SUFFIXES)} files, the first "
+                        "two also with .gz or .zst."
+                    )
+                found += readable
+                ignored += [file for file in files if kind_of(file) is None]
+            elif not path.exists():
+                raise UserError(f"{path} does not exist. Give the path of a file or a folder of text.")
+            elif kind_of(path) is None:
                 raise UserError(
-                    f"folder {path} holds no text to read. Wanted: {', '.join(SUFFIXES)} files, the first "
-                    "two also with .gz or .zst."
+                    f"{path}: cannot tell from its name what it holds. Wanted: {', '.join(SUFFIXES)}, the first "
+                    "two also with .gz or .zst; rename it if it is one of these."
                 )
-            found += readable
-            ignored += [file for file in files if kind_of(file) is None]
-        elif not path.exists():
-            raise UserError(f"{path} does not exist. Give the path of a file or a folder of text.")
-        elif kind_of(path) is None:
+            else:
+                found.append(path)
+        except OSError as error:
             raise UserError(
-                f"{path}: cannot tell from its name what it holds. Wanted: {', '.join(SUFFIXES)}, the first "
-                "two also with .gz or .zst; rename it if it is one of these."
-            )
-        else:
-            found.append(path)
+                f"{error.filename or path} cannot be read: {error.strerror}. Change its permissions, or leave it out."
+            ) from error
     unique = {path.resolve(): path for path in reversed(found)}
     return sorted(unique.values(), key=lambda path: path.as_posix()), sorted(ignored)
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """The files in a folder and its folders, but for hidden ones. Raises OSError for a folder that cannot be read."""
+
+    def fail(error: OSError) -> NoReturn:
+        raise error
+
+    found = []
+    for parent, folders, files in os.walk(folder, onerror=fail):  # Path.rglob leaves out what it cannot read
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in files if not name.startswith(".")]
+    return [file for file in found if file.is_file()]
 
 
 def read_documents(files: Sequence[Path], text_column: str = "text", separator: str | None = None) -> Iterator[bytes]:
@@ -112,6 +134,10 @@ def kind_of(path: Path) -> str | None:
     if suffixes and suffixes[-1] in COMPRESSED:
         return suffixes[-2] if len(suffixes) > 1 and suffixes[-2] in (".txt", ".jsonl") else None
     return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
+
+
+def is_compressed(path: Path) -> bool:
+    return path.suffix.lower() in COMPRESSED
 
 
 def _open(path: Path) -> io.BufferedIOBase | IO[bytes]:
@@ -221,7 +247,8 @@ def _row_group(
 ) -> Iterator[bytes | None]:
     """`number` rows of a row group, or all, from row `first` on; null is None.
 
-    As bytes: pyarrow makes no str of invalid UTF-8.
+    As bytes: pyarrow makes no str of invalid UTF-8. Python holds one row at a time. pyarrow holds a batch: BATCH_BYTES
+    if its rows are of average size, and never more than BATCH_ROWS rows. How large these are, only reading them tells.
     """
     rows = file.metadata.row_group(row_group).num_rows
     end = rows if number is None else first + number
@@ -235,7 +262,9 @@ def _row_group(
         if len(wanted):
             if pa.types.is_dictionary(wanted.type):
                 wanted = wanted.dictionary_decode()
-            yield from wanted.cast(pa.large_binary()).to_pylist()
+            texts = wanted.cast(pa.large_binary())
+            # By index: a loop over the array would hold a scalar, which is one more copy of the text.
+            yield from (texts[index].as_py() for index in range(len(texts)))
         if position >= end:
             break
 
@@ -258,8 +287,8 @@ class Section:
     """Consecutive documents of one file.
 
     Of a Parquet file `documents` rows from row `first` of row group `row_group`; of a .jsonl file as many lines that
-    are not blank, from byte `offset`, before which there are `first` lines; a .txt file is one document. `bytes` is
-    about the size of the text: for a compressed file that of the file.
+    are not blank, from byte `offset` of what is decompressed, before which there are `first` lines; a .txt file is one
+    document. `bytes` is about the size of the text.
     """
 
     path: Path
@@ -273,8 +302,9 @@ class Section:
 def find_sections(files: Sequence[Path], text_column: str, *, skip_bad: bool) -> tuple[list[Section], list[str]]:
     """The sections of all files, in order, and what is wrong with the files that `skip_bad` leaves out.
 
-    Of a Parquet file only the footer is read; a .jsonl file is read once, to count its lines. Raises UserError for
-    files that cannot be read (unless `skip_bad`), of different kinds, or whose schemas do not fit together.
+    Of a Parquet file only the footer is read; a .jsonl file is read once, to count its lines, and a compressed .txt
+    file for its size. Raises UserError for files that cannot be read (unless `skip_bad`), of different kinds, or whose
+    schemas do not fit together.
     """
     kinds = sorted({kind for kind in map(kind_of, files) if kind is not None})
     if len(kinds) > 1:
@@ -299,7 +329,7 @@ def find_sections(files: Sequence[Path], text_column: str, *, skip_bad: bool) ->
             elif kinds == [".jsonl"]:
                 sections += _jsonl_sections(path)
             else:
-                sections.append(Section(path=path, documents=1, bytes=path.stat().st_size))
+                sections.append(Section(path=path, documents=1, bytes=_size_of_text(path)))
         except READ_ERRORS as error:
             message = str(_unreadable(path, error))
             if not skip_bad:
@@ -316,7 +346,8 @@ def _parquet_sections(path: Path, metadata: pq.FileMetaData, text_column: str) -
     for row_group in range(metadata.num_row_groups):
         rows = metadata.row_group(row_group).num_rows
         size = _text_bytes(metadata, row_group, text_column)
-        number = min(SECTIONS_PER_ROW_GROUP, max(1, round(size / SECTION_BYTES)), max(1, rows))
+        number = max(min(SECTIONS_PER_ROW_GROUP, round(size / SECTION_BYTES)), ceil(size / LARGEST_SECTION), 1)
+        number = min(number, max(1, rows))
         for index in range(number):
             first, end = rows * index // number, rows * (index + 1) // number
             if end > first:
@@ -325,22 +356,30 @@ def _parquet_sections(path: Path, metadata: pq.FileMetaData, text_column: str) -
 
 
 def _jsonl_sections(path: Path) -> Iterator[Section]:
-    """A section for every SECTION_BYTES; a single one of a compressed file, which cannot be entered in the middle."""
-    size = path.stat().st_size
-    compressed = path.suffix.lower() in COMPRESSED
+    """A section for every SECTION_BYTES; of a compressed file for every LARGEST_SECTION, or more.
+
+    More where that is less than a sixteenth of what stands before it, beyond 1.6 GB of text: decompressing what stands
+    before a section never becomes more work than encoding the section.
+    """
+    compressed = is_compressed(path)
     documents = first = lines = offset = position = 0
     with _open(path) as stream:
         for line in stream:
             documents += bool(line.strip())
             lines += 1
             position += len(line)
-            if position - offset >= SECTION_BYTES and not compressed:
+            if position - offset >= (max(LARGEST_SECTION, offset // 16) if compressed else SECTION_BYTES):
                 yield Section(path=path, documents=documents, bytes=position - offset, first=first, offset=offset)
                 documents, first, offset = 0, lines, position
     if documents:
-        yield Section(
-            path=path, documents=documents, bytes=size if compressed else position - offset, first=first, offset=offset
-        )
+        yield Section(path=path, documents=documents, bytes=position - offset, first=first, offset=offset)
+
+
+def _size_of_text(path: Path) -> int:
+    if not is_compressed(path):
+        return path.stat().st_size
+    with _open(path) as stream:
+        return sum(len(block) for block in iter(lambda: stream.read(1 << 20), b""))
 
 
 def read_section(
@@ -379,7 +418,11 @@ def _documents_of(section: Section, text_column: str, on_bad: Callable[[str], No
         if kind == ".txt":
             yield _without_mark(stream.read(), path)
             return
-        if section.offset:  # never in a compressed file
+        if is_compressed(path):  # zstd's reader cannot seek
+            ahead = section.offset
+            while ahead and (skipped := len(stream.read(min(ahead, 1 << 20)))):
+                ahead -= skipped
+        else:
             stream.seek(section.offset)
         remaining = section.documents
         for number, line in enumerate(stream, start=section.first + 1):

@@ -3,12 +3,13 @@
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from typing import TypeVar
 
@@ -23,20 +24,49 @@ def start_imports() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     # Imported once and not by every worker. Not the caller's module: it may be __main__, and would come twice.
     context.set_forkserver_preload(["hgpt.tokenizer", "pyarrow.parquet", "tqdm"])
-    forkserver.ensure_running()
+    resource_tracker.ensure_running()  # it lets SIGINT through again at the end, so it comes before
+    # Ctrl-C reaches every process of the terminal. Blocked from its first moment on in the server, and so in all that
+    # it forks, it makes none of them print a traceback out of an import.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return context
+
+
+def finished_imports() -> Future[None]:
+    """Done when what `start_imports` begins is: until then, the start of a process blocks for seconds."""
+    finished: Future[None] = Future()
+
+    def wait() -> None:
+        try:
+            start_imports().Process(target=_nothing).start()  # returns when the server has forked it
+            finished.set_result(None)
+        except BaseException as error:
+            finished.set_exception(error)
+
+    # A daemon: a main process that ends meanwhile (Ctrl-C) does not wait for it.
+    threading.Thread(target=wait, daemon=True).start()
+    return finished
+
+
+def _nothing() -> None:
+    pass
 
 
 @contextmanager
 def worker_pool(workers: int, start: Callable[[State], None], state: State) -> Iterator[ProcessPoolExecutor]:
-    """A pool of `workers` processes, each of which begins with `start(state)`; `state` is pickled.
+    """A pool of `workers` processes, each of which begins with `start(state)`; `state` is pickled once.
 
     Leaving the context by an exception ends the workers at once, in the middle of their work. They also end when this
     process is killed, and ignore Ctrl-C, which is this process's to handle.
     """
     context = start_imports()
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(start, state))
+    # As bytes: the start of a process blocks until that has read all of them, which making a tokenizer out of them in
+    # between would hold up.
+    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(start, pickle.dumps(state)))
     try:
         yield pool
     except BaseException:
@@ -47,10 +77,10 @@ def worker_pool(workers: int, start: Callable[[State], None], state: State) -> I
     pool.shutdown()
 
 
-def _start(start: Callable[[State], None], state: State) -> None:
+def _start(start: Callable[[State], None], state: bytes) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    start(state)
+    start(pickle.loads(state))
 
 
 def _end_with_parent() -> None:

@@ -625,7 +625,13 @@ def report(out: Path, table: Sequence[dict[str, Any]], outcomes: dict[str, Outco
         [str(outcomes[name].folder) for _, name in runs], AnalysisSettings(relations=relations), checkpoints=False
     )
     rows = [
-        {"arm": entry["arm"], "run": name, "seed": entry["runs"].index(name), "loss": outcomes[name].loss}
+        {
+            "arm": entry["arm"],
+            "run": name,
+            "exponent": model.exponent,
+            "seed": entry["runs"].index(name),
+            "loss": outcomes[name].loss,
+        }
         | readability(model)
         for (entry, name), model in zip(runs, analysis.models, strict=True)
     ]

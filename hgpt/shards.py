@@ -36,6 +36,7 @@ TOKEN = np.dtype("<u2")
 MAX_VOCAB_SIZE = 65_535
 SPLITS = ("train", "val")
 META_FILE = "meta.json"
+PART_FILE = "part.json"  # of a part of a preparation, what meta.json is of the whole
 UNFINISHED_FOLDER = ".preparation"  # what a preparation that can go on keeps in its data folder until it is finished
 TOKENS_PER_SHARD = 100_000_000  # 200 MB a file, as llm.c's data scripts write
 MAX_OPEN_FILES = 128
@@ -126,6 +127,12 @@ def read_meta(folder: str | Path) -> DataMeta:
             raise UserError(
                 f"{path} is missing: the preparation of this data folder has not finished. The command that began it "
                 "goes on where it stopped."
+            ) from None
+        if path.with_name(PART_FILE).exists():
+            raise UserError(
+                f"{path} is missing: this folder is one part of a preparation that several machines share. Put all "
+                f"parts into one folder and join them: python -m data_prep.openwebtext --out {path.parent.parent} "
+                "--merge"
             ) from None
         raise UserError(
             f"{path} is missing, so the preparation of this data folder was never finished. {PREPARE_AGAIN}"
@@ -275,7 +282,8 @@ class ShardWriter:
     def abandon(self) -> None:
         """Drop the unfinished shard. Finished ones stay: whoever owns the folder decides about them."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # a full disk: what is still buffered cannot be written
+                self._file.close()
             self._file = None
             self._unfinished().unlink(missing_ok=True)
 
@@ -537,14 +545,17 @@ def _beyond_vocabulary(path: Path, part: np.ndarray, start: int, vocab_size: int
 
 def _locate(folder: Path, split: str) -> tuple[DataMeta | None, list[tuple[Path, int, int]]]:
     """`meta.json`, or None where there is none, and (path, bytes of header, tokens) of each shard."""
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
-        raise UserError(
-            f"data folder {folder} {what}. Prepare one with: "
-            f"python -m data_prep.documents --out {folder} --tokenizer gpt2 FILES..., or, for the corpus of the "
-            f"quickstart, python -m data_prep.python_docs --out {folder}"
-        )
-    present = {path.name for path in folder.iterdir()}
+    try:
+        if not folder.is_dir():
+            what = "is not a folder" if folder.exists() else "does not exist"
+            raise UserError(
+                f"data folder {folder} {what}. Prepare one with: "
+                f"python -m data_prep.documents --out {folder} --tokenizer gpt2 FILES..., or, for the corpus of the "
+                f"quickstart, python -m data_prep.python_docs --out {folder}"
+            )
+        present = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise UserError(f"data folder {folder} cannot be read: {error.strerror}. Change its permissions.") from error
     bare = folder / f"{split}.bin"
     if META_FILE not in present and bare.name in present:
         return None, [_bare_shard(bare)]

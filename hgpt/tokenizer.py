@@ -1,7 +1,8 @@
 """Tokenizers: GPT-2's BPE, a small byte-level BPE trained on the spot, or any Hugging Face tokenizer file.
 
 Whatever the choice, the result is a `tokenizer.json` that Hugging Face's `tokenizers` and `transformers`
-load. Byte-level BPE is encoded by tiktoken, which gives the same tokens several times faster.
+load. Byte-level BPE, also out of a file that was written here, is encoded by tiktoken, which gives the same tokens
+several times faster.
 """
 
 import hashlib
@@ -192,25 +193,62 @@ def _trained_bpe(name: str, vocab_size: int, texts: Iterable[str]) -> Tokenizer:
 
 def _byte_level(name: str, vocabulary: dict[str, int], merges: Iterable[Sequence[str]]) -> Tokenizer:
     """A BPE over bytes with GPT-2's pre-tokenizer, decoder and end-of-text, and tiktoken beside it."""
+    backend = _byte_level_backend(vocabulary, merges)
+    return Tokenizer(name, backend, vocabulary[END_OF_TEXT], _tiktoken(name, vocabulary))
+
+
+def _byte_level_backend(vocabulary: dict[str, int], merges: Iterable[Sequence[str]]) -> tokenizers.Tokenizer:
     pairs = [(first, second) for first, second in merges]
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     backend.add_special_tokens([END_OF_TEXT])
+    return backend
+
+
+def _tiktoken(name: str, vocabulary: dict[str, int]) -> tiktoken.Encoding:
+    """What encodes as the backend of the same vocabulary does, if that is as `_is_byte_level` says."""
     end_of_text = vocabulary[END_OF_TEXT]
     byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
-    # tiktoken takes a token's id for the priority of the merge that makes it, which holds here: both GPT-2's
-    # ids and a BpeTrainer's count up in the order of the merges.
+    # tiktoken takes a token's id for the priority of the merge that makes it.
     ranks = {
         bytes(byte_of[character] for character in token): rank
         for token, rank in vocabulary.items()
         if rank != end_of_text
     }
-    fast = tiktoken.Encoding(
+    return tiktoken.Encoding(
         name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end_of_text}
     )
-    return Tokenizer(name, backend, end_of_text, fast)
+
+
+def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
+    """Whether this is what `_byte_level_backend` makes, and `_tiktoken` of its vocabulary gives the same tokens.
+
+    The second is so if (1) the first ids are those of the 256 bytes, and the others count up with the merges, each of
+    which joins tokens from before it, and if (2) each token, as a text, is encoded as itself.
+
+    For both join the neighbours with the lowest id first; but tokenizers only two that its list of merges names, and
+    tiktoken any two that together are a token t. So far nothing was joined across the ends of such two: what they were
+    made of was joined as in a text of the two alone. By (2) that text becomes t, by (1) its last step is the one merge
+    that makes t, and all before it have lower ids: what it looks like before t is made is the pair that the list names.
+    """
+    content = json.loads(backend.to_str())
+    model = content["model"]
+    vocabulary, merges = model.get("vocab"), model.get("merges")
+    if model["type"] != "BPE" or END_OF_TEXT not in vocabulary:
+        return False
+    same = json.loads(_byte_level_backend(vocabulary, merges).to_str())
+    results = [first + second for first, second in merges]
+    in_order = sorted(vocabulary, key=vocabulary.__getitem__)
+    return (
+        content == same
+        and sorted(vocabulary.values()) == list(range(256 + len(merges) + 1))
+        and set(in_order[:256]) == set(_byte_characters())
+        and in_order[256:] == [*results, END_OF_TEXT]
+        and all(max(map(vocabulary.__getitem__, pair)) < vocabulary["".join(pair)] for pair in merges)
+        and all([part.id for part in backend.model.tokenize(token)] == [vocabulary[token]] for token in in_order[:-1])
+    )
 
 
 # Where GPT-2's pre-tokenizer always ends a token, whatever stands around: after a letter or digit, before a space, a
@@ -307,7 +345,8 @@ def _from_file(spec: str) -> Tokenizer:
             "in "
             f'a tokenizer_config.json beside it, for example {{"eos_token": "</s>"}}.'
         )
-    return Tokenizer(str(path), backend, end_of_text, fast=None)
+    fast = _tiktoken(str(path), backend.get_vocab()) if _is_byte_level(backend) else None
+    return Tokenizer(str(path), backend, end_of_text, fast)
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:

@@ -8,12 +8,14 @@ from hgpt.interpret.calibration import (
     BANDS,
     band_name,
     bits_per_byte,
+    calibration_error_interval,
     confidence_bins,
     expected_calibration_error,
     frequency_bands,
     frequency_ranks,
     reliability_curve,
 )
+from hgpt.interpret.statistics import bootstrap_counts, percentile_interval
 
 
 def predictions(n=4000, seed=0):
@@ -47,6 +49,54 @@ def test_calibrated_predictions_have_no_error_to_speak_of():
     confidence = rng.uniform(size=200_000)
     assert expected_calibration_error(confidence, rng.uniform(size=200_000) < confidence) < 0.01
     assert expected_calibration_error(confidence, np.ones(200_000, bool)) == pytest.approx(0.5, abs=0.01)
+
+
+def windows_of_predictions(shift, seed, windows=40, size=50, bins=15):
+    """Per window: Σ correct − confidence in each bin, and positions, when p(correct) = confidence − `shift` of its bin.
+
+    The confidences are uniform over the bins, so the ECE of infinitely many positions is the mean of |shift|.
+    """
+    rng = np.random.default_rng(seed)
+    low, high = np.abs(shift).max(), 1 - np.abs(shift).max()
+    bin_of = rng.integers(0, bins, (windows, size))
+    confidence = np.clip((bin_of + rng.uniform(size=(windows, size))) / bins, low, high)
+    correct = rng.uniform(size=(windows, size)) < confidence - shift[bin_of]
+    index = np.arange(windows)[:, None] * bins + bin_of
+    gaps = np.bincount(index.ravel(), weights=(correct - confidence).ravel(), minlength=windows * bins)
+    return gaps.reshape(windows, bins), np.full(windows, float(size))
+
+
+@pytest.mark.parametrize(
+    "shift",
+    [np.zeros(15), np.full(15, 0.03), 0.1 * np.sign(np.arange(15) - 7.0), np.where(np.arange(15) < 3, 0.15, 0.0)],
+    ids=["calibrated", "a little", "much", "in three bins"],
+)
+def test_the_interval_of_the_calibration_error_covers_it(shift):
+    """The known ECE lies in 95 % of the intervals, or more, and the sample's own in all of them."""
+    covered = by_quantiles = 0
+    for seed in range(200):
+        gaps, sizes = windows_of_predictions(shift, seed)
+        counts = bootstrap_counts(len(sizes), 200, seed)
+        low, high = calibration_error_interval(gaps, sizes, counts)
+        assert 0 <= low <= np.abs(gaps.sum(axis=0)).sum() / sizes.sum() <= high <= 1
+        covered += low <= np.abs(shift).mean() <= high
+        replicates = np.abs(counts @ gaps).sum(axis=1) / (counts @ sizes)
+        quantiles = percentile_interval(replicates)
+        by_quantiles += quantiles[0] <= np.abs(shift).mean() <= quantiles[1]
+    assert covered / 200 > 0.92
+    if not shift.any():
+        assert by_quantiles == 0  # what the percentile interval is not used for
+
+
+def test_the_interval_of_a_large_calibration_error_is_no_wider_than_the_normal_one():
+    shift = np.full(15, 0.2)
+    widths, found = [], []
+    for seed in range(60):
+        gaps, sizes = windows_of_predictions(shift, seed)
+        low, high = calibration_error_interval(gaps, sizes, bootstrap_counts(len(sizes), 200, seed))
+        widths.append(high - low)
+        found.append(np.abs(gaps.sum(axis=0)).sum() / sizes.sum())
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * np.std(found), rel=0.25)
 
 
 def test_bits_per_byte_by_hand():

@@ -1,6 +1,7 @@
 """hgpt/interpret/parallelograms.py: hand-worked values, brute force, planted structure and planted nulls."""
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hgpt.interpret.parallelograms import (
     EPSILON,
     PRESET,
     VARIANTS,
+    RelationVectors,
     ScoreSettings,
     analogy_answers,
     disjoint_pairs_of_pairs,
@@ -20,6 +22,7 @@ from hgpt.interpret.parallelograms import (
     pairs_of_pairs,
     parallelogram_scores,
     project,
+    random_pairings,
     resampled_accuracy,
     shuffled_scores,
 )
@@ -28,7 +31,8 @@ from hgpt.interpret.statistics import bootstrap_counts, percentile_interval, sig
 
 def projected(vectors, ids, settings):
     spread = covariance(vectors)
-    return project(vectors, ids, spread, principal_axes(spread.matrix), settings)
+    located = RelationVectors(vectors, ids, spread.mean)
+    return project(located, spread, principal_axes(spread.matrix), settings)
 
 
 def random_ids(pairs, vocabulary, seed=0):
@@ -67,7 +71,7 @@ def test_perfect_parallelograms_score_zero_in_every_variant(name):
     result = projected(vectors, ids, VARIANTS[name])
     offsets = result.outputs - result.inputs
     assert mean_parallelogram_score(offsets, result.scale) == pytest.approx(0, abs=1e-12)
-    shuffled = shuffled_scores(result.inputs, result.outputs, result.scale, 199, seed=0)
+    shuffled = shuffled_scores(result.inputs, result.outputs, result.scale, random_pairings(30, 199, seed=0))
     assert shuffled.min() > 0.05  # the same words paired at random are no parallelograms
     assert offset_consistency(offsets) == pytest.approx(1)
 
@@ -102,7 +106,7 @@ def test_a_random_embedding_is_not_found_and_a_planted_relation_is():
                 vectors[ids[:, 1]] = vectors[ids[:, 0]] + rng.normal(size=20) + rng.normal(size=(40, 20))
             result = projected(vectors, ids, ScoreSettings(components=None))
             score = mean_parallelogram_score(result.outputs - result.inputs, result.scale)
-            shuffled = shuffled_scores(result.inputs, result.outputs, result.scale, 99, seed)
+            shuffled = shuffled_scores(result.inputs, result.outputs, result.scale, random_pairings(40, 99, seed))
             p_values.append((1 + np.sum(shuffled <= score)) / 100)
     assert np.mean(np.array(p_null) <= 0.05) < 0.15
     assert np.mean(np.array(p_planted) <= 0.05) > 0.95
@@ -178,13 +182,34 @@ def test_the_preset_is_the_papers():
         assert (settings == VARIANTS[PRESET]) == (name == PRESET), name
 
 
-def test_shuffled_scores_are_scores_of_shuffled_pairs():
+@pytest.mark.parametrize("block", [2, 7, 256])
+def test_shuffled_scores_are_scores_of_shuffled_pairs(block, monkeypatch):
+    monkeypatch.setattr("hgpt.interpret.parallelograms.INPUTS_AT_A_TIME", block)
     rng = np.random.default_rng(2)
     inputs, outputs = rng.normal(size=(7, 3)) + 1, rng.normal(size=(7, 3)) - 2
-    found = shuffled_scores(inputs, outputs, 1.3, 5, seed=9)
-    replay = np.random.default_rng(9)
-    expected = [mean_parallelogram_score(outputs[replay.permutation(7)] - inputs, 1.3) for _ in range(5)]
-    assert found == pytest.approx(np.array(expected))
+    pairings = random_pairings(7, 5, seed=9)
+    expected = [mean_parallelogram_score(outputs[pairing] - inputs, 1.3) for pairing in pairings.T]
+    assert shuffled_scores(inputs, outputs, 1.3, pairings) == pytest.approx(np.array(expected))
+
+
+def test_random_pairings_are_permutations_of_equal_probability():
+    pairings = random_pairings(3, 6000, seed=0)
+    orders, counts = np.unique(pairings.T, axis=0, return_counts=True)
+    assert sorted(map(tuple, orders)) == sorted(itertools.permutations(range(3)))
+    assert counts.min() > 850 and counts.max() < 1150  # 1000 each
+
+
+def test_random_pairs_of_a_large_relation_need_little_memory():
+    """5,199 pairs, the most in the function vectors' sets: a matrix of all pairs would take 216 MB."""
+    rng = np.random.default_rng(0)
+    inputs, outputs = rng.normal(size=(5199, 2)), rng.normal(size=(5199, 2))
+    pairings = random_pairings(5199, 20, seed=0)
+    tracemalloc.start()
+    found = shuffled_scores(inputs, outputs, 1.0, pairings)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30e6
+    assert found[3] == pytest.approx(mean_parallelogram_score(outputs[pairings[:, 3]] - inputs, 1.0))
 
 
 def test_distinct_pairs():

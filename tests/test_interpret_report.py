@@ -4,6 +4,7 @@ import csv
 import json
 import pydoc_data.topics
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,15 +21,16 @@ from hgpt.interpret import models
 from hgpt.interpret.__main__ import main
 from hgpt.interpret.analysis import analyse
 from hgpt.interpret.corpus import Corpus
-from hgpt.interpret.figures import COLOURS, FIGURES
+from hgpt.interpret.figures import FIGURES, swatch
 from hgpt.interpret.models import LoadedModel, find_sources, loaded
 from hgpt.interpret.parallelograms import PRESET, VARIANTS
-from hgpt.interpret.report import restricted, variant_signs, write_report
-from hgpt.interpret.results import READABILITY, AnalysisSettings, readability
+from hgpt.interpret.report import out_of_reach, page, restricted, variant_signs, write_report
+from hgpt.interpret.results import OWN_SCALE, READABILITY, AnalysisSettings, readability
 from hgpt.shards import DataMeta, ShardWriter, SplitMeta, write_meta
 from hgpt.tokenizer import Tokenizer, hf_tokenizer, load_tokenizer
 
 VOCAB, CONTEXT = 320, 24
+LABELS = ["harmonic", "softmax", "gpt2", "foreign"]
 TEXT = pydoc_data.topics.topics["with"] + pydoc_data.topics.topics["while"]
 RELATION = [
     {"input": w, "output": w + "s"}
@@ -192,13 +194,86 @@ def test_the_text_browser_holds_every_position(report):
                 assert (seen["ratio"] is None) == (model["label"] != "harmonic")
                 assert seen["ratio"] is None or (seen["ratio"] >= 1 and seen["nearest"][0][2] == pytest.approx(1))
                 assert seen["rank"] > 1 or seen["nearest"][0][0] == seen["token"]
-        assert f'id="panel-{number}"' in text
+        labels = [model["label"] for model in group["models"]]
+        assert [model["number"] for model in group["models"]] == [LABELS.index(label) for label in labels]
+        # Each panel is in one block with its own text, beside which alone it stays in sight.
+        block = text.split('<div class="reading">')[number + 1]
+        assert f'id="text-{number}"' in block and f'id="panel-{number}"' in block
+        assert f"The darker a token, the more probable {labels[0]} found it, in the tokens of" in block
+    assert "the list of a softmax head is by probability alone" in text
     spans = re.findall(r'data-position="(\d+)"', text)
     assert len(spans) == sum(len(group["tokens"]) for group in groups)
 
 
+def test_swatches_are_the_looks_of_the_figures(report):
+    text = (report / "index.html").read_text(encoding="utf-8")
+    items = re.findall(r"<li>(<svg.*?</svg>)<b>(.*?)</b>", text)
+    assert items == [(swatch(i), label) for i, label in enumerate(LABELS)]
+    # browser.js takes them from this list.
+    assert text.count('<ul id="models">') == 1 and '"#models .swatch"' in text
+
+
+def test_the_shading_of_tokens_is_printed_and_figures_scroll_on_a_phone(report):
+    text = (report / "index.html").read_text(encoding="utf-8")
+    printed = text[text.index("@media print") :]
+    assert re.search(r"\.text span \{[^}]*[^-]print-color-adjust: exact", printed)
+    assert "min-width: 45rem" in text and re.search(r"figure img \{ min-width: 0;", printed)
+    assert text.count('<div class="scroll"><img') == text.count("<img ") > 8
+
+
+def test_captions_say_what_is_signed_in_the_pixels(report):
+    text = (report / "index.html").read_text(encoding="utf-8")
+    sources = dict(re.findall(r'<figure id="(\w+)">.*?<p class="source">(.*?)</p>', text))
+    assert sources.keys() == {name for name, *_ in FIGURES}
+    for label, head in (("harmonic", "harmonic (euclidean)"), ("softmax", "softmax, tied"), ("gpt2", "softmax, tied")):
+        assert f"{label}: {head}" in sources["reliability"]
+    assert "foreign: softmax" not in sources["cka"]  # its tokens are others
+    assert re.search(r"Measured on 599 \(harmonic, softmax, gpt2\), \d+ \(foreign\) validation tokens", text)
+    for name in ("planes_of_relations", "plane_of_the_vocabulary"):
+        assert "Relations: /" in sources[name]
+
+
+def test_pairs_that_are_used(report):
+    text = (report / "index.html").read_text(encoding="utf-8")
+    rows = re.findall(r'<tr><th>plural</th><td class="number">(.*?)</td>', text)
+    assert rows[0] == "10 of 10"
+    details = re.search(r"<summary>Pairs used of each relation.*?</details>", text)[0]
+    # Three models share a tokenizer, and which pairs it can express.
+    assert re.findall(r"<h3>(.*?)</h3>", details)[0] == "harmonic, softmax, gpt2"
+    assert "under 4" in details
+
+
+def test_a_test_without_power_says_so(report, places):
+    text = (report / "index.html").read_text(encoding="utf-8")
+    # 10 pairs are 5 differences: p is 2 / 2^5 > 0.05 at least.
+    assert text.count("It cannot become significant in any of them, whatever the models") == 2
+    assert text.count(" †</td>") == 2 and "†: this test cannot become significant" in text
+    assert "foreign</b> against <b>harmonic</b>: no test compares their parallelograms, since their tokenizers" in text
+    settings = AnalysisSettings(relations=str(places["relations"]), bootstrap=100)
+    other = analyse([str(places["softmax"])], settings).models[0]
+    row = {"variant": PRESET, "relation": "plural"}
+    assert out_of_reach([row], other) == ["plural"]
+    other.relations[PRESET]["plural"] = replace(other.relations[PRESET]["plural"], disjoint=np.ones(6))
+    assert out_of_reach([row], other) == []  # 2 / 2^6
+    assert out_of_reach([row] * 2, other) == ["plural"] * 2  # twice that, by Holm
+
+
+def test_identical_variants_have_one_vote(places):
+    """Of two tied models the centres are the embedding, and two ways to measure are the same."""
+    settings = AnalysisSettings(relations=str(places["relations"]), bootstrap=100)
+    found = analyse([str(places["softmax"]), str(places["gpt2"])], settings)
+    measured = {row["variant"] for row in found.comparisons}
+    same = measured & {"centres", f"{OWN_SCALE}, centres"}
+    assert len(same) == 2
+    text = page(found, [], {})
+    match = re.search(r"Over (\d+) ways to measure it \(not counted, since .*? of another: (.*?)\)", text)
+    repeated = set(match[2].split("; "))
+    assert same <= repeated <= measured
+    assert int(match[1]) == len(measured - repeated)
+
+
 def test_results(results, places):
-    assert [model["label"] for model in results["models"]] == ["harmonic", "softmax", "gpt2", "foreign"]
+    assert [model["label"] for model in results["models"]] == LABELS
     assert results["data"]["evaluated_tokens"] == 599
     harmonic, softmax, gpt2, foreign = results["models"]
     assert (harmonic["step"], harmonic["tokens_seen"]) == (20, 20_000)
@@ -279,23 +354,15 @@ def test_a_model_alone_and_without_text(places, tmp_path, capsys):
     assert page.open == []
 
 
-def test_colours_differ_for_colour_blind_readers():
-    """Every two colours stay apart in lightness or hue under deuteranopia (Viénot, Brettel & Mollon 1999)."""
-    to_lms = np.array([[17.8824, 43.5161, 4.11935], [3.45565, 27.1554, 3.86714], [0.0299566, 0.184309, 1.46709]])
-    blind = np.array([[1, 0, 0], [0.494207, 0, 1.24827], [0, 0, 1]])
-    rgb = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in COLOURS])
-    seen = (np.linalg.inv(to_lms) @ blind @ to_lms @ (rgb**2.2).T).T.clip(0, 1) ** (1 / 2.2)
-    for i in range(len(seen)):
-        for j in range(i):
-            assert np.linalg.norm(seen[i] - seen[j]) > 0.15, (COLOURS[i], COLOURS[j])
-
-
 def test_a_text_and_words_of_ones_own(places, tmp_path):
     (tmp_path / "text.txt").write_text("The with statement, while it lasts.")
     settings = AnalysisSettings(text=str(tmp_path / "text.txt"), words=("with", " the"), bootstrap=100)
     found = analyse([str(places["softmax"])], settings).models[0]  # without data
     assert "".join(seen.token for seen in found.reading) in "The with statement, while it lasts."
     assert found.words_read[0]["token"] in "with"
+    text = page(analyse([str(places["softmax"])], settings), [], {})
+    assert "asked for with --words, of each its last token: the neighbours of their centres.</p>" in text
+    assert "contexts" not in text[text.index('id="centres"') : text.index('id="method"')]
     assert all(len(word["neighbours"]) == 10 and word["contexts"] == [] for word in found.words_read)
     with pytest.raises(UserError, match=r"text\.txt has 1 tokens, but at least 2"):
         (tmp_path / "text.txt").write_text("a")

@@ -1,5 +1,8 @@
 """hgpt/interpret/statistics.py: against SciPy, values worked out by hand, and rates under a true null hypothesis."""
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -11,6 +14,9 @@ from hgpt.interpret.statistics import (
     holm,
     percentile_interval,
     sign_flip_test,
+    smallest_shuffle_p,
+    smallest_sign_flip_p,
+    wilson_interval,
 )
 
 
@@ -64,6 +70,31 @@ def test_sign_flips_reject_a_true_null_as_often_as_they_should():
     assert np.mean(p <= 0.05) == pytest.approx(0.05, abs=0.027)  # three standard errors
     planted = np.array([sign_flip_test(rng.normal(1.0, size=20), permutations=199, seed=i) for i in range(50)])
     assert np.mean(planted <= 0.05) > 0.9
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, LARGEST_EXACT, LARGEST_EXACT + 1, 40])
+def test_smallest_p_of_sign_flips_is_that_of_differences_of_one_sign(size):
+    # No two sums of subsets of powers of two are the same, and no pattern but the two extremes is as large.
+    found = sign_flip_test(2.0 ** np.arange(size))
+    assert smallest_sign_flip_p(size) == pytest.approx(found, rel=1e-9 if size <= LARGEST_EXACT else 0.7)
+    assert smallest_sign_flip_p(40, permutations=99) == 0.01
+
+
+def test_smallest_p_of_shuffles():
+    # Of the 24 orders of 4 items only the rising one has the largest sum of products.
+    sums = sorted(np.dot(np.arange(4), order) for order in itertools.permutations(range(4)))
+    assert sums[-1] > sums[-2]
+    assert smallest_shuffle_p(4, 999) == 1 / len(sums)
+    assert smallest_shuffle_p(7, 999) == 0.001 > 1 / math.factorial(7)
+    assert smallest_shuffle_p(500, 9) == 0.1
+
+
+def test_wilson_intervals_are_those_of_scipy():
+    hits, trials = np.array([0, 3, 10, 1, 250]), np.array([10, 10, 10, 1, 1000])
+    low, high = wilson_interval(hits / trials, trials)
+    for i in range(len(hits)):
+        expected = stats.binomtest(int(hits[i]), int(trials[i])).proportion_ci(method="wilson")
+        assert (low[i], high[i]) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
 def test_bootstrap_counts_are_resamples():

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import http.server
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -13,8 +14,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import tracemalloc
+from concurrent.futures import Future
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,12 +31,13 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data_prep import openwebtext, sharding, text_files
+from data_prep import openwebtext, sharding, text_files, verify, worker_pool
 from data_prep.openwebtext import main, val_documents
 from data_prep.sharding import Preparation, Tally
 from data_prep.worker_pool import start_imports
 from hgpt.errors import UserError
-from hgpt.shards import SPLITS, TokenShards, read_meta, verify
+from hgpt.shards import SPLITS, TokenShards, read_meta
+from hgpt.shards import verify as verify_shards
 from hgpt.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +82,13 @@ def fails(capsys, *arguments):
     message = capsys.readouterr().err
     assert "error: " in message and "Traceback" not in message
     return message[message.index("error: ") :]
+
+
+def ready_workers():
+    """In place of `finished_imports`: the main process waits for the workers, and encodes nothing itself."""
+    finished = Future()
+    finished.set_result(None)
+    return finished
 
 
 def contents(folder):
@@ -130,7 +142,7 @@ def test_split_of_openwebtext_is_pinned():
 
 def test_shards_hold_the_split_in_the_order_of_the_source(tmp_path, source):
     folder = run(source, tmp_path / "out")
-    verify(folder)
+    verify_shards(folder)
     import datasets
 
     documents = texts(300)
@@ -143,6 +155,7 @@ def test_shards_hold_the_split_in_the_order_of_the_source(tmp_path, source):
     assert len(meta.splits["train"].shards) > 3
     assert meta.splits["train"].bytes == sum(len(text.encode()) for text in found["train"])
     assert meta.source == "source" and meta.preparation["documents"] == 300
+    assert (meta.preparation["seed"], meta.preparation["val_fraction"]) == (2357, 0.1)
     assert {"numpy", "pyarrow", "tiktoken", "hgpt"} <= meta.packages.keys()
 
 
@@ -169,14 +182,62 @@ def test_a_number_of_documents_that_is_not_openwebtexts_is_reported(tmp_path, so
 # --------------------------------------------------------------------------------------- workers, order, memory
 
 
-def test_workers_change_nothing(tmp_path, source):
+@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("encoded_here", [0, 5])
+def test_workers_change_nothing(tmp_path, source, monkeypatch, workers, encoded_here):
+    """Whatever the main process has encoded itself until the workers can start."""
     one = contents(run(source, tmp_path / "1"))
     assert len(one) > 6
-    for workers in (2, 3):
-        assert contents(run(source, tmp_path / str(workers), "--workers", workers)) == one
+    finished = Future()
+    if not encoded_here:
+        finished.set_result(None)
+    here = []
+    encode = sharding.UnitEncoder.__call__
+
+    def encode_here(self, unit):
+        here.append(unit.number)
+        if len(here) == encoded_here:
+            finished.set_result(None)
+        return encode(self, unit)
+
+    monkeypatch.setattr(sharding, "finished_imports", lambda: finished)
+    monkeypatch.setattr(sharding.UnitEncoder, "__call__", encode_here)  # the workers import what is in the file
+    assert contents(run(source, tmp_path / "out", "--workers", workers)) == one
+    assert here == list(range(encoded_here))
 
 
-def test_every_kind_of_source_gives_the_same_shards(tmp_path, source):
+def test_the_main_process_encodes_while_workers_start(tmp_path, source, monkeypatch):
+    finished = Future()
+    monkeypatch.setattr(sharding, "finished_imports", lambda: finished)
+    whole = contents(run(source, tmp_path / "whole"))
+    assert contents(run(source, tmp_path / "out", "--workers", 2)) == whole  # they never came to it
+    finished.set_exception(OSError("no more processes"))
+    assert main(["--source", str(source), "--out", str(tmp_path / "no"), *SMALL, "--workers", "2"]) == 2
+
+
+def report_signals(connection):
+    connection.send(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+
+def test_processes_start_at_once_after_their_imports_and_never_see_ctrl_c():
+    worker_pool.finished_imports().result(timeout=60)
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    start_imports().Process(target=report_signals, args=(sender,)).start()
+    assert signal.SIGINT in receiver.recv()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_what_goes_wrong_while_workers_start_is_raised(monkeypatch):
+    def fail():
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(worker_pool, "start_imports", fail)
+    with pytest.raises(OSError, match="no more processes"):
+        worker_pool.finished_imports().result(timeout=60)
+
+
+def test_every_kind_of_source_gives_the_same_shards(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(text_files, "LARGEST_SECTION", 2000)
     expected = streams(run(source, tmp_path / "parquet"))
     jsonl = tmp_path / "jsonl"
     jsonl.mkdir()
@@ -195,6 +256,27 @@ def test_every_kind_of_source_gives_the_same_shards(tmp_path, source):
         found = streams(run(folder, tmp_path / f"{folder.name}_out"))
         for split in SPLITS:
             assert np.array_equal(found[split], expected[split]), folder
+
+
+def test_no_unit_is_larger_than_it_has_to_be(tmp_path, monkeypatch):
+    """Neither a large row group nor a compressed file is one piece of work, to be redone as a whole after a kill."""
+    documents = [f"{i} " + "x" * 200 for i in range(1000)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
+    size = sum(map(len, documents))
+    pq.write_table(pa.table({"text": documents}), tmp_path / "a.parquet", use_dictionary=False)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(lines))
+    for largest in (20_000, 1000):
+        monkeypatch.setattr(text_files, "LARGEST_SECTION", largest)
+        for path in sorted(tmp_path.iterdir()):
+            sections, _ = text_files.find_sections([path], "text", skip_bad=False)
+            found = [document for section in sections for document in text_files.read_section(section, "text")]
+            assert [document.decode() for document in found] == documents
+            assert size <= sum(section.bytes for section in sections) <= 1.2 * size + 100 * 1000
+            for section in sections:
+                # Beyond 16 times that size, no section is less than a sixteenth of what is decompressed before it.
+                assert section.bytes <= max(1.2 * largest, section.offset / 16) + 250
+    assert len(sections) < 16 * 5
 
 
 LONG = " " + " ".join(texts(300))  # ends with a letter and begins with a space: between copies there is a boundary
@@ -239,6 +321,20 @@ def test_a_document_of_200_mb_is_encoded_in_bounded_memory(tmp_path):
     assert read_meta(tmp_path / "out").splits["train"].tokens >= copies * tokens
 
 
+def test_python_holds_one_row_of_a_row_group(tmp_path):
+    """However many large ones stand together between small ones, of which the average knows nothing."""
+    documents = ["x" * 1_000_000] * 40 + ["x"] * 40_000
+    pq.write_table(pa.table({"text": documents}), tmp_path / "a.parquet", use_dictionary=False)
+    sections, _ = text_files.find_sections([tmp_path / "a.parquet"], "text", skip_bad=False)
+    tracemalloc.start()
+    try:
+        lengths = [len(document) for section in sections for document in text_files.read_section(section, "text")]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert lengths == [len(document) for document in documents] and peak < 5_000_000
+
+
 # ----------------------------------------------------------------------------------------- killed and gone on
 
 # What a process does to files, each announced by Python before it is done (sys.addaudithook).
@@ -263,6 +359,7 @@ def killed_run(source, out, kill_at, workers=1):
     """In a process of its own: a run that is killed before its `kill_at`-th work on a file."""
     for module in (text_files, sharding):
         module.SECTION_BYTES = 3000
+    sharding.finished_imports = ready_workers
     kill_this_process(out, kill_at)
     sys.exit(main(["--source", str(source), "--out", str(out), *SMALL, "--workers", str(workers)]))
 
@@ -386,6 +483,47 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, source, monkeypatch, capsys):
     assert contents(run(source, tmp_path / "out")) == contents(run(source, tmp_path / "whole"))
 
 
+def test_ctrl_c_while_workers_start_ends_all_processes_silently(tmp_path, source):
+    """It reaches all of the terminal's processes: this one, and those that are importing what they need."""
+    script = (
+        "import sys, time\n"
+        "from data_prep import openwebtext, sharding, text_files\n"
+        "text_files.SECTION_BYTES = sharding.SECTION_BYTES = 3000\n"
+        "encode = sharding.UnitEncoder.__call__\n"
+        "sharding.UnitEncoder.__call__ = lambda self, unit: time.sleep(0.5) or encode(self, unit)\n"
+        f"sys.exit(openwebtext.main(['--source', {str(source)!r}, '--out', {str(tmp_path / 'out')!r}, *{SMALL!r}, "
+        "'--workers', '2']))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+    )
+    while not recorded_units(tmp_path / "out"):
+        time.sleep(0.01)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    _, printed = process.communicate(timeout=60)  # until the last process that can write there has ended
+    assert process.returncode == 130 and "Traceback" not in printed
+    assert printed.endswith("interrupted: what is finished stays, the same command goes on\n")
+    assert contents(run(source, tmp_path / "out")) == contents(run(source, tmp_path / "whole"))
+
+
+def test_a_worker_that_dies_is_told_of_and_gone_on_from(tmp_path, source, monkeypatch, capsys):
+    update = openwebtext.Progress.update
+
+    def kill_the_workers(self, tally):
+        update(self, tally)
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sharding, "finished_imports", ready_workers)
+        patch.setattr(openwebtext.Progress, "update", kill_the_workers)
+        message = fails(capsys, "--source", source, "--out", tmp_path / "out", *SMALL, "--workers", 2)
+    assert "A worker process died" in message and "fewer --workers; what is finished stays" in message
+    assert recorded_units(tmp_path / "out") >= 1
+    assert contents(run(source, tmp_path / "out")) == contents(run(source, tmp_path / "whole"))
+
+
 def test_a_second_run_in_one_folder_is_refused(tmp_path, source, capsys):
     out = tmp_path / "out"
     with Preparation(out):
@@ -405,23 +543,63 @@ def test_too_little_disk_space_is_found_before_it_is_used(tmp_path, source, caps
     tokens = sum(splits[split].tokens for split in SPLITS)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=9_000_000_000))
-        openwebtext.check_disk_space(tmp_path, 4e9, 10**8)
+        openwebtext.check_disk_space(tmp_path, 4e9, passing=1e8)
         with pytest.raises(UserError, match=r"will need about 9\.38 GB, and 9\.00 GB are free"):
-            openwebtext.check_disk_space(tmp_path, 4.5e9, 10**8)
+            openwebtext.check_disk_space(tmp_path, 4.5e9, passing=1e8)
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=40_000))
         assert "0.00 GB are free" in fails(capsys, "--source", source, "--out", tmp_path / "out", *SMALL)
-    estimate = []
-    monkeypatch.setattr(openwebtext, "check_disk_space", lambda out, tokens, size: estimate.append(tokens))
+    estimate = estimates(monkeypatch)
     run(source, tmp_path / "out")
-    assert tokens < estimate[0] < 1.5 * tokens  # Parquet adds to row groups as small as these
+    assert tokens < estimate[0][0] < 1.5 * tokens  # Parquet adds to row groups as small as these
+
+
+def estimates(monkeypatch):
+    """(tokens of shards, tokens in other files) that each further run finds room for."""
+    found = []
+    monkeypatch.setattr(openwebtext, "check_disk_space", lambda out, tokens, passing: found.append((tokens, passing)))
+    return found
+
+
+@pytest.mark.parametrize("suffix", [".txt.gz", ".txt.zst", ".jsonl.gz", ".jsonl.zst"])
+def test_the_estimate_for_compressed_files_is_that_of_their_text(tmp_path, monkeypatch, suffix):
+    compress = gzip.compress if suffix.endswith(".gz") else zstandard.compress
+    (tmp_path / "source").mkdir()
+    documents = [text * 50 for text in texts(40)]  # compress well
+    if suffix.startswith(".txt"):
+        for number, text in enumerate(documents):
+            (tmp_path / "source" / f"{number}{suffix}").write_bytes(compress(text.encode()))
+    else:
+        lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
+        (tmp_path / "source" / f"a{suffix}").write_bytes(compress(lines.encode()))
+    estimate = estimates(monkeypatch)
+    splits = read_meta(run(tmp_path / "source", tmp_path / "out")).splits
+    tokens = sum(split.tokens for split in splits.values())
+    assert 0.9 * tokens < estimate[0][0] < 1.2 * tokens
+
+
+def test_a_run_that_goes_on_needs_room_for_what_is_encoded_and_in_no_shard(tmp_path, source, monkeypatch):
+    out = tmp_path / "out"
+    options = ("--tokens-per-shard", 3000)
+    splits = read_meta(run(source, tmp_path / "whole", *options)).splits
+    tokens = sum(split.tokens for split in splits.values())
+    start_killed_run(source, out, 110).join()
+    in_shards = sum((path.stat().st_size - 1024) // 2 for path in out.glob("*.bin"))
+    encoded = sum(path.stat().st_size // 2 for path in (out / ".preparation").glob("unit_*.[tv]*[nl]"))
+    assert in_shards >= 3000 and encoded > 500 and recorded_units(out) > 5
+    estimate = estimates(monkeypatch)
+    run(source, out, *options)
+    # What is estimated too high (see above) is at most half of what is not encoded.
+    left = tokens - in_shards
+    assert left < estimate[0][0] < 1.5 * left
 
 
 LIMIT = 30_000  # bytes of a file: more than the tokenizer and the units have, less than a shard
 
 
-def limited_run(source, out, limit, workers):
+def limited_run(source, out, limit, workers, section_bytes):
     for module in (text_files, sharding):
-        module.SECTION_BYTES = 3000
+        module.SECTION_BYTES = section_bytes
+    sharding.finished_imports = ready_workers
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     sys.stderr = open(out.parent / "stderr", "w")  # noqa: SIM115
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -429,14 +607,24 @@ def limited_run(source, out, limit, workers):
     sys.exit(main(["--source", str(source), "--out", str(out), *options]))
 
 
-def test_a_write_that_fails_is_a_clean_error_and_can_be_gone_on_with(tmp_path, source):
-    process = start_imports().Process(target=limited_run, args=(source, tmp_path / "out", LIMIT, 1))
+@pytest.mark.parametrize(
+    ("workers", "section_bytes"), [(1, 3000), (2, 3000), (2, 40_000)], ids=["one", "two, in a shard", "two, in a unit"]
+)
+def test_a_write_that_fails_is_a_clean_error_and_can_be_gone_on_with(
+    tmp_path, source, monkeypatch, workers, section_bytes
+):
+    process = start_imports().Process(
+        target=limited_run, args=(source, tmp_path / "out", LIMIT, workers, section_bytes)
+    )
     process.start()
     process.join()
     message = (tmp_path / "stderr").read_text()
     assert process.exitcode == 2 and "Traceback" not in message
     assert "failed: File too large. Mend that (a full disk: free space)" in message
-    assert not list((tmp_path / "out").glob("*.bin")) and recorded_units(tmp_path / "out") > 10
+    assert not list((tmp_path / "out").glob("*.bin"))
+    assert recorded_units(tmp_path / "out") > 10 or section_bytes > 3000
+    for module in (text_files, sharding):
+        monkeypatch.setattr(module, "SECTION_BYTES", section_bytes)
     options = ("--tokens-per-shard", 100_000)
     expected = contents(run(source, tmp_path / "whole", *options))
     assert contents(run(source, tmp_path / "out", *options)) == expected
@@ -447,6 +635,48 @@ def test_a_folder_that_cannot_be_written(source, capsys):
     assert "cannot be written" in fails(capsys, "--source", source, "--out", "/sys/hgpt")
     (source.parent / "file").touch()
     assert "is a file" in fails(capsys, "--source", source, "--out", source.parent / "file")
+
+
+@contextlib.contextmanager
+def ordinary_user():
+    """As one whom permissions keep out, also where the tests are run by root."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_folders_that_permissions_close(source, capsys):
+    folder = Path(tempfile.mkdtemp())  # unlike tmp_path, within the reach of every user
+    folder.chmod(0o777)
+    closed, data = folder / "closed", folder / "data"
+    shutil.copytree(source, closed / "data")
+    shutil.copytree(source, data)
+    (data / "inside").mkdir()
+    try:
+        for path in (closed, data / "inside"):
+            path.chmod(0)
+        data.chmod(0o555)
+        with ordinary_user():
+            for out in (closed / "out", data / "out"):
+                message = fails(capsys, "--source", data, "--out", out)
+                assert f"--out {out} cannot be written: Permission denied. Choose another folder" in message
+            message = fails(capsys, "--source", closed / "data", "--out", folder / "out")
+            assert f"--source {closed / 'data'} cannot be read: Permission denied" in message
+            message = fails(capsys, "--source", data, "--out", folder / "out")
+            assert f"{data / 'inside'} cannot be read: Permission denied" in message
+            assert "is no folder that can be read" in fails(capsys, "--out", closed / "out", "--merge")
+            assert verify.main([str(closed / "data")]) == 2
+            assert f"{closed / 'data'} cannot be read: Permission denied" in capsys.readouterr().err
+            assert not (folder / "out").exists()
+    finally:
+        for path in (closed, data, data / "inside"):
+            path.chmod(0o777)
+        shutil.rmtree(folder)
 
 
 # ------------------------------------------------------------------------------------------------------- parts
@@ -460,7 +690,7 @@ def test_parts_are_merged_into_the_same_streams(tmp_path, source, capsys):
     assert "of 3 parts in" in (message := fails(capsys, "--out", out, "--merge")) and "2/3 is missing" in message
     run(source, out, "--part", "2/3")
     assert main(["--out", str(out), "--merge"]) == 0
-    verify(out)
+    verify_shards(out)
     found, expected = streams(out), streams(whole)
     for split in SPLITS:
         assert np.array_equal(found[split], expected[split])
@@ -512,12 +742,43 @@ def test_parts_that_do_not_belong_together(tmp_path, source, capsys):
     assert "part_2_of_2/train_000000.bin has" in fails(capsys, "--out", out, "--merge")
     shard.write_bytes(content)
     assert main(["--out", str(out), "--merge"]) == 0
-    verify(out)
+    verify_shards(out)
     with pytest.raises(SystemExit):
         main(["--out", str(out), "--part", "0/2"])
     assert "--part 400/1000: there is nothing left" in fails(
         capsys, "--source", source, "--out", tmp_path / "many", "--part", "400/1000", *SMALL
     )
+
+
+def test_parts_that_are_damaged(tmp_path, source, capsys):
+    out = tmp_path / "out"
+    for part in (1, 2):
+        run(source, out, "--part", f"{part}/2")
+    whole = contents(out / "part_1_of_2")
+    assert verify.main([str(out / "part_1_of_2")]) == 2
+    message = capsys.readouterr().err
+    assert f"python -m data_prep.openwebtext --out {out} --merge" in message and "Delete" not in message
+
+    record = json.loads(whole["part.json"])
+    for damaged in (b"", b"[]", whole["part.json"][:-100], json.dumps(record | {"shards": {"train": [1]}}).encode()):
+        (out / "part_1_of_2" / "part.json").write_bytes(damaged)
+        message = fails(capsys, "--out", out, "--merge")
+        assert "part_1_of_2/part.json is damaged" in message and "Copy the part again" in message
+    del record["tally"]
+    (out / "part_1_of_2" / "part.json").write_text(json.dumps(record))
+    assert "part_1_of_2/part.json is damaged (KeyError: 'tally')" in fails(capsys, "--out", out, "--merge")
+    (out / "part_1_of_2" / "part.json").write_bytes(whole["part.json"])
+
+    tokenizer = out / "part_1_of_2" / "tokenizer.json"
+    for content in (None, whole["tokenizer.json"][:-1]):
+        tokenizer.unlink()
+        if content is not None:
+            tokenizer.write_bytes(content)
+        message = fails(capsys, "--out", out, "--merge")
+        assert f"{tokenizer} is missing or damaged. Copy the part again" in message
+        tokenizer.write_bytes(whole["tokenizer.json"])
+    assert main(["--out", str(out), "--merge"]) == 0
+    assert f"python -m data_prep.verify {out}" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------- bad input
@@ -642,13 +903,35 @@ def test_bad_options(tmp_path, source, capsys):
     assert "--tokens-per-shard must be at least 1" in fails(capsys, *base, "--tokens-per-shard", 0)
     assert "--revision main has no effect on --source" in fails(capsys, *base, "--revision", "main")
     assert "is neither a folder" in fails(capsys, "--source", "no where", "--out", tmp_path / "out")
+    write_parquet(tmp_path / "none.parquet", pa.array([], pa.string()))
+    message = fails(capsys, "--source", tmp_path / "none.parquet", "--out", tmp_path / "o")
+    assert "none.parquet holds no documents. Give another." in message
     write_parquet(tmp_path / "one.parquet", ["one"])
     assert "All the text is one document" in fails(
         capsys, "--source", tmp_path / "one.parquet", "--out", tmp_path / "o"
     )
 
 
-# ------------------------------------------------------------------------------------------------------- summary
+# ------------------------------------------------------------------------------------------ progress and summary
+
+
+def test_progress_line(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(openwebtext.time, "perf_counter", lambda: now[0])
+    earlier, new = Tally(missing=10), Tally(missing=5)
+    earlier.counts["train"].documents, earlier.counts["train"].tokens = 90, 500_000
+    new.counts["train"].documents, new.counts["val"].documents = 190, 5
+    new.counts["train"].tokens, new.counts["val"].tokens = 2_900_000, 100_000
+    new.counts["train"].bytes, new.counts["val"].bytes = 7_500_000, 500_000
+    progress = openwebtext.Progress(400)
+    progress.start(earlier)
+    now[0] += 2
+    progress.update(new)
+    assert progress.close().tokens == 3_000_000
+    line = capsys.readouterr().err.split("\r")[-1]
+    # 300 of 400 documents; the rates are those of this run, the tokens are all.
+    assert " 75% " in line and "300/400 documents, 3.5 M tokens, 1.50 M tokens/s, 4.0 MB/s, " in line
+    assert line.strip().endswith("left")
 
 
 def test_length_distribution():
@@ -667,11 +950,17 @@ def test_length_distribution():
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """What data_prep needs of the Hugging Face hub, over HTTP: one data set, one revision."""
+    """What data_prep needs of the Hugging Face hub, over HTTP: one data set, one revision that may move.
+
+    `refused` files are not given, of `cut` ones only the first half at the first time, and `down` is the hub.
+    """
 
     files: ClassVar[dict[str, bytes]] = {}
     commit = "a" * 40
     asked: ClassVar[list[str]] = []
+    refused: ClassVar[set[str]] = set()
+    cut: ClassVar[set[str]] = set()
+    down = False
 
     def do_HEAD(self):
         self.answer(False)
@@ -681,18 +970,29 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def answer(self, body):
         self.asked.append(f"{self.command} {self.path} {self.headers.get('Range', '')}")
-        known = re.fullmatch(r"/api/datasets/Skylion007/openwebtext/revision/(.+?)(\?.*)?", self.path)
-        if known and known[1] in ("refs%2Fpr%2F20", "refs/pr/20"):
+        if self.down:
+            return self.send(503, {}, b"", body)
+        path = self.path.replace("%2F", "/")
+        known = re.fullmatch(r"/api/datasets/Skylion007/openwebtext/revision/(.+?)(\?.*)?", path)
+        commits = {"refs/pr/20": self.commit, "a" * 40: "a" * 40}
+        if known and known[1] in commits:
             siblings = [{"rfilename": name, "size": len(content)} for name, content in self.files.items()]
-            info = {"id": "Skylion007/openwebtext", "sha": self.commit, "siblings": siblings, "tags": []}
+            info = {"id": "Skylion007/openwebtext", "sha": commits[known[1]], "siblings": siblings, "tags": []}
             return self.send(200, {"Content-Type": "application/json"}, json.dumps(info).encode(), body)
         if known:
             return self.send(404, {"X-Error-Code": "RevisionNotFound"}, b"{}", body)
-        match = re.fullmatch(rf"/datasets/Skylion007/openwebtext/resolve/{self.commit}/(.+)", self.path)
+        match = re.fullmatch(rf"/datasets/Skylion007/openwebtext/resolve/({'|'.join(commits)})/(.+)", path)
         if not match:
             return self.send(404, {"X-Error-Code": "RepoNotFound"}, b"{}", body)
-        content = self.files[match[1]]
-        headers = {"ETag": f'"{match[1]}"', "X-Repo-Commit": self.commit, "Accept-Ranges": "bytes"}
+        commit, name = commits[match[1]], match[2]
+        if body and name in self.refused:
+            return self.send(403, {}, b"", body)
+        content = self.files[name]
+        headers = {"ETag": f'"{Path(name).name}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if body and name in self.cut:
+            self.cut.remove(name)
+            self.close_connection = True
+            return self.send(200, headers | {"Content-Length": str(len(content))}, content[: len(content) // 2], body)
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted:
             start = int(wanted[1])
@@ -702,7 +1002,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def send(self, status, headers, content, body):
         self.send_response(status)
-        for name, value in (headers | {"Content-Length": str(len(content))}).items():
+        for name, value in ({"Content-Length": str(len(content))} | headers).items():
             self.send_header(name, value)
         self.end_headers()
         if body:
@@ -718,8 +1018,8 @@ def hub(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     point_to(monkeypatch, server.server_address[1], tmp_path / "cache")
-    monkeypatch.setattr(Hub, "files", {})
-    monkeypatch.setattr(Hub, "asked", [])
+    for name, value in (("files", {}), ("asked", []), ("refused", set()), ("cut", set())):
+        monkeypatch.setattr(Hub, name, value)
     yield Hub
     server.shutdown()
     server.server_close()
@@ -751,6 +1051,138 @@ def test_from_the_hub(tmp_path, source, hub, capsys):
     hub.asked.clear()
     assert main(["--out", str(tmp_path / "again"), *SMALL]) == 0  # from the cache
     assert not [line for line in hub.asked if line.startswith("GET") and "resolve" in line]
+
+
+@pytest.fixture
+def on_hub(source, hub):
+    """A hub that holds the files of `source`."""
+    hub.files.update({f"plain_text/{path.name}": path.read_bytes() for path in source.iterdir()})
+    return hub
+
+
+def downloads(hub):
+    return sorted(line.split()[1].rpartition("/")[2] for line in hub.asked if re.match("GET .*/resolve/", line))
+
+
+def test_a_download_that_was_interrupted_goes_on(tmp_path, on_hub, capsys):
+    third = "train-00002-of-00003.parquet"
+    on_hub.refused.add(f"plain_text/{third}")
+    message = fails(capsys, "--out", tmp_path / "out", *SMALL)
+    assert "The download of Skylion007/openwebtext was interrupted (HfHubHTTPError: " in message
+    assert "The same command goes on with it. Alternatives: " in message and "--source openwebtext" in message
+    assert not (tmp_path / "out").exists()
+    on_hub.refused.clear()
+    on_hub.asked.clear()
+    assert main(["--out", str(tmp_path / "out"), *SMALL]) == 0
+    assert downloads(on_hub) == [third]
+
+
+def test_a_connection_that_breaks_goes_on_in_the_file(tmp_path, source, on_hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    third = "train-00002-of-00003.parquet"
+    on_hub.cut.add(f"plain_text/{third}")
+    folder = run("Skylion007/openwebtext", tmp_path / "out")
+    assert downloads(on_hub).count(third) == 2
+    assert f"bytes={(source / third).stat().st_size // 2 // 1000 * 1000}-" in str(on_hub.asked)
+    expected = streams(run(source, tmp_path / "local"))
+    assert all(np.array_equal(streams(folder)[split], expected[split]) for split in SPLITS)
+
+
+def test_ctrl_c_does_not_wait_for_downloads():
+    """Neither the message, nor the end of the process: no thread keeps it that is no daemon."""
+    going_on = threading.Event()
+    started = []
+
+    def fetch(name):
+        started.append(name)
+        if len(started) == openwebtext.DOWNLOADS:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        going_on.wait(60)
+        return Path(name)
+
+    before = set(threading.enumerate())
+    start = time.perf_counter()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            openwebtext._all_at_once(fetch, [str(number) for number in range(20)])
+        assert time.perf_counter() - start < 5
+        assert all(thread.daemon for thread in set(threading.enumerate()) - before)
+    finally:
+        going_on.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+    assert len(started) == openwebtext.DOWNLOADS  # and none of the others began
+
+
+def interrupted_run(out, monkeypatch):
+    """A preparation from the hub that is stopped after 9 units."""
+    encode = sharding.UnitEncoder.__call__
+
+    def interrupted(self, unit):
+        if unit.number == 9:
+            raise KeyboardInterrupt
+        return encode(self, unit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sharding.UnitEncoder, "__call__", interrupted)
+        assert main(["--out", str(out), *SMALL]) == 130
+    assert recorded_units(out) == 9
+
+
+def test_a_preparation_goes_on_with_its_commit_and_without_the_hub(tmp_path, source, on_hub, monkeypatch, capsys):
+    out = tmp_path / "out"
+    interrupted_run(out, monkeypatch)
+    monkeypatch.setattr(on_hub, "commit", "b" * 40)  # the pull request has moved
+    message = fails(capsys, "--out", out, *SMALL, "--revision", "a" * 40)
+    asked = "another data set on the hub: 'Skylion007/openwebtext at refs/pr/20', now 'Skylion007/openwebtext at aaaa"
+    assert asked in message
+    assert "'Skylion007/openwebtext at refs/pr/20', now None" in fails(capsys, "--out", out, "--source", source, *SMALL)
+    on_hub.asked.clear()
+    assert main(["--out", str(out), *SMALL]) == 0
+    assert not on_hub.asked
+    assert read_meta(out).source_revision == "a" * 40
+    whole = run("Skylion007/openwebtext", tmp_path / "whole", "--revision", "a" * 40)
+    assert contents(out) == contents(whole)
+
+
+def test_a_preparation_goes_on_with_its_commit_when_the_cache_has_lost_a_file(tmp_path, on_hub, monkeypatch, capsys):
+    out = tmp_path / "out"
+    interrupted_run(out, monkeypatch)
+    monkeypatch.setattr(on_hub, "commit", "b" * 40)
+    third = "train-00002-of-00003.parquet"
+    (blob,) = (tmp_path / "cache").rglob(f"blobs/{third}")
+    blob.unlink()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    message = fails(capsys, "--out", out, *SMALL)
+    assert "does not hold all Parquet files" in message and f"--revision {'a' * 40}" in message
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    on_hub.asked.clear()
+    assert main(["--out", str(out), *SMALL]) == 0
+    assert downloads(on_hub) == [third] and read_meta(out).source_revision == "a" * 40
+
+
+def test_offline_the_cache_is_enough_when_it_is_complete(tmp_path, source, on_hub, monkeypatch, capsys):
+    on_hub.refused.add("plain_text/train-00002-of-00003.parquet")
+    fails(capsys, "--out", tmp_path / "out", *SMALL)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for revision in ((), ("--revision", "a" * 40)):
+        message = fails(capsys, "--out", tmp_path / "out", *SMALL, *revision)
+        assert "HF_HUB_OFFLINE is set" in message and "does not hold all Parquet files" in message
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    on_hub.refused.clear()
+    whole = contents(run("Skylion007/openwebtext", tmp_path / "whole"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    on_hub.asked.clear()
+    for number, revision in enumerate(((), ("--revision", "a" * 40))):
+        assert contents(run("Skylion007/openwebtext", tmp_path / str(number), *revision)) == whole
+    assert not on_hub.asked
+
+
+def test_a_hub_that_answers_with_an_error(tmp_path, hub, capsys, monkeypatch):
+    monkeypatch.setattr(hub, "down", True)
+    message = fails(capsys, "--out", tmp_path / "out")
+    assert "The Hugging Face hub answers with an error: " in message and "503" in message
+    assert "--source openwebtext" in message and not (tmp_path / "out").exists()
 
 
 def test_a_download_that_does_not_fit_is_refused(tmp_path, source, hub, capsys, monkeypatch):

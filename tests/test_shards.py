@@ -139,6 +139,16 @@ def test_leaving_the_writer_by_an_exception_leaves_no_unfinished_shard(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["train_000000.bin"]
 
 
+def test_a_full_disk_leaves_no_unfinished_shard(tmp_path):
+    """What is still buffered cannot be written when the file is closed either."""
+    unfinished = tmp_path / ".train_000000.bin.unfinished"
+    unfinished.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"), ShardWriter(tmp_path, "train") as writer:
+        writer.write(TOKENS["train"])
+        writer.close()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_writer_of_nothing_writes_nothing(tmp_path):
     with ShardWriter(tmp_path, "val") as writer:
         writer.write(np.empty(0, dtype=np.uint16))

@@ -171,12 +171,48 @@ def test_tokenizer_from_a_folder_or_file(foreign):
         hf_tokenizer(foreign / "tokenizer.json", 8)
 
 
-def test_a_saved_bpe_loads_by_path_and_encodes_the_same(bpe, tmp_path):
-    bpe.save(tmp_path)
+def test_a_saved_bpe_loads_by_path_and_encodes_the_same(either, tmp_path):
+    backend = saved(either, tmp_path)
+    backend.encode_special_tokens = True
     by_path = load_tokenizer(str(tmp_path))
-    assert by_path.end_of_text == bpe.end_of_text and by_path.vocab_size == bpe.vocab_size
-    for a, b in zip(by_path.encode_batch(TEXTS), bpe.encode_batch(TEXTS), strict=True):
-        assert a.tolist() == b.tolist()
+    assert by_path._fast is not None
+    assert by_path.end_of_text == either.end_of_text and by_path.vocab_size == either.vocab_size
+    for tokens, text in zip(by_path.encode_batch(TEXTS), TEXTS, strict=True):
+        assert tokens.tolist() == backend.encode(text).ids
+
+
+def edited(content, **model):
+    """The same tokenizer.json with something else in it."""
+    return json.loads(json.dumps(content | {"model": content["model"] | model}))
+
+
+def test_a_bpe_of_others_that_only_looks_like_ours_is_not_encoded_by_tiktoken(bpe, tmp_path):
+    """Each of these differs from what is written here in one thing, which changes the tokens of some text."""
+    content = json.loads(bpe.save(tmp_path).read_text())
+    vocabulary = content["model"]["vocab"]
+    (end_of_text,) = content["added_tokens"]
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    swapped = dict(vocabulary, **{tokens[256]: 257, tokens[257]: 256})  # ids that are not in the order of the merges
+    # AB, BC, and ABC out of A and BC: it is never made out of ABC, in which AB comes first, while tiktoken makes it.
+    added = [["A", "B"], ["B", "C"], ["A", "BC"]]
+    small = {token: number for number, token in enumerate([*tokens[:256], "AB", "BC", "ABC", tokens[-1]])}
+    others = {
+        "normalizer": content | {"normalizer": {"type": "NFC"}},
+        "a space in front": content | {"pre_tokenizer": content["pre_tokenizer"] | {"add_prefix_space": True}},
+        "no pre-tokenizer": content | {"pre_tokenizer": None},
+        "an added token": content | {"added_tokens": [end_of_text, end_of_text | {"id": 300, "content": tokens[300]}]},
+        "dropout": edited(content, dropout=0.5),
+        "whole words first": edited(content, ignore_merges=True),
+        "ids": edited(content, vocab=swapped),
+        "a token out of an impossible pair": edited(content, vocab=small, merges=added)
+        | {"added_tokens": [end_of_text | {"id": small[tokens[-1]]}]},
+    }
+    for name, other in others.items():
+        (tmp_path / "tokenizer.json").write_text(json.dumps(other))
+        assert load_tokenizer(str(tmp_path))._fast is None, name
+    assert load_tokenizer(str(tmp_path)).encode_batch(["ABC"])[0].tolist() == [small["AB"], small["C"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert load_tokenizer(str(tmp_path))._fast is not None
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
@@ -289,8 +325,10 @@ def test_a_long_text_is_cut_only_where_it_has_to_be(gpt2, monkeypatch):
 
 def test_a_tokenizer_that_is_no_byte_level_bpe_gets_the_whole_text(tmp_path, bpe, monkeypatch):
     monkeypatch.setattr(tokenizer_module, "PIECE", 10)
-    bpe.save(tmp_path)
+    content = json.loads(bpe.save(tmp_path).read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"post_processor": None}))
     loaded = load_tokenizer(str(tmp_path))
+    assert loaded._fast is None
     text = "The quick brown fox jumps over the lazy dog's back. " * 5
     (tokens,) = loaded.encode_chunks([text[:30], text[30:]])
     assert tokens.tolist() == bpe._fast.encode_ordinary(text)

@@ -6,6 +6,8 @@ Models are loaded one after another; what is kept of each is small, so that thei
 import json
 import tomllib
 import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +19,18 @@ from tqdm import tqdm
 from hgpt.errors import UserError
 from hgpt.interpret import calibration, centres, geometry, parallelograms
 from hgpt.interpret.corpus import Corpus
-from hgpt.interpret.models import LoadedModel, Source, find_sources, loaded, run_checkpoints
-from hgpt.interpret.parallelograms import PRESET, VARIANTS, ScoreSettings
+from hgpt.interpret.models import LoadedModel, Outline, Source, find_sources, loaded, outlines, run_checkpoints
+from hgpt.interpret.parallelograms import PRESET, VARIANTS, RelationVectors, ScoreSettings
 from hgpt.interpret.positions import TextMeasures, measure_text
-from hgpt.interpret.relations import SMALLEST_RELATION, Relation, TokenPairs, load_relations, token_pairs
+from hgpt.interpret.relations import (
+    SMALLEST_RELATION,
+    Relation,
+    TokenPairs,
+    WordForm,
+    load_relations,
+    spellings,
+    token_pairs,
+)
 from hgpt.interpret.results import (
     Analysis,
     AnalysisSettings,
@@ -32,6 +42,7 @@ from hgpt.interpret.results import (
 )
 from hgpt.interpret.statistics import bootstrap_counts, bootstrap_ratio, holm, percentile_interval, sign_flip_test
 from hgpt.metrics import METRICS_FILE
+from hgpt.tokenizer import TOKENIZER_FILE
 
 # Analogy questions per relation: each costs a search of the vocabulary.
 ANALOGY_QUESTIONS = 500
@@ -44,6 +55,25 @@ NEAREST = 5
 READ_WORDS = 12
 TEXT_POSITIONS = 160
 CONTEXT_TOKENS = 12
+# What a checkpoint of a run is measured on: eight windows, so that it is not the beginning of the text alone. They are
+# shorter than a long context, whose trunk would take most of the time.
+CHECKPOINT_TOKENS, CHECKPOINT_WINDOW = 2048, 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """The text of an analysis, and how it is cut.
+
+    Attributes:
+        seq_len: tokens of a window, in the data's own tokens.
+        longest: of each model, by label, how many tokens it reads at a time if its tokenizer is another one.
+        trained: labels of the models that were trained on the data, by their run's own account.
+    """
+
+    corpus: Corpus
+    seq_len: int
+    longest: dict[str, int]
+    trained: frozenset[str]
 
 
 def analyse(paths: list[str], settings: AnalysisSettings, *, checkpoints: bool = True) -> Analysis:
@@ -55,40 +85,38 @@ def analyse(paths: list[str], settings: AnalysisSettings, *, checkpoints: bool =
     relations = load_relations(settings.relations)
     device = _device(settings.device)
     notes: list[str] = []
+    known = outlines(sources)
     data = settings.data or _data_of_runs(sources)
-    corpus = None if data is None else Corpus.open(data)
-    if corpus is None:
+    text = None if data is None else _text(data, known, notes)
+    if text is None:
         notes.append(
             "No --data was given and the models are no runs that name theirs, so nothing was measured on text: no "
             "loss, calibration, hidden states or contexts."
         )
     models: list[ModelResult] = []
-    # Windows of the shortest context, so that all models read the same.
-    seq_len = min((length for source in sources if (length := _context(source)) is not None), default=None)
-    for source in tqdm(sources, desc="models", unit="model", disable=None):
-        with loaded(source, device) as model:
-            models.append(_measure(model, relations, corpus, settings, seq_len or model.context, notes))
+    for outline in tqdm(known, desc="models", unit="model", disable=None):
+        with loaded(outline.source, device) as model:
+            models.append(_measure(model, outline, relations, text, settings, notes))
         if checkpoints:
-            models[-1].checkpoints = _over_training(source, relations, corpus, settings, seq_len, device, models[-1])
+            models[-1].checkpoints = _over_training(outline.source, relations, text, settings, device, models[-1])
     comparisons = [
         row for other in models[1:] if _comparable(models[0], other, notes) for row in _compare(models[0], other)
     ]
-    cka = {
-        other.label: _cka(models[0], other)
+    similar = [
+        other
         for other in models[1:]
-        if corpus is not None and other.vocabulary == models[0].vocabulary
-    }
+        if models[0].text is not None and other.text is not None and other.vocabulary == models[0].vocabulary
+    ]
+    cka = {other.label: _cka(models[0], other) for other in similar}
     first = next((model for model in models if model.text is not None), None)
     return Analysis(
         settings=settings,
         models=models,
         comparisons=comparisons,
         cka=cka,
-        last_layer_cka={
-            label: _last_layer_cka(models[0], next(model for model in models if model.label == label)) for label in cka
-        },
-        data=None if corpus is None else str(corpus.val.folder),
-        data_source=None if corpus is None else corpus.source,
+        last_layer_cka={other.label: _last_layer_cka(models[0], other) for other in similar},
+        data=None if text is None else str(text.corpus.val.folder),
+        data_source=None if text is None else text.corpus.source,
         evaluated_tokens=0 if first is None or first.text is None else len(first.text.positions.loss),
         windows=0 if first is None or first.text is None else len(np.unique(first.text.positions.window)),
         notes=notes,
@@ -99,21 +127,62 @@ def analyse(paths: list[str], settings: AnalysisSettings, *, checkpoints: bool =
 # Text
 
 
+def _data_settings(source: Source) -> dict[str, Any]:
+    """[data] in the config.toml of the run of `source`; empty without one."""
+    if source.run is None or not (source.run / "config.toml").is_file():
+        return {}
+    try:
+        return tomllib.loads((source.run / "config.toml").read_text(encoding="utf-8")).get("data", {})
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(
+            f"{source.run / 'config.toml'} is no TOML: {error}. Restore it, or name the exported model instead of the "
+            "run"
+        ) from error
+
+
 def _data_of_runs(sources: list[Source]) -> str | None:
     """data.path of the first run that names one which is there."""
-    for source in sources:
-        if source.run is not None and (source.run / "config.toml").is_file():
-            path = tomllib.loads((source.run / "config.toml").read_text(encoding="utf-8")).get("data", {}).get("path")
-            if path is not None and Path(path).is_dir():
-                return str(path)
-    return None
+    paths = (_data_settings(source).get("path") for source in sources)
+    return next((str(path) for path in paths if path is not None and Path(path).is_dir()), None)
 
 
-def _context(source: Source) -> int | None:
-    try:
-        return int(json.loads((Path(source.folder) / "config.json").read_bytes())["n_positions"])
-    except (OSError, ValueError, KeyError):
-        return None
+def _text(folder: str, known: Sequence[Outline], notes: list[str]) -> Text:
+    """The data in `folder`, in windows of the shortest context, so that models that can be compared read the same."""
+    trained = [
+        outline
+        for outline in known
+        if (path := _data_settings(outline.source).get("path")) is not None
+        and Path(path).resolve() == Path(folder).resolve()
+    ]
+    # A folder without meta.json does not say how large its vocabulary is; the runs that were trained on it had to.
+    sizes = [_data_settings(outline.source).get("vocab_size") for outline in trained]
+    stated = {size for size in sizes if size is not None}
+    corpus = Corpus.open(
+        folder,
+        vocab_sizes=sorted(stated or {outline.vocab_size for outline in known}),
+        tokenizer_files=[Path(outline.source.folder) / TOKENIZER_FILE for outline in trained],
+    )
+    shortest = {
+        outline.source.label: min((o for o in known if o.words == outline.words), key=lambda o: o.context)
+        for outline in known
+    }
+    readers = [outline for outline in known if corpus.is_written_in(outline.words, outline.vocab_size)]
+    first = min(readers or known, key=lambda outline: outline.context)
+    shortest |= {outline.source.label: first for outline in readers}
+    for outline in known:
+        limit = shortest[outline.source.label]
+        if limit.context < outline.context:
+            notes.append(
+                f"{outline.source.label} read windows of {limit.context:,} tokens, not of its whole context of "
+                f"{outline.context:,}: models with the same tokenizer read the same windows, and {limit.source.label} "
+                "has no longer context."
+            )
+    return Text(
+        corpus=corpus,
+        seq_len=first.context,
+        longest={label: limit.context for label, limit in shortest.items()},
+        trained=frozenset(outline.source.label for outline in trained),
+    )
 
 
 def _device(name: str) -> torch.device:
@@ -129,10 +198,10 @@ def _device(name: str) -> torch.device:
 
 def _measure(
     model: LoadedModel,
+    outline: Outline,
     relations: list[Relation],
-    corpus: Corpus | None,
+    text: Text | None,
     settings: AnalysisSettings,
-    seq_len: int,
     notes: list[str],
 ) -> ModelResult:
     result = ModelResult(
@@ -142,7 +211,7 @@ def _measure(
         exponent=model.exponent,
         parameters=model.parameters,
         tied=model.tied,
-        vocabulary=frozenset(model.vocabulary().items()),
+        vocabulary=outline.words,
     )
     matrices = {"input": model.embedding_rows()}
     matrices["centres"] = matrices["input"] if model.tied else model.centre_rows()
@@ -156,7 +225,7 @@ def _measure(
         result.geometry[name] = _shape_of(rows, shapes[name][1].variances)
     _relations(model, result, matrices, shapes, relations, settings)
     result.history = _history(model.source)
-    windows = [] if corpus is None else _on_text(model, result, corpus, settings, seq_len, notes)
+    windows = [] if text is None else _on_text(model, result, text, settings, notes)
     _read(model, result, windows, settings)
     return result
 
@@ -185,59 +254,95 @@ def _relations(
     relations: list[Relation],
     settings: AnalysisSettings,
 ) -> None:
-    """Every variant of the parallelogram score, and the measures that need no plane, of every relation."""
-    tokenized: dict[tuple[str, str], TokenPairs] = {}
-    for variant, score in VARIANTS.items():
-        if score.components is not None and score.components > matrices["input"].shape[1]:
-            result.skipped.append(f"{variant}: the model has only {matrices['input'].shape[1]} dimensions")
-            continue
-        small = []
+    """Every variant of the parallelogram score, and the measures that need no plane, of every relation.
+
+    Relation by relation: variants that start from the same vectors share them, and all share their resamples.
+    """
+    dimensions = matrices["input"].shape[1]
+    usable = {v: s for v, s in VARIANTS.items() if s.components is None or s.components <= dimensions}
+    alike: dict[tuple[str, WordForm, bool], list[str]] = {}
+    for variant, score in usable.items():
+        key = ("input" if model.tied else score.vectors, score.words, score.distinct)
+        alike.setdefault(key, []).append(variant)
+    separate = [name for name in matrices if name == "input" or not model.tied]
+    scores: dict[str, dict[str, RelationResult]] = {variant: {} for variant in usable}
+    small: dict[str, list[str]] = {variant: [] for variant in usable}
+    words: dict[str, dict[str, WordMeasures]] = {name: {} for name in separate}
+    encoded = model.encode_each(spellings(relations))
+    steps = len(relations) * (len(usable) + len(separate))
+    with tqdm(total=steps, desc=f"{result.label}: relations", unit="score", disable=None, leave=False) as bar:
         for relation in relations:
-            key = (relation.name, score.words)
-            if key not in tokenized:
-                tokenized[key] = token_pairs(relation, model.encode, score.words, model.unknown)
-            pairs = tokenized[key]
-            ids = pairs.ids[parallelograms.distinct_pairs(pairs.ids)] if score.distinct else pairs.ids
-            if len(ids) < SMALLEST_RELATION:
-                small.append(f"{relation.name} ({len(ids)} of {len(relation.pairs)})")
-                continue
-            spread, axes = shapes[score.vectors]
-            projected = parallelograms.project(matrices[score.vectors], ids, spread, axes, score)
-            result.relations.setdefault(variant, {})[relation.name] = _score(
-                projected, len(relation.pairs) - len(ids), relation.name, variant, settings
-            )
-        if small:
-            result.skipped.append(f"{variant}: fewer than {SMALLEST_RELATION} pairs can be used of {', '.join(small)}")
-    for vectors, rows in matrices.items():
-        if vectors == "centres" and model.tied:
-            result.words[vectors] = result.words["input"]
-            continue
-        result.words[vectors] = {
-            relation.name: _word_measures(rows, tokenized[relation.name, "last"], relation.name, settings)
-            for relation in relations
-            if relation.name in result.relations.get(PRESET, {})
-        }
-    for relation in relations:
-        if relation.name in result.relations.get(PRESET, {}):
-            pairs = tokenized[relation.name, "last"]
-            result.planes[relation.name] = _plane(matrices["input"], pairs, shapes["input"])
+            draws = _Draws(relation.name, settings)
+            tokenized: dict[WordForm, TokenPairs] = {}
+            for (vectors, form, distinct), variants in alike.items():
+                if form not in tokenized:
+                    tokenized[form] = token_pairs(relation, encoded.__getitem__, form, model.unknown)
+                ids = tokenized[form].ids
+                ids = ids[parallelograms.distinct_pairs(ids)] if distinct else ids
+                if len(ids) < SMALLEST_RELATION:
+                    for variant in variants:
+                        small[variant].append(f"{relation.name} ({len(ids)} of {len(relation.pairs)})")
+                    bar.update(len(variants))
+                    continue
+                spread, axes = shapes[vectors]
+                located = RelationVectors(matrices[vectors], ids, spread.mean)
+                for variant in variants:
+                    projected = parallelograms.project(located, spread, axes, usable[variant])
+                    dropped = len(relation.pairs) - len(ids)
+                    scores[variant][relation.name] = _score(projected, dropped, variant, draws)
+                    bar.update()
+            pairs = tokenized["last"]
+            if relation.name in scores[PRESET]:
+                for name in separate:
+                    words[name][relation.name] = _word_measures(matrices[name], pairs, draws)
+                result.planes[relation.name] = _plane(matrices["input"], pairs, shapes["input"])
+            bar.update(len(separate))
+    result.relations = {variant: found for variant, found in scores.items() if found}
+    result.words = {name: words[name if name in words else "input"] for name in matrices}
+    for variant in VARIANTS:
+        if variant not in usable:
+            result.skipped.append(f"{variant}: the model has only {dimensions} dimensions")
+        elif small[variant]:
+            listed = ", ".join(small[variant])
+            result.skipped.append(f"{variant}: fewer than {SMALLEST_RELATION} pairs can be used of {listed}")
 
 
-def _score(
-    projected: parallelograms.Projection, dropped: int, name: str, variant: str, settings: AnalysisSettings
-) -> RelationResult:
+class _Draws:
+    """The random choices of one relation, each made once: they depend on its name and on its number of pairs only, so
+    that variants and models share them."""
+
+    def __init__(self, name: str, settings: AnalysisSettings) -> None:
+        self.name = name
+        self.settings = settings
+        self._counts: dict[int, np.ndarray] = {}
+        self._pairings: dict[int, np.ndarray] = {}
+
+    def seed(self, *words: str) -> int:
+        return _seed(self.settings, self.name, *words)
+
+    def counts(self, pairs: int) -> np.ndarray:
+        """Resamples of the pairs, (bootstrap, pairs)."""
+        if pairs not in self._counts:
+            self._counts[pairs] = bootstrap_counts(pairs, self.settings.bootstrap, self.seed("bootstrap", str(pairs)))
+        return self._counts[pairs]
+
+    def pairings(self, pairs: int) -> np.ndarray:
+        """Random outputs for the inputs, (pairs, SHUFFLES)."""
+        if pairs not in self._pairings:
+            self._pairings[pairs] = parallelograms.random_pairings(pairs, SHUFFLES, self.seed("shuffle"))
+        return self._pairings[pairs]
+
+
+def _score(projected: parallelograms.Projection, dropped: int, variant: str, draws: _Draws) -> RelationResult:
     offsets, scale = projected.outputs - projected.inputs, projected.scale
     pairs = len(offsets)
-    counts = bootstrap_counts(pairs, settings.bootstrap, _seed(settings, name, "bootstrap", str(pairs)))
-    replicates = parallelograms.mean_parallelogram_score(offsets, scale, counts)
+    replicates = parallelograms.mean_parallelogram_score(offsets, scale, draws.counts(pairs))
     value = float(parallelograms.mean_parallelogram_score(offsets, scale))
-    shuffled = parallelograms.shuffled_scores(
-        projected.inputs, projected.outputs, scale, SHUFFLES, _seed(settings, name, "shuffle")
-    )
-    disjoint = parallelograms.disjoint_pairs_of_pairs(pairs, _seed(settings, name, "disjoint", str(pairs)))
+    shuffled = parallelograms.shuffled_scores(projected.inputs, projected.outputs, scale, draws.pairings(pairs))
+    disjoint = parallelograms.disjoint_pairs_of_pairs(pairs, draws.seed("disjoint", str(pairs)))
     sampled = np.empty(0)
     if variant == PRESET:
-        chosen = parallelograms.pairs_of_pairs(pairs, PRESET_QUADRUPLES, _seed(settings, name, "quadruples"))
+        chosen = parallelograms.pairs_of_pairs(pairs, PRESET_QUADRUPLES, draws.seed("quadruples"))
         sampled = parallelograms.parallelogram_scores(offsets, scale, chosen)
     return RelationResult(
         pairs=pairs,
@@ -253,13 +358,13 @@ def _score(
     )
 
 
-def _word_measures(rows: np.ndarray, pairs: TokenPairs, name: str, settings: AnalysisSettings) -> WordMeasures:
+def _word_measures(rows: np.ndarray, pairs: TokenPairs, draws: _Draws) -> WordMeasures:
     ids = pairs.ids
     offsets = rows[ids[:, 1]].astype(np.float64) - rows[ids[:, 0]]
-    counts = bootstrap_counts(len(ids), settings.bootstrap, _seed(settings, name, "bootstrap", str(len(ids))))
+    counts = draws.counts(len(ids))
     replicates = {"consistency": parallelograms.offset_consistency(offsets, counts)}
     consistency = estimate(float(parallelograms.offset_consistency(offsets)), replicates["consistency"])
-    chosen = parallelograms.pairs_of_pairs(len(ids), ANALOGY_QUESTIONS, _seed(settings, name, "analogies"))
+    chosen = parallelograms.pairs_of_pairs(len(ids), ANALOGY_QUESTIONS, draws.seed("analogies"))
     first, second = ids[chosen[:, 0]], ids[chosen[:, 1]]
     questions = np.column_stack([first, second[:, 0]])
     # a, b and c are never an answer, so a question whose answer is one of them cannot be asked.
@@ -278,9 +383,10 @@ def _plane(
 ) -> dict[str, Any]:
     """Pairs in the two planes that are drawn: that of the vocabulary and that of the relation's words."""
     drawn: dict[str, Any] = {"words": pairs.words}
+    located = RelationVectors(rows, pairs.ids, shape[0].mean)
     planes: dict[str, Literal["vocabulary", "relation"]] = {"vocabulary": "vocabulary", "relation": "relation"}
     for name, plane in planes.items():
-        projected = parallelograms.project(rows, pairs.ids, *shape, ScoreSettings(plane=plane))
+        projected = parallelograms.project(located, *shape, ScoreSettings(plane=plane))
         drawn[name] = np.stack([projected.inputs, projected.outputs], axis=1)  # (pairs, 2, 2)
         drawn[f"{name}_variance"] = projected.plane_variance
         drawn[f"{name}_variance_of_words"] = projected.plane_variance_of_words
@@ -288,28 +394,47 @@ def _plane(
 
 
 def _on_text(
-    model: LoadedModel,
-    result: ModelResult,
-    corpus: Corpus,
-    settings: AnalysisSettings,
-    seq_len: int,
-    notes: list[str],
+    model: LoadedModel, result: ModelResult, text: Text, settings: AnalysisSettings, notes: list[str]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Quality, calibration and hidden states on the validation split; returns the windows that were read."""
-    if not corpus.fits(model) and corpus.tokenizer is None:
-        notes.append(f"{result.label}: its tokenizer is not that of {corpus.val.folder}: nothing was measured on text.")
-        return []
-    if not corpus.fits(model):
+    corpus, folder = text.corpus, text.corpus.val.folder
+    fits = corpus.fits(model)
+    if not fits and corpus.tokenizer is None:
         notes.append(
-            f"{result.label} has another tokenizer than {corpus.val.folder}: the same text was encoded again. Bits per "
-            "byte are comparable; losses per token, accuracies and entropies are not."
+            f"{result.label} predicts {model.vocab_size:,} tokens, and the vocabulary of {folder} has "
+            f"{corpus.val.vocab_size:,}: nothing was measured on text. With the data's {TOKENIZER_FILE} in that folder "
+            "the text can be encoded again."
         )
-    windows = corpus.windows(model, min(seq_len, model.context), settings.tokens)
+        return []
+    if corpus.vocabulary is None and result.label not in text.trained:
+        notes.append(
+            f"{folder} has no {TOKENIZER_FILE}: that its tokens are those of {result.label} is a guess from the size "
+            "of the vocabulary. A loss that is much too high means that they are not."
+        )
+    passages = corpus.read(model, text.seq_len, settings.tokens, text.longest[result.label])
+    windows = passages.windows
     total = sum(len(inputs) for inputs, _ in windows)
     if total < FEWEST_TOKENS:
         raise UserError(
-            f"{corpus.val.folder}: {total} validation tokens are too few to measure a model on; prepare the data with "
+            f"{folder}: {total} validation tokens are too few to measure a model on; prepare the data with "
             f"a larger validation split, or raise --tokens to at least {FEWEST_TOKENS}"
+        )
+    if not fits:
+        rest = "per token, accuracies and entropies are not"
+        rest = (
+            f"Losses {rest} comparable."
+            if passages.text_bytes is None
+            else f"Bits per byte are comparable; losses {rest}."
+        )
+        notes.append(
+            f"{result.label} has another tokenizer than {folder}: the same text was encoded again, and read in "
+            f"{len(windows):,} pieces of at most {max(len(inputs) for inputs, _ in windows):,} tokens (its context is "
+            f"{model.context:,}). {rest}"
+        )
+    if passages.text_bytes is None:
+        notes.append(
+            f"{result.label} has no bits per byte: its tokens are no pieces of UTF-8, and nothing says how much text "
+            "they stand for."
         )
     with tqdm(total=total, desc=f"{result.label}: text", unit="token", disable=None, leave=False) as bar:
         measured = measure_text(
@@ -322,27 +447,27 @@ def _on_text(
         )
     result.text = measured
     positions = measured.positions
-    bytes_of = model.token_bytes()[positions.target].astype(np.float64)
     clusters = len(np.unique(positions.window))
     counts = bootstrap_counts(clusters, settings.bootstrap, _seed(settings, "windows", str(clusters)))
     mean = partial(_window_mean, measured, counts)
     result.quality = {
         "loss": mean(positions.loss),
-        "bits_per_byte": _bits_per_byte(measured, counts, bytes_of),
         "accuracy": mean(positions.correct),
         "top5": mean(positions.top5),
         "entropy": mean(positions.entropy),
-        "ece": _ece(measured, settings),
+        "ece": _ece(measured, counts),
         "confidence": mean(positions.confidence),
         "nearest_accuracy": mean(positions.nearest),
         "log_margin": mean(positions.log_margin),
         "target_ratio": mean(positions.target_ratio),
     }
+    if passages.text_bytes is not None:
+        result.quality["bits_per_byte"] = _bits_per_byte(measured, counts, passages.text_bytes)
     result.reliability = calibration.reliability_curve(positions.confidence, positions.correct)
     result.geometry["hidden"] = _shape_of(
         measured.sample[-1], geometry.principal_axes(geometry.covariance(measured.sample[-1]).matrix).variances
     )
-    if corpus.fits(model):
+    if fits:
         band_of = calibration.frequency_bands(corpus.counts(model.vocab_size))[positions.target]
         result.bands = [
             _band(measured, settings, band, band_of == band)
@@ -363,29 +488,28 @@ def _ratio_estimate(
 ) -> Estimate:
     above, _ = measured.positions.window_sums(numerators)
     below, _ = measured.positions.window_sums(denominators)
-    return estimate(float(above.sum() / below.sum()), bootstrap_ratio(above, below, counts))
+    with np.errstate(invalid="ignore"):  # a resample may hold no position of a rare band; it is left out
+        return estimate(float(above.sum() / below.sum()), bootstrap_ratio(above, below, counts))
 
 
-def _bits_per_byte(measured: TextMeasures, counts: np.ndarray, bytes_of: np.ndarray) -> Estimate:
+def _bits_per_byte(measured: TextMeasures, counts: np.ndarray, text_bytes: np.ndarray) -> Estimate:
     losses, _ = measured.positions.window_sums(measured.positions.loss.astype(np.float64))
-    sizes, _ = measured.positions.window_sums(bytes_of)
-    value = calibration.bits_per_byte(measured.positions.loss, bytes_of)
-    return estimate(value, bootstrap_ratio(losses / np.log(2), sizes, counts))
+    value = calibration.bits_per_byte(losses, text_bytes)
+    return estimate(value, bootstrap_ratio(losses / np.log(2), text_bytes, counts))
 
 
-def _ece(measured: TextMeasures, settings: AnalysisSettings) -> Estimate:
+def _ece(measured: TextMeasures, counts: np.ndarray) -> Estimate:
     """ECE with its interval over windows; the sums of each bin are resampled together."""
     positions = measured.positions
     windows = np.unique(positions.window, return_inverse=True)[1]
-    clusters = int(windows.max()) + 1
     index = windows * calibration.BINS + calibration.confidence_bins(positions.confidence)
     gap = positions.correct.astype(np.float64) - positions.confidence
-    gaps = np.bincount(index, weights=gap, minlength=clusters * calibration.BINS).reshape(clusters, -1)
     sizes = np.bincount(windows).astype(np.float64)
-    counts = bootstrap_counts(clusters, settings.bootstrap, _seed(settings, "windows", str(clusters)))
-    replicates = np.abs(counts @ gaps).sum(axis=1) / (counts @ sizes)
-    value = calibration.expected_calibration_error(positions.confidence, positions.correct)
-    return estimate(value, replicates)
+    gaps = np.bincount(index, weights=gap, minlength=len(sizes) * calibration.BINS).reshape(len(sizes), -1)
+    low, high = calibration.calibration_error_interval(gaps, sizes, counts)
+    return Estimate(
+        value=calibration.expected_calibration_error(positions.confidence, positions.correct), low=low, high=high
+    )
 
 
 def _band(measured: TextMeasures, settings: AnalysisSettings, band: int, inside: np.ndarray) -> dict[str, Any]:
@@ -492,9 +616,8 @@ def _history(source: Source) -> list[dict[str, Any]]:
 def _over_training(
     source: Source,
     relations: list[Relation],
-    corpus: Corpus | None,
+    text: Text | None,
     settings: AnalysisSettings,
-    seq_len: int | None,
     device: torch.device,
     final: ModelResult,
 ) -> list[dict[str, Any]]:
@@ -502,6 +625,7 @@ def _over_training(
     kept = run_checkpoints(source)
     if len(kept) < 2:
         return []
+    scored = [relation for relation in relations if relation.name in final.relations.get(PRESET, {})]
     rows = []
     for checkpoint in tqdm(kept, desc=f"{source.label}: checkpoints", disable=None, leave=False):
         with loaded(checkpoint, device) as model:
@@ -509,13 +633,14 @@ def _over_training(
             rows_of_centres = embedding if model.tied else model.centre_rows()
             spread = geometry.covariance(embedding)
             axes = geometry.principal_axes(spread.matrix)
+            encoded = model.encode_each(spellings(scored))
             scores = []
-            for relation in relations:
-                if relation.name in final.relations.get(PRESET, {}):
-                    ids = token_pairs(relation, model.encode, "last", model.unknown).ids
-                    projected = parallelograms.project(embedding, ids, spread, axes, VARIANTS[PRESET])
-                    offsets = projected.outputs - projected.inputs
-                    scores.append(float(parallelograms.mean_parallelogram_score(offsets, projected.scale)))
+            for relation in scored:
+                ids = token_pairs(relation, encoded.__getitem__, "last", model.unknown).ids
+                located = RelationVectors(embedding, ids, spread.mean)
+                projected = parallelograms.project(located, spread, axes, VARIANTS[PRESET])
+                offsets = projected.outputs - projected.inputs
+                scores.append(float(parallelograms.mean_parallelogram_score(offsets, projected.scale)))
             centre_axes = axes if model.tied else geometry.principal_axes(geometry.covariance(rows_of_centres).matrix)
             row: dict[str, Any] = {
                 "step": checkpoint.step,
@@ -525,8 +650,8 @@ def _over_training(
                 "centre_participation_ratio": geometry.participation_ratio(centre_axes.variances),
                 "parallelogram_score": float(np.mean(scores)) if scores else None,
             }
-            if corpus is not None and corpus.fits(model):
-                windows = corpus.windows(model, min(seq_len or model.context, model.context), LENS_POSITIONS)
+            if text is not None and text.corpus.fits(model):
+                windows = text.corpus.windows(model, min(text.seq_len, CHECKPOINT_WINDOW), CHECKPOINT_TOKENS)
                 measured = measure_text(model, windows, sample=LENS_POSITIONS, lens_sample=0, seed=settings.seed)
                 row["hidden_norm"] = geometry.norm_summary(measured.sample[-1])["mean"]
                 row["target_ratio"] = float(measured.positions.target_ratio.mean())
@@ -587,7 +712,8 @@ def _cka(first: ModelResult, other: ModelResult) -> np.ndarray:
     assert first.text is not None and other.text is not None
     first_grams = [geometry.centred_gram(layer) for layer in first.text.sample]
     table = np.empty((len(first_grams), len(other.text.sample)))
-    for column, layer in enumerate(other.text.sample):
+    bar = tqdm(other.text.sample, desc=f"{other.label}: CKA", unit="layer", disable=None, leave=False)
+    for column, layer in enumerate(bar):
         gram = geometry.centred_gram(layer)
         table[:, column] = [geometry.debiased_cka(row, gram) for row in first_grams]
     return table

@@ -4,9 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hgpt.interpret.statistics import CONFIDENCE
+
 # Ranks of a token's frequency in the training set: the ten most frequent tokens, the next ninety, …
 BANDS = ((1, 10), (11, 100), (101, 1_000), (1_001, 10_000), (10_001, None))
 BINS = 15  # of the reliability curve, as in Guo et al.
+SURE = 3.0  # standard errors beyond which the sign of a bin's gap counts as known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +53,43 @@ def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins
     return float(np.sum(curve.count * np.abs(curve.accuracy - curve.confidence)) / curve.count.sum())
 
 
-def bits_per_byte(losses: np.ndarray, target_bytes: np.ndarray) -> float:
-    """Σ loss / (ln 2 · Σ bytes): losses in nats, (N,), and the bytes of UTF-8 that each target stands for, (N,).
+def calibration_error_interval(
+    gaps: np.ndarray, sizes: np.ndarray, counts: np.ndarray, confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """An interval for the ECE that infinitely many positions would have, which is a norm, ‖g‖₁, of the bins' gaps g.
+
+    The ECE of a sample, ‖ĝ‖₁, is too large on average (noise in a gap that is 0 adds to it), and that of a resample is
+    so once more: quantiles of resamples miss a calibrated model. Resampled is the noise h = g* − ĝ of the gaps instead,
+    and what it does to the norm is that of the norm's directional derivative,
+
+        ‖ĝ‖₁ − ‖g‖₁ ≈ Σ_m [g_m ≠ 0] sign(g_m) h_m + [g_m = 0] |h_m|
+
+    in which a gap counts as 0 while it is below SURE standard errors (Fang & Santos, *Inference on Directionally
+    Differentiable Functions*, Review of Economic Studies 86, 2019, arXiv:1404.3763, §3.3). The lower end subtracts the
+    upper quantile of that. The upper end subtracts the lower quantile of Σ_m sign(ĝ_m) h_m, which is smaller still:
+    noise can only hide an error as far as it has the opposite sign. So the sample's own ECE lies inside.
+
+    Args:
+        gaps: Σ correct − confidence of each cluster of positions in each bin, (clusters, M).
+        sizes: positions of each cluster, (clusters,).
+        counts: `statistics.bootstrap_counts(clusters, …)`, (B, clusters).
+    """
+    found = gaps.sum(axis=0) / sizes.sum()  # (M,)
+    noise = counts @ gaps / (counts @ sizes)[:, None] - found  # (B, M)
+    signed = noise * np.sign(found)
+    known = np.abs(found) > SURE * noise.std(axis=0)
+    error = np.abs(found).sum()
+    low = error - np.quantile(np.where(known, signed, np.abs(noise)).sum(axis=1), (1 + confidence) / 2)
+    high = error - np.quantile(signed.sum(axis=1), (1 - confidence) / 2)
+    return max(0.0, float(low)), min(1.0, float(high))
+
+
+def bits_per_byte(losses: np.ndarray, text_bytes: np.ndarray) -> float:
+    """Σ loss / (ln 2 · Σ bytes): losses of targets in nats, and the bytes of UTF-8 that these stand for, in any parts.
 
     Comparable between tokenizers, which nats per token are not.
     """
-    return float(losses.sum() / (np.log(2) * target_bytes.sum()))
+    return float(losses.sum() / (np.log(2) * text_bytes.sum()))
 
 
 def frequency_ranks(counts: np.ndarray) -> np.ndarray:

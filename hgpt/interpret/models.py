@@ -1,10 +1,12 @@
 """Any checkpoint as an object to be measured: harmonic, softmax, or a plain Hugging Face GPT-2."""
 
+import copy
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ import numpy as np
 import psutil
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import hgpt  # noqa: F401  (registers the model with transformers)
@@ -26,6 +30,8 @@ from hgpt.heads import HarmonicHead
 
 # Working memory beside the weights: chunks of logits, the vectors of a vocabulary, figures.
 WORKING_BYTES = 1_000_000_000
+# Others have an ln_f too (GPT-Neo, Bloom, Falcon), and other trunks, heads and names for the same settings.
+MODEL_TYPES = ("gpt2", "hgpt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +113,40 @@ def run_checkpoints(source: Source) -> list[Source]:
     ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """What is known of a model without its weights: the longest sequence, and the tokens that can be predicted.
+
+    `words` are the (token, id) of its tokenizer.
+    """
+
+    source: Source
+    context: int
+    vocab_size: int
+    words: frozenset[tuple[str, int]]
+
+
+def outlines(sources: Sequence[Source]) -> list[Outline]:
+    """The outline of each source; equal vocabularies are one object.
+
+    Raises UserError for what is no model of hgpt or GPT-2, or has no tokenizer.
+    """
+    known: dict[frozenset[tuple[str, int]], frozenset[tuple[str, int]]] = {}
+    found = []
+    for source in tqdm(sources, desc="configurations", unit="model", disable=None, leave=False):
+        config = read_config(source)
+        words = frozenset(read_tokenizer(source).get_vocab().items())
+        found.append(
+            Outline(
+                source=source,
+                context=int(config.n_positions),
+                vocab_size=int(config.vocab_size),
+                words=known.setdefault(words, words),
+            )
+        )
+    return found
+
+
 class LoadedModel:
     """A model in memory, asked in the same way whatever its head.
 
@@ -122,17 +162,13 @@ class LoadedModel:
 
     # Any: transformers' annotations name every kind of model and tokenizer at once.
     def __init__(self, source: Source, model: Any, tokenizer: Any, device: torch.device) -> None:
+        _check_kind(source, model.config.model_type, type(model).__name__)
         self.source = source
         self.model = model.to(device).eval()
         self.tokenizer = tokenizer
         self.device = device
         self._head = model.get_output_embeddings()
         self._trunk = model.base_model
-        if self._head is None or not hasattr(self._trunk, "ln_f"):
-            raise UserError(
-                f"{source.folder} is a {type(model).__name__}; hgpt.interpret reads models of hgpt and GPT-2 models "
-                "of transformers"
-            )
         self.harmonic = isinstance(self._head, HarmonicHead)
         with torch.no_grad():
             self.exponent = float(self._head.exponent) if isinstance(self._head, HarmonicHead) else None
@@ -155,6 +191,24 @@ class LoadedModel:
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def encode_each(self, texts: Sequence[str]) -> dict[str, list[int]]:
+        """The tokens of each of many short texts: one call takes a tenth of the time of many."""
+        texts = list(dict.fromkeys(texts))
+        found = self.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+        return dict(zip(texts, found, strict=True))
+
+    def encode_with_ends(self, text: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """The tokens of a text, (N,), and where each ends in its UTF-8, (N,), in bytes; None if the tokenizer does not
+        say."""
+        if not self.tokenizer.is_fast:
+            return np.array(self.encode(text), dtype=np.int64), None
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        sizes = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
+        bytes_before = np.concatenate([[0], np.cumsum(sizes)])  # of each character of the text
+        ends = np.array([end for _, end in found.offset_mapping], dtype=np.int64)
+        return np.array(found.input_ids, dtype=np.int64), bytes_before[ends]
 
     def embedding_rows(self) -> np.ndarray:
         """Rows of the input embedding, (V, D), float32."""
@@ -202,12 +256,28 @@ class LoadedModel:
     def token_text(self, token: int) -> str:
         """A token as it reads in text, bytes that are no character of their own escaped."""
         text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        if "\ufffd" in text and (piece := self._piece_bytes(token)) is not None:
+        if "\ufffd" in text and self.byte_level and (piece := self._piece_bytes(token)) is not None:
             return piece.decode("utf-8", "backslashreplace")
         return text
 
-    def token_bytes(self) -> np.ndarray:
-        """Bytes of UTF-8 that each token stands for, (V,), int64; 0 for special tokens, which are no text."""
+    @cached_property
+    def byte_level(self) -> bool:
+        """Whether tokens are pieces of UTF-8, one after the other, as GPT-2's are.
+
+        Those of WordPiece ("##ing") and SentencePiece ("▁the") are not: what a token stands for depends on its place.
+        """
+        if not self.tokenizer.is_fast:
+            return False
+        decoder = json.loads(self.tokenizer.backend_tokenizer.to_str())["decoder"] or {}
+        return "ByteLevel" in [decoder.get("type"), *(part["type"] for part in decoder.get("decoders", []))]
+
+    def token_bytes(self) -> np.ndarray | None:
+        """Bytes of UTF-8 that each token stands for, (V,), int64; 0 for special tokens, which are no text.
+
+        None unless the tokenizer is `byte_level`.
+        """
+        if not self.byte_level:
+            return None
         special = set(self.tokenizer.all_special_ids)
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
         for token in range(min(self.vocab_size, len(self.tokenizer))):
@@ -227,6 +297,10 @@ class LoadedModel:
     def unknown(self) -> int | None:
         return self.tokenizer.unk_token_id
 
+    @property
+    def end_of_text(self) -> int | None:
+        return self.tokenizer.eos_token_id
+
     def vocabulary(self) -> dict[str, int]:
         return self.tokenizer.get_vocab()
 
@@ -238,22 +312,36 @@ _BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 def loaded(source: Source, device: torch.device) -> Iterator[LoadedModel]:
     """The model of `source`, in memory while the block lasts.
 
-    Raises UserError for a folder that holds no model or no tokenizer, and when it would not fit into memory.
+    Raises UserError for a folder that holds no model or no tokenizer, and when the memory is not enough: before the
+    weights are loaded where that can be foreseen, otherwise when it runs out, inside the block too.
     """
-    check_memory(source)
-    load: Any = AutoModelForCausalLM.from_pretrained  # with output_loading_info it returns a pair
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()
+    check_memory(source, read_config(source))
     try:
-        model, loading = load(source.folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        model = _read_model(source)
+        yield LoadedModel(source, model, read_tokenizer(source), device)
+    except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
+        if not _out_of_memory(error):
+            raise
+        if device.type == "cpu":
+            raise UserError(
+                f"this machine ran out of memory with {source.folder}: close other programs, lower --tokens, or use a "
+                "machine with more memory"
+            ) from error
+        raise UserError(f"{device} ran out of memory with {source.folder}; use --device cpu") from error
+
+
+def read_config(source: Source) -> Any:
+    """The configuration of `source`; from the hub it is a small download. Raises UserError unless it can be read."""
+    _quieten()
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
         raise UserError(f"no model can be loaded from {source.folder}: {_first_line(error)}") from error
-    if loading["missing_keys"]:
-        raise UserError(
-            f"the weights in {source.folder} are incomplete, without {', '.join(sorted(loading['missing_keys']))}; "
-            "copy or export the model again"
-        )
+    _check_kind(source, config.model_type, (config.architectures or [config.model_type])[0])
+    return config
+
+
+def read_tokenizer(source: Source) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
         known = tokenizer.vocab_size > 0  # some classes start empty where they find no file
@@ -264,19 +352,54 @@ def loaded(source: Source, device: torch.device) -> Iterator[LoadedModel]:
             f"no tokenizer can be loaded from {source.folder}; put the tokenizer.json and tokenizer_config.json that "
             "the model was trained with beside its config.json"
         )
+    return tokenizer
+
+
+def _read_model(source: Source) -> Any:
+    _quieten()
+    load: Any = AutoModelForCausalLM.from_pretrained  # with output_loading_info it returns a pair
     try:
-        yield LoadedModel(source, model, tokenizer, device)
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"{device} ran out of memory with {source.folder}; use --device cpu") from error
+        model, loading = load(source.folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if _out_of_memory(error):
+            raise
+        raise UserError(f"no model can be loaded from {source.folder}: {_first_line(error)}") from error
+    if loading["missing_keys"]:
+        raise UserError(
+            f"the weights in {source.folder} are incomplete, without {', '.join(sorted(loading['missing_keys']))}; "
+            "copy or export the model again"
+        )
+    return model
 
 
-def check_memory(source: Source) -> None:
-    """Raises UserError when the weights in float32, and room to work, are more than the memory that is free."""
-    stored = sum(path.stat().st_size for path in Path(source.folder).glob("*.safetensors"))
-    stored = stored or sum(path.stat().st_size for path in Path(source.folder).glob("pytorch_model*.bin"))
-    needed = stored * _growth(Path(source.folder)) + WORKING_BYTES
+def _quieten() -> None:
+    """transformers' own messages and progress bars, which would break into ours."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
+
+
+def _check_kind(source: Source, model_type: str, name: str) -> None:
+    if model_type not in MODEL_TYPES:
+        raise UserError(
+            f"{source.folder} is a {name}; hgpt.interpret reads models of hgpt and GPT-2 models of transformers"
+        )
+
+
+def check_memory(source: Source, config: Any) -> None:
+    """Raises UserError when the weights in float32, and room to work, are more than the memory that is free.
+
+    By `config`, so that a model on the hub is refused before it is downloaded.
+    """
+    make: Any = AutoModelForCausalLM.from_config  # it writes into the configuration
+    try:
+        with torch.device("meta"):
+            weights = 4 * make(copy.deepcopy(config), trust_remote_code=False).num_parameters()
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"no model can be loaded from {source.folder}: {_first_line(error)}") from error
+    needed = weights + WORKING_BYTES
     available = psutil.virtual_memory().available
-    if stored and needed > available:
+    if needed > available:
         raise UserError(
             f"{source.folder} needs about {needed / 1e9:.1f} GB of memory (its weights in float32 and "
             f"{WORKING_BYTES / 1e9:.0f} GB to work with), and {available / 1e9:.1f} GB are free: close other programs, "
@@ -284,14 +407,10 @@ def check_memory(source: Source) -> None:
         )
 
 
-def _growth(folder: Path) -> int:
-    """How much larger the weights become in float32 than they are saved."""
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return 1
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return 2 if dtype in ("bfloat16", "float16") else 1
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out. On a CPU torch says so in a plain RuntimeError, numpy in a MemoryError."""
+    words = r"out of memory|not enough memory|(can't|cannot) allocate memory"
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or re.search(words, str(error), re.I) is not None
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ offsets o_i = E(b_i) − E(a_i), the score of the parallelogram of pairs i and j
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ from hgpt.interpret.relations import WordForm
 
 EXPECTED_AT_RANDOM = 4.0
 EPSILON = 1e-3  # of 3CosMul, as in Levy & Goldberg
+INPUTS_AT_A_TIME = 64  # of random pairings: with 5,000 pairs a block of products takes 2.6 MB, and stays in the cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,26 @@ VARIANTS: dict[str, ScoreSettings] = {
 }
 
 
+class RelationVectors:
+    """The vectors of a relation's pairs in the full space: what all planes and scales of one matrix start from.
+
+    Attributes:
+        pairs: (pairs, 2, D), float64, without the vocabulary's mean.
+        words: mean and covariance of the relation's words, each token once.
+    """
+
+    def __init__(self, vectors: np.ndarray, ids: np.ndarray, mean: np.ndarray) -> None:
+        """`vectors`: (V, D); `ids`: (pairs, 2); `mean`: of all of `vectors`, (D,)."""
+        self.pairs = vectors[ids].astype(np.float64)
+        self.pairs -= mean  # differences do not see it
+        self.words = covariance(vectors[np.unique(ids)])
+
+    @cached_property
+    def axes(self) -> PrincipalAxes:
+        """All principal axes of the relation's words."""
+        return principal_axes(self.words.matrix)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Projection:
     """The vectors of a relation as a score sees them.
@@ -88,22 +110,17 @@ class Projection:
 
 
 def project(
-    vectors: np.ndarray,
-    ids: np.ndarray,
-    vocabulary: Covariance,
-    vocabulary_axes: PrincipalAxes,
-    settings: ScoreSettings,
+    relation: RelationVectors, vocabulary: Covariance, vocabulary_axes: PrincipalAxes, settings: ScoreSettings
 ) -> Projection:
-    """Project the tokens `ids`, (pairs, 2), of `vectors`, (V, D), as `settings` say.
+    """Project a relation as `settings` say.
 
     Args:
-        vocabulary, vocabulary_axes: covariance of all rows of `vectors`, and all of its principal axes.
+        vocabulary, vocabulary_axes: covariance of all rows of the matrix that `relation` is of, and all of its
+            principal axes.
     """
-    used = vectors[np.unique(ids)].astype(np.float64)  # (words, D), each token once
-    words = covariance(used)
     axes = None
     if settings.components is not None:
-        source = vocabulary_axes if settings.plane == "vocabulary" else principal_axes(words.matrix)
+        source = vocabulary_axes if settings.plane == "vocabulary" else relation.axes
         axes = source.axes[:, : settings.components]  # (D, k)
 
     def inside(matrix: np.ndarray) -> float:
@@ -112,18 +129,16 @@ def project(
 
     scale = {
         "vocabulary": inside(vocabulary.matrix),
-        "relation": inside(words.matrix),
+        "relation": inside(relation.words.matrix),
         "full_space": float(np.trace(vocabulary.matrix)),
     }[settings.normalisation]
-    pairs = vectors[ids].astype(np.float64) - vocabulary.mean  # (pairs, 2, D); differences do not see the mean
-    if axes is not None:
-        pairs = pairs @ axes
+    pairs = relation.pairs if axes is None else relation.pairs @ axes
     return Projection(
         inputs=pairs[:, 0],
         outputs=pairs[:, 1],
         scale=scale,
         plane_variance=inside(vocabulary.matrix) / float(np.trace(vocabulary.matrix)),
-        plane_variance_of_words=inside(words.matrix) / float(np.trace(words.matrix)),
+        plane_variance_of_words=inside(relation.words.matrix) / float(np.trace(relation.words.matrix)),
     )
 
 
@@ -166,26 +181,39 @@ def mean_parallelogram_score(offsets: np.ndarray, scale: float, counts: np.ndarr
     total = w.sum(axis=1)
     squares = w @ np.square(centred).sum(axis=1)
     sums = np.square(w @ centred).sum(axis=1)
-    compared = total**2 - np.square(w).sum(axis=1)
+    compared = total**2 - np.einsum("bi,bi->b", w, w)  # without a second array of the size of w
     with np.errstate(invalid="ignore", divide="ignore"):  # a resample may consist of one pair only
         scores = 2 * (total * squares - sums) / (compared * scale)
     scores = np.where(compared > 0, np.maximum(scores, 0.0), np.nan)
     return scores[0] if counts is None else scores
 
 
-def shuffled_scores(inputs: np.ndarray, outputs: np.ndarray, scale: float, permutations: int, seed: int) -> np.ndarray:
-    """Mean scores of the same words when each input gets the output of a random pair, (permutations,).
-
-    What the words' places alone would give. With B permutations, p = (1 + #{shuffled ≤ observed}) / (1 + B) tests that
-    outputs belong to their inputs. The mean offset is the same for every pairing, so only Σ a_i · b_π(i) is needed.
-    """
-    pairs = len(inputs)
-    a, b = inputs - inputs.mean(axis=0), outputs - outputs.mean(axis=0)
-    products = a @ b.T  # (pairs, pairs)
-    squares = np.square(a).sum() + np.square(b).sum()
+def random_pairings(pairs: int, count: int, seed: int) -> np.ndarray:
+    """Which output each input gets when outputs are dealt out at random, `count` times, (pairs, count) int32."""
     rng = np.random.default_rng(seed)
-    rows = np.arange(pairs)
-    sums = np.array([squares - 2 * products[rows, rng.permutation(pairs)].sum() for _ in range(permutations)])
+    pairings = np.empty((count, pairs), dtype=np.int32)
+    for pairing in pairings:
+        pairing[:] = rng.permutation(pairs)
+    return np.ascontiguousarray(pairings.T)  # `shuffled_scores` reads an input's outputs one after the other
+
+
+def shuffled_scores(inputs: np.ndarray, outputs: np.ndarray, scale: float, pairings: np.ndarray) -> np.ndarray:
+    """Mean scores of the same words when each input gets the output of a random pair, (B,).
+
+    What the words' places alone would give. With B random pairings, p = (1 + #{shuffled ≤ observed}) / (1 + B) tests
+    that outputs belong to their inputs. The mean offset is the same for every pairing, so only Σ a_i · b_π(i) is
+    needed; it is summed over blocks of inputs, so that no (pairs, pairs) matrix is in memory.
+
+    Args:
+        pairings: (pairs, B), from `random_pairings`.
+    """
+    pairs, count = pairings.shape
+    a, b = inputs - inputs.mean(axis=0), outputs - outputs.mean(axis=0)
+    products = np.zeros(count)  # Σ a_i · b_π(i)
+    for start in range(0, pairs, INPUTS_AT_A_TIME):
+        part = slice(start, start + INPUTS_AT_A_TIME)
+        products += np.take_along_axis(a[part] @ b.T, pairings[part], axis=1).sum(axis=0)
+    sums = np.square(a).sum() + np.square(b).sum() - 2 * products
     return 2 * np.maximum(sums, 0.0) / ((pairs - 1) * scale)  # the mean offset is 0 after centring
 
 
@@ -198,8 +226,9 @@ def offset_consistency(offsets: np.ndarray, counts: np.ndarray | None = None) ->
     norms = np.linalg.norm(offsets, axis=1)
     kept = norms > 0
     unit = offsets[kept] / norms[kept, None]
-    w = np.ones((1, int(kept.sum()))) if counts is None else counts[:, kept]
-    squares = np.square(w).sum(axis=1)
+    w = np.ones((1, len(offsets))) if counts is None else counts
+    w = w if kept.all() else w[:, kept]
+    squares = np.einsum("bi,bi->b", w, w)
     compared = w.sum(axis=1) ** 2 - squares
     with np.errstate(invalid="ignore", divide="ignore"):
         cosines = np.where(compared > 0, (np.square(w @ unit).sum(axis=1) - squares) / compared, np.nan)

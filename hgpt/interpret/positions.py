@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from hgpt.interpret.models import LoadedModel
 
@@ -164,7 +165,8 @@ def logit_lens(loaded: LoadedModel, states: np.ndarray, targets: np.ndarray) -> 
     """
     lens = []
     y = torch.from_numpy(targets.astype(np.int64)).to(loaded.device)
-    for layer, layer_states in enumerate(states):
+    bar = tqdm(states, desc=f"{loaded.source.label}: logit lens", unit="layer", disable=None, leave=False)
+    for layer, layer_states in enumerate(bar):
         parts: dict[str, list[Tensor]] = {"loss": [], "correct": [], "target_ratio": []}
         for start in range(0, len(targets), CHUNK):
             part = slice(start, start + CHUNK)

@@ -98,6 +98,12 @@ def token_pairs(
     )
 
 
+def spellings(relations: Sequence[Relation]) -> list[str]:
+    """Every text that `token_pairs` asks the tokens of, whatever the form: words, without and with a space before."""
+    words = dict.fromkeys(word for relation in relations for pair in relation.pairs for word in pair)
+    return [text for word in words for text in (word, f" {word}")]
+
+
 def word_token(word: str, encode: Callable[[str], Sequence[int]], form: WordForm, unknown: int | None) -> int | None:
     """The token that stands for a word, None if there is none."""
     tokens = encode(f" {word}" if form == "single_after_space" else word)

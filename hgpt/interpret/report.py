@@ -13,25 +13,42 @@ from typing import Any
 import numpy as np
 
 from hgpt.errors import UserError
-from hgpt.interpret.analysis import analyse
-from hgpt.interpret.figures import Drawing, caption, draw_all, legend_entries, save_figure
+from hgpt.interpret.analysis import SHUFFLES, analyse
+from hgpt.interpret.figures import (
+    Drawing,
+    counts_text,
+    draw_all,
+    duplicate_variants,
+    save_figure,
+    swatch,
+    tokens_read,
+)
 from hgpt.interpret.parallelograms import EXPECTED_AT_RANDOM, PRESET, VARIANTS
+from hgpt.interpret.relations import SMALLEST_RELATION
 from hgpt.interpret.results import (
     OWN_SCALE,
     Analysis,
     AnalysisSettings,
     Estimate,
     ModelResult,
+    RelationResult,
     mean_analogy,
     mean_consistency,
     mean_over_relations,
     relative_to_random_pairs,
     to_json,
 )
-from hgpt.interpret.statistics import CONFIDENCE
+from hgpt.interpret.statistics import CONFIDENCE, holm, smallest_shuffle_p, smallest_sign_flip_p
 
 PAGE, RESULTS, SCORES, FIGURE_FOLDER = "index.html", "results.json", "parallelograms.csv", "figures"
 SIGNIFICANT = 1 - CONFIDENCE
+# Variants that use different pairs: on these it depends which words a tokenizer can express.
+FORMS = {
+    PRESET: "last token of each word",
+    "words of one token": "words of one token",
+    "words of one token after a space": "words of one token after a space",
+    "distinct pairs of tokens": "last tokens, each pair of tokens once",
+}
 
 
 def interpret(paths: list[str], settings: AnalysisSettings, out: str | Path, *, checkpoints: bool = True) -> Analysis:
@@ -119,7 +136,7 @@ def page(analysis: Analysis, drawings: Sequence[Drawing], images: dict[str, byte
         ("summary", "Summary", _summary(analysis)),
         ("says", "What the numbers say, and what they do not", _conclusions(analysis)),
         ("relations", "Relations", _relations_table(analysis)),
-        ("figures", "Figures", "".join(_figure(d, images[d.name], analysis) for d in drawings)),
+        ("figures", "Figures", "".join(_figure(d, images[d.name]) for d in drawings)),
         ("text", "Text browser", _text_browser(analysis, readings)),
         ("centres", "Centres to read", _centres(analysis)),
         ("method", "Method", _method(analysis)),
@@ -139,24 +156,29 @@ def page(analysis: Analysis, drawings: Sequence[Drawing], images: dict[str, byte
     )
 
 
-def _swatch(colour: str) -> str:
-    return f'<span class="swatch" style="background:{colour}"></span>'
+def _labels(analysis: Analysis) -> list[str]:
+    """Swatch and label of each model, for headings."""
+    return [f"{swatch(index)}{escape(model.label)}" for index, model in enumerate(analysis.models)]
 
 
 def _models(analysis: Analysis) -> str:
-    entries = zip(analysis.models, legend_entries(analysis.models), strict=True)
     items = "".join(
-        f"<li>{_swatch(colour)}<b>{escape(label)}</b>: {escape(model.description)}, {model.parameters / 1e6:.3g} M "
+        f"<li>{swatch(index)}<b>{escape(model.label)}</b>: {escape(model.description)}, {model.parameters / 1e6:.3g} M "
         f"parameters{_trained(model)}</li>"
-        for model, (label, colour) in entries
+        for index, model in enumerate(analysis.models)
     )
     text = (
-        f"{analysis.evaluated_tokens:,} validation tokens in {analysis.windows:,} windows of "
-        f"{escape(analysis.data_source or '')}"
+        f"{escape(counts_text(tokens_read(analysis.models)))} validation tokens in "
+        f"{escape(counts_text(_windows_read(analysis)))} windows of {escape(analysis.data_source or '')}"
         if analysis.data is not None
         else "no text"
     )
-    return f'<ul>{items}</ul><p class="quiet">Measured on {text}. All intervals are 95 %.</p>'
+    return f'<ul id="models">{items}</ul><p class="quiet">Measured on {text}. All intervals are 95 %.</p>'
+
+
+def _windows_read(analysis: Analysis) -> dict[str, int]:
+    measured = [(model.label, model.text) for model in analysis.models if model.text is not None]
+    return {label: len(np.unique(text.positions.window)) for label, text in measured}
 
 
 def _trained(model: ModelResult) -> str:
@@ -237,7 +259,7 @@ def summary_measures() -> list[tuple[str, str, Measure]]:
 
 
 def _summary(analysis: Analysis) -> str:
-    heads = "".join(f"<th>{_swatch(colour)}{escape(label)}</th>" for label, colour in legend_entries(analysis.models))
+    heads = "".join(f"<th>{label}</th>" for label in _labels(analysis))
     rows = []
     for name, better, measure in summary_measures():
         values = [measure(model) for model in analysis.models]
@@ -258,12 +280,19 @@ def _summary(analysis: Analysis) -> str:
         "Margins, ratios of distances, the logit lens, neighbours and contexts use the head's own distance. Those of a "
         "softmax head are Euclidean and stand for comparison only: its training does not see them. Parallelograms, "
         "analogies, norms, ranks and CKA are Euclidean on purpose, whatever the head's distance: they describe the "
-        "vectors as they are stored, and compare models."
+        "vectors as they are stored, and compare models. Ranks, participation ratio, isotropy, mean cosine and norm of "
+        "the centres have no interval: they are computed from all the weights, exactly, and vary over seeds only."
     )
+    if sampled := _sampled(analysis):
+        explanation += f" The rank of hidden states is that of a sample of {counts_text(sampled)} positions."
     return (
         f'{notes}<div class="scroll"><table><thead><tr><th>measure</th>{heads}</tr></thead>'
-        f'<tbody>{"".join(rows)}</tbody></table></div><p class="quiet">{explanation}</p>{methods}'
+        f'<tbody>{"".join(rows)}</tbody></table></div><p class="quiet">{escape(explanation)}</p>{methods}'
     )
+
+
+def _sampled(analysis: Analysis) -> dict[str, int]:
+    return {model.label: len(model.text.sample_at) for model in analysis.models if model.text is not None}
 
 
 def _conclusions(analysis: Analysis) -> str:
@@ -272,30 +301,21 @@ def _conclusions(analysis: Analysis) -> str:
     for model in analysis.models:
         results = model.relations.get(PRESET, {})
         if results:
-            beyond = sum(r.p_shuffled < SIGNIFICANT / len(results) for r in results.values())
+            level = SIGNIFICANT / len(results)
+            beyond = sum(r.p_shuffled < level for r in results.values())
+            blind = [name for name, r in results.items() if smallest_shuffle_p(r.pairs, SHUFFLES) >= level]
             items.append(
                 f"<b>{escape(model.label)}</b>: in {beyond} of {len(results)} relations the preset's score is lower "
-                f"than that of the same words paired at random (permutation test, Bonferroni at {SIGNIFICANT:.0%})."
+                f"than that of the same words paired at random (permutation test of {SHUFFLES} shuffles, Bonferroni at "
+                f"{SIGNIFICANT:.0%}).{_cannot(blind, len(results))}"
+            )
+        else:
+            items.append(
+                f"<b>{escape(model.label)}</b>: of no relation {SMALLEST_RELATION} pairs can be used, so it has no "
+                "score, and its words are in no figure."
             )
     for other in analysis.models[1:]:
-        rows = [row for row in analysis.comparisons if row["model"] == other.label]
-        preset = [row for row in rows if row["variant"] == PRESET]
-        if not preset:
-            continue
-        better = sum(row["p_holm"] < SIGNIFICANT and row["difference"] < 0 for row in preset)
-        worse = sum(row["p_holm"] < SIGNIFICANT and row["difference"] > 0 for row in preset)
-        first = escape(analysis.models[0].label)
-        items.append(
-            f"<b>{escape(other.label)}</b> against <b>{first}</b>, preset {PRESET}: a lower (better) score in {better} "
-            f"relations, a higher one in {worse}, no difference that the test sees in {len(preset) - better - worse} "
-            f"(paired permutation test over disjoint pairs of pairs, Holm for {len(preset)} relations)."
-        )
-        signs = variant_signs(rows).values()
-        items.append(
-            f"Over {len(signs)} ways to measure it, the mean difference favours <b>{escape(other.label)}</b> in "
-            f"{sum(sign < 0 for sign in signs)} and <b>{first}</b> in {sum(sign > 0 for sign in signs)}. The ways are "
-            "not independent: this is a check of robustness and no test."
-        )
+        items += _comparison(analysis, other)
     items.append(
         "What this does not show: that a difference is due to the head. Two checkpoints differ in their seed, in the "
         "length of their training and in how well each was tuned too. Intervals over word pairs say how the result "
@@ -312,6 +332,57 @@ def _conclusions(analysis: Analysis) -> str:
     return f"<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>"
 
 
+def _comparison(analysis: Analysis, other: ModelResult) -> list[str]:
+    """What the tests say of one model against the first."""
+    first = analysis.models[0]
+    names = f"<b>{escape(other.label)}</b>", f"<b>{escape(first.label)}</b>"
+    rows = [row for row in analysis.comparisons if row["model"] == other.label]
+    preset = [row for row in rows if row["variant"] == PRESET]
+    if not preset:
+        why = "there is no relation that both can use"
+        if other.vocabulary != first.vocabulary:
+            why = "their tokenizers differ"
+        return [f"{names[0]} against {names[1]}: no test compares their parallelograms, since {why}."]
+    better = sum(row["p_holm"] < SIGNIFICANT and row["difference"] < 0 for row in preset)
+    worse = sum(row["p_holm"] < SIGNIFICANT and row["difference"] > 0 for row in preset)
+    same = duplicate_variants([first, other])
+    signs = variant_signs([row for row in rows if row["variant"] not in same]).values()
+    repeated = [variant for variant in same if any(row["variant"] == variant for row in rows)]
+    counted = (
+        f" (not counted, since the numbers repeat those of another: {escape('; '.join(repeated))})" if repeated else ""
+    )
+    return [
+        f"{names[0]} against {names[1]}, preset {PRESET}: a lower (better) score in {better} relations, a higher one "
+        f"in {worse}, no difference that the test sees in {len(preset) - better - worse} (paired permutation test over "
+        f"disjoint pairs of pairs, Holm for {len(preset)} relations)."
+        + _cannot(out_of_reach(preset, other), len(preset)),
+        f"Over {len(signs)} ways to measure it{counted}, the mean difference favours {names[0]} in "
+        f"{sum(sign < 0 for sign in signs)} and {names[1]} in {sum(sign > 0 for sign in signs)}. The ways are not "
+        "independent: this is a check of robustness and no test.",
+    ]
+
+
+def out_of_reach(rows: Sequence[dict[str, Any]], other: ModelResult) -> list[str]:
+    """The relations of one comparison and variant whose test cannot become significant after Holm's correction.
+
+    Not even if every relation had the least p-value that its number of pairs allows.
+    """
+    disjoint = [len(other.relations[row["variant"]][row["relation"]].disjoint) for row in rows]
+    adjusted = holm([smallest_sign_flip_p(m) for m in disjoint])
+    return [row["relation"] for row, p in zip(rows, adjusted, strict=True) if p >= SIGNIFICANT]
+
+
+def _cannot(relations: Sequence[str], total: int) -> str:
+    """A sentence about the relations whose test has no power at all, empty if there are none."""
+    if not relations:
+        return ""
+    which = "any" if len(relations) == total else f"{len(relations)} ({escape(', '.join(relations))})"
+    return (
+        f" It cannot become significant in {which} of them, whatever the models: there are too few pairs, or too many "
+        "relations to correct for, for the smallest p-value that it can give."
+    )
+
+
 def variant_signs(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The mean difference over relations of each variant, from the rows of one comparison."""
     by_variant: dict[str, list[float]] = {}
@@ -324,51 +395,112 @@ def _relations_table(analysis: Analysis) -> str:
     names = sorted({name for model in analysis.models for name in model.relations.get(PRESET, {})})
     if not names:
         return ""
-    tests = {(row["model"], row["relation"]): row for row in analysis.comparisons if row["variant"] == PRESET}
-    head = "<th>relation</th><th>pairs</th>"
-    for index, (label, colour) in enumerate(legend_entries(analysis.models)):
-        head += f"<th>{_swatch(colour)}{escape(label)}</th><th>random pairs</th>"
+    preset = [row for row in analysis.comparisons if row["variant"] == PRESET]
+    tests = {(row["model"], row["relation"]): row for row in preset}
+    blind = {
+        (model.label, relation)
+        for model in analysis.models[1:]
+        for relation in out_of_reach([row for row in preset if row["model"] == model.label], model)
+    }
+    head = "<th>relation</th><th>pairs used</th>"
+    for index, label in enumerate(_labels(analysis)):
+        head += f"<th>{label}</th><th>random pairs</th>"
         head += "<th>minus the first (p, Holm)</th>" if index and analysis.comparisons else ""
     body = ""
     for name in names:
         found = [model.relations.get(PRESET, {}).get(name) for model in analysis.models]
-        pairs = next(result.pairs for result in found if result is not None)
-        body += f'<tr><th>{escape(name)}</th><td class="number">{pairs}</td>'
+        pairs = dict.fromkeys(_pairs_text(result) for result in found if result is not None)
+        body += f'<tr><th>{escape(name)}</th><td class="number">{", ".join(pairs)}</td>'
         for index, (model, result) in enumerate(zip(analysis.models, found, strict=True)):
             body += _number(None if result is None else result.score, 2)
             body += _number(None if result is None else result.shuffled, 2)
             if index and analysis.comparisons:
                 test = tests.get((model.label, name))
                 shown = "–" if test is None else f"{test['difference']:+.2f} ({test['p_holm']:.3f})"
+                shown += " †" if (model.label, name) in blind else ""
                 bold = test is not None and test["p_holm"] < SIGNIFICANT
                 body += f'<td class="number">{"<b>" if bold else ""}{shown}{"</b>" if bold else ""}</td>'
         body += "</tr>"
+    dagger = (
+        '<p class="quiet">†: this test cannot become significant, whatever the models, with so few pairs or so many '
+        "relations to correct for.</p>"
+        if blind
+        else ""
+    )
     return (
         f"<p>Preset {PRESET}: words as their last token, plane of the first two components of the vocabulary, scale of "
         'the vocabulary. Lower is better; bold: p &lt; 0.05 after correction. All variants are in <a href="'
         f'{SCORES}">{SCORES}</a> beside this page.</p><div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+        f"<tbody>{body}</tbody></table></div>{dagger}{_pairs_used(analysis)}"
     )
 
 
-def _figure(drawing: Drawing, image: bytes, analysis: Analysis) -> str:
+def _pairs_text(result: RelationResult) -> str:
+    return f"{result.pairs} of {result.pairs + result.dropped}"
+
+
+def _pairs_used(analysis: Analysis) -> str:
+    """How many pairs of each relation every way to make a word a token leaves, by model, and which it leaves out."""
+    names = sorted({n for model in analysis.models for results in model.relations.values() for n in results})
+    tables: dict[str, list[str]] = {}  # models with one tokenizer can use the same pairs
+    for model in analysis.models:
+        rows = ""
+        for name in names:
+            found = [model.relations.get(variant, {}).get(name) for variant in FORMS]
+            cells = (f"under {SMALLEST_RELATION}" if result is None else _pairs_text(result) for result in found)
+            rows += f"<tr><th>{escape(name)}</th>{''.join(map(_number, cells))}</tr>"
+        tables.setdefault(rows, []).append(model.label)
+    head = "".join(f"<th>{escape(form)}</th>" for form in FORMS.values())
+    html = "".join(
+        f'<h3>{escape(", ".join(labels))}</h3><div class="scroll"><table><thead><tr><th>relation</th>{head}</tr>'
+        f"</thead><tbody>{rows}</tbody></table></div>"
+        for rows, labels in tables.items()
+    )
+    missing = "".join(
+        f"<li>{escape(model.label)}, {escape(name)}: {escape(', '.join(f'{a} – {b}' for a, b in pairs))}</li>"
+        for model in analysis.models
+        for name in names
+        if (pairs := _pairs_of_others(analysis, model, name))
+    )
+    missing = f"<p>Pairs that another model here can use and this one cannot:</p><ul>{missing}</ul>" if missing else ""
+    return (
+        "<details><summary>Pairs used of each relation</summary><p>A pair is left out where the tokenizer does not "
+        "know one of its words, where a variant wants words of one token and they are more, and where a variant wants "
+        f"each pair of tokens once. A relation with under {SMALLEST_RELATION} pairs is not scored.</p>"
+        f"{html}{missing}</details>"
+    )
+
+
+def _pairs_of_others(analysis: Analysis, model: ModelResult, name: str) -> list[tuple[str, str]]:
+    """The pairs that other models use of a relation that `model` is scored on, and it does not; last tokens."""
+    if name not in model.planes:
+        return []
+    used = (other.planes[name]["words"] for other in analysis.models if name in other.planes)
+    own = set(model.planes[name]["words"])
+    return [pair for pair in dict.fromkeys(pair for pairs in used for pair in pairs) if pair not in own]
+
+
+def _figure(drawing: Drawing, image: bytes) -> str:
     data = base64.b64encode(image).decode()
-    text = escape(caption(drawing, analysis))
     return (
         f'<figure id="{drawing.name}"><h3>{escape(drawing.title)}</h3>'
-        f'<img alt="{escape(drawing.title)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{text}</figcaption></figure>"
+        f'<div class="scroll"><img alt="{escape(drawing.title)}" src="data:image/png;base64,{data}"></div>'
+        f'<figcaption><p>{escape(drawing.caption)}</p><p class="source">{escape(drawing.source)}</p></figcaption>'
+        "</figure>"
     )
 
 
 def reading_groups(analysis: Analysis) -> list[dict[str, Any]]:
-    """Models that read the same tokens together, [{"models": [{"label", "colour", "reading"}]}]."""
+    """Models that read the same tokens together, [{"tokens", "models": [{"label", "number", "reading"}]}].
+
+    `number` is the model's place in the report.
+    """
     groups: list[dict[str, Any]] = []
-    for model, (label, colour) in zip(analysis.models, legend_entries(analysis.models), strict=True):
+    for number, model in enumerate(analysis.models):
         if not model.reading:
             continue
         tokens = [reading.token for reading in model.reading]
-        entry = {"label": label, "colour": colour, "reading": [asdict(reading) for reading in model.reading]}
+        entry = {"label": model.label, "number": number, "reading": [asdict(reading) for reading in model.reading]}
         for group in groups:
             if group["tokens"] == tokens:
                 group["models"].append(entry)
@@ -382,9 +514,9 @@ def _text_browser(analysis: Analysis, groups: Sequence[dict[str, Any]]) -> str:
     if not groups:
         return ""
     html = (
-        "<p>Point at a token, tap it or reach it with Tab: what each model "
-        "thought before it came, the nearest centres first, with d / d_min for harmonic heads. The darker a token, "
-        "the more probable the first model found it.</p>"
+        "<p>Point at a token, tap it or reach it with Tab: what each model thought before it came, the most probable "
+        "tokens first. Of a harmonic head these are the nearest centres, with d / d_min; the list of a softmax head is "
+        "by probability alone.</p>"
     )
     source = analysis.settings.text or "the beginning of the first window of validation text"
     html += f'<p class="quiet">Text: {escape(source)}.</p>'
@@ -394,7 +526,14 @@ def _text_browser(analysis: Analysis, groups: Sequence[dict[str, Any]]) -> str:
             f"{escape(seen['token'])}</span>"
             for position, seen in enumerate(group["models"][0]["reading"])
         )
-        html += f'<div class="text" id="text-{number}">{spans}</div><div class="panel" id="panel-{number}"></div>'
+        labels = [model["label"] for model in group["models"]]
+        tokens = f", in the tokens of {', '.join(labels)}" if len(groups) > 1 else ""
+        # A panel keeps to the bottom of the window as long as its own text is in sight.
+        html += (
+            f'<div class="reading"><p class="quiet">The darker a token, the more probable {escape(labels[0])} found it'
+            f'{escape(tokens)}.</p><div class="text" id="text-{number}">{spans}</div>'
+            f'<div class="panel" id="panel-{number}"></div></div>'
+        )
     return html
 
 
@@ -405,6 +544,7 @@ def _centres(analysis: Analysis) -> str:
             unit = "d" if model.harmonic else "1 − cosine"
             near = ", ".join(f"<code>{escape(_visible(t))}</code> {d:.2f}" for t, d in word["neighbours"])
             value = "d / d_min" if model.harmonic else "p"
+            contexts = "contexts nearest to the centre" if model.harmonic else "contexts with the largest logit"
             rows = "".join(
                 f"<tr><td><code>…{escape(_visible(c['before']))}</code></td><td><code>{escape(_visible(c['next']))}</code>"
                 f'</td><td class="number">{c["value"]:.3f}</td></tr>'
@@ -412,19 +552,27 @@ def _centres(analysis: Analysis) -> str:
             )
             if number == 0:
                 html += f"<h3>{escape(model.label)}</h3>"
+            table = (
+                f'<div class="scroll"><table><thead><tr><th>{contexts}</th><th>what came</th><th>{value}</th></tr>'
+                f"</thead><tbody>{rows}</tbody></table></div>"
+            )
             html += (
                 f"<details{' open' if number == 0 else ''}><summary><code>{escape(_visible(word['token']))}</code>"
-                f"</summary><p>Nearest centres ({unit}): {near}</p>"
-                '<div class="scroll"><table><thead><tr><th>contexts nearest to the centre</th><th>what came</th>'
-                f"<th>{value}</th></tr></thead><tbody>{rows}</tbody></table></div></details>"
+                f"</summary><p>Nearest centres ({unit}): {near}</p>{table if rows else ''}</details>"
             )
     if not html:
         return ""
-    return (
-        "<p>The text's most frequent tokens that are words: the neighbours of their centres, and of a sample of "
-        "positions the contexts whose hidden states are nearest to the centre (for a softmax head: with the largest "
-        "logit).</p>" + html
+    chosen = (
+        "The words that were asked for with --words, of each its last token"
+        if analysis.settings.words
+        else "The text's most frequent tokens that are words"
     )
+    sampled = _sampled(analysis)
+    states = (
+        f", and of a sample of {counts_text(sampled)} positions of the validation text the contexts whose hidden "
+        "states are nearest to the centre (of a softmax head: that give the token the largest logit)"
+    )
+    return f"<p>{escape(chosen)}: the neighbours of their centres{escape(states) if sampled else ''}.</p>{html}"
 
 
 def _visible(token: str) -> str:
@@ -439,10 +587,7 @@ def _method(analysis: Analysis) -> str:
         f"{''.join(_variant_cells(model, name) for model in analysis.models)}</tr>"
         for name, s in VARIANTS.items()
     )
-    heads = "".join(
-        f"<th>{_swatch(colour)}{escape(label)}: score</th><th>plane's variance</th>"
-        for label, colour in legend_entries(analysis.models)
-    )
+    heads = "".join(f"<th>{label}: score</th><th>plane's variance</th>" for label in _labels(analysis))
     settings = ", ".join(f"{key} = {value}" for key, value in asdict(analysis.settings).items())
     skipped = "".join(
         f"<li>{escape(model.label)}: {escape(entry)}</li>" for model in analysis.models for entry in model.skipped

@@ -1,6 +1,8 @@
 """Uncertainty: bootstrap intervals, permutation tests, and the correction for many of them."""
 
 import itertools
+import math
+from statistics import NormalDist
 
 import numpy as np
 
@@ -41,11 +43,29 @@ def bootstrap_ratio(numerators: np.ndarray, denominators: np.ndarray, counts: np
     return (counts @ numerators) / (counts @ denominators)
 
 
+def wilson_interval(
+    share: np.ndarray, count: np.ndarray, confidence: float = CONFIDENCE
+) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson's interval of a share p of n independent trials, element by element; inside [0, 1], and of some width
+    also for p = 0 and 1.
+
+        (p + z²/2n ± z √(p (1 − p)/n + z²/4n²)) / (1 + z²/n)
+
+    Wilson, J. Am. Stat. Assoc. 22 (1927).
+    """
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    middle = share + z**2 / (2 * count)
+    half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    scale = 1 + z**2 / count
+    return (middle - half) / scale, (middle + half) / scale
+
+
 # Up to here all 2^m sign patterns are counted, beyond it a sample of them is.
 LARGEST_EXACT = 12
+SIGN_FLIPS = 9999  # of the sample
 
 
-def sign_flip_test(differences: np.ndarray, *, permutations: int = 9999, seed: int = 0) -> float:
+def sign_flip_test(differences: np.ndarray, *, permutations: int = SIGN_FLIPS, seed: int = 0) -> float:
     """Two-sided p-value of the permutation test of paired samples: the mean of `differences` (m,) against 0.
 
         p = #{s : |mean(s ⊙ δ)| ≥ |mean(δ)|} / #{s}        s ∈ {−1, 1}^m
@@ -69,6 +89,24 @@ def sign_flip_test(differences: np.ndarray, *, permutations: int = 9999, seed: i
         signs = rng.integers(0, 2, size=(len(part), m), dtype=np.int8) * 2.0 - 1.0
         as_large += int(np.sum(np.abs(signs @ differences) >= observed - slack))
     return as_large / (permutations + 1)
+
+
+def smallest_sign_flip_p(m: int, permutations: int = SIGN_FLIPS) -> float:
+    """The least p-value that `sign_flip_test` gives for m differences, whatever they are (on average where patterns are
+    sampled).
+
+    Their own signs and the opposite ones always count, 2 / 2^m; of a sample p is never below 1 / (1 + permutations).
+    """
+    exact = 2.0 ** (1 - m)
+    return exact if m <= LARGEST_EXACT else max(exact, 1 / (permutations + 1))
+
+
+def smallest_shuffle_p(pairs: int, permutations: int) -> float:
+    """The least p-value of a test that shuffles `pairs` items at random `permutations` times, on average.
+
+    1 / (1 + permutations), and not below 1 / pairs!: one shuffle in so many gives the observed order again.
+    """
+    return max(1 / math.factorial(pairs), 1 / (permutations + 1))
 
 
 def holm(p_values: list[float] | np.ndarray) -> np.ndarray:

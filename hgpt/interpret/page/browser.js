@@ -1,6 +1,7 @@
 // The text browser: a token under the pointer, tapped or reached with Tab shows what each model saw before it.
 (() => {
   const groups = JSON.parse(document.getElementById("readings").textContent);
+  const swatches = document.querySelectorAll("#models .swatch");
   const visible = (token) => token.replace(/ /g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥");
   const cell = (row, text, number) => {
     const td = row.insertCell();
@@ -25,10 +26,7 @@
       const seen = model.reading[position];
       const box = document.createElement("div");
       const title = document.createElement("h3");
-      const swatch = document.createElement("span");
-      swatch.className = "swatch";
-      swatch.style.background = model.colour;
-      title.append(swatch, model.label);
+      title.append(swatches[model.number].cloneNode(true), model.label);
       const table = document.createElement("table");
       const header = table.createTHead().insertRow();
       const names = ["", "token", "p"].concat(seen.ratio === null ? [] : ["d / d_min"]);

@@ -1,0 +1,107 @@
+"""Small exported models, tokenizers that are not over bytes, and data folders, for tests of hgpt.interpret."""
+
+import pydoc_data.topics
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+import hgpt
+from hgpt.shards import DataMeta, ShardWriter, SplitMeta, write_meta
+from hgpt.tokenizer import END_OF_TEXT, load_tokenizer
+
+TEXT = pydoc_data.topics.topics["with"] + pydoc_data.topics.topics["while"]
+UNKNOWN = "[UNK]"
+
+
+def byte_pairs(size: int) -> tokenizers.Tokenizer:
+    """A byte-level BPE of `size` tokens, as GPT-2's is one."""
+    return load_tokenizer(f"bpe:{size}", lambda: [TEXT])._backend
+
+
+def word_pieces(size: int) -> tokenizers.Tokenizer:
+    """WordPiece of lower-case words: "##ing" goes on with a word, and spaces are no tokens."""
+    backend = tokenizers.Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=[UNKNOWN, END_OF_TEXT], show_progress=False)
+    backend.train_from_iterator([TEXT], trainer)
+    return backend
+
+
+def unigrams(size: int) -> tokenizers.Tokenizer:
+    """A unigram model as SentencePiece has it, a space being the "▁" of the word behind it."""
+    backend = tokenizers.Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=size, special_tokens=[UNKNOWN, END_OF_TEXT], unk_token=UNKNOWN, show_progress=False
+    )
+    backend.train_from_iterator([TEXT], trainer)
+    return backend
+
+
+def export(
+    folder: Path,
+    backend: tokenizers.Tokenizer,
+    head: str = "softmax",
+    *,
+    context: int = 24,
+    seed: int = 1,
+    rows: int = 0,
+) -> Path:
+    """A model of 2 blocks and 32 dimensions with random weights: `head` of hgpt, tied for softmax only, or "gpt2".
+
+    `rows`: of the embedding, by default one for each token.
+    """
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": rows or backend.get_vocab_size(), "n_positions": context, "n_embd": 32, "n_layer": 2,
+             "n_head": 2}  # fmt: skip
+    if head == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(**sizes))
+    else:
+        model = hgpt.HGPTForCausalLM(hgpt.HGPTConfig(**sizes, head=head, tie_word_embeddings=head == "softmax"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    special = {"eos_token": END_OF_TEXT} | ({"unk_token": UNKNOWN} if UNKNOWN in backend.get_vocab() else {})
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+    return folder
+
+
+def encode(backend: tokenizers.Tokenizer, text: str) -> np.ndarray:
+    return np.array(backend.encode(text, add_special_tokens=False).ids)
+
+
+def prepare(folder: Path, backend: tokenizers.Tokenizer, text: str = TEXT) -> Path:
+    """A data folder as data_prep writes it, `text` being both of its splits."""
+    folder.mkdir(parents=True)
+    tokens = encode(backend, text)
+    splits = {}
+    for split in ("train", "val"):
+        with ShardWriter(folder, split) as writer:
+            writer.write(tokens)
+            splits[split] = SplitMeta(tokens=len(tokens), documents=1, bytes=len(text.encode()), shards=writer.close())
+    backend.save(str(folder / "tokenizer.json"))
+    meta = DataMeta(
+        tokenizer="a test's",
+        vocab_size=backend.get_vocab_size(),
+        end_of_text=backend.token_to_id(END_OF_TEXT),
+        splits=splits,
+        source="help topics",
+    )
+    write_meta(folder, meta)
+    return folder
+
+
+def bare(folder: Path, tokens: np.ndarray) -> Path:
+    """A folder as nanoGPT writes it: tokens and nothing else."""
+    folder.mkdir(parents=True)
+    for split in ("train", "val"):
+        tokens.astype("<u2").tofile(folder / f"{split}.bin")
+    return folder

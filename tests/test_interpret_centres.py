@@ -1,0 +1,87 @@
+"""hgpt/interpret/centres.py: p, rank and d / d_min of a position, and nearest contexts, by direct computation."""
+
+import numpy as np
+import pytest
+import torch
+from small_models import TEXT, byte_pairs, export
+
+from hgpt.interpret.centres import nearest_contexts, neighbours, read_text
+from hgpt.interpret.models import find_sources, loaded
+
+VOCAB, K = 300, 4
+
+
+@pytest.fixture(scope="module", params=["harmonic", "softmax", "gpt2"])
+def model(request, tmp_path_factory):
+    folder = export(tmp_path_factory.mktemp("centres") / request.param, byte_pairs(VOCAB), request.param)
+    with loaded(find_sources([str(folder)])[0], torch.device("cpu")) as model:
+        yield model
+
+
+def exact(model, states):
+    """log p and, for a harmonic head, d of every token, (S, V), float64, from the weights."""
+    w = model.model.lm_head.weight[:VOCAB].detach().double()
+    x = torch.as_tensor(states).double()
+    if not model.harmonic:
+        return (x @ w.T).log_softmax(-1), None
+    d = torch.cdist(x, w, compute_mode="donot_use_mm_for_euclid_dist")
+    return (-model.exponent * d.log()).log_softmax(-1), d
+
+
+def test_a_text_as_the_centres_see_it(model):
+    tokens = np.array(model.encode(TEXT)[:21])
+    inputs, targets = tokens[:-1], tokens[1:]
+    with torch.no_grad():
+        x = model.model.transformer(torch.from_numpy(inputs)[None]).last_hidden_state[0]
+    log_p, d = exact(model, x)
+    found = read_text(model, inputs, targets, K)
+    assert len(found) == 20
+    for position, reading in enumerate(found):
+        row, target = log_p[position], targets[position]
+        assert reading.token == model.tokenizer.decode([target])
+        assert reading.p == pytest.approx(float(row[target].exp()), rel=1e-3)
+        assert reading.rank == 1 + sum(value > row[target] + 1e-5 for value in row.tolist())
+        best = row.argsort(descending=True)[:K].tolist()
+        assert [token for token, _, _ in reading.nearest] == [model.token_text(token) for token in best]
+        assert [p for _, p, _ in reading.nearest] == pytest.approx(row[best].exp().tolist(), rel=1e-3)
+        if d is None:
+            assert reading.ratio is None and {ratio for _, _, ratio in reading.nearest} == {None}
+        else:
+            ratios = (d[position] / d[position].min()).tolist()
+            assert reading.ratio == pytest.approx(ratios[target], rel=1e-4)
+            assert [ratio for _, _, ratio in reading.nearest] == pytest.approx([ratios[t] for t in best], rel=1e-4)
+            assert d[position].argsort()[:K].tolist() == best
+    assert len({reading.rank for reading in found}) > 5  # targets are not the best at every position
+
+
+def test_contexts_that_are_nearest_to_a_centre(model, monkeypatch):
+    monkeypatch.setattr("hgpt.interpret.centres.CHUNK", 7)
+    states = np.random.default_rng(0).normal(size=(30, 32)).astype(np.float32) * np.linspace(0.2, 3, 30)[:, None]
+    states = states.astype(np.float32)
+    log_p, d = exact(model, states)
+    for token in (5, 290):
+        found = nearest_contexts(model, states, token, 6)
+        if d is None:
+            logits = states.astype(np.float64) @ model.centre_rows()[token].astype(np.float64)
+            assert [index for index, _ in found] == np.argsort(-logits)[:6].tolist()
+            # By the logit and not by the probability, which is what is shown.
+            assert [value for _, value in found] == pytest.approx(
+                [float(log_p[index, token].exp()) for index, _ in found], rel=1e-3
+            )
+        else:
+            assert [index for index, _ in found] == d[:, token].argsort()[:6].tolist()
+            assert [value for _, value in found] == pytest.approx(
+                [float(d[index, token] / d[index].min()) for index, _ in found], rel=1e-4
+            )
+
+
+def test_neighbours_of_a_centre(model):
+    w = model.centre_rows().astype(np.float64)
+    if model.harmonic:
+        distances = np.linalg.norm(w - w[7], axis=1)
+    else:
+        distances = 1 - w @ w[7] / np.linalg.norm(w, axis=1) / np.linalg.norm(w[7])
+    expected = [token for token in np.argsort(distances) if token != 7][:K]
+    found = neighbours(model, 7, K)
+    assert [text for text, _ in found] == [model.token_text(int(token)) for token in expected]
+    assert [value for _, value in found] == pytest.approx(distances[expected].tolist(), rel=1e-3, abs=1e-5)

@@ -1,0 +1,297 @@
+"""hgpt/interpret/figures.py: what is drawn and what is said of it, on results made by hand."""
+
+import itertools
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from hgpt.interpret.analysis import CHECKPOINT_TOKENS, CHECKPOINT_WINDOW
+from hgpt.interpret.calibration import reliability_curve
+from hgpt.interpret.figures import (
+    Drawing,
+    counts_text,
+    draw_all,
+    duplicate_variants,
+    look,
+    measure_against_loss,
+    save_figure,
+    scores_by_relation,
+    swatch,
+)
+from hgpt.interpret.models import Source
+from hgpt.interpret.parallelograms import PRESET
+from hgpt.interpret.positions import LayerLens, Positions, TextMeasures
+from hgpt.interpret.results import Analysis, AnalysisSettings, Estimate, ModelResult, RelationResult, estimate
+
+VOCABULARY = frozenset({("a", 0)})
+
+
+def relation(score: float, *, seed: int = 0, sampled: np.ndarray | None = None, pairs: int = 30) -> RelationResult:
+    rng = np.random.default_rng(seed)
+    replicates = score + 0.1 * rng.normal(size=200)
+    return RelationResult(
+        pairs=pairs,
+        dropped=2,
+        score=estimate(score, replicates),
+        shuffled=2 * score,
+        p_shuffled=0.5,
+        plane_variance=0.1,
+        plane_variance_of_words=0.3,
+        replicates=replicates,
+        disjoint=score + rng.normal(size=pairs // 2),
+        sampled=rng.uniform(0, 9, 400) if sampled is None else sampled,
+    )
+
+
+def plane(pairs: int = 12) -> dict[str, Any]:
+    rng = np.random.default_rng(1)
+    shares = {f"{name}_variance{of}": 0.2 for name in ("relation", "vocabulary") for of in ("", "_of_words")}
+    points = {name: rng.normal(size=(pairs, 2, 2)) for name in ("relation", "vocabulary")}
+    return {"words": tuple((f"in{i}", f"out{i}") for i in range(pairs)), **points, **shares}
+
+
+def text(tokens: int, sampled: int) -> TextMeasures:
+    rng = np.random.default_rng(2)
+    values = {name: rng.uniform(0.1, 1, tokens) for name in
+              ("loss", "confidence", "entropy", "log_margin", "target_ratio")}  # fmt: skip
+    hits = {name: rng.random(tokens) < 0.5 for name in ("correct", "top5", "nearest")}
+    positions = Positions(window=np.arange(tokens) // 16, target=np.zeros(tokens, dtype=np.int64), **values, **hits)
+    lens = tuple(
+        LayerLens(layer=i, loss=3.0, loss_error=0.1, accuracy=0.2, target_ratio=0.9, target_ratio_error=0.01)
+        for i in range(3)
+    )
+    return TextMeasures(
+        positions=positions, lens=lens, sample=rng.normal(size=(3, sampled, 4)), sample_at=np.arange(sampled)
+    )
+
+
+def model(label: str, relations: dict[str, dict[str, RelationResult]], **rest: Any) -> ModelResult:
+    shape = {
+        "effective_rank": 2.0,
+        "participation_ratio": 2.0,
+        "isotropy": 0.5,
+        "mean_cosine": 0.1,
+        "norms": {"mean": 1.0},
+        "explained_variance": [0.5, 0.8, 1.0],
+    }
+    result = ModelResult(
+        source=Source(label=label, folder=label),
+        description="softmax, tied",
+        harmonic=False,
+        exponent=None,
+        parameters=1000,
+        tied=True,
+        vocabulary=VOCABULARY,
+        relations=relations,
+        planes={name: plane() for name in relations.get(PRESET, {})},
+        geometry={"input": shape, "centres": shape},
+    )
+    measured = rest.get("text")
+    if measured is not None:
+        result.reliability = reliability_curve(measured.positions.confidence, measured.positions.correct)
+        result.quality = {"ece": Estimate(value=0.1, low=0.05, high=0.2)}
+    for name, value in rest.items():
+        setattr(result, name, value)
+    return result
+
+
+def analysis(*models: ModelResult, **rest: Any) -> Analysis:
+    values: dict[str, Any] = {"comparisons": [], "cka": {}, "last_layer_cka": {}, "data": None, "data_source": None,
+                              "evaluated_tokens": 0, "windows": 0, "notes": []}  # fmt: skip
+    return Analysis(settings=AnalysisSettings(bootstrap=200), models=list(models), **(values | rest))
+
+
+def drawn(found: Analysis) -> dict[str, Drawing]:
+    return {drawing.name: drawing for drawing in draw_all(found)}
+
+
+def legend(figure: Figure) -> list[str]:
+    return [entry.get_text() for entry in figure.legends[0].get_texts()]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Looks
+
+
+def test_28_models_look_different_with_lines_alone_and_with_markers_alone():
+    looks = [look(index) for index in range(28)]
+    assert len({(each["color"], each["linestyle"]) for each in looks}) == 28
+    assert len({(each["color"], each["marker"]) for each in looks}) == 28
+    assert len({swatch(index) for index in range(28)}) == 28
+
+
+# Severity 1 of Machado, Oliveira & Fernandes, IEEE TVCG 15 (2009), table 1; for linear RGB.
+BLIND = {
+    "nothing": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+def lab(linear: np.ndarray) -> np.ndarray:
+    """CIE L*a*b* (D65) of linear sRGB, (N, 3)."""
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    xyz = linear @ np.array(to_xyz).T / [0.9505, 1.0, 1.089]
+    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], axis=1)
+
+
+@pytest.mark.parametrize("kind", BLIND)
+def test_looks_differ_for_colour_blind_readers(kind):
+    """Where two colours could be taken for one another (ΔE < 10), line style and marker both differ."""
+    looks = [look(index) for index in range(28)]
+    coded = np.array([[int(each["color"][i : i + 2], 16) / 255 for i in (1, 3, 5)] for each in looks])
+    linear = np.where(coded <= 0.04045, coded / 12.92, ((coded + 0.055) / 1.055) ** 2.4)
+    seen = lab((linear @ np.array(BLIND[kind]).T).clip(0, 1))
+    for i, j in itertools.combinations(range(28), 2):
+        alike = np.linalg.norm(seen[i] - seen[j]) < 10
+        apart = looks[i]["linestyle"] != looks[j]["linestyle"] and looks[i]["marker"] != looks[j]["marker"]
+        assert not alike or apart, (i, j)
+        assert not alike or max(i, j) >= 7, "the first seven need no second look"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is drawn
+
+
+def test_an_interval_is_drawn_where_it_is_even_beside_its_value():
+    outside = replace(relation(1.0), score=Estimate(value=1.0, low=2.0, high=3.0))
+    unknown = replace(relation(1.5), score=Estimate(value=1.5, low=float("nan"), high=float("nan")))
+    figure = scores_by_relation(analysis(model("m", {PRESET: {"x": outside, "y": unknown}}))).figure
+    lines = next(c for c in figure.axes[0].collections if isinstance(c, LineCollection))
+    assert [segment[:, 0].tolist() for segment in lines.get_segments()] == [[2.0, 3.0]]
+    assert sorted(figure.axes[0].lines[0].get_xdata()) == [1.0, 1.5]
+
+
+@pytest.mark.parametrize("without", [0, 1])
+def test_a_model_without_usable_relations_is_left_out_and_named(without):
+    models = [model("rich", {PRESET: {"x": relation(1.0), "y": relation(2.0)}})]
+    models.insert(without, model("poor", {}))
+    figures = drawn(analysis(*models))
+    assert "variants" not in figures
+    for name in ("scores_by_relation", "score_cdfs"):
+        assert legend(figures[name].figure) == ["rich"]
+        assert "Left out, since no relation has enough pairs that they can use: poor." in figures[name].caption
+        assert "rich: softmax" in figures[name].source and "poor" not in figures[name].source
+    for name in ("planes_of_relations", "plane_of_the_vocabulary"):
+        assert "Not drawn: poor." in figures[name].caption
+        assert len(figures[name].figure.axes) == 2
+    # The look belongs to the place in the report, whoever is left out.
+    markers = figures["scores_by_relation"].figure.axes[0].lines[0]
+    assert markers.get_color() == look(1 - without)["color"]
+
+
+def test_models_that_share_no_relation():
+    figures = drawn(analysis(model("a", {PRESET: {"x": relation(1.0)}}), model("b", {PRESET: {"y": relation(1.0)}}),
+                             model("c", {PRESET: {"x": relation(2.0), "y": relation(1.0)}})))  # fmt: skip
+    plane = figures["planes_of_relations"]
+    assert [axes.get_title().split(" · ")[:2] for axes in plane.figure.axes] == [["x", "a"], ["x", "c"]]
+    assert "Not drawn: b." in plane.caption
+    difference = figures["variants"]
+    assert legend(difference.figure) == ["c minus a"]
+    assert "no relation that can be compared with a: b." in difference.caption
+    assert "variants" not in drawn(
+        analysis(model("a", {PRESET: {"x": relation(1.0)}}), model("b", {PRESET: {"y": relation(1.0)}}))
+    )
+
+
+def test_captions_of_planes_say_what_is_not_drawn():
+    relations = {PRESET: {f"relation{i}": relation(1.0) for i in range(6)}}
+    caption = drawn(analysis(*(model(label, relations) for label in "abcde")))["planes_of_relations"].caption
+    assert "the first 4 of 6 relations by name, so that words can be read. Not drawn: relation4, relation5." in caption
+    assert "at most 3 models, and such that share a relation. Not drawn: d, e." in caption
+    assert "at most 8." in caption
+
+
+def test_the_same_numbers_are_one_variant():
+    tied = {PRESET: {"x": relation(1.0)}, "centres": {"x": relation(1.0)}, "full space": {"x": relation(3.0)}}
+    other = {PRESET: {"x": relation(2.0)}, "centres": {"x": relation(2.0)}, "full space": {"x": relation(3.5)}}
+    untied = other | {"centres": {"x": relation(9.0)}}
+    assert duplicate_variants([model("a", tied), model("b", other)]) == {"centres": PRESET}
+    assert duplicate_variants([model("a", tied), model("b", untied)]) == {}
+    # The same scores with other intervals are another way to measure.
+    wider = tied | {"centres": {"x": relation(1.0, seed=1)}}
+    assert duplicate_variants([model("a", wider), model("b", wider)]) == {}
+
+    def rows(*models: ModelResult) -> list[str]:
+        return [label.get_text() for label in drawn(analysis(*models))["variants"].figure.axes[0].get_yticklabels()]
+
+    assert rows(model("a", tied), model("b", other)) == [PRESET, "full space"]
+    assert rows(model("a", tied), model("b", other), model("c", untied)) == [PRESET, "centres", "full space"]
+    three = drawn(analysis(model("a", tied), model("b", other), model("c", untied)))["variants"]
+    assert f"Drawn once, since the numbers are the same: “centres” and “{PRESET}” (b)." in three.caption
+    markers = [line for line in three.figure.axes[0].lines if line.get_linestyle() == "None"]
+    assert [len(line.get_xdata()) for line in markers] == [2, 3]
+
+
+def test_figures_are_signed_with_the_counts_that_were_measured():
+    models = [model("a", {}, text=text(100, 60)), model("b", {}, text=text(80, 60)), model("c", {})]
+    figures = drawn(analysis(*models, data="folder", data_source="a book", cka={"b": np.eye(3)}))
+    assert "Measured on 100 (a), 80 (b) validation tokens of: a book" in figures["reliability"].source
+    assert "sample of 60 validation positions of: a book" in figures["layers"].source  # and not 512
+    assert "sample of 60 validation positions of: a book" in figures["cka"].source  # and not 1,024
+    assert "c: softmax" not in figures["layers"].source
+    assert "c: softmax" in figures["explained_variance"].source
+    assert "hidden states" not in drawn(analysis(model("c", {})))["explained_variance"].source
+    longer = drawn(analysis(model("a", {}, text=text(4000, 900)), data_source="a book"))
+    assert "sample of 512 validation positions" in longer["layers"].source
+    assert counts_text({"a": 5, "b": 5}) == "5" and counts_text({}) == "no"
+
+
+def test_scores_beyond_the_axis_are_said():
+    far = np.concatenate([np.full(3, 5000.0), np.ones(397)])
+    figures = drawn(analysis(model("m", {PRESET: {"x": relation(1.0), "y": relation(1.0, sampled=far)}})))
+    assert "axis ends at 100. Scores beyond it are not drawn: at most 0.75% of a curve (y, m)." in (
+        figures["score_cdfs"].caption
+    )
+    near = drawn(analysis(model("m", {PRESET: {"x": relation(1.0)}})))
+    assert "axis ends" not in near["score_cdfs"].caption
+
+
+def test_where_values_over_training_are_from():
+    history = [{"kind": "eval", "step": s, "loss": 3.0, "x_norm_mean": 2.0} for s in (0, 10, 20)]
+    kept = [{"step": s, "hidden_norm": 2.0, "centre_norm": 1.0} for s in (10, 20)]
+    figure = drawn(analysis(model("logs", {}, history=history), model("keeps", {}, checkpoints=kept)))["over_training"]
+    assert "over the eval.diagnostic_windows of its configuration (16 unless set): logs." in figure.caption
+    text = f"over about {CHECKPOINT_TOKENS:,} validation tokens in windows of at most {CHECKPOINT_WINDOW}"
+    assert re.search(f"{text}, .*: keeps\\.", figure.caption)
+    # `keeps` is in the first panel and `logs` in the second only: the legend has both.
+    assert sorted(legend(figure.figure)) == ["keeps", "logs"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Many runs
+
+
+def test_ten_arms_can_be_told_apart_and_nothing_is_cut_off(tmp_path: Path):
+    arms = [f"quickstart-exponent{n}xsqrt_dim" for n in range(1, 11)]
+    rows = [
+        {"arm": arm, "loss": 4 + 0.1 * i + 0.01 * seed, "measure": i + seed, "other": None, "exponent": 11.3 * (i + 1)}
+        for i, arm in enumerate(arms)
+        for seed in range(3)
+    ]
+    rows[0] |= {"exponent": 11.1}  # learnt: it differs between seeds
+    rows += [{"arm": "softmax", "loss": 4.0, "measure": 0.0, "other": 1.0, "exponent": None}]
+    figure = measure_against_loss(rows, {"measure": "measure", "other": "other"}, "11 arms. " * 60)
+    shown = {(line.get_color(), line.get_marker()) for line in figure.axes[0].lines}
+    assert len(shown) == 11
+    assert legend(figure)[:2] == [f"{arms[0]}, n = 11.1 to 11.3", f"{arms[1]}, n = 22.6"]
+    assert legend(figure)[-1] == "softmax"
+    pixels = imread(save_figure(figure, tmp_path, "readability"))[..., :3]
+    assert pixels[:, [0, -1]].min() > 0.9 and pixels[[0, -1]].min() > 0.9
+    width, height = figure.get_size_inches()
+    panel = figure.axes[0].get_position()
+    assert panel.width * width > 1.5 and panel.height * height > 1.5
+
+
+def test_arms_without_exponents_keep_their_names():
+    figure = measure_against_loss([{"arm": "a", "loss": 4.0, "m": 1.0}], {"m": "m"}, "one run")
+    assert legend(figure) == ["a"]

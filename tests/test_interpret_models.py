@@ -1,0 +1,135 @@
+"""hgpt/interpret/models.py: what it refuses, before memory and time are spent on it, and what tokens stand for."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from small_models import TEXT, byte_pairs, export, unigrams, word_pieces
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoConfig, GPTNeoForCausalLM
+
+from hgpt.errors import UserError
+from hgpt.interpret.models import LoadedModel, Source, check_memory, find_sources, loaded, outlines
+
+CPU = torch.device("cpu")
+TOKENIZERS = {"bytes": byte_pairs, "word pieces": word_pieces, "unigrams": unigrams}
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def model(request, tmp_path_factory):
+    folder = export(tmp_path_factory.mktemp("models") / "model", TOKENIZERS[request.param](300))
+    with loaded(find_sources([str(folder)])[0], CPU) as model:
+        yield model
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def test_gpt_neo_is_refused_though_it_has_the_same_parts(tmp_path):
+    config = GPTNeoConfig(
+        vocab_size=300, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=8,
+    )  # fmt: skip
+    neo = GPTNeoForCausalLM(config)
+    assert hasattr(neo.base_model, "ln_f")
+    message = r"is a GPTNeoForCausalLM; hgpt\.interpret reads models of hgpt and GPT-2 models of transformers"
+    with pytest.raises(UserError, match=message):
+        LoadedModel(Source(label="neo", folder="neo"), neo, None, CPU)
+    neo.save_pretrained(tmp_path / "neo")
+    source = find_sources([str(tmp_path / "neo")])[0]
+    with pytest.raises(UserError, match=message):
+        outlines([source])
+    (tmp_path / "neo" / "model.safetensors").unlink()  # the weights are not what it is told by
+    with pytest.raises(UserError, match=message), loaded(source, CPU):
+        pass
+
+
+def test_weights_that_are_none(tmp_path):
+    folder = export(tmp_path / "model", byte_pairs(300))
+    (folder / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0no header of JSON")
+    with (
+        pytest.raises(UserError, match=r"no model can be loaded from .*/model: "),
+        loaded(find_sources([str(folder)])[0], CPU),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("allocate", [torch.empty, np.empty], ids=["torch", "numpy"])
+def test_memory_that_runs_out_while_a_model_is_measured(tmp_path, allocate):
+    source = find_sources([str(export(tmp_path / "model", byte_pairs(300)))])[0]
+    with (
+        pytest.raises(UserError, match=r"ran out of memory with .*/model: close other programs, lower --tokens"),
+        loaded(source, CPU),
+    ):
+        allocate(10**16)  # what an operating system really says
+    with pytest.raises(RuntimeError, match="something else"), loaded(source, CPU):
+        raise RuntimeError("something else")
+
+
+def test_memory_that_runs_out_while_a_model_is_loaded(tmp_path, monkeypatch):
+    source = find_sources([str(export(tmp_path / "model", byte_pairs(300)))])[0]
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: torch.empty(10**16))
+    with pytest.raises(UserError, match="ran out of memory with"), loaded(source, CPU):
+        pass
+
+
+def test_a_model_on_the_hub_that_would_not_fit_is_refused_before_it_is_downloaded(monkeypatch):
+    """GPT-2 small: 124,439,808 parameters of 4 bytes, and 1 GB to work with."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1.49e9))
+    source = Source(label="gpt2", folder="somebody/gpt2")
+    with pytest.raises(UserError, match=r"somebody/gpt2 needs about 1\.5 GB of memory .* and 1\.5 GB are free"):
+        check_memory(source, GPT2Config())
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1.51e9))
+    check_memory(source, GPT2Config())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tokens
+
+
+def test_outlines_know_what_the_models_know(tmp_path):
+    folders = [export(tmp_path / name, byte_pairs(300), head, context=n, rows=rows) for name, head, n, rows in
+               (("a", "gpt2", 16, 320), ("b", "harmonic", 8, 300))]  # fmt: skip
+    sources = find_sources([str(folder) for folder in folders])
+    found = outlines(sources)
+    assert [(o.context, o.vocab_size) for o in found] == [(16, 320), (8, 300)]
+    assert found[0].words is found[1].words
+    for outline in found:
+        with loaded(outline.source, CPU) as model:
+            assert outline.words == frozenset(model.vocabulary().items())
+            assert (outline.context, outline.vocab_size) == (model.context, model.vocab_size)
+
+
+def test_only_a_tokenizer_over_bytes_has_bytes_for_each_token(model):
+    table = model.token_bytes()
+    over_bytes = "Ġthe" in model.vocabulary()
+    assert model.byte_level == over_bytes == (table is not None)
+    if table is not None:
+        assert table[model.encode("with é")].sum() == len("with é".encode())
+
+
+def test_each_text_has_the_tokens_that_it_has_alone(model):
+    texts = ["with", " with", "", "a while", "with"]
+    assert model.encode_each(texts) == {text: model.encode(text) for text in texts}
+    assert model.encode_each([]) == {}
+
+
+def test_where_tokens_end_in_the_text(model):
+    text = "While “with” é, it's 日本 — the\n\n  suite  "
+    ids, ends = model.encode_with_ends(text)
+    assert ids.tolist() == model.encode(text)
+    whole = model.tokenizer._tokenizer.encode(text, add_special_tokens=False)
+    assert ends.tolist() == [len(text[:end].encode()) for _, end in whole.offsets]
+    assert (np.diff(ends) >= 0).all() and ends[-1] <= len(text.encode())
+    ids, ends = model.encode_with_ends("")
+    assert len(ids) == len(ends) == 0
+
+
+def test_characters_of_pieces_are_not_taken_for_bytes(tmp_path):
+    with loaded(find_sources([str(export(tmp_path / "model", word_pieces(300)))])[0], CPU) as model:
+        pieces = [token for token in model.vocabulary() if token.startswith("##")]
+        assert pieces and "�" not in "".join(model.token_text(model.vocabulary()[piece]) for piece in pieces)
+        ids = model.encode(TEXT)
+        assert len(set(ids)) > 50
