@@ -65,7 +65,7 @@ def calibration_error_interval(
         ‖ĝ‖₁ − ‖g‖₁ ≈ Σ_m [g_m ≠ 0] sign(g_m) h_m + [g_m = 0] |h_m|
 
     in which a gap counts as 0 while it is below SURE standard errors (Fang & Santos, *Inference on Directionally
-    Differentiable Functions*, Review of Economic Studies 86, 2019, arXiv:1404.3763, §3.3). The lower end subtracts the
+    Differentiable Functions*, Review of Economic Studies 86, 2019, arXiv:1404.3763). The lower end subtracts the
     upper quantile of that. The upper end subtracts the lower quantile of Σ_m sign(ĝ_m) h_m, which is smaller still:
     noise can only hide an error as far as it has the opposite sign. So the sample's own ECE lies inside.
 
