@@ -360,7 +360,7 @@ def test_a_run_that_really_measures(data, tmp_path, capsys):
     assert out.count(f"energy: {last['method']}\n") == 1 and "CPU " in last["method"]
     assert f"energy {last['energy_kwh']:.3g} kWh ({last['method']})" in out
     assert {path.name for path in config.run_folder.iterdir()} == {
-        "config.toml", "metrics.jsonl", "tensorboard", "checkpoints", "latest",
+        ".lock", "config.toml", "metrics.jsonl", "tensorboard", "checkpoints", "latest",
     }  # fmt: skip
     # It is read back.
     (name, folder), *_ = find_runs(tmp_path)

@@ -486,7 +486,8 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, source, monkeypatch, capsys):
 def test_ctrl_c_while_workers_start_ends_all_processes_silently(tmp_path, source):
     """It reaches all of the terminal's processes: this one, and those that are importing what they need."""
     script = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # tests in the background of a shell ignore it
         "from data_prep import openwebtext, sharding, text_files\n"
         "text_files.SECTION_BYTES = sharding.SECTION_BYTES = 3000\n"
         "encode = sharding.UnitEncoder.__call__\n"
@@ -1101,6 +1102,7 @@ def test_ctrl_c_does_not_wait_for_downloads():
         return Path(name)
 
     before = set(threading.enumerate())
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     start = time.perf_counter()
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -1108,6 +1110,7 @@ def test_ctrl_c_does_not_wait_for_downloads():
         assert time.perf_counter() - start < 5
         assert all(thread.daemon for thread in set(threading.enumerate()) - before)
     finally:
+        signal.signal(signal.SIGINT, handler)
         going_on.set()
     for thread in set(threading.enumerate()) - before:
         thread.join(60)
