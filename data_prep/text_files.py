@@ -18,6 +18,7 @@ from math import ceil
 from pathlib import Path
 from typing import IO, NoReturn
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -262,11 +263,18 @@ def _row_group(
         if len(wanted):
             if pa.types.is_dictionary(wanted.type):
                 wanted = wanted.dictionary_decode()
-            texts = wanted.cast(pa.large_binary())
-            # By index: a loop over the array would hold a scalar, which is one more copy of the text.
-            yield from (texts[index].as_py() for index in range(len(texts)))
+            yield from _values(wanted.cast(pa.large_binary()))
         if position >= end:
             break
+
+
+def _values(texts: pa.LargeBinaryArray) -> Iterator[bytes | None]:
+    """The values one by one, straight from the buffers: a pyarrow scalar would be one more copy of each."""
+    _, offsets, content = texts.buffers()
+    ends = np.frombuffer(offsets, dtype=np.int64)[texts.offset :]
+    view = memoryview(content) if content is not None else memoryview(b"")
+    for index, valid in enumerate(texts.is_valid().to_pylist()):
+        yield view[ends[index] : ends[index + 1]].tobytes() if valid else None
 
 
 def _text_bytes(metadata: pq.FileMetaData, row_group: int, text_column: str) -> int:
