@@ -321,6 +321,15 @@ def test_a_document_of_200_mb_is_encoded_in_bounded_memory(tmp_path):
     assert read_meta(tmp_path / "out").splits["train"].tokens >= copies * tokens
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.large_binary()], ids=str)
+def test_rows_out_of_the_buffers_are_those_of_pyarrow(kind):
+    texts = pa.array(["first", None, "", "zwölf", "x" * 1000, None], kind)
+    for first in range(len(texts) + 1):  # a section begins anywhere in a batch
+        part = texts[first:].cast(pa.large_binary())
+        assert list(text_files._values(part)) == part.to_pylist()
+    assert list(text_files._values(pa.nulls(2, pa.large_binary()))) == [None, None]
+
+
 def test_python_holds_one_row_of_a_row_group(tmp_path):
     """However many large ones stand together between small ones, of which the average knows nothing."""
     documents = ["x" * 1_000_000] * 40 + ["x"] * 40_000
@@ -467,7 +476,8 @@ def test_going_on_needs_the_same_settings_and_files(tmp_path, source, capsys):
         TokenShards.open(out, "train")
 
 
-def test_ctrl_c_keeps_what_is_finished(tmp_path, source, monkeypatch, capsys):
+def interrupted_run(out, monkeypatch, *arguments):
+    """A preparation that Ctrl-C stops after 9 units."""
     encode = sharding.UnitEncoder.__call__
 
     def interrupted(self, unit):
@@ -477,9 +487,13 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, source, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(sharding.UnitEncoder, "__call__", interrupted)
-        assert main(["--source", str(source), "--out", str(tmp_path / "out"), *SMALL]) == 130
+        assert main(["--out", str(out), *SMALL, *arguments]) == 130
+    assert recorded_units(out) == 9
+
+
+def test_ctrl_c_keeps_what_is_finished(tmp_path, source, monkeypatch, capsys):
+    interrupted_run(tmp_path / "out", monkeypatch, "--source", str(source))
     assert capsys.readouterr().err.endswith("interrupted: what is finished stays, the same command goes on\n")
-    assert recorded_units(tmp_path / "out") == 9
     assert contents(run(source, tmp_path / "out")) == contents(run(source, tmp_path / "whole"))
 
 
@@ -1115,21 +1129,6 @@ def test_ctrl_c_does_not_wait_for_downloads():
     for thread in set(threading.enumerate()) - before:
         thread.join(60)
     assert len(started) == openwebtext.DOWNLOADS  # and none of the others began
-
-
-def interrupted_run(out, monkeypatch):
-    """A preparation from the hub that is stopped after 9 units."""
-    encode = sharding.UnitEncoder.__call__
-
-    def interrupted(self, unit):
-        if unit.number == 9:
-            raise KeyboardInterrupt
-        return encode(self, unit)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sharding.UnitEncoder, "__call__", interrupted)
-        assert main(["--out", str(out), *SMALL]) == 130
-    assert recorded_units(out) == 9
 
 
 def test_a_preparation_goes_on_with_its_commit_and_without_the_hub(tmp_path, source, on_hub, monkeypatch, capsys):
