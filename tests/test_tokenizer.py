@@ -1,6 +1,7 @@
 """hgpt/tokenizer.py: the fast encoder equals the exported tokenizer, and no text makes a special token."""
 
 import importlib.metadata
+import itertools
 import json
 import pickle
 import random
@@ -8,7 +9,9 @@ import subprocess
 import sys
 
 import pytest
+import tiktoken
 import tokenizers
+from tiktoken_ext.openai_public import r50k_pat_str
 from transformers import AutoTokenizer
 
 from hgpt import tokenizer as tokenizer_module
@@ -82,6 +85,24 @@ def test_gpt2_equals_the_saved_tokenizer_on_every_character(gpt2, tmp_path):
     texts = ["a ".join(characters[start : start + 512]) for start in range(0, len(characters), 512)]
     for text, tokens in zip(texts, gpt2.encode_batch(texts), strict=True):
         assert backend.encode(text).ids == tokens.tolist()
+
+
+def test_gpt2_equals_tiktokens_own_pattern(gpt2):
+    reference = tiktoken.Encoding(
+        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=gpt2._fast._mergeable_ranks, special_tokens={}
+    )
+    # Every text of up to five of these: letters (in contractions), a digit, marks, kinds of space, a combining accent.
+    short = ("".join(parts) for n in range(1, 6) for parts in itertools.product(" \n\u3000s'l1.é\u0301", repeat=n))
+    # Every character (beyond these none is a letter, digit or space) between others and in runs of spaces.
+    characters = (chr(code) for code in range(0x34000) if not 0xD800 <= code < 0xE000)
+    contexts = (f"a{c} 1{c}{c}.{c} {c}  {c}\n\n{c}'{c}" for c in characters)
+    for texts in (short, contexts):
+        while batch := list(itertools.islice(texts, 4096)):
+            # A text ends where the pattern's end of the text is; joined, the others follow, which is another case.
+            for own in (batch, ["".join(batch)]) if texts is short else (["".join(batch)],):
+                assert [tokens.tolist() for tokens in gpt2.encode_batch(own)] == [
+                    reference.encode_ordinary(text) for text in own
+                ]
 
 
 def test_pickled_tokenizer_encodes_the_same(either):
