@@ -36,6 +36,9 @@ _CHUNK_BYTES_CPU, _CHUNK_BYTES_GPU = 52 * 2**20, 512 * 2**20
 # Bytes of the rows of a chunk that go through the pointwise operations together on a CPU: they stay in its
 # second-level cache from the first operation to the last.
 _BLOCK_BYTES = 2**20
+# Rows of w that are multiplied at a time on a CPU, or as many as positions. MKL is 10 to 25 % faster at 256 x 1024
+# products at a time than at 256 x 50304 (on an AMD EPYC, one thread and two; D = 768 and 1600).
+_PRODUCT_ROWS = 1024
 
 _LOG2_E, _LN_2 = 1 / math.log(2), math.log(2)
 
@@ -58,6 +61,14 @@ def _block_positions(products: Tensor) -> int:
     if products.is_cpu:
         return max(1, _BLOCK_BYTES // (products.shape[1] * products.itemsize))
     return products.shape[0]  # elsewhere what counts is the number of kernels
+
+
+def _products(x: Tensor, w: Tensor, out: Tensor) -> Tensor:
+    """x·w_i for every pair, (C, D), (V, D) → (C, V), in `out`."""
+    size = max(_PRODUCT_ROWS, len(x)) if x.is_cpu else len(w)
+    for rows, columns in zip(w.split(size), out.split(size, dim=1), strict=True):
+        torch.mm(x, rows.T, out=columns)
+    return out
 
 
 class Terms(NamedTuple):
@@ -179,7 +190,7 @@ def _losses_and_grads(
 
     for start in range(0, num, chunk):
         x_c = x[start : start + chunk]  # (C, D)
-        products = inner_products(x_c, w) if buffer is None else torch.mm(x_c, w.T, out=buffer[: len(x_c)])  # (C, V)
+        products = inner_products(x_c, w) if buffer is None else _products(x_c, w, buffer[: len(x_c)])  # (C, V)
         g = None
         if need_x or need_w or need_n:
             g = products if g_dtype == dtype else torch.empty_like(products, dtype=g_dtype)
@@ -295,8 +306,10 @@ def _scale_gradients(ctx: Any, grad_output: Tensor | None, *others: None) -> tup
     grads, ctx.grads = ctx.grads, None
     if grads is None:  # a second time through one graph
         _, *grads = _summed_loss(*ctx.saved_tensors, *ctx.options)
+    # In a graph that is being compiled it has no value yet; to ask a GPU for it would make the host wait.
+    scaled = type(grad_output) is Tensor and grad_output.is_cpu and grad_output == 1
     grad_x, grad_w, grad_n = (
-        grad.mul_(grad_output).to(dtype) if needed else None
+        (grad if scaled else grad.mul_(grad_output)).to(dtype) if needed else None
         for grad, dtype, needed in zip(grads, ctx.dtypes, ctx.options[-3:], strict=True)
     )
     return grad_x, grad_w, None, None, grad_n, *(None,) * 6

@@ -136,6 +136,29 @@ def test_the_chunk_changes_nothing(fused_loss: Callable, dense_loss: Callable, c
         torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", [64, 100, 507, 600])
+@BOTH
+def test_the_rows_of_a_product_change_nothing(
+    fused_loss: Callable, dense_loss: Callable, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_loss_module, "_PRODUCT_ROWS", rows)
+    problem = make_problem().to(torch.float64)
+    for value, expected in zip(differentiate(fused_loss, problem), differentiate(dense_loss, problem), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25, 0.0])
+@RECOMPUTE
+def test_what_comes_after_the_loss_scales_its_gradients(recompute: bool, factor: float) -> None:
+    problem = make_problem().to(torch.float64)
+    plain = differentiate(fused, problem, recompute=recompute)
+    scaled = differentiate(
+        lambda *operands, **kwargs: fused(*operands, **kwargs) * factor, problem, recompute=recompute
+    )
+    for value, expected in zip(scaled, plain, strict=True):
+        torch.testing.assert_close(value, expected * factor)
+
+
 def test_default_chunk_fits_its_memory() -> None:
     assert chunk_positions(50304) == 256
     assert chunk_positions(50304, torch.bfloat16) == 256  # the scores are float32 either way
@@ -367,10 +390,10 @@ def test_smoothing_spreads_over_the_classes_and_not_the_padding(
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("options", [{}, {"recompute": True}, {"reduction": "none"}])
 def test_gradient_of_the_exponent(options: dict[str, Any], label_smoothing: float) -> None:
-    problem = make_problem()
-    padded = torch.cat([problem.w, torch.zeros(5, D)])
+    planted, problem = make_problem(), make_problem(planted=False)
 
-    def grads(loss_of: Callable, dtype: torch.dtype, **kwargs: Any) -> tuple[Tensor, ...]:
+    def grads(problem: Problem, loss_of: Callable, dtype: torch.dtype, **kwargs: Any) -> tuple[Tensor, ...]:
+        padded = torch.cat([problem.w, torch.zeros(5, D)])
         n = torch.tensor(EXPONENT, dtype=dtype, requires_grad=True)
         x, w = (t.to(dtype).requires_grad_() for t in (problem.x, padded if "chunk" in kwargs else problem.w))
         loss = loss_of(x, w, problem.targets, n, label_smoothing=label_smoothing, **kwargs).sum()
@@ -378,13 +401,15 @@ def test_gradient_of_the_exponent(options: dict[str, Any], label_smoothing: floa
 
     fused_options = {"chunk": CHUNK, "num_classes": V, **options}
     reduction = {"reduction": "none"} if "reduction" in options else {}
-    truth = grads(harmonic_loss, torch.float64, **reduction)
-    for value, expected in zip(grads(fused_harmonic_loss, torch.float64, **fused_options), truth, strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
-    ours = grads(fused_harmonic_loss, torch.float32, **fused_options)[0]
-    theirs = grads(harmonic_loss, torch.float32, **reduction)[0]
+    expected = grads(planted, harmonic_loss, torch.float64, **reduction)
+    for value, truth in zip(grads(planted, fused_harmonic_loss, torch.float64, **fused_options), expected, strict=True):
+        torch.testing.assert_close(value, truth, rtol=1e-9, atol=1e-12)
+    # Without the distances of zero, at which the floor of float32 decides the gradient by n.
+    truth = grads(problem, harmonic_loss, torch.float64, **reduction)[0]
+    ours = grads(problem, fused_harmonic_loss, torch.float32, **fused_options)[0]
+    theirs = grads(problem, harmonic_loss, torch.float32, **reduction)[0]
     assert ours.dtype == torch.float32
-    assert relative_error(ours, truth[0]) < relative_error(theirs, truth[0]) + 1e-6
+    assert relative_error(ours, truth) < relative_error(theirs, truth) + 1e-6
 
 
 def test_everything_at_the_origin_stays_finite() -> None:
