@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hgpt
 from hgpt import Distance, HarmonicHead, register_distance
+from hgpt import distances as distances_module
 from hgpt.distances import (
     distance_names,
     load_distances,
@@ -122,6 +123,20 @@ def test_mahalanobis_with_what_it_has_learnt(options: dict[str, Any]) -> None:
     inverse_covariance = (factor.T @ factor).detach().numpy()
     expected = cdist(x, head.weight.detach(), "mahalanobis", VI=inverse_covariance)
     torch.testing.assert_close(head.distances(x), torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("block", [1, 3, 7, 192])
+def test_the_product_with_a_triangular_matrix(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distances_module, "_TRIANGLE_BLOCK", block)
+    rows = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
+    square = torch.randn(D, D, dtype=torch.float64, requires_grad=True)
+
+    def product(rows: Tensor, square: Tensor) -> Tensor:
+        return distances_module._TriangularProduct.apply(rows, square.tril())
+
+    torch.testing.assert_close(product(rows, square), rows @ square.tril())
+    assert torch.autograd.gradcheck(product, (rows, square))
+    assert torch.autograd.gradgradcheck(product, (rows, square))
 
 
 @pytest.mark.parametrize("options", [{}, {"metric": "low_rank", "rank": 3}, {"metric": "full"}], ids=str)
@@ -465,10 +480,14 @@ def test_blocks_within_autograd(kwargs: dict[str, Any]) -> None:
     torch.testing.assert_close(upstream, -3 * first[0])
 
 
-@pytest.mark.parametrize("distance", ["cosine", "mahalanobis", "manhattan"])
-def test_torch_compile_around_it(distance: str) -> None:
+@pytest.mark.parametrize(
+    ("distance", "options"),
+    [("cosine", {}), ("mahalanobis", {}), ("mahalanobis", {"metric": "full"}), ("manhattan", {})],
+    ids=str,
+)
+def test_torch_compile_around_it(distance: str, options: dict[str, Any]) -> None:
     """A product stays in the graph, a distance in blocks is a break in it."""
-    head = make_head(distance, {}, torch.float32)
+    head = make_head(distance, options, torch.float32)
     x, targets = torch.randn(N, D, requires_grad=True), torch.randint(V, (N,))
 
     def step(x: Tensor) -> Tensor:
