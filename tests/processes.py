@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -106,6 +107,7 @@ def _train(config: RunConfig, environment: dict[str, str], log: Path | None) -> 
     code = 0
     try:
         try:
+            replace(config.model.head)  # its checks, which load somebody's own distance; pickling leaves them out
             train.main(config)
         except BaseException as error:
             message, code = train.stopped(error)

@@ -118,6 +118,68 @@ def test_every_engine_gives_the_curve_of_one_process(data, tmp_path, alone, engi
     assert (model.lm_head.weight is model.transformer.wte.weight) == tied
 
 
+OWN_DISTANCE = """
+import torch
+from torch import nn
+
+from hgpt import Distance, register_distance
+
+
+@register_distance("with_a_large_parameter")
+class WithALargeParameter(Distance):
+    power = None
+
+    def __init__(self, dim):
+        super().__init__(dim)
+        self.table = nn.Parameter(torch.empty(dim, 4096))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.constant_(self.table, 0.5)
+
+    def pairwise(self, x, w):
+        return ((x[:, None] - w).abs() * self.table.mean(1).exp()).sum(-1)
+"""
+
+
+# ZeRO-3 that keeps no parameter whole for a moment longer than it has to; by default it keeps small models' for good.
+STRICT_ZERO3 = {
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+    },
+    "train_micro_batch_size_per_gpu": "auto",
+    "train_batch_size": "auto",
+    "gradient_accumulation_steps": "auto",
+}
+
+
+def test_a_distance_may_read_parameters_that_zero3_keeps_in_pieces(data, tmp_path):
+    """They are whole while their module is called, and `pairwise` is called outside: DeepSpeed collects them there too,
+    since they are read as attributes within the head's forward."""
+    strict = tmp_path / "strict.json"
+    strict.write_text(json.dumps(STRICT_ZERO3))
+    file = tmp_path / "own.py"
+    file.write_text(OWN_DISTANCE)
+    head = replace(HARMONIC, distance="with_a_large_parameter", distance_file=str(file))
+    alone, together = (
+        engine_config(data, tmp_path, name, model={"head": head}, optim={"metric_lr_multiplier": 10.0})
+        for name in ("alone", "together")
+    )
+    run(alone, 1)
+    run(together, 2, "zero3", ACCELERATE_DEEPSPEED_CONFIG_FILE=str(strict))
+    assert_same_run(together, alone)
+    (learnt,) = (
+        value
+        for name, value in load_file(together.run_folder / "latest" / "model" / "model.safetensors").items()
+        if name.endswith("table")
+    )
+    assert learnt.shape == (32, 4096) and not torch.equal(learnt, torch.full_like(learnt, 0.5))
+
+
 def set_back(config: RunConfig, name: str) -> RunConfig:
     """A copy of a finished run as it stood at its first checkpoint, to go on from there."""
     parted = replace(config, name=name)
