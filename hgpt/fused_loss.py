@@ -33,9 +33,9 @@ REDUCTIONS = ("mean", "sum", "none")
 # 192 to 512 positions a chunk differ by less than the noise of a shared machine; 256 are 49 MiB. On a GPU not measured
 # yet: by arithmetic, adding to the gradient of w is then a tenth of the products' time.
 _CHUNK_BYTES_CPU, _CHUNK_BYTES_GPU = 52 * 2**20, 512 * 2**20
-# Bytes of the rows of a chunk that go through the pointwise operations together on a CPU: they stay in its cache from the
-# first operation to the last. 2 to 6 MiB differ by less than the noise, 1 MiB is a tenth slower at small vocabularies,
-# for the calls.
+# Bytes of the rows of a chunk that go through the pointwise operations together on a CPU: they stay in its cache from
+# the first operation to the last. 2 to 6 MiB differ by less than the noise; 1 MiB is a tenth slower at small
+# vocabularies, where the calls themselves count.
 _BLOCK_BYTES = 4 * 2**20
 # Rows of w that are multiplied at a time on a CPU, or as many as positions. MKL is 10 to 25 % faster at 256 x 1024
 # products at a time than at 256 x 50304 (on an AMD EPYC, one thread and two; D = 768 and 1600).
