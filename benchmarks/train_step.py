@@ -128,9 +128,8 @@ def main(arguments: list[str] | None = None) -> None:
     steps = {name: training_step(name, config, options) for name, config in configs.items()}
     times: dict[str, list[float]] = {name: [] for name in configs}
     for number in range(options.rounds + 3):
-        for name in list(steps)[
-            :: 1 if number % 2 else -1
-        ]:  # there and back: nobody is always after the same
+        there = list(steps)
+        for name in there if number % 2 else reversed(there):  # nobody always comes after the same
             seconds = steps[name]()
             if number >= 3:  # the first compile, and allocate
                 times[name].append(seconds)
