@@ -332,13 +332,17 @@ class _TriangularProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         v, c = ctx.saved_tensors
+        need_v, need_c = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True: in operations that have derivatives themselves
-            return grad @ c.T, (v.T @ grad).tril()
-        grad_v, grad_c = torch.empty_like(v), torch.zeros_like(c)
+            return grad @ c.T if need_v else None, (v.T @ grad).tril() if need_c else None
+        grad_v = torch.empty_like(v) if need_v else None
+        grad_c = torch.zeros_like(c) if need_c else None
         for start, end in _column_blocks(v.shape[1]):
-            grad_v[:, start:end].addmm_(grad[:, :end], c[start:end, :end].T, beta=0)
-            grad_c[start:, start:end].addmm_(v[:, start:].T, grad[:, start:end], beta=0)
-        return grad_v, grad_c.tril_()
+            if grad_v is not None:
+                grad_v[:, start:end].addmm_(grad[:, :end], c[start:end, :end].T, beta=0)
+            if grad_c is not None:
+                grad_c[start:, start:end].addmm_(v[:, start:].T, grad[:, start:end], beta=0)
+        return grad_v, None if grad_c is None else grad_c.tril_()
 
 
 def _column_blocks(dim: int) -> list[tuple[int, int]]:

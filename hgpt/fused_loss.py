@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .harmax import accumulation_dtype, distance_floor, inner_products
+from .harmax import accumulation_dtype, distance_floor, inner_products, squared_norms
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -180,9 +180,7 @@ def _losses_and_grads(
     g_dtype = _gradient_dtype(x.dtype)
     n = exponent.item() if exponent is not None and exponent.is_cpu else exponent
     terms = Terms(n, num_classes, smoothing, need_n)
-    w_sq = w.new_empty(w.shape[0], dtype=dtype)  # (V,)
-    for rows, squares in zip(w.split(1024), w_sq.split(1024), strict=True):  # no second tensor of the size of w
-        torch.sum(rows.to(dtype).square(), -1, out=squares)
+    w_sq = squared_norms(w)  # (V,)
     losses = x.new_empty(num, dtype=dtype)
     grad_x = x.new_empty(x.shape if need_x else 0, dtype=g_dtype)
     grad_w = x.new_zeros(w.shape if need_w else 0, dtype=dtype)

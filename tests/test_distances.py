@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import hgpt
 from hgpt import Distance, HarmonicHead, register_distance
@@ -137,6 +138,19 @@ def test_the_product_with_a_triangular_matrix(block: int, monkeypatch: pytest.Mo
     torch.testing.assert_close(product(rows, square), rows @ square.tril())
     assert torch.autograd.gradcheck(product, (rows, square))
     assert torch.autograd.gradgradcheck(product, (rows, square))
+    # What is frozen costs nothing, and changes nothing for the other.
+    lower = square.detach().tril().requires_grad_()
+    operands, flops = (rows, lower), []
+    expected = torch.autograd.grad(product(*operands).square().sum(), operands)
+    for trained in ((0, 1), (0,), (1,)):
+        used = [operand if i in trained else operand.detach() for i, operand in enumerate(operands)]
+        loss = distances_module._TriangularProduct.apply(*used).square().sum()
+        with FlopCounterMode(display=False) as counter:
+            grads = torch.autograd.grad(loss, [used[i] for i in trained])
+        for i, grad in zip(trained, grads, strict=True):
+            torch.testing.assert_close(grad, expected[i])
+        flops.append(counter.get_total_flops())
+    assert flops[1] + flops[2] == flops[0] and flops[1] == flops[2] > 0
 
 
 @pytest.mark.parametrize("options", [{}, {"metric": "low_rank", "rank": 3}, {"metric": "full"}], ids=str)

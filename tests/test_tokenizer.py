@@ -96,7 +96,9 @@ def test_gpt2_equals_tiktokens_own_pattern(gpt2):
     # Every character (beyond these none is a letter, digit or space) between others and in runs of spaces.
     characters = (chr(code) for code in range(0x34000) if not 0xD800 <= code < 0xE000)
     contexts = (f"a{c} 1{c}{c}.{c} {c}  {c}\n\n{c}'{c}" for c in characters)
-    for texts in (short, contexts):
+    endings = itertools.product("'’", ("re", "ve", "ll", "d", "m", "RE"), ("", " ", "e", "'re"))
+    contractions = (f"you{mark}{word}{end}" for mark, word, end in endings)
+    for texts in (short, contexts, contractions):
         while batch := list(itertools.islice(texts, 4096)):
             # A text ends where the pattern's end of the text is; joined, the others follow, which is another case.
             for own in (batch, ["".join(batch)]) if texts is short else (["".join(batch)],):
