@@ -89,7 +89,7 @@ class Tokenizer:
                 return self._fast.encode_to_numpy(text, disallowed_special=())
             except ValueError:
                 # The regex engine of tiktoken runs out of stack on a million spaces in a row; the slower one
-                # of tokenizers does not.
+                # of tokenizers does not. (encode_ordinary would panic there, which is no Exception.)
                 pass
         self._backend.encode_special_tokens = True  # means: as ordinary text; pickling forgets the flag
         return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
