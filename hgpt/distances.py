@@ -364,7 +364,7 @@ def _difference_gradients(slopes: Tensor) -> tuple[Tensor, Tensor]:
 
 @register_distance("manhattan")
 class Manhattan(Distance):
-    """Σ |x_k − w_k|."""
+    """Σ |x_k − w_k|: |w|₁ at x = 0; parallel vectors are nothing special."""
 
     power, traffic = None, 11.0
 
@@ -380,7 +380,8 @@ class Minkowski(Distance):
     """(Σ |x_k − w_k|^p)^(1/p), with ∂d/∂x_k = sign(x_k − w_k) (|x_k − w_k| / d)^(p − 1).
 
     Powers are taken of numbers up to 1, |x_k − w_k| over the largest of the pair: those of small differences would
-    leave float32's range. p = 2 is Euclid's and goes through the matrix product.
+    leave float32's range. p = 2 is Euclid's and goes through the matrix product. At x = 0 it is
+    the p-norm of w; parallel vectors are nothing special.
 
     Args:
         p: 1 (Manhattan) or more; its limit for p → ∞ is "chebyshev".
@@ -411,7 +412,10 @@ class Minkowski(Distance):
 
 @register_distance("chebyshev")
 class Chebyshev(Distance):
-    """max |x_k − w_k|; its gradient goes to the first k that attains it."""
+    """max |x_k − w_k|; its gradient goes to the first k that attains it.
+
+    At x = 0 it is the largest |w_k|; parallel vectors are nothing special.
+    """
 
     power, traffic = None, 8.0
 
@@ -432,7 +436,8 @@ class Canberra(Distance):
 
     A coordinate that is 0 in both counts 0, as in SciPy; one in which both are below 1e-19 (in float32) counts less
     than it should, so that gradients stay finite. Where the signs differ a coordinate counts 1 and has no gradient;
-    at x_k = 0 ≠ w_k, a kink, it has the mean of those on either side.
+    at x_k = 0 ≠ w_k, a kink, it has the mean of those on either side. So x = 0 is D from every w without zeros, and
+    parallel vectors x = a w, a > 0, are D |a − 1| / (a + 1) apart.
     """
 
     power, traffic = None, 33.0
@@ -457,8 +462,8 @@ class Canberra(Distance):
 class BrayCurtis(Distance):
     """Σ |x_k − w_k| / (|x|₁ + |w|₁): Manhattan over the most it could be, between 0 and 1.
 
-    For x = 0 it is 1 for every w ≠ 0, and 0 for w = 0. Two vectors with norms that add up to less than 1e-19 (in
-    float32) count as nearer than they are.
+    For x = 0 it is 1 for every w ≠ 0, and 0 for w = 0; parallel vectors x = a w, a > 0, are |a − 1| / (a + 1)
+    apart. Two vectors with norms that add up to less than 1e-19 (in float32) count as nearer than they are.
     """
 
     power, traffic = None, 11.0
@@ -486,6 +491,7 @@ class Hamming(Manhattan):
 
     For τ → 0 it counts the coordinates whose signs differ, for τ far above the coordinates it is Manhattan / (4 D τ).
     Coordinates far above τ have hardly a gradient. As ½ (tanh(x_k/2τ) − tanh(w_k/2τ)), which keeps small ones exact.
+    Neither x = 0, where each σ is ½, nor parallel vectors are special.
 
     Args:
         temperature: τ, in the unit of the hidden states, whose scale `final_norm_gain` sets.

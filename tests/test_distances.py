@@ -310,6 +310,14 @@ def test_what_happens_at_the_origin() -> None:
         torch.testing.assert_close(head(zero, targets), torch.tensor(math.log(V), dtype=torch.float64))
     (gradient,) = torch.autograd.grad(make_head("cosine", {})(zero, targets), zero)
     assert (gradient == 0).all()
+    for distance, options, of in (
+        ("manhattan", {}, lambda w: w.abs().sum(-1)),
+        ("minkowski", {"p": 3.0}, lambda w: (w.abs() ** 3).sum(-1) ** (1 / 3)),
+        ("chebyshev", {}, lambda w: w.abs().max(-1).values),
+        ("hamming", {"temperature": 0.5}, lambda w: ((2 * w).sigmoid() - 0.5).abs().mean(-1)),
+    ):
+        head = make_head(distance, options)
+        torch.testing.assert_close(head.distances(zero), of(head.weight)[None])
 
 
 def test_parallel_vectors() -> None:
@@ -317,6 +325,10 @@ def test_parallel_vectors() -> None:
     x = torch.stack([3 * head.weight[0], -0.1 * head.weight[1]]).detach()
     d = head.distances(x)
     assert d[0, 0] < 1e-14 and d[1, 1].item() == pytest.approx(2)
+    for distance, towards, against in (("canberra", D / 2, D), ("bray_curtis", 0.5, 1)):
+        head = make_head(distance, {})
+        d = head.distances(torch.stack([3 * head.weight[0], -0.1 * head.weight[1]]).detach())
+        assert d[0, 0].item() == pytest.approx(towards) and d[1, 1].item() == pytest.approx(against)
 
 
 def test_small_angles_survive_bfloat16() -> None:
