@@ -332,7 +332,7 @@ def _train(config: RunConfig, held: ExitStack) -> dict[str, float]:
                             grad_norm = torch.as_tensor(accelerator.clip_grad_norm_(model.parameters(), limit))
                             grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
                             if config.train.skip_non_finite:
-                                # The fused optimiser looks at it on the device: nobody waits.
+                                # The fused AdamW looks at it on the device: nobody waits, but for Muon, which cannot.
                                 plain_optimizer.found_inf = (~grad_norm.isfinite()).float()
                         optimizer.step()
                         optimizer.zero_grad()
