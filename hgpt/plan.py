@@ -87,9 +87,10 @@ _MEMORY = (
     ("RTX 4090", 23, 1008),
     ("RTX 3090", 23, 936),
 )
-# GB/s that a distance in blocks reads and writes on a CPU, whose caches its blocks stay in. Measured in float32 on two
-# cores of a shared AMD EPYC (Zen 3), 64 positions, 50,304 centres of width 768: 5 (chebyshev) to 19 (minkowski).
-_CPU_BANDWIDTH = 13
+# GB/s that a distance in blocks reads and writes on a CPU, whose caches its blocks stay in. On two idle cores of an AMD
+# EPYC (Zen 3), by python -m benchmarks.head_loss --shape 64x768x50304 --distances ...: 22 (chebyshev), 43 (hamming), 58
+# (bray_curtis), 61 (manhattan), 72 (canberra), 81 (minkowski); beside another process a quarter of it.
+_CPU_BANDWIDTH = 60
 _DAY = 86400
 
 
@@ -499,7 +500,7 @@ def warnings(plan: Plan) -> list[str]:
         found.append(
             f'model.head.distance = "{plan.config.distance}" visits every coordinate of every pair of a token and a '
             f"centre: about {_duration(plan.distance_seconds)} for {_short(plan.tokens)} tokens and "
-            f"{plan.config.vocab_size:,} centres, by the memory's bandwidth. What helps: cosine, mahalanobis or "
+            f"{plan.config.vocab_size:,} centres, by bandwidth. What helps: cosine, mahalanobis or "
             "euclidean, which are matrix products, a smaller vocabulary, or fewer tokens"
         )
     if launch.engine != "ddp" and run.optim.algorithm == "muon":
