@@ -7,7 +7,6 @@ processes, splits them into train and val, and writes a data folder (hgpt/shards
 """
 
 import argparse
-import codecs
 import hashlib
 import importlib.metadata
 import os
@@ -162,14 +161,6 @@ def decode_utf8(document: bytes) -> tuple[str, bool]:
         return document.decode(), True
     except UnicodeDecodeError:
         return document.decode(errors="replace"), False
-
-
-def decoded_chunks(document: bytes, size: int = 1 << 20) -> Iterator[str]:
-    """The same text as `decode_utf8`, as the chunks that `size` bytes at a time give."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    view = memoryview(document)
-    for start in range(0, len(document), size):
-        yield decoder.decode(view[start : start + size], final=start + size >= len(document))
 
 
 @dataclass(frozen=True, kw_only=True)

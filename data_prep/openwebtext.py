@@ -47,6 +47,7 @@ from data_prep.documents import (
     decode_utf8,
     exit_status,
 )
+from data_prep.long_documents import LONG_DOCUMENT, LongDocument
 from data_prep.sharding import (
     UNITS_AHEAD,
     Preparation,
@@ -77,7 +78,7 @@ from hgpt.shards import (
 from hgpt.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, package_versions
 
 REPOSITORY = "Skylion007/openwebtext"
-REVISION = "refs/pr/20"  # the conversion to Parquet, 80 files; which commit it was is recorded in meta.json
+REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"  # 80 Parquet files, with the 8,013,769 documents
 HUB_TIMEOUT = 10  # seconds until a hub that does not answer is given up
 DOWNLOADS = 8  # files at once
 
@@ -86,6 +87,9 @@ DOCUMENTS = 8_013_769
 VAL_FRACTION = 0.0005
 SEED = 2357
 TOKENS = {"train": 9_035_582_198, "val": 4_434_897}
+# What others report of the same script on the files of REVISION: as many in all, so that a few documents must come in
+# another order than in 2022.
+TOKENS_AT_REVISION = {"train": 9_035_582_489, "val": 4_434_606}
 
 SAMPLE_UNITS = 8  # from which tokens per byte are estimated
 SAMPLE_BYTES = 1 << 17  # of each of them
@@ -305,7 +309,7 @@ def _first_line(error: Exception) -> str:
 # The tokenizer
 
 
-def tokenizer_for(spec: str, sections: Sequence[Section], val: np.ndarray, text_column: str) -> Tokenizer:
+def tokenizer_for(spec: str, sections: Sequence[Section], val: np.ndarray, text_column: str, folder: Path) -> Tokenizer:
     """The tokenizer that `spec` names; one that is trained sees train documents from all over the source."""
 
     def training_texts() -> Iterator[str]:
@@ -315,9 +319,13 @@ def tokenizer_for(spec: str, sections: Sequence[Section], val: np.ndarray, text_
         for index, section in enumerate(sections):
             if index % step == 0:
                 # What cannot be read is found, with all that belongs to it, where it is encoded.
-                documents = read_section(section, text_column, on_bad=lambda message: None)
+                documents = read_section(section, text_column, lambda message: None, folder)
                 for offset, document in enumerate(documents):
-                    if document is not None and place + offset not in held_out:
+                    if document is None or place + offset in held_out:
+                        continue
+                    if isinstance(document, LongDocument):
+                        yield from document.texts()
+                    else:
                         yield decode_utf8(document)[0]
             place += section.documents
 
@@ -326,16 +334,17 @@ def tokenizer_for(spec: str, sections: Sequence[Section], val: np.ndarray, text_
     return tokenizer
 
 
-def tokens_per_byte(tokenizer: Tokenizer, units: Sequence[Unit], text_column: str) -> float:
+def tokens_per_byte(tokenizer: Tokenizer, units: Sequence[Unit], text_column: str, folder: Path) -> float:
     """How many tokens a byte of text becomes, estimated from documents all over the units."""
     # To enter a compressed file further on, all before it would be decompressed.
     units = [unit for unit in units if not (unit.sections[0].first and is_compressed(unit.sections[0].path))] or units
     size = tokens = 0
     for unit in units[:: max(1, len(units) // SAMPLE_UNITS)][:SAMPLE_UNITS]:
         sampled = 0
-        for document in read_section(unit.sections[0], text_column, on_bad=lambda message: None):
+        for document in read_section(unit.sections[0], text_column, lambda message: None, folder):
+            if isinstance(document, LongDocument):
+                document = next(document.pieces())
             text, _ = decode_utf8((document or b"")[:SAMPLE_BYTES])
-            del document  # not to be held, which may be large, while that of the next unit is read
             sampled += len(text.encode())
             tokens += tokenizer.encode_batch([text])[0].size + 1
             if sampled >= SAMPLE_BYTES:
@@ -344,9 +353,12 @@ def tokens_per_byte(tokenizer: Tokenizer, units: Sequence[Unit], text_column: st
     return tokens / max(1, size)
 
 
-def check_disk_space(out: Path, tokens: float, passing: float) -> None:
-    """Raise UserError unless shards of about `tokens` fit on the disk of `out`, and `passing` tokens in other files."""
-    needed = int((1.02 * tokens + passing) * TOKEN.itemsize)
+def check_disk_space(out: Path, tokens: float, passing: float, copies: int) -> None:
+    """Raise UserError unless shards of about `tokens` fit on the disk of `out`.
+
+    Beside them there are for a while `passing` tokens in other files, and `copies` bytes of text.
+    """
+    needed = int((1.02 * tokens + passing) * TOKEN.itemsize) + copies
     free = shutil.disk_usage(out).free
     if needed > free:
         raise UserError(
@@ -432,19 +444,20 @@ def prepare_openwebtext(
             preparation.finish()
             return f"{target} was complete."
         found, asked = find_source(source, revision, preparation)
-        sections, bad = find_sections(found.files, text_column, skip_bad=skip_bad)
+        # A byte is one token at most, so that a unit is no more than a shard.
+        sections, bad = find_sections(found.files, text_column, skip_bad=skip_bad, largest=tokens_per_shard)
         documents = sum(section.documents for section in sections)
         if documents < 2:
             raise UserError(ONE_DOCUMENT if documents else f"--source {source} holds no documents. Give another.")
         for line in document_count_report(documents, bad):
             print(line, file=sys.stderr)
         val = val_documents(documents, val_fraction, seed)
-        units = plan_units(sections, val)
+        units = plan_units(sections, val, largest=tokens_per_shard)
         if part is not None:
             units = units_of_part(units, part)
         if workers > 1 and len(units) > 1:
             start_imports()
-        encoding = tokenizer_for(tokenizer, sections, val, text_column)
+        encoding = tokenizer_for(tokenizer, sections, val, text_column, preparation.folder)
         tokenizer_json = encoding.save(preparation.folder).read_bytes()
         decisive = {
             "revision": found.revision,
@@ -461,7 +474,7 @@ def prepare_openwebtext(
         preparation.begin(
             {"data set on the hub": asked, **decisive, "part": part and list(part), "files": len(found.files)}
         )
-        density = tokens_per_byte(encoding, units, text_column)
+        density = tokens_per_byte(encoding, units, text_column, preparation.folder)
         progress = Progress(sum(unit.documents for unit in units))
 
         def start(earlier: Tally, waiting: int, todo: Sequence[Unit]) -> None:
@@ -469,8 +482,14 @@ def prepare_openwebtext(
                 print(f"going on: {earlier.rows:,} documents are encoded already", file=sys.stderr)
             left = density * sum(unit.bytes for unit in todo)
             ahead = density * UNITS_AHEAD * workers * max((unit.bytes for unit in todo), default=0)
-            # The files of units stay until the shard that holds them is whole, and some are ahead of it.
-            check_disk_space(target, waiting + left, passing=min(left, tokens_per_shard + ahead))
+            longest = max((section.longest for unit in todo for section in unit.sections), default=0)
+            check_disk_space(
+                target,
+                waiting + left,
+                # The files of units stay until the shard that holds them is whole, and some are ahead of it.
+                passing=min(left, tokens_per_shard + ahead),
+                copies=workers * longest if longest > LONG_DOCUMENT else 0,
+            )
             progress.start(earlier)
 
         try:
@@ -752,12 +771,23 @@ def summary(record: PartRecord, tally: Tally, shards: dict[str, int] | None = No
     lines += length_table(tally)
     usual = (record.settings["val_fraction"], record.settings["seed"], record.tokenizer)
     if record.settings["documents"] == DOCUMENTS and tally.rows == DOCUMENTS and usual == (VAL_FRACTION, SEED, "gpt2"):
-        found = {split: tally.counts[split].tokens for split in SPLITS}
-        if found == TOKENS:
-            lines.append("the tokens are as many as nanoGPT's, on both sides")
-        else:
-            lines.append(f"note: nanoGPT has {TOKENS['train']:,} and {TOKENS['val']:,} tokens; this is another text")
+        lines.append(token_count_report({split: tally.counts[split].tokens for split in SPLITS}))
     return lines
+
+
+def token_count_report(found: dict[str, int]) -> str:
+    """A line for the terminal: how the tokens of all of OpenWebText, with nanoGPT's split, compare with nanoGPT's."""
+    theirs = f"{TOKENS['train']:,} and {TOKENS['val']:,}, which nanoGPT reports"
+    if found == TOKENS:
+        return f"the tokens of train and val are as many as nanoGPT's: {theirs}"
+    if sum(found.values()) == sum(TOKENS.values()):
+        known = ", as others found at this revision" if found == TOKENS_AT_REVISION else ""
+        return (
+            f"note: in all as many tokens as nanoGPT's, but {abs(found['val'] - TOKENS['val']):,} "
+            f"{'fewer' if found['val'] < TOKENS['val'] else 'more'} in val than the {theirs}: the same documents in "
+            f"another order{known}"
+        )
+    return f"note: not the {theirs}: this is another text, and losses cannot quite be compared"
 
 
 def length_table(tally: Tally) -> list[str]:
@@ -799,9 +829,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--revision",
-        help="of a data set on the hub, one with Parquet files: a branch, a tag, a pull request, which may move, or a "
-        "commit, which does not. The commit that it is when encoding begins is recorded in meta.json, and a "
-        f"preparation that was stopped goes on with that one (default: {REVISION})",
+        help="of a data set on the hub, one with Parquet files: a commit, or a branch, a tag or a pull request, which "
+        "may move. The commit that it is when encoding begins is recorded in meta.json, and a preparation that was "
+        f"stopped goes on with that one (default: the commit {REVISION})",
     )
     parser.add_argument(
         "--text-column", default="text", help="field or column that holds the text (default: %(default)s)"

@@ -1,10 +1,10 @@
 """Sections of files to shards: in parallel, in order, and able to go on after being killed.
 
-The documents are cut into units of a few megabytes of text (`plan_units`; up to the text of a shard where a file cannot
-be entered anywhere, data_prep/text_files.py), which worker processes encode in any order, each unit into a file of
-tokens for each split. While the workers start, which takes seconds, the main process encodes units itself. It appends
-these files to the shards in the order of the documents, so that shards do not depend on the number of workers. A worker
-holds one document at a time (a megabyte of short ones) and a piece of its tokens.
+The documents are cut into units of a few megabytes of text (`plan_units`; up to 100 where a file cannot be entered
+anywhere, data_prep/text_files.py; never more than a shard of tokens, but for a longer document), which worker processes
+encode in any order, each unit into a file of tokens for each split. While the workers start, which takes seconds, the
+main process encodes units itself. It appends these files to the shards in the order of the documents, so that shards do
+not depend on the number of workers. A worker holds a piece of a document, or a megabyte of short ones, and its tokens.
 
 What a preparation needs to go on stands in the hidden folder `.preparation` of its data folder:
 
@@ -14,8 +14,8 @@ What a preparation needs to go on stands in the hidden folder `.preparation` of 
     unit_000012.train, unit_000012.val      tokens of an encoded unit, kept until the shards that hold them are whole
 
 Every file appears by rename. A unit counts as encoded once the journal says so, a shard as finished once it has its
-name: what is redone after a kill is what the workers were encoding or had just encoded (a unit each, seldom more), and
-the copying into the last shard.
+name. What is redone after a kill is the copying into the last shard, and what the workers were encoding or had encoded
+while the main process did something else: a unit each, seldom more, and never more than UNITS_AHEAD.
 """
 
 import json
@@ -34,7 +34,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_prep.documents import Counts, decode_utf8, decoded_chunks
+from data_prep.documents import Counts, decode_utf8
+from data_prep.long_documents import LongDocument
 from data_prep.text_files import SECTION_BYTES, Section, read_section
 from data_prep.worker_pool import finished_imports, worker_pool
 from hgpt.errors import UserError
@@ -54,7 +55,6 @@ from hgpt.shards import (
 )
 from hgpt.tokenizer import Tokenizer
 
-LONG_DOCUMENT = 1 << 20  # bytes; a longer one is decoded, encoded and written a piece at a time
 UNITS_AHEAD = 3  # per worker, encoded or being encoded and not yet in a shard: bounds the disk space they take
 LENGTH_CLASSES = 40  # powers of two
 UNFINISHED = ".unfinished"
@@ -140,8 +140,11 @@ class Unit:
     val: frozenset[int]
 
 
-def plan_units(sections: Sequence[Section], val: np.ndarray) -> list[Unit]:
-    """The sections in units of at least SECTION_BYTES each; `val` holds the places of the val documents, sorted."""
+def plan_units(sections: Sequence[Section], val: np.ndarray, largest: int = SECTION_BYTES) -> list[Unit]:
+    """The sections in units of at least SECTION_BYTES each, or `largest` if that is less.
+
+    `val` holds the places of the val documents, sorted.
+    """
     units: list[Unit] = []
     group: list[Section] = []
     first = documents = size = 0
@@ -149,7 +152,7 @@ def plan_units(sections: Sequence[Section], val: np.ndarray) -> list[Unit]:
         group.append(section)
         documents += section.documents
         size += section.bytes
-        if size >= SECTION_BYTES or index == len(sections) - 1:
+        if size >= min(SECTION_BYTES, largest) or index == len(sections) - 1:
             start, end = np.searchsorted(val, [first, first + documents])
             units.append(
                 Unit(
@@ -203,34 +206,31 @@ class UnitEncoder:
             os.replace(file.name, unit_file(self.folder, unit.number, split))
         return EncodedUnit(unit=unit.number, tally=tally, crc=crc)
 
-    def _documents(self, unit: Unit, tally: Tally) -> Iterator[bytes | None]:
+    def _documents(self, unit: Unit, tally: Tally) -> Iterator[bytes | LongDocument | None]:
+        on_bad = tally.bad.append if self.skip_bad else None
         for section in unit.sections:
-            yield from read_section(section, self.text_column, tally.bad.append if self.skip_bad else None)
+            yield from read_section(section, self.text_column, on_bad, self.folder)
 
-    def _encode(self, document: bytes, split: str, tally: Tally) -> Iterator[np.ndarray]:
+    def _encode(self, document: bytes | LongDocument, split: str, tally: Tally) -> Iterator[np.ndarray]:
         """The tokens of a document, in parts, while the text is counted."""
         counts = tally.counts[split]
         counts.documents += 1
-        if len(document) <= LONG_DOCUMENT:
+        if isinstance(document, LongDocument):
+
+            def texts() -> Iterator[str]:
+                for text in document.texts():
+                    counts.characters += len(text)
+                    counts.bytes += len(text.encode())
+                    yield text
+
+            yield from self.tokenizer.encode_chunks(texts())
+            tally.replaced += not document.valid
+        else:
             text, valid = decode_utf8(document)
             counts.characters += len(text)
             counts.bytes += len(document) if valid else len(text.encode())
             tally.replaced += not valid
             yield from self.tokenizer.encode_batch([text])
-            return
-        replacements = 0
-
-        def chunks() -> Iterator[str]:
-            nonlocal replacements
-            for chunk in decoded_chunks(document):
-                counts.characters += len(chunk)
-                counts.bytes += len(chunk.encode())
-                replacements += chunk.count("\ufffd")
-                yield chunk
-
-        yield from self.tokenizer.encode_chunks(chunks())
-        # A U+FFFD that stood in the text is not one that replaces something.
-        tally.replaced += replacements != document.count("\ufffd".encode())
 
 
 _encoder: UnitEncoder | None = None  # of this worker process

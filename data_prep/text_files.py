@@ -1,19 +1,23 @@
 """Text files to documents: .txt, .jsonl and .parquet, the first two also compressed by gzip or zstd.
 
 A document is the bytes of UTF-8 text, possibly invalid: the decoding is left to whoever encodes it, in parallel.
-`read_documents` reads files from the first to the last document; `find_sections` cuts them into sections, which
-several processes read at once with `read_section`. A .txt file is held as a whole. A line of a .jsonl file takes some
-four times its size while it is decoded, and ten times where an emoji stands in plain English: Python's str then has 4
-bytes for every character.
+`read_documents` reads files from the first to the last document, and holds each as a whole.
+
+`find_sections` cuts the files into sections, which several processes read at once with `read_section`. There a document
+of more than LONG_DOCUMENT bytes is a `LongDocument`, to be read a piece at a time, and of a .txt or .jsonl file no more
+than a piece is ever held: some 20 MB of memory while it is decoded. Not so of a Parquet file, for pyarrow reads whole
+values: it takes up to four times the size of the largest one (compressed, decompressed, as a value, and what its memory
+pool holds back), or of BATCH_ROWS_OF_LARGE neighbours; of all values in a row group of up to LARGE_ROW_GROUP bytes.
 """
 
 import gzip
 import io
-import json
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from math import ceil
 from pathlib import Path
 from typing import IO, NoReturn
@@ -22,6 +26,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep import long_documents
+from data_prep.jsonl import BadLine, pieces_of_line, text_of_line, text_of_long_line, without_mark
+from data_prep.long_documents import LongDocument, spool
 from hgpt.errors import UserError
 
 COMPRESSED = (".gz", ".zst")
@@ -29,13 +36,17 @@ SUFFIXES = (".txt", ".jsonl", ".parquet")
 READ_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException)
 
 SECTION_BYTES = 4 << 20  # of text: some 0.4 s of work with tiktoken, so that many processes end together
-# What stands before a section in its row group, or in its compressed file, is decompressed for it once more. So these
-# have few sections, of any size up to that of the text of a shard (a byte is one token at most; for as many sections as
-# that takes, decompressing again costs less than encoding does).
+# What stands before a section in its row group is decompressed for it once more, and what stands before it in its
+# compressed file once for every process that reads sections of it. So these have few sections, of any size up to this,
+# which is no more than a shard of text: a byte is one token at most.
 SECTIONS_PER_ROW_GROUP = 4
 LARGEST_SECTION = 100_000_000
-BATCH_ROWS = 64  # of a Parquet file at once, fewer where documents are long
-BATCH_BYTES = 1 << 20
+BATCH_BYTES = 1 << 20  # of a Parquet file at once, if all its rows are of average size
+BATCH_ROWS = 64
+# Where more than this can stand in a few rows, fewer are read at once. That takes longer: 12 us instead of 9 for a row
+# of 5 kB, of which encoding takes 500.
+LARGE_ROW_GROUP = 64_000_000
+BATCH_ROWS_OF_LARGE = 8
 
 
 def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
@@ -103,7 +114,7 @@ def read_documents(files: Sequence[Path], text_column: str = "text", separator: 
             else:
                 with _open(file) as stream:
                     if kind == ".txt":
-                        content = _without_mark(stream.read(), file)
+                        content = without_mark(stream.read(), file)
                         yield from [content] if separator is None else content.split(separator.encode())
                     else:
                         yield from _read_jsonl(stream, file, text_column)
@@ -151,56 +162,12 @@ def _open(path: Path) -> io.BufferedIOBase | IO[bytes]:
     return open(path, "rb")
 
 
-def _without_mark(content: bytes, path: Path) -> bytes:
-    """`content` without a UTF-8 byte order mark; another mark means another encoding, and is refused."""
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path} is UTF-16, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8 {path}")
-    return content.removeprefix(b"\xef\xbb\xbf")
-
-
 def _read_jsonl(stream: Iterable[bytes], path: Path, text_column: str) -> Iterator[bytes]:
     for number, line in enumerate(stream, start=1):
         if number == 1:
-            line = _without_mark(line, path)
+            line = without_mark(line, path)
         if line.strip():
-            yield _text_of_line(line, path, number, text_column) or b""
-
-
-def _text_of_line(line: bytes, path: Path, number: int, text_column: str) -> bytes | None:
-    """The text in line `number` of a .jsonl file, None for null."""
-    try:
-        # Invalid bytes pass through as surrogates and are replaced, and counted, with the others.
-        row = json.loads(line.decode(errors="surrogateescape"))
-    except ValueError as error:
-        raise UserError(
-            f"{path}, line {number}: not a JSON value ({error}). Every line must be one JSON object; "
-            "mend or delete the line."
-        ) from error
-    if not isinstance(row, dict) or text_column not in row:
-        found = f"has the keys {', '.join(sorted(row)) or 'none'}" if isinstance(row, dict) else "is none"
-        raise UserError(
-            f"{path}, line {number}: no JSON object with a field {text_column!r}; this one {found}. "
-            "Name the field that holds the text with --text-column."
-        )
-    text = row[text_column]
-    if not isinstance(text, str | None):
-        raise UserError(
-            f"{path}, line {number}: the field {text_column!r} must be a string, not "
-            f"{type(text).__name__}. Name the field that holds the text with --text-column."
-        )
-    return None if text is None else _raw_bytes(text)
-
-
-def _raw_bytes(text: str) -> bytes:
-    """UTF-8 of `text`, invalid where the text is: escaped bytes as they were, lone surrogates as such."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        pass
-    try:
-        return text.encode(errors="surrogateescape")
-    except UnicodeEncodeError:
-        return text.encode(errors="surrogatepass")
+            yield text_of_line(line, path, number, text_column) or b""
 
 
 def _read_parquet(path: Path, text_column: str) -> Iterator[bytes]:
@@ -210,7 +177,7 @@ def _read_parquet(path: Path, text_column: str) -> Iterator[bytes]:
             raise UserError(f"{path}{wrong}")
         for row_group in range(file.num_row_groups):
             rows = _row_group(file, row_group, text_column)
-            yield from (document or b"" for document in rows)
+            yield from (b"" if row is None else bytes(row) for row in rows)
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
@@ -245,16 +212,17 @@ def _wrong_column(schema: pa.Schema, text_column: str) -> str | None:
 
 def _row_group(
     file: pq.ParquetFile, row_group: int, text_column: str, first: int = 0, number: int | None = None
-) -> Iterator[bytes | None]:
+) -> Iterator[memoryview | None]:
     """`number` rows of a row group, or all, from row `first` on; null is None.
 
-    As bytes: pyarrow makes no str of invalid UTF-8. Python holds one row at a time. pyarrow holds a batch: BATCH_BYTES
-    if its rows are of average size, and never more than BATCH_ROWS rows. How large these are, only reading them tells.
+    As bytes: pyarrow makes no str of invalid UTF-8. They lie in a batch of pyarrow's: of BATCH_BYTES if its rows are of
+    average size. How large they are, only reading them tells, so that it never has many rows.
     """
     rows = file.metadata.row_group(row_group).num_rows
     end = rows if number is None else first + number
-    average = _text_bytes(file.metadata, row_group, text_column) / max(1, rows)
-    batch_size = max(1, min(BATCH_ROWS, int(BATCH_BYTES / max(1, average))))
+    size = _text_bytes(file.metadata, row_group, text_column)
+    most_rows = BATCH_ROWS if size <= LARGE_ROW_GROUP else BATCH_ROWS_OF_LARGE
+    batch_size = max(1, min(most_rows, BATCH_BYTES * rows // max(1, size)))
     position = 0
     for batch in file.iter_batches(batch_size, row_groups=[row_group], columns=[text_column], use_threads=False):
         column = batch.column(0)
@@ -268,13 +236,13 @@ def _row_group(
             break
 
 
-def _values(texts: pa.LargeBinaryArray) -> Iterator[bytes | None]:
-    """The values one by one, straight from the buffers: a pyarrow scalar would be one more copy of each."""
+def _values(texts: pa.LargeBinaryArray) -> Iterator[memoryview | None]:
+    """The values one by one, where they lie: a pyarrow scalar would be a copy of each."""
     _, offsets, content = texts.buffers()
     ends = np.frombuffer(offsets, dtype=np.int64)[texts.offset :]
     view = memoryview(content) if content is not None else memoryview(b"")
     for index, valid in enumerate(texts.is_valid().to_pylist()):
-        yield view[ends[index] : ends[index + 1]].tobytes() if valid else None
+        yield view[ends[index] : ends[index + 1]] if valid else None
 
 
 def _text_bytes(metadata: pq.FileMetaData, row_group: int, text_column: str) -> int:
@@ -296,20 +264,25 @@ class Section:
 
     Of a Parquet file `documents` rows from row `first` of row group `row_group`; of a .jsonl file as many lines that
     are not blank, from byte `offset` of what is decompressed, before which there are `first` lines; a .txt file is one
-    document. `bytes` is about the size of the text.
+    document. `bytes` is about the size of the text, `longest` that of the longest document if it has to be copied to be
+    read in pieces, which one in a Parquet or .txt file has not.
     """
 
     path: Path
     documents: int
     bytes: int
+    longest: int = 0
     row_group: int = 0
     first: int = 0
     offset: int = 0
 
 
-def find_sections(files: Sequence[Path], text_column: str, *, skip_bad: bool) -> tuple[list[Section], list[str]]:
+def find_sections(
+    files: Sequence[Path], text_column: str, *, skip_bad: bool, largest: int = LARGEST_SECTION
+) -> tuple[list[Section], list[str]]:
     """The sections of all files, in order, and what is wrong with the files that `skip_bad` leaves out.
 
+    No section is to have more than `largest` bytes of text, or LARGEST_SECTION, and one document more.
     Of a Parquet file only the footer is read; a .jsonl file is read once, to count its lines, and a compressed .txt
     file for its size. Raises UserError for files that cannot be read (unless `skip_bad`), of different kinds, or whose
     schemas do not fit together.
@@ -331,13 +304,14 @@ def find_sections(files: Sequence[Path], text_column: str, *, skip_bad: bool) ->
                 with _open_parquet(path) as file:
                     reason = _wrong_column(file.schema_arrow, text_column)
                     if reason is None:
-                        sections += _parquet_sections(path, file.metadata, text_column)
+                        sections += _parquet_sections(path, file.metadata, text_column, largest)
                     else:
                         wrong.append(f"{path}{reason}")
             elif kinds == [".jsonl"]:
-                sections += _jsonl_sections(path)
+                sections += _jsonl_sections(path, largest)
             else:
-                sections.append(Section(path=path, documents=1, bytes=_size_of_text(path)))
+                size = _size_of_text(path)
+                sections.append(Section(path=path, documents=1, bytes=size, longest=size if is_compressed(path) else 0))
         except READ_ERRORS as error:
             message = str(_unreadable(path, error))
             if not skip_bad:
@@ -350,11 +324,13 @@ def find_sections(files: Sequence[Path], text_column: str, *, skip_bad: bool) ->
     return sections, bad
 
 
-def _parquet_sections(path: Path, metadata: pq.FileMetaData, text_column: str) -> Iterator[Section]:
+def _parquet_sections(path: Path, metadata: pq.FileMetaData, text_column: str, largest: int) -> Iterator[Section]:
     for row_group in range(metadata.num_row_groups):
         rows = metadata.row_group(row_group).num_rows
         size = _text_bytes(metadata, row_group, text_column)
-        number = max(min(SECTIONS_PER_ROW_GROUP, round(size / SECTION_BYTES)), ceil(size / LARGEST_SECTION), 1)
+        number = max(
+            min(SECTIONS_PER_ROW_GROUP, round(size / SECTION_BYTES)), ceil(size / min(LARGEST_SECTION, largest)), 1
+        )
         number = min(number, max(1, rows))
         for index in range(number):
             first, end = rows * index // number, rows * (index + 1) // number
@@ -363,24 +339,33 @@ def _parquet_sections(path: Path, metadata: pq.FileMetaData, text_column: str) -
                 yield Section(path=path, documents=end - first, bytes=share, row_group=row_group, first=first)
 
 
-def _jsonl_sections(path: Path) -> Iterator[Section]:
-    """A section for every SECTION_BYTES; of a compressed file for every LARGEST_SECTION, or more.
-
-    More where that is less than a sixteenth of what stands before it, beyond 1.6 GB of text: decompressing what stands
-    before a section never becomes more work than encoding the section.
-    """
-    compressed = is_compressed(path)
-    documents = first = lines = offset = position = 0
+def _jsonl_sections(path: Path, largest: int) -> Iterator[Section]:
+    """A section for every SECTION_BYTES, of a compressed file for every LARGEST_SECTION."""
+    enough = min(LARGEST_SECTION if is_compressed(path) else SECTION_BYTES, largest)
+    documents = first = lines = offset = position = longest = 0
     with _open(path) as stream:
-        for line in stream:
-            documents += bool(line.strip())
-            lines += 1
-            position += len(line)
-            if position - offset >= (max(LARGEST_SECTION, offset // 16) if compressed else SECTION_BYTES):
-                yield Section(path=path, documents=documents, bytes=position - offset, first=first, offset=offset)
-                documents, first, offset = 0, lines, position
-    if documents:
-        yield Section(path=path, documents=documents, bytes=position - offset, first=first, offset=offset)
+        while True:
+            size, blank = 0, True
+            for piece in pieces_of_line(stream):
+                size += len(piece)
+                blank = blank and not piece.strip()
+            if size:
+                documents += not blank
+                lines += 1
+                position += size
+                longest = max(longest, size)
+            if documents and (position - offset >= enough or not size):
+                yield Section(
+                    path=path,
+                    documents=documents,
+                    bytes=position - offset,
+                    longest=longest,
+                    first=first,
+                    offset=offset,
+                )
+                documents, longest, first, offset = 0, 0, lines, position
+            if not size:
+                return
 
 
 def _size_of_text(path: Path) -> int:
@@ -391,16 +376,28 @@ def _size_of_text(path: Path) -> int:
 
 
 def read_section(
-    section: Section, text_column: str, on_bad: Callable[[str], None] | None = None
-) -> Iterator[bytes | None]:
+    section: Section,
+    text_column: str,
+    on_bad: Callable[[str], None] | None = None,
+    folder: Path | None = None,
+) -> Iterator[bytes | LongDocument | None]:
     """The documents of a section, exactly `section.documents`; None for one that is null.
 
-    What cannot be read is a UserError; with `on_bad` it is None too, and `on_bad` is told what was wrong: a line of
-    a .jsonl file, all that follows the damage in a section of a Parquet file.
+    One of more than LONG_DOCUMENT bytes is a `LongDocument`, to be read before the next one is asked for. `folder` is
+    for those that must be copied to be read in pieces (`spool`). What cannot be read is a UserError; with `on_bad` it
+    is None too, and `on_bad` is told what was wrong: a line of a .jsonl file, all that follows the damage in a section
+    of a Parquet file.
     """
+    kind = kind_of(section.path)
+    if kind == ".parquet":
+        documents = _documents_of_parquet(section, text_column)
+    elif kind == ".txt":
+        documents = _document_of_txt(section.path, folder)
+    else:
+        documents = _documents_of_jsonl(section, text_column, on_bad, folder)
     found = 0
     try:
-        for document in _documents_of(section, text_column, on_bad):
+        for document in documents:
             found += 1
             yield document
         if found < section.documents:
@@ -415,36 +412,111 @@ def read_section(
         yield from [None] * (section.documents - found)
 
 
-def _documents_of(section: Section, text_column: str, on_bad: Callable[[str], None] | None) -> Iterator[bytes | None]:
-    path = section.path
-    kind = kind_of(path)
-    if kind == ".parquet":
-        with _open_parquet(path) as file:
-            yield from _row_group(file, section.row_group, text_column, section.first, section.documents)
-        return
+def _documents_of_parquet(section: Section, text_column: str) -> Iterator[bytes | LongDocument | None]:
+    with _open_parquet(section.path) as file:
+        for row in _row_group(file, section.row_group, text_column, section.first, section.documents):
+            if row is None:
+                yield None
+            elif len(row) > long_documents.LONG_DOCUMENT:
+                yield LongDocument(pa.BufferReader(row))
+            else:
+                yield bytes(row)
+
+
+def _document_of_txt(path: Path, folder: Path | None) -> Iterator[bytes | LongDocument]:
     with _open(path) as stream:
-        if kind == ".txt":
-            yield _without_mark(stream.read(), path)
-            return
-        if is_compressed(path):  # zstd's reader cannot seek
-            ahead = section.offset
-            while ahead and (skipped := len(stream.read(min(ahead, 1 << 20)))):
-                ahead -= skipped
+        head = stream.read(long_documents.LONG_DOCUMENT + 1)
+        text = without_mark(head, path)
+        if len(head) <= long_documents.LONG_DOCUMENT:
+            yield text
+        elif is_compressed(path):  # to find damage before the first piece is encoded
+            pieces = iter(lambda: stream.read(long_documents.LONG_DOCUMENT), b"")
+            yield spool(chain([text], pieces), folder)
         else:
-            stream.seek(section.offset)
-        remaining = section.documents
-        for number, line in enumerate(stream, start=section.first + 1):
+            stream.seek(len(head) - len(text))
+            yield LongDocument(stream)
+
+
+def _documents_of_jsonl(
+    section: Section, text_column: str, on_bad: Callable[[str], None] | None, folder: Path | None
+) -> Iterator[bytes | LongDocument | None]:
+    path = section.path
+    with _stream_at(path, section.offset) as stream:
+        found = 0
+        number = section.first
+        while found < section.documents:
+            pieces = pieces_of_line(stream)
+            line = next(pieces, b"")
+            if not line:
+                return
+            number += 1
+            whole = len(line) < long_documents.LONG_DOCUMENT or line.endswith(b"\n")
             if number == 1:
-                line = _without_mark(line, path)
-            if not line.strip():
+                line = without_mark(line, path)
+            while line and not line.strip():
+                line = next(pieces, b"")
+            if not line:
                 continue
             try:
-                yield _text_of_line(line, path, number, text_column)
-            except UserError as error:
+                text: bytes | LongDocument | None
+                if whole:
+                    text = text_of_line(line, path, number, text_column)
+                else:
+                    text = text_of_long_line(chain([line], pieces), path, number, text_column, folder)
+            except BadLine as error:
                 if on_bad is None:
                     raise
                 on_bad(str(error))
-                yield None
-            remaining -= 1
-            if not remaining:
-                break
+                text = None
+            found += 1
+            yield text
+
+
+class _Decompressed:
+    """A compressed file while it is decompressed, and how far that is."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = _open(path)
+        self._position = 0
+        self.close = self._stream.close
+
+    def readline(self, size: int) -> bytes:
+        line = self._stream.readline(size)
+        self._position += len(line)
+        return line
+
+    def go_to(self, offset: int) -> bool:
+        """Whether `offset` is now next: what lies behind is not reached again."""
+        while self._position < offset and (skipped := len(self._stream.read(min(offset - self._position, 1 << 20)))):
+            self._position += skipped
+        return self._position == offset
+
+
+# The compressed file that this process read last, by what it was then: the next section of it is not far.
+_read_last: dict[tuple[Path, int, int, int], _Decompressed] = {}
+
+
+@contextmanager
+def _stream_at(path: Path, offset: int) -> Iterator[IO[bytes] | _Decompressed]:
+    """The file from byte `offset` of what is decompressed on."""
+    if not is_compressed(path):
+        with open(path, "rb") as file:
+            file.seek(offset)
+            yield file
+        return
+    state = path.stat()
+    this = (path, state.st_ino, state.st_size, state.st_mtime_ns)
+    stream = _read_last.pop(this, None)
+    try:
+        if stream is None or not stream.go_to(offset):
+            stream = _Decompressed(path)
+            stream.go_to(offset)
+        yield stream
+    except BaseException:
+        if stream is not None:
+            stream.close()
+        raise
+    for other in _read_last.values():
+        other.close()
+    _read_last.clear()
+    _read_last[this] = stream

@@ -33,7 +33,7 @@ import tiktoken
 import zstandard
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from data_prep import openwebtext, sharding, text_files, verify, worker_pool
+from data_prep import long_documents, openwebtext, sharding, text_files, verify, worker_pool
 from data_prep.openwebtext import main, val_documents
 from data_prep.sharding import Preparation, Tally
 from data_prep.worker_pool import start_imports
@@ -43,6 +43,7 @@ from hgpt.shards import verify as verify_shards
 from hgpt.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
+PINNED = openwebtext.REVISION
 WORDS = ["distance", "centre", "token", "model", "exponent", "<|endoftext|>", "naïve", "日本", "loss", "norm"]
 SMALL = ["--tokenizer", "bpe:300", "--val-fraction", "0.1", "--tokens-per-shard", "3000", "--workers", "1"]
 
@@ -181,6 +182,31 @@ def test_a_number_of_documents_that_is_not_openwebtexts_is_reported(tmp_path, so
     assert read_meta(tmp_path / "out").preparation["documents_of_openwebtext"] == 8_013_769
 
 
+@pytest.mark.parametrize(
+    ("train", "val", "report"),
+    [
+        (9_035_582_198, 4_434_897, "the tokens of train and val are as many as nanoGPT's"),
+        (9_035_582_489, 4_434_606, "291 fewer in val than the 9,035,582,198 and 4,434,897, which nanoGPT reports"),
+        (9_035_582_189, 4_434_906, "9 more in val than"),
+        (9_035_582_199, 4_434_897, "this is another text"),
+    ],
+)
+def test_a_number_of_tokens_that_is_not_nanogpts_is_reported(train, val, report):
+    """In the summary of all of OpenWebText, and only there."""
+    found = openwebtext.token_count_report({"train": train, "val": val})
+    assert report in found and ("others found" in found) == (val == 4_434_606)
+    tally = Tally()
+    tally.missing = 8_013_769 - 2
+    for split, tokens in (("train", train), ("val", val)):
+        tally.counts[split].tokens, tally.counts[split].documents = tokens, 1
+    settings = {"revision": None, "documents": 8_013_769, "val_fraction": 0.0005, "seed": 2357}
+    record = SimpleNamespace(settings=settings, tokenizer="gpt2", vocab_size=50257, source="x", left_out=[])
+    shards = dict.fromkeys(SPLITS, 1)
+    assert openwebtext.summary(record, tally, shards)[-1] == found
+    settings["seed"] = 1
+    assert found not in openwebtext.summary(record, tally, shards)
+
+
 # --------------------------------------------------------------------------------------- workers, order, memory
 
 
@@ -238,7 +264,10 @@ def test_what_goes_wrong_while_workers_start_is_raised(monkeypatch):
         worker_pool.finished_imports().result(timeout=60)
 
 
-def test_every_kind_of_source_gives_the_same_shards(tmp_path, source, monkeypatch):
+@pytest.mark.parametrize("long", [1 << 20, 50])
+def test_every_kind_of_source_gives_the_same_shards(tmp_path, source, monkeypatch, long):
+    """Also when nearly all documents are long ones, to be read in pieces."""
+    monkeypatch.setattr(long_documents, "LONG_DOCUMENT", long)
     monkeypatch.setattr(text_files, "LARGEST_SECTION", 2000)
     expected = streams(run(source, tmp_path / "parquet"))
     jsonl = tmp_path / "jsonl"
@@ -254,7 +283,12 @@ def test_every_kind_of_source_gives_the_same_shards(tmp_path, source, monkeypatc
     text.mkdir()
     for number, document in enumerate(texts(300)):
         (text / f"{number:05}.txt").write_text(document)
-    for folder in (jsonl, whole, text):
+    compressed = tmp_path / "compressed"
+    compressed.mkdir()
+    for number, document in enumerate(texts(300)):
+        kind, compress = ("gz", gzip.compress) if number % 2 else ("zst", zstandard.compress)
+        (compressed / f"{number:05}.txt.{kind}").write_bytes(compress(document.encode()))
+    for folder in (jsonl, whole, text, compressed):
         found = streams(run(folder, tmp_path / f"{folder.name}_out"))
         for split in SPLITS:
             assert np.array_equal(found[split], expected[split]), folder
@@ -275,17 +309,61 @@ def test_no_unit_is_larger_than_it_has_to_be(tmp_path, monkeypatch):
             found = [document for section in sections for document in text_files.read_section(section, "text")]
             assert [document.decode() for document in found] == documents
             assert size <= sum(section.bytes for section in sections) <= 1.2 * size + 100 * 1000
-            for section in sections:
-                # Beyond 16 times that size, no section is less than a sixteenth of what is decompressed before it.
-                assert section.bytes <= max(1.2 * largest, section.offset / 16) + 250
-    assert len(sections) < 16 * 5
+            assert max(section.bytes for section in sections) <= 1.2 * largest + 250
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".jsonl", ".jsonl.gz"])
+def test_no_unit_is_more_than_a_shard(tmp_path, monkeypatch, kind):
+    """With shards smaller than the usual unit too: what a worker has to redo after a kill is a shard at most."""
+    monkeypatch.undo()  # the units of the other tests
+    write_documents(tmp_path / "source", kind, texts(3000))
+    encode = sharding.UnitEncoder.__call__
+    tokens = []
+
+    def count(self, unit):
+        encoded = encode(self, unit)
+        tokens.append(encoded.tally.both.tokens)
+        return encoded
+
+    monkeypatch.setattr(sharding.UnitEncoder, "__call__", count)
+    run(tmp_path / "source", tmp_path / "whole", "--tokenizer", "gpt2", "--tokens-per-shard", 10**8)
+    assert len(tokens) == 1 and tokens[0] > 100_000
+    tokens.clear()
+    folder = run(tmp_path / "source", tmp_path / "out", "--tokenizer", "gpt2", "--tokens-per-shard", 20_000)
+    assert len(read_meta(folder).splits["train"].shards) > 5
+    assert max(tokens) <= 20_000 and len(tokens) < 100
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_process_decompresses_a_file_once_for_all_its_sections(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(text_files, "LARGEST_SECTION", 1000)
+    compress = gzip.compress if suffix == ".gz" else zstandard.compress
+    path = tmp_path / f"a.jsonl{suffix}"
+    documents = texts(300)
+    path.write_bytes(compress("".join(json.dumps({"text": text}) + "\n" for text in documents).encode()))
+    sections, _ = text_files.find_sections([path], "text", skip_bad=False)
+    assert len(sections) > 20
+    opened = []
+    open_file = text_files._open
+    monkeypatch.setattr(text_files, "_open", lambda path: opened.append(path) or open_file(path))
+
+    def read(sections):
+        return [document.decode() for section in sections for document in text_files.read_section(section, "text")]
+
+    assert read(sections) == documents and len(opened) == 1
+    ends = np.cumsum([section.documents for section in sections])
+    parts = np.split(documents, ends[:-1])
+    assert read(sections[1::3]) == np.concatenate(parts[1::3]).tolist()
+    assert len(opened) == 2  # what lies behind is not reached again
+    path.write_bytes(compress("".join(json.dumps({"text": text}) + "\n" for text in reversed(documents)).encode()))
+    assert read(sections[:1])[0] == documents[-1]  # and not out of the file that was there before
 
 
 LONG = " " + " ".join(texts(300))  # ends with a letter and begins with a space: between copies there is a boundary
 
 
 def test_a_long_document_has_the_tokens_of_the_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(sharding, "LONG_DOCUMENT", 1000)
+    monkeypatch.setattr(long_documents, "LONG_DOCUMENT", 1000)
     documents = [LONG * 20, *texts(20), LONG, "no boundary: " + "^" * 1_000_000, " " * 1_000_000]
     write_parquet(tmp_path / "long.parquet", documents)
     assert main(["--source", str(tmp_path / "long.parquet"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
@@ -304,28 +382,70 @@ def test_a_long_document_has_the_tokens_of_the_whole(tmp_path, monkeypatch):
     assert meta.preparation["documents_with_replaced_utf8"] == 0
 
 
-@pytest.mark.slow
-def test_a_document_of_200_mb_is_encoded_in_bounded_memory(tmp_path):
-    copies = 200_000_000 // len(LONG.encode())
-    source = tmp_path / "long.parquet"
-    write_parquet(source, [LONG * copies, "short", "shorter"])
+def write_documents(folder, kind, documents):
+    """A source of these documents; a .txt file each."""
+    folder.mkdir()
+    open_file = {".gz": gzip.open, ".zst": zstandard.open}.get(Path(f"a{kind}").suffix, open)
+    if kind == ".parquet":
+        write_parquet(folder / "a.parquet", documents)
+    elif kind.startswith(".jsonl"):
+        with open_file(folder / f"a{kind}", "wb") as file:
+            for text in documents:
+                file.write((json.dumps({"id": 1, "text": text}, ensure_ascii=len(text) < 100) + "\n").encode())
+    else:
+        for number, text in enumerate(documents):
+            with open_file(folder / f"{number}{kind}", "wb") as file:
+                file.write(text.encode())
+
+
+def memory_grown(source, out):
+    """By how many MB the peak memory of a process grows while it prepares a source."""
     script = (
         "from data_prep.openwebtext import main\n"
         "from hgpt.tokenizer import load_tokenizer\n"
         "load_tokenizer('gpt2')\n"
         "def peak(): return next(int(line.split()[1]) for line in open('/proc/self/status') if 'VmHWM' in line)\n"
         "before = peak()\n"
-        f"assert main(['--source', {str(source)!r}, '--out', {str(tmp_path / 'out')!r}, '--workers', '1']) == 0\n"
+        f"assert main(['--source', {str(source)!r}, '--out', {str(out)!r}, '--workers', '1']) == 0\n"
         "print('grown', peak() - before)\n"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
-    grown = int(re.search(r"grown (\d+)", result.stdout)[1]) / 1e3  # MB
-    # pyarrow takes three times the size of the document to read it, and Python holds it once. What encoding adds, which
-    # as a whole would be another 200 MB of text and 200 of tokens, is small beside it.
-    assert grown < 4 * 200 + 120
-    tokens = len(load_tokenizer("gpt2")._fast.encode_ordinary(LONG))
-    assert read_meta(tmp_path / "out").splits["train"].tokens >= copies * tokens
+    return int(re.search(r"grown (\d+)", result.stdout)[1]) / 1e3
+
+
+def check_a_large_document(tmp_path, kind, size, limit):
+    copies = size // len(LONG.encode())
+    documents = [("😀" + LONG) * copies, "short", "shorter"]  # a str of 4 bytes per character
+    write_documents(tmp_path / "source", kind, documents)
+    grown = memory_grown(tmp_path / "source", tmp_path / "out")
+    assert grown < limit, f"{grown} MB"
+    encode = load_tokenizer("gpt2")._fast.encode_ordinary
+    tokens = [copies * len(encode("😀") + encode(LONG)), len(encode("short")), len(encode("shorter"))]
+    (val,) = val_documents(3)
+    splits = read_meta(tmp_path / "out").splits
+    assert (splits["val"].tokens, splits["train"].tokens) == (tokens[val] + 1, sum(tokens) - tokens[val] + 2)
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+BOUND = 50  # MB by which a process may grow, whatever the size of a document
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".txt.zst"])
+def test_memory_does_not_grow_with_a_document(tmp_path, kind):
+    check_a_large_document(tmp_path, kind, size=15_000_000, limit=BOUND)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst"])
+def test_memory_does_not_grow_with_a_document_of_200_mb(tmp_path, kind):
+    check_a_large_document(tmp_path, kind, size=200_000_000, limit=BOUND)
+
+
+@pytest.mark.slow
+def test_a_document_of_200_mb_in_a_parquet_file_takes_what_pyarrow_takes(tmp_path):
+    """Up to four times its size; encoding adds little, and of the whole it would add several times as much."""
+    check_a_large_document(tmp_path, ".parquet", size=200_000_000, limit=4 * 200 + BOUND)
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.large_binary()], ids=str)
@@ -333,7 +453,8 @@ def test_rows_out_of_the_buffers_are_those_of_pyarrow(kind):
     texts = pa.array(["first", None, "", "zwölf", "x" * 1000, None], kind)
     for first in range(len(texts) + 1):  # a section begins anywhere in a batch
         part = texts[first:].cast(pa.large_binary())
-        assert list(text_files._values(part)) == part.to_pylist()
+        found = [None if value is None else bytes(value) for value in text_files._values(part)]
+        assert found == part.to_pylist()
     assert list(text_files._values(pa.nulls(2, pa.large_binary()))) == [None, None]
 
 
@@ -446,6 +567,10 @@ def test_killed_while_several_workers_are_at_it(tmp_path, source, capsys, worker
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert recorded_units(out) >= before + 3 and not (out / "meta.json").exists()
+        recorded = re.findall(r'"unit": (\d+)', (out / ".preparation" / "journal.jsonl").read_text())
+        begun = {int(path.name[5:11]) for path in (out / ".preparation").glob("unit_*")}
+        redone = begun - set(map(int, recorded))
+        assert len(redone) <= sharding.UNITS_AHEAD * workers
     assert contents(run(source, out)) == expected
     assert re.search(r"going on: \d+ documents are encoded already", capsys.readouterr().err)
 
@@ -509,7 +634,7 @@ def test_ctrl_c_while_workers_start_ends_all_processes_silently(tmp_path, source
     script = (
         "import signal, sys, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # tests in the background of a shell ignore it
-        "from data_prep import openwebtext, sharding, text_files\n"
+        "from data_prep import long_documents, openwebtext, sharding, text_files\n"
         "text_files.SECTION_BYTES = sharding.SECTION_BYTES = 3000\n"
         "encode = sharding.UnitEncoder.__call__\n"
         "sharding.UnitEncoder.__call__ = lambda self, unit: time.sleep(0.5) or encode(self, unit)\n"
@@ -565,9 +690,9 @@ def test_too_little_disk_space_is_found_before_it_is_used(tmp_path, source, caps
     tokens = sum(splits[split].tokens for split in SPLITS)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=9_000_000_000))
-        openwebtext.check_disk_space(tmp_path, 4e9, passing=1e8)
+        openwebtext.check_disk_space(tmp_path, 4e9, passing=1e8, copies=0)
         with pytest.raises(UserError, match=r"will need about 9\.38 GB, and 9\.00 GB are free"):
-            openwebtext.check_disk_space(tmp_path, 4.5e9, passing=1e8)
+            openwebtext.check_disk_space(tmp_path, 4.5e9, passing=1e8, copies=0)
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=40_000))
         assert "0.00 GB are free" in fails(capsys, "--source", source, "--out", tmp_path / "out", *SMALL)
     estimate = estimates(monkeypatch)
@@ -578,7 +703,9 @@ def test_too_little_disk_space_is_found_before_it_is_used(tmp_path, source, caps
 def estimates(monkeypatch):
     """(tokens of shards, tokens in other files) that each further run finds room for."""
     found = []
-    monkeypatch.setattr(openwebtext, "check_disk_space", lambda out, tokens, passing: found.append((tokens, passing)))
+    monkeypatch.setattr(
+        openwebtext, "check_disk_space", lambda out, tokens, passing, copies: found.append((tokens, passing))
+    )
     return found
 
 
@@ -836,7 +963,7 @@ def test_surrogates_and_invalid_utf8_are_replaced_and_counted(tmp_path, capsys, 
     column = pa.array([b"par\xc3quet" + LONG.encode(), b"\xef\xbf\xbd valid" + LONG.encode()] + [b"x"] * 5, pa.binary())
     pq.write_table(pa.table({"text": column.view(pa.string())}), tmp_path / "b" / "a.parquet")
     for long in (1 << 20, 10):  # decoded as a whole, and in chunks
-        monkeypatch.setattr(sharding, "LONG_DOCUMENT", long)
+        monkeypatch.setattr(long_documents, "LONG_DOCUMENT", long)
         assert (
             read_meta(run(tmp_path / "a.jsonl", tmp_path / f"1_{long}")).preparation["documents_with_replaced_utf8"]
             == 1
@@ -846,7 +973,7 @@ def test_surrogates_and_invalid_utf8_are_replaced_and_counted(tmp_path, capsys, 
         found = read_back(folder)
         assert {text[:8] for text in found["train"] + found["val"]} == {"par\ufffdquet"[:8], "\ufffd valid ", "x"}
         assert sum(s.bytes for s in read_meta(folder).splits.values()) == len(LONG.encode()) * 2 + 10 + 9 + 5
-    assert contents(tmp_path / "1_10") == contents(tmp_path / f"1_{1 << 20}")
+    assert read_back(tmp_path / "1_10") == read_back(tmp_path / f"1_{1 << 20}")
 
 
 def test_files_that_are_empty_or_cut_short(tmp_path, source, capsys):
@@ -996,7 +1123,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.send(503, {}, b"", body)
         path = self.path.replace("%2F", "/")
         known = re.fullmatch(r"/api/datasets/Skylion007/openwebtext/revision/(.+?)(\?.*)?", path)
-        commits = {"refs/pr/20": self.commit, "a" * 40: "a" * 40}
+        commits = {"refs/pr/20": self.commit, "a" * 40: "a" * 40, PINNED: PINNED}
         if known and known[1] in commits:
             siblings = [{"rfilename": name, "size": len(content)} for name, content in self.files.items()]
             info = {"id": "Skylion007/openwebtext", "sha": commits[known[1]], "siblings": siblings, "tags": []}
@@ -1040,6 +1167,7 @@ def hub(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     point_to(monkeypatch, server.server_address[1], tmp_path / "cache")
+    monkeypatch.setattr(openwebtext, "REVISION", "refs/pr/20")  # one that may move
     for name, value in (("files", {}), ("asked", []), ("refused", set()), ("cut", set())):
         monkeypatch.setattr(Hub, name, value)
     yield Hub
@@ -1080,6 +1208,13 @@ def on_hub(source, hub):
     """A hub that holds the files of `source`."""
     hub.files.update({f"plain_text/{path.name}": path.read_bytes() for path in source.iterdir()})
     return hub
+
+
+def test_the_default_revision_is_a_commit_which_cannot_move(tmp_path, on_hub, monkeypatch):
+    assert re.fullmatch("[0-9a-f]{40}", PINNED)
+    monkeypatch.setattr(openwebtext, "REVISION", PINNED)
+    meta = read_meta(run("Skylion007/openwebtext", tmp_path / "out"))
+    assert meta.source_revision == PINNED and all(PINNED in line for line in on_hub.asked)
 
 
 def downloads(hub):
