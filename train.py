@@ -153,6 +153,7 @@ def _train(config: RunConfig, held: ExitStack) -> dict[str, float]:
             for note in initialize_from(model, config.model.init_from):
                 say(f"{config.model.init_from}: {note}")
     model.lm_head.label_smoothing = config.train.label_smoothing  # in training mode only, and not exported
+    model.lm_head.chunk = config.train.loss_chunk
     if config.train.distance_memory is not None:
         model.lm_head.memory = int(config.train.distance_memory * 2**20)
     set_seed(config.train.seed, device_specific=True)

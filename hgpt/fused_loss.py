@@ -414,6 +414,8 @@ def _fused_loss(
         reduction=reduction,
         label_smoothing=label_smoothing,
     )
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1 position; got {chunk}")
     if isinstance(exponent, float | int):
         exponent = torch.tensor(exponent, dtype=torch.float64)
     chunk = chunk_positions(w.shape[0], x.dtype, x.device.type) if chunk is None else chunk

@@ -21,8 +21,9 @@ from torch.nn import functional as F
 _EXPONENT = re.compile(r"(?:(?P<factor>[0-9.eE+-]+)\s*\*\s*)?(?P<base>sqrt_dim|dim)")
 
 # The rounding error of |x|² + |w|² − 2 x·w, in units of the accumulation dtype's epsilon times |x|². Below it
-# a computed d² is noise. Near d = 0 both squared norms are equal, hence the factor 2 of four ulps each.
-_ROUNDING_ULPS = 8.0
+# a computed d² is noise: where w = x, of 15,000 such pairs at D = 64 to 1600 on a CPU, it was 2 on average and 12
+# at most.
+_ROUNDING_ULPS = 16.0
 
 
 def resolve_exponent(exponent: float | str, dim: int) -> float:

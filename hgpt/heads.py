@@ -25,10 +25,13 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 class _Head(nn.Module):
     """One row of `weight` for each class, and rows of padding after them that never become a class."""
 
-    def __init__(self, in_features: int, num_classes: int, rows: int | None, label_smoothing: float) -> None:
+    def __init__(
+        self, in_features: int, num_classes: int, rows: int | None, label_smoothing: float, chunk: int | None
+    ) -> None:
         super().__init__()
         self.in_features = in_features
         self.label_smoothing = label_smoothing
+        self.chunk = chunk
         self.num_classes = num_classes
         self.weight = nn.Parameter(torch.empty(num_classes if rows is None else rows, in_features))
         if not 1 <= num_classes <= self.weight.shape[0]:
@@ -44,6 +47,7 @@ class _Head(nn.Module):
         ignore_index: int = -100,
         num_items: Tensor | float | None = None,
         reduction: str = "mean",
+        recompute: bool = False,
     ) -> Tensor:
         """`logits(x)`, or with `targets` `loss(x, targets)`.
 
@@ -52,7 +56,9 @@ class _Head(nn.Module):
         """
         if targets is None:
             return self.logits(x)
-        return self.loss(x, targets, ignore_index=ignore_index, num_items=num_items, reduction=reduction)
+        return self.loss(
+            x, targets, ignore_index=ignore_index, num_items=num_items, reduction=reduction, recompute=recompute
+        )
 
     def logits(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -64,6 +70,7 @@ class _Head(nn.Module):
             ignore_index: target of positions that do not count, default −100.
             reduction: "mean" (default), "sum" or "none".
             num_items: divisor of the sum, with "mean"; default the number of counted positions.
+            recompute: keep no gradients for the backward pass, which then computes the products again.
 
         In training mode with `label_smoothing` ε, −Σ_i q_i log p_i with q = (1 − ε) 1[i = y] + ε / num_classes; in
         evaluation mode never.
@@ -105,6 +112,8 @@ class HarmonicHead(_Head):
         learn_exponent: n is trained too, as the parameter `log_exponent` = log n, (1,): n stays positive, and an
             optimiser's steps are relative.
         label_smoothing: ε of the loss in training mode.
+        chunk: positions whose products the loss computes at a time; default `fused_loss.chunk_positions`. Without
+            effect on a distance without a matrix product.
         memory: bytes that a distance without a matrix product works with; default `distances.memory_of` the device.
         options: those of the distance, such as p of "minkowski".
 
@@ -123,10 +132,11 @@ class HarmonicHead(_Head):
         rows: int | None = None,
         learn_exponent: bool = False,
         label_smoothing: float = 0.0,
+        chunk: int | None = None,
         memory: int | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(in_features, num_classes, rows, label_smoothing)
+        super().__init__(in_features, num_classes, rows, label_smoothing, chunk)
         self.distance = distance
         self.metric = make_distance(distance, in_features, **options)
         self.initial_exponent = resolve_exponent(exponent, in_features)
@@ -171,7 +181,7 @@ class HarmonicHead(_Head):
             x, w = self._exact_operands(x, self.weight[: options.pop("num_classes")])
             return pairwise_harmonic_loss(self.metric, x, w, targets, self.exponent, memory=self.memory, **options)
         x, w = self._operands(x)
-        return fused_harmonic_loss(x, w, targets, self.metric.power * self.exponent, **options)
+        return fused_harmonic_loss(x, w, targets, self.metric.power * self.exponent, chunk=self.chunk, **options)
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The distance's operands in the compute dtype, to which they are rounded once, at the end."""
@@ -206,8 +216,9 @@ class SoftmaxHead(_Head):
         init_std: float = 0.02,
         rows: int | None = None,
         label_smoothing: float = 0.0,
+        chunk: int | None = None,
     ) -> None:
-        super().__init__(in_features, num_classes, rows, label_smoothing)
+        super().__init__(in_features, num_classes, rows, label_smoothing, chunk)
         self.init_std = init_std
         self.reset_parameters()
 
@@ -223,4 +234,4 @@ class SoftmaxHead(_Head):
 
     def loss(self, x: Tensor, targets: Tensor, **options: Any) -> Tensor:
         x, w = self._operands(x)
-        return fused_softmax_loss(x, w, targets, **self._loss_options(), **options)
+        return fused_softmax_loss(x, w, targets, chunk=self.chunk, **self._loss_options(), **options)

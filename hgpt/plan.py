@@ -192,13 +192,19 @@ class HeadMemory(NamedTuple):
 
 
 def head_memory(
-    config: HGPTConfig, tokens: int, precision: Precision, distance_memory: float | None = None
+    config: HGPTConfig,
+    tokens: int,
+    precision: Precision,
+    *,
+    loss_chunk: int | None = None,
+    distance_memory: float | None = None,
 ) -> HeadMemory:
-    """What `hgpt.fused_loss` needs on a GPU for `tokens` positions, by its own chunk rule, and the dense head instead.
+    """What `hgpt.fused_loss` needs on a GPU for `tokens` positions, and the dense head instead.
 
     operands: x and its gradient, (N, D); under autocast x in both dtypes and a bf16 copy of w; the gradient of w in
         float32, (V, D); the norms and column sums, (V,).
-    chunk: C positions · V times 4 bytes of products, 4 of scores, 1 of mask (harmonic), 2 of G (bf16).
+    chunk: C positions · V times 4 bytes of products, 4 of scores, 1 of mask (harmonic), 2 of G (bf16); C is
+        `loss_chunk`, by default `fused_loss.chunk_positions`.
     dense: (N, V) times 17 bytes in the backward pass of `harmax.harmonic_loss`, 12 in that of the softmax twin, and the
         same operands.
 
@@ -218,7 +224,7 @@ def head_memory(
             chunk_positions=min(tokens, score_chunk(config.vocab_size, 4, memory)),
         )
     harmonic = config.head == "harmonic"
-    chunk = min(tokens, chunk_positions(rows, precision.compute, "cuda"))
+    chunk = min(tokens, loss_chunk or chunk_positions(rows, precision.compute, "cuda"))
     operands = tokens * width * 2 * c + rows * width * 4 + 8 * rows + 20 * tokens
     if precision.autocast:
         operands += tokens * width * precision.residual.itemsize + rows * width * c
@@ -298,6 +304,7 @@ def memory_per_gpu(
     precision: str,
     checkpointing: bool,
     muon: bool = False,
+    loss_chunk: int | None = None,
     distance_memory: float | None = None,
 ) -> Memory:
     """The peak of a training step on one GPU, by the table of this module.
@@ -309,7 +316,7 @@ def memory_per_gpu(
         precision: as `train.precision`, "auto" being bf16.
         checkpointing: as `train.activation_checkpointing`.
         muon: whether Muon trains the blocks' matrices.
-        distance_memory: as `train.distance_memory`.
+        loss_chunk, distance_memory: as in `train`.
     """
     numbers = precision_of(engine, precision)
     total, share, c = parameters.total, -(-parameters.total // processes), numbers.compute.itemsize
@@ -340,7 +347,7 @@ def memory_per_gpu(
         buckets=static[3],
         activations=activations.kept + copies,
         block=activations.block,
-        head=head_memory(config, tokens, numbers, distance_memory).peak,
+        head=head_memory(config, tokens, numbers, loss_chunk=loss_chunk, distance_memory=distance_memory).peak,
         host=host,
     )
 
@@ -424,6 +431,7 @@ class Plan:
             precision=train.precision,
             checkpointing=train.activation_checkpointing if checkpointing is None else checkpointing,
             muon=self.run.optim.algorithm == "muon",
+            loss_chunk=train.loss_chunk,
             distance_memory=train.distance_memory,
         )
 
@@ -559,7 +567,13 @@ def _memory_lines(plan: Plan) -> list[str]:
     run, engine, config = plan.run, plan.launch.engine, plan.config
     memory = plan.memory(engine)
     precision = precision_of(engine, run.train.precision)
-    head = head_memory(config, plan.micro_tokens, precision, run.train.distance_memory)
+    head = head_memory(
+        config,
+        plan.micro_tokens,
+        precision,
+        loss_chunk=run.train.loss_chunk,
+        distance_memory=run.train.distance_memory,
+    )
     off, on = (plan.memory(engine, checkpointing=value) for value in (False, True))
     rows = [
         (f"memory per GPU, {engine}", "GiB", ""),

@@ -204,6 +204,8 @@ class TrainConfig:
             losses that are logged contain it, validation losses never do.
         skip_non_finite: how many steps with a gradient that is not finite are left out before the run stops; the
             windows of each are written to non_finite.jsonl. 0 stops at the first. Not with DeepSpeed.
+        loss_chunk: positions whose products with all centres the head's loss computes at a time, 64 or more: less
+            memory against fewer, larger products. Default: as many as take about 50 MiB on a CPU and 500 on a GPU.
         distance_memory: MiB that a distance which is no matrix product may work with, beside operands and gradients.
             Default: 64 on a CPU, 512 on a GPU.
         hang_timeout: seconds without progress after which a process of several gives up, naming those it waits for.
@@ -219,6 +221,7 @@ class TrainConfig:
     activation_checkpointing: bool = False
     label_smoothing: float = 0.0
     skip_non_finite: int = 0
+    loss_chunk: int | None = None
     distance_memory: float | None = None
     hang_timeout: float = 1800.0
 
@@ -230,6 +233,8 @@ class TrainConfig:
             raise UserError(f"train.label_smoothing must lie in [0, 1); got {self.label_smoothing}")
         if self.skip_non_finite < 0:
             raise UserError(f"train.skip_non_finite must be 0 (none) or more steps; got {self.skip_non_finite}")
+        if self.loss_chunk is not None and self.loss_chunk < 64:
+            raise UserError(f"train.loss_chunk must be at least 64 positions; got {self.loss_chunk}")
         if self.distance_memory is not None and not 0 < self.distance_memory < math.inf:
             raise UserError(f"train.distance_memory must be a positive number of MiB; got {self.distance_memory}")
         if not 0 < self.hang_timeout < math.inf:
@@ -283,6 +288,11 @@ class RunConfig:
             raise UserError(
                 f"optim.metric_lr_multiplier = {self.optim.metric_lr_multiplier} has no effect with {what}, where no "
                 "distance is learnt: remove it"
+            )
+        if self.train.loss_chunk is not None and distance.power is None:
+            raise UserError(
+                f"train.loss_chunk = {self.train.loss_chunk} has no effect with {what}, which goes through no matrix "
+                "products: remove it, or set train.distance_memory"
             )
         if self.train.distance_memory is not None and distance.power is not None:
             raise UserError(

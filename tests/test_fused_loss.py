@@ -111,6 +111,14 @@ def test_planted_zero_distances(dtype: torch.dtype) -> None:
     ours = differentiate(fused, problem)
     assert all(value.isfinite().all() for value in ours)
     torch.testing.assert_close(ours.loss, dense(*problem).detach(), rtol=1e-5, atol=0)
+    # Pairs at distance zero are clamped in either, and all others have their gradient: what those of the dense loss in
+    # float32 are on the same values, but for the rounding to this type. Of the sum, for float16's range ends above the
+    # gradients of the mean.
+    summed = differentiate(fused, problem, reduction="sum")
+    expected = differentiate(dense, problem.to(torch.float32), reduction="sum")
+    for name in ("grad_x", "grad_w"):
+        error = relative_error(getattr(summed, name), getattr(expected, name).double())
+        assert error < 2e-6 + torch.finfo(dtype).eps, name
     # On their own centre: no loss and no gradient.
     on_centre = Problem(problem.x[:5], problem.w, problem.targets[:5]).to(dtype)
     result = differentiate(fused, on_centre)
@@ -278,11 +286,18 @@ def test_non_contiguous_operands_and_leading_dimensions(fused_loss: Callable, de
 
 
 @BOTH
-def test_same_bits_every_time(fused_loss: Callable, dense_loss: Callable) -> None:
-    problem = make_problem().to(torch.float32)
-    first = differentiate(fused_loss, problem)
-    for value, again in zip(first, differentiate(fused_loss, problem), strict=True):
-        assert torch.equal(value, again)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_every_time(fused_loss: Callable, dense_loss: Callable, threads: int, dtype: torch.dtype) -> None:
+    problem = make_problem().to(dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        first, *others = (differentiate(fused_loss, problem) for _ in range(4))
+    finally:
+        torch.set_num_threads(before)
+    for other in others:
+        assert all(torch.equal(value, again) for value, again in zip(first, other, strict=True))
 
 
 @RECOMPUTE
@@ -411,6 +426,30 @@ def test_gradient_of_the_exponent(options: dict[str, Any], label_smoothing: floa
     assert relative_error(ours, truth) < relative_error(theirs, truth) + 1e-6
 
 
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"label_smoothing": 0.1}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_exponent_that_is_trained_alone(
+    dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gradient is as accurate as the dense one with operands of any dtype, and no other is computed."""
+    problem = make_problem(planted=False).to(dtype)
+    smoothing = {name: value for name, value in options.items() if name == "label_smoothing"}
+
+    def gradient(loss_of: Callable, dtype: torch.dtype, **kwargs: Any) -> Tensor:
+        x, w = (tensor.detach().to(dtype) for tensor in problem[:2])
+        n = torch.tensor(EXPONENT, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+        return torch.autograd.grad(loss_of(x, w, problem.targets, n, **kwargs), n)[0]
+
+    truth = gradient(harmonic_loss, torch.float64, **smoothing)
+    dense_gradient = gradient(harmonic_loss, dtype, **smoothing)
+    wanted = []
+    inside = fused_loss_module._losses_and_grads
+    monkeypatch.setattr(fused_loss_module, "_losses_and_grads", lambda *args: wanted.append(args[-3:]) or inside(*args))
+    ours = gradient(fused_harmonic_loss, dtype, chunk=CHUNK, **options)
+    assert wanted[-1] == (False, False, True)
+    assert relative_error(ours, truth) < relative_error(dense_gradient, truth) + 1e-6
+
+
 def test_everything_at_the_origin_stays_finite() -> None:
     """x = w = 0, where the floor of d² is not relative to |x|²; a third such x belongs to another centre."""
     problem = make_problem(planted=False)
@@ -426,6 +465,7 @@ def test_everything_at_the_origin_stays_finite() -> None:
 def test_options_that_do_not_fit() -> None:
     problem = make_problem()
     for options, message in (
+        ({"chunk": 0}, "chunk must be at least 1 position; got 0"),
         ({"reduction": "average"}, "reduction must be one of mean, sum, none; got 'average'"),
         ({"reduction": "sum", "num_items": 3}, "num_items divides the sum of reduction=\"mean\".*no effect with 'sum'"),
         ({"label_smoothing": 1.0}, r"label_smoothing must lie in \[0, 1\); got 1.0"),

@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hgpt import HarmonicHead, SoftmaxHead
+from hgpt import HarmonicHead, SoftmaxHead, fused_loss
 
 D, V, ROWS = 12, 29, 32
 
@@ -128,6 +128,24 @@ def test_reductions(which: int) -> None:
     torch.testing.assert_close(head(x, targets), each.sum() / 17)
     (grad,) = torch.autograd.grad(each.square().sum(), head.weight)
     torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), head.weight)[0])
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["harmonic", "softmax"])
+def test_options_of_the_fused_loss(which: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = heads(ROWS)[which]
+    x, targets = torch.randn(7, D, dtype=torch.float64), torch.randint(V, (7,))
+    expected = head(x, targets)
+    found = []
+    for name in ("_summed_loss", "_position_losses"):
+        inside = getattr(fused_loss, name)
+        monkeypatch.setattr(
+            fused_loss, name, lambda *args, name=name, inside=inside: found.append((name, args)) or inside(*args)
+        )
+    torch.testing.assert_close(head(x, targets, recompute=True), expected)
+    head.chunk = 3
+    torch.testing.assert_close(head(x, targets), expected)
+    (recomputed, _), (_, arguments) = found
+    assert recomputed == "_position_losses" and arguments[7] == 3
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["harmonic", "softmax"])

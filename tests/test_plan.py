@@ -229,8 +229,8 @@ def head_operands(config: HGPTConfig, tokens: int, dtype: torch.dtype, **options
 
 @pytest.mark.parametrize("head", ["harmonic", "softmax"])
 @pytest.mark.parametrize("precision", [FP32, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("tokens", [1000, 12 * 1024])
-def test_the_fused_loss_allocates_what_is_planned(monkeypatch, head, precision, tokens):
+@pytest.mark.parametrize(("tokens", "chosen"), [(1000, None), (12 * 1024, None), (12 * 1024, 1024)])
+def test_the_fused_loss_allocates_what_is_planned(monkeypatch, head, precision, tokens, chosen):
     """The code itself, at full size, on tensors without memory: it takes its way on a GPU for all that is no CPU."""
     if precision.compute == torch.bfloat16:  # on a GPU the product alone: bf16 operands, float32 result
         monkeypatch.setattr(fused_loss, "inner_products", lambda x, w: x.new_empty(len(x), len(w), dtype=torch.float32))
@@ -238,10 +238,10 @@ def test_the_fused_loss_allocates_what_is_planned(monkeypatch, head, precision, 
     x, w, targets = head_operands(config, tokens, precision.compute)
     weights = torch.empty(tokens, device="meta")
     exponent = torch.empty((), device="meta") if head == "harmonic" else None
-    chunk = fused_loss.chunk_positions(config.padded_vocab_size, precision.compute, "cuda")
+    chunk = chosen or fused_loss.chunk_positions(config.padded_vocab_size, precision.compute, "cuda")
     with Allocations(x, w, targets, weights, exponent if exponent is not None else x) as seen:
         fused_loss._losses_and_grads(x, w, targets, weights, exponent, 50257, 0.0, chunk, True, True, False)
-    planned = head_memory(config, tokens, precision)
+    planned = head_memory(config, tokens, precision, loss_chunk=chosen)
     assert planned.chunk_positions == min(chunk, tokens)
     # x itself, its targets and their weights are made outside.
     assert seen.peak == pytest.approx(planned.peak - x.nbytes - targets.nbytes - weights.nbytes, rel=0.01)
@@ -473,7 +473,7 @@ def test_memory_of_a_head_with_another_distance():
     )
     assert cosine.operands == euclid.operands + (96 + 320) * 128 * 8 and cosine.chunk == euclid.chunk
     assert manhattan.chunk == 512 * 2**20
-    assert head_memory(tiny(distance="manhattan"), 96, AUTOCAST, 3.0).chunk == 3 * 2**20
+    assert head_memory(tiny(distance="manhattan"), 96, AUTOCAST, distance_memory=3.0).chunk == 3 * 2**20
     options = {"metric": "full"}
     full = count_parameters(tiny(distance="mahalanobis", distance_options=options, tie_word_embeddings=True))
     assert full.head == 128 * 128
