@@ -160,6 +160,7 @@ def _train(config: RunConfig, held: ExitStack) -> dict[str, float]:
     if config.train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if config.train.compile:
+        model.lm_head.compiled = accelerator.device.type != "cpu"
         for block in model.transformer.h:  # in place: parameters keep their names
             # Blocks share one compilation, unless each has a constant of its own.
             block.compile(isolate_recompiles=config.model.scale_attn_by_inverse_layer_idx)

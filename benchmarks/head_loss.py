@@ -109,10 +109,12 @@ def variants(settings: Settings) -> dict[str, Loss]:
     found: dict[str, Loss] = {
         "dense harmonic": lambda x, w, y: harmonic_loss(x, w, y, n),
         "fused harmonic": lambda x, w, y: fused_harmonic_loss(x, w, y, n, chunk=chunk),
+        "fused harmonic, compiled": lambda x, w, y: fused_harmonic_loss(x, w, y, n, chunk=chunk, compiled=True),
         "fused harmonic, recompute": lambda x, w, y: fused_harmonic_loss(x, w, y, n, chunk=chunk, recompute=True),
         "F.cross_entropy(x @ W.T)": dense_softmax,
         "F.linear_cross_entropy": torch_chunked,
         "fused softmax": lambda x, w, y: fused_softmax_loss(x, w, y, chunk=chunk),
+        "fused softmax, compiled": lambda x, w, y: fused_softmax_loss(x, w, y, chunk=chunk, compiled=True),
     }
     found |= {f"harmonic, {text}": DistanceLoss(text, settings) for text in settings.distances}
     if settings.device == "cuda" and find_spec("liger_kernel"):

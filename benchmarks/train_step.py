@@ -77,7 +77,8 @@ class PlainGPT(nn.Module):
 
 def our_model(config: HGPTConfig, options: argparse.Namespace) -> tuple[torch.optim.Optimizer, Callable, nn.Module]:
     model = HGPTForCausalLM(config).to(options.device).train()
-    if options.compile:
+    if options.compile:  # as train.py does
+        model.lm_head.compiled = options.device != "cpu"
         for block in model.transformer.h:
             block.compile()
 

@@ -18,8 +18,10 @@ operands adds up the loss over its chunks in bfloat16 (torch 2.13: 29312 for 290
 and the two heads are to be compared.
 """
 
+import functools
 import math
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -64,8 +66,10 @@ def _block_positions(products: Tensor) -> int:
     return products.shape[0]  # elsewhere what counts is the number of kernels
 
 
-def _products(x: Tensor, w: Tensor, out: Tensor) -> Tensor:
-    """x·w_i for every pair, (C, D), (V, D) → (C, V), in `out`."""
+def _products(x: Tensor, w: Tensor, out: Tensor | None) -> Tensor:
+    """x·w_i for every pair, (C, D), (V, D) → (C, V) in the accumulation dtype; in `out`, if that is of the same."""
+    if out is None:
+        return inner_products(x, w)
     size = max(_PRODUCT_ROWS, len(x)) if x.is_cpu else len(w)
     for rows, columns in zip(w.split(size), out.split(size, dim=1), strict=True):
         torch.mm(x, rows.T, out=columns)
@@ -82,11 +86,11 @@ class Terms(NamedTuple):
 
 
 def _relative_distances(products: Tensor, x_sq: Tensor, w_sq: Tensor, num_classes: int) -> tuple[Tensor, ...]:
-    """d²_i / min_j d_j² (R, V) in place of the products, min_j d_j² (R, 1), and which entries are clamped.
+    """d²_i / min_j d_j² (R, V) in place of the products −2 x·w_i, min_j d_j² (R, 1), and which entries are clamped.
 
     The mask is empty where nothing is. On a GPU that question would cost more than the mask.
     """
-    d_sq = torch.add(w_sq, products, alpha=-2, out=products).add_(x_sq)
+    d_sq = products.add_(w_sq).add_(x_sq)
     if num_classes < d_sq.shape[1]:
         d_sq[:, num_classes:] = torch.inf
     nearest, floor = d_sq.amin(-1, keepdim=True), distance_floor(x_sq)
@@ -97,32 +101,55 @@ def _relative_distances(products: Tensor, x_sq: Tensor, w_sq: Tensor, num_classe
     return d_sq.div_(nearest), nearest, clamped
 
 
-def cross_entropy(
-    scores: Tensor, targets: Tensor, weights: Tensor, terms: Terms, need_g: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Losses of R positions, (R, 1), p − q, (R, V), and their share of ∂L/∂n, from scores that are overwritten.
+def scale_(values: Tensor, factor: float | Tensor) -> Tensor:
+    """`values` times a number, in place. On a CPU a number takes half as long again as a tensor of shape ()."""
+    return values.mul_(factor if isinstance(factor, Tensor) else values.new_tensor(factor))
 
-    Scores are to base 2, whose logarithm and power are several times faster on a CPU than those to base e, and relative
-    to the largest of the position: they reach thousands, and so would their rounding.
+
+def cross_entropy(
+    scores: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    terms: Terms,
+    factor: Tensor | None = None,
+    divisor: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Losses of R positions, (R, 1), G = factor (p − q) / divisor, (R, V), and their share of ∂L/∂n.
+
+    Args:
+        scores: (R, V), overwritten. To base 2, whose logarithm and power are several times faster on a CPU than those
+            to base e, and relative to the largest of the position: they reach thousands, and so would their rounding.
+        targets, weights: (R, 1).
+        factor: (R, 1), or None, and there is no G.
+        divisor: (R, V), or None for 1.
+        out: (R, V), where G is to go; it may be the memory of `divisor`.
     """
     n, num_classes, smoothing, need_n = terms
     q_scores = scores.gather(-1, targets) * (1 - smoothing)  # Σ_i q_i scores_i, (R, 1)
     if smoothing:
         q_scores += scores[:, :num_classes].mean(-1, keepdim=True) * smoothing
-    p = torch.exp2(scores, out=None if need_n else scores)
+    p = torch.exp2(scores, out=None if need_n else scores)  # times the normaliser
     normaliser = p.sum(-1, keepdim=True)
     losses = normaliser.log() - q_scores * _LN_2
-    if not need_g:
-        return losses, None, None
+    grad_n = None
+    if need_n and n is not None:
+        p_scores = (p[:, :num_classes] * scores[:, :num_classes]).sum(-1, keepdim=True) / normaliser
+        grad_n = ((p_scores - q_scores) * weights).sum() * _LN_2 / n
+    if factor is None:
+        return losses, None, grad_n
 
-    g = p.div_(normaliser)  # p − q
+    # Each pass over (R, V) counts. What is to be subtracted at the targets is, there alone.
+    at_target = p.gather(-1, targets) / normaliser - (1 - smoothing)
     if smoothing:
-        g[:, :num_classes] -= smoothing / num_classes
-    g.scatter_add_(-1, targets, g.new_full(targets.shape, smoothing - 1))
-    if n is None or not need_n:
-        return losses, g, None
-    dots = (g[:, :num_classes] * scores[:, :num_classes]).sum(-1, keepdim=True)
-    return losses, g, (dots * weights).sum() * _LN_2 / n
+        p[:, :num_classes] -= normaliser * (smoothing / num_classes)
+        at_target -= smoothing / num_classes
+    at_target *= factor
+    if divisor is not None:
+        at_target /= divisor.gather(-1, targets)
+        p.div_(divisor)
+    g = torch.mul(p, factor / normaliser, out=p if out is None else out)
+    return losses, g.scatter_(-1, targets, at_target.to(g.dtype)), grad_n
 
 
 def _block(
@@ -136,26 +163,27 @@ def _block(
 ) -> tuple[Tensor, Tensor | None]:
     """Losses of R positions, (R, 1), and their share of ∂L/∂n; G times `weights` (R, 1) goes to `g_out`, (R, V).
 
-    `products` is overwritten, and `g_out` may be the same memory.
+    `products`, −2 x·w_i or for softmax x·w_i, is overwritten, and `g_out` may be the same memory.
     """
     n, num_classes, _, _ = terms
-    if n is not None:
-        ratio, nearest, clamped = _relative_distances(products, x_sq, w_sq, num_classes)
-        scores = torch.log2(ratio).mul_(-0.5 * n)
-    else:
+    if n is None:
         if num_classes < products.shape[1]:
             products[:, num_classes:] = -torch.inf
-        scores = (products - products.amax(-1, keepdim=True)).mul_(_LOG2_E)
-    losses, g, grad_n = cross_entropy(scores, targets, weights, terms, g_out is not None)
-    if g is None or g_out is None:
+        scores = scale_(products - products.amax(-1, keepdim=True), _LOG2_E)
+        losses, _, _ = cross_entropy(scores, targets, weights, terms, None if g_out is None else weights, out=g_out)
         return losses, None
-    if n is None:
-        torch.mul(g, weights, out=g_out)
-        return losses, None
-    torch.mul(g.div_(ratio), weights * n / nearest, out=g_out)
-    if clamped.numel():
-        g_out.masked_fill_(clamped, 0.0)
+    ratio, nearest, clamped = _relative_distances(products, x_sq, w_sq, num_classes)
+    scores = scale_(torch.log2(ratio), -0.5 * n)
+    factor = None if g_out is None else weights * n / nearest
+    losses, g, grad_n = cross_entropy(scores, targets, weights, terms, factor, ratio, g_out)
+    if g is not None and clamped.numel():
+        g.masked_fill_(clamped, 0.0)
     return losses, grad_n
+
+
+@functools.cache
+def _compiled_block() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    return torch.compile(_block)
 
 
 @torch.no_grad()
@@ -168,6 +196,7 @@ def _losses_and_grads(
     num_classes: int,
     smoothing: float,
     chunk: int,
+    compiled: bool,
     need_x: bool,
     need_w: bool,
     need_n: bool,
@@ -180,6 +209,7 @@ def _losses_and_grads(
     g_dtype = _gradient_dtype(x.dtype)
     n = exponent.item() if exponent is not None and exponent.is_cpu else exponent
     terms = Terms(n, num_classes, smoothing, need_n)
+    block = _compiled_block() if compiled else _block
     w_sq = squared_norms(w)  # (V,)
     losses = x.new_empty(num, dtype=dtype)
     grad_x = x.new_empty(x.shape if need_x else 0, dtype=g_dtype)
@@ -191,9 +221,10 @@ def _losses_and_grads(
 
     for start in range(0, num, chunk):
         x_c = x[start : start + chunk]  # (C, D)
-        products = inner_products(x_c, w) if buffer is None else _products(x_c, w, buffer[: len(x_c)])  # (C, V)
+        # (C, V). Twice a float is no other rounding.
+        products = _products(x_c * -2 if harmonic else x_c, w, None if buffer is None else buffer[: len(x_c)])
         g = None
-        if need_x or need_w or need_n:
+        if need_x or need_w:
             g = products if g_dtype == dtype else torch.empty_like(products, dtype=g_dtype)
         step = _block_positions(products)
         for first in range(0, len(x_c), step):
@@ -201,7 +232,7 @@ def _losses_and_grads(
             part = slice(start + local.start, start + local.stop)
             x_sq = x[part].to(dtype).square().sum(-1, keepdim=True)
             g_block = None if g is None else g[local]
-            losses[part, None], n_share = _block(
+            losses[part, None], n_share = block(
                 products[local], x_sq, w_sq, targets[part, None], weights[part, None], terms, g_block
             )
             if n_share is not None:
@@ -245,6 +276,7 @@ def _summed_loss(
     num_classes: int,
     smoothing: float,
     chunk: int,
+    compiled: bool,
     need_x: bool,
     need_w: bool,
     need_n: bool,
@@ -252,25 +284,33 @@ def _summed_loss(
     """Σ_t weights_t · −log p_{t,y_t}, and in the same pass its gradients, which the backward pass scales."""
     with torch.autocast(x.device.type, enabled=False):
         losses, grad_x, grad_w, grad_n = _losses_and_grads(
-            x, w, targets, weights, exponent, num_classes, smoothing, chunk, need_x, need_w, need_n
+            x, w, targets, weights, exponent, num_classes, smoothing, chunk, compiled, need_x, need_w, need_n
         )
     return (losses * weights).sum(), grad_x, grad_w, grad_n
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::position_losses", mutates_args=())
 def _position_losses(
-    x: Tensor, w: Tensor, targets: Tensor, exponent: Tensor | None, num_classes: int, smoothing: float, chunk: int
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    exponent: Tensor | None,
+    num_classes: int,
+    smoothing: float,
+    chunk: int,
+    compiled: bool,
 ) -> Tensor:
     """−log p_{t,y_t} of every position, (N,). The backward pass computes everything again."""
     with torch.autocast(x.device.type, enabled=False):
         weights = x.new_zeros(x.shape[0], dtype=accumulation_dtype(x.dtype))
-        return _losses_and_grads(x, w, targets, weights, exponent, num_classes, smoothing, chunk, False, False, False)[
-            0
-        ]
+        losses, *_ = _losses_and_grads(
+            x, w, targets, weights, exponent, num_classes, smoothing, chunk, compiled, False, False, False
+        )
+    return losses
 
 
 @_summed_loss.register_fake
-def _(x, w, targets, weights, exponent, num_classes, smoothing, chunk, need_x, need_w, need_n):  # type: ignore[no-untyped-def]
+def _(x, w, targets, weights, exponent, num_classes, smoothing, chunk, compiled, need_x, need_w, need_n):  # type: ignore[no-untyped-def]
     dtype, g_dtype = accumulation_dtype(x.dtype), _gradient_dtype(x.dtype)
     grad_x = x.new_empty(x.shape if need_x else 0, dtype=g_dtype)
     grad_w = x.new_empty(w.shape if need_w else 0, dtype=g_dtype)
@@ -278,7 +318,7 @@ def _(x, w, targets, weights, exponent, num_classes, smoothing, chunk, need_x, n
 
 
 @_position_losses.register_fake
-def _(x, w, targets, exponent, num_classes, smoothing, chunk):  # type: ignore[no-untyped-def]
+def _(x, w, targets, exponent, num_classes, smoothing, chunk, compiled):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
 
 
@@ -303,7 +343,7 @@ def _keep_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None
 def _scale_gradients(ctx: Any, grad_output: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
     _refuse_second_derivative()
     if grad_output is None:
-        return (None,) * 11
+        return (None,) * 12
     grads, ctx.grads = ctx.grads, None
     if grads is None:  # a second time through one graph
         _, *grads = _summed_loss(*ctx.saved_tensors, *ctx.options)
@@ -313,7 +353,7 @@ def _scale_gradients(ctx: Any, grad_output: Tensor | None, *others: None) -> tup
         (grad if scaled else grad.mul_(grad_output)).to(dtype) if needed else None
         for grad, dtype, needed in zip(grads, ctx.dtypes, ctx.options[-3:], strict=True)
     )
-    return grad_x, grad_w, None, None, grad_n, *(None,) * 6
+    return grad_x, grad_w, None, None, grad_n, *(None,) * 7
 
 
 def _keep_operands(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -330,7 +370,7 @@ def _compute_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ..
         grad.to(operand.dtype) if need else None
         for grad, operand, need in zip(grads, (x, w, exponent), needed, strict=True)
     )
-    return grad_x, grad_w, None, grad_n, None, None, None
+    return grad_x, grad_w, None, grad_n, *(None,) * 4
 
 
 _summed_loss.register_autograd(_scale_gradients, setup_context=_keep_gradients)
@@ -402,6 +442,7 @@ def _fused_loss(
     label_smoothing: float,
     recompute: bool,
     chunk: int | None,
+    compiled: bool,
 ) -> Tensor:
     shape = targets.shape
     x, targets, counted, weights, num_classes = check_and_flatten(
@@ -421,7 +462,7 @@ def _fused_loss(
     chunk = chunk_positions(w.shape[0], x.dtype, x.device.type) if chunk is None else chunk
 
     if reduction == "none" or recompute:
-        losses = _position_losses(x, w, targets, exponent, num_classes, label_smoothing, chunk)
+        losses = _position_losses(x, w, targets, exponent, num_classes, label_smoothing, chunk, compiled)
         losses = losses.where(counted, 0.0)
         return losses.reshape(shape) if reduction == "none" else (losses * weights).sum()
     tracked = torch.is_grad_enabled()  # evaluation does not pay for gradients
@@ -435,6 +476,7 @@ def _fused_loss(
         num_classes,
         label_smoothing,
         chunk,
+        compiled,
         x.requires_grad and tracked,
         w.requires_grad and tracked,
         need_n,
@@ -454,6 +496,7 @@ def fused_harmonic_loss(
     label_smoothing: float = 0.0,
     recompute: bool = False,
     chunk: int | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """Σ_t −log p_{t,y_t} / N over the positions whose target is not `ignore_index`, with p = HarMax.
 
@@ -469,6 +512,9 @@ def fused_harmonic_loss(
         recompute: keep only the operands for the backward pass, which then computes the products again: four matrix
             products instead of three, and no gradient of w in memory in between. Always so with "none".
         chunk: positions per chunk, default `chunk_positions(V, dtype, device)`.
+        compiled: torch.compile what is done with the products of a chunk. On a CPU that is slower
+            (benchmarks/head_loss.py times both); on a GPU it should save most of the passes over the scores, and has
+            not been measured.
 
     Returns:
         A float32 scalar (float64 for float64 operands). Gradients reach `x` and `w` in their dtype, with sums
@@ -490,6 +536,7 @@ def fused_harmonic_loss(
         label_smoothing=label_smoothing,
         recompute=recompute,
         chunk=chunk,
+        compiled=compiled,
     )
 
 
@@ -505,6 +552,7 @@ def fused_softmax_loss(
     label_smoothing: float = 0.0,
     recompute: bool = False,
     chunk: int | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """The twin of `fused_harmonic_loss` with p = softmax(x·wᵀ); the same arguments but for the exponent."""
     return _fused_loss(
@@ -519,4 +567,5 @@ def fused_softmax_loss(
         label_smoothing=label_smoothing,
         recompute=recompute,
         chunk=chunk,
+        compiled=compiled,
     )

@@ -32,6 +32,7 @@ class _Head(nn.Module):
         self.in_features = in_features
         self.label_smoothing = label_smoothing
         self.chunk = chunk
+        self.compiled = False  # what the fused loss does with a chunk's products
         self.num_classes = num_classes
         self.weight = nn.Parameter(torch.empty(num_classes if rows is None else rows, in_features))
         if not 1 <= num_classes <= self.weight.shape[0]:
@@ -79,6 +80,9 @@ class _Head(nn.Module):
 
     def _loss_options(self) -> dict[str, Any]:
         return {"num_classes": self.num_classes, "label_smoothing": self.label_smoothing if self.training else 0.0}
+
+    def _fused_options(self) -> dict[str, Any]:
+        return self._loss_options() | {"chunk": self.chunk, "compiled": self.compiled}
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x and the weight in the compute dtype: autocast's where it is on, otherwise that of x."""
@@ -176,12 +180,12 @@ class HarmonicHead(_Head):
         return -self.exponent * self.log_distances(x)
 
     def loss(self, x: Tensor, targets: Tensor, **options: Any) -> Tensor:
-        options |= self._loss_options()
         if self.metric.power is None:
+            options |= self._loss_options()
             x, w = self._exact_operands(x, self.weight[: options.pop("num_classes")])
             return pairwise_harmonic_loss(self.metric, x, w, targets, self.exponent, memory=self.memory, **options)
         x, w = self._operands(x)
-        return fused_harmonic_loss(x, w, targets, self.metric.power * self.exponent, chunk=self.chunk, **options)
+        return fused_harmonic_loss(x, w, targets, self.metric.power * self.exponent, **self._fused_options(), **options)
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The distance's operands in the compute dtype, to which they are rounded once, at the end."""
@@ -234,4 +238,4 @@ class SoftmaxHead(_Head):
 
     def loss(self, x: Tensor, targets: Tensor, **options: Any) -> Tensor:
         x, w = self._operands(x)
-        return fused_softmax_loss(x, w, targets, chunk=self.chunk, **self._loss_options(), **options)
+        return fused_softmax_loss(x, w, targets, **self._fused_options(), **options)

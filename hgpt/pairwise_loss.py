@@ -28,7 +28,7 @@ from .distances import (
     refuse_second_derivative,
     score_chunk,
 )
-from .fused_loss import Terms, check_and_flatten, cross_entropy
+from .fused_loss import Terms, check_and_flatten, cross_entropy, scale_
 
 
 @torch.no_grad()
@@ -55,14 +55,15 @@ def _losses_and_grads(
             part = slice(start, start + chunk)
             d, floor = distances_in_blocks(metric, x[part], w, memory)
             nearest = d.amin(-1, keepdim=True)
-            scores = torch.log2(d / nearest).mul_(-n)
+            scores = scale_(torch.log2(d / nearest), -n)
+            factor = weights[part, None] * -n if need_grads else None
             losses[part, None], g, n_share = cross_entropy(
-                scores, targets[part, None], weights[part, None], terms, need_grads
+                scores, targets[part, None], weights[part, None], terms, factor, d
             )
             if g is None or n_share is None:
                 continue
             del scores
-            g = g.div_(d).mul_(weights[part, None] * -n).masked_fill_(d <= floor, 0.0)
+            g.masked_fill_(d <= floor, 0.0)
             grads[0] += n_share
             _, grad_x, *rest = grads
             add_gradients_in_blocks(metric, x[part], w, d, g, memory, (grad_x[part], *rest))

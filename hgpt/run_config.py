@@ -198,7 +198,7 @@ class TrainConfig:
         micro_batch: sequences per forward pass and process; accumulation follows from the number of processes.
         seed: of the initial weights, the order of the data and dropout.
         precision: "bf16" (autocast), "fp32", or "auto": bf16 on GPUs that have it, fp32 elsewhere.
-        compile: torch.compile each block.
+        compile: torch.compile each block, and on a GPU what the head's loss does beside its products.
         activation_checkpointing: keep only the inputs of blocks and recompute the rest in the backward pass.
         label_smoothing: ε of the training loss −Σ_i q_i log p_i, q = (1 − ε) 1[i = y] + ε / vocabulary. The training
             losses that are logged contain it, validation losses never do.

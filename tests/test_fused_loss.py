@@ -520,6 +520,33 @@ def test_compiles_without_a_graph_break(fused_loss: Callable, dense_loss: Callab
 
 
 @BOTH
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"label_smoothing": 0.1}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiling_what_follows_the_products_changes_nothing(
+    fused_loss: Callable, dense_loss: Callable, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    problem = make_problem().to(dtype)
+    expected = differentiate(fused_loss, problem, **options)
+    for value, reference in zip(differentiate(fused_loss, problem, compiled=True, **options), expected, strict=True):
+        assert relative_error(value, reference.double()) < 1e-5 + torch.finfo(dtype).eps
+
+
+def test_the_compiled_body_within_a_compiled_model() -> None:
+    """With a last chunk that is smaller, planted zeros, and an exponent that is learnt."""
+    problem = make_problem().to(torch.float32)
+    n = torch.tensor(EXPONENT, requires_grad=True)
+
+    def loss_of(x: Tensor, w: Tensor, targets: Tensor, compiled: bool) -> Tensor:
+        return fused_harmonic_loss(2 * x, 2 * w, targets, n, chunk=CHUNK, compiled=compiled)
+
+    expected = torch.autograd.grad(loss_of(*problem, False), (*problem[:2], n))
+    whole = torch.compile(loss_of, fullgraph=True)
+    for value, reference in zip(torch.autograd.grad(whole(*problem, True), (*problem[:2], n)), expected, strict=True):
+        assert relative_error(value, reference.double()) < 1e-5
+
+
+@BOTH
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_within_activation_checkpointing(fused_loss: Callable, dense_loss: Callable, use_reentrant: bool) -> None:
     problem = make_problem().to(torch.float32)
