@@ -185,27 +185,35 @@ def status_bytes(field: str) -> int:
     return int(match[1]) * 1024
 
 
-def measure_memory(name: str, settings: Settings) -> int:
-    """Bytes; to be called once, in a process that does nothing else."""
+def measure_alone(name: str, settings: Settings, passes: int) -> tuple[list[float], int]:
+    """Seconds of each pass, and the bytes of the first; to be called once, in a process that does nothing else."""
     torch.set_num_threads(settings.threads)
     loss = variants(settings)[name]
     x, w, targets = problem(settings, is_harmonic(name))
     small = (x[:8].detach().requires_grad_(), w[:64].detach().requires_grad_(), targets[:8] % 64)
     differentiate(loss, small)  # libraries load, and threads start
-    if settings.device == "cuda":
+    on_gpu = settings.device == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
+        before = status_bytes("VmRSS")
+    seconds, extra = [], 0
+    for number in range(passes):
+        synchronize(settings.device)
+        start = time.perf_counter()
         differentiate(loss, (x, w, targets))
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
-    before = status_bytes("VmRSS")
-    differentiate(loss, (x, w, targets))
-    return status_bytes("VmHWM") - before
+        synchronize(settings.device)
+        seconds.append(time.perf_counter() - start)
+        if number == 0:
+            extra = (torch.cuda.max_memory_allocated() if on_gpu else status_bytes("VmHWM")) - before
+    return seconds, extra
 
 
-def in_a_process_of_its_own(name: str, settings: Settings) -> int:
+def in_a_process_of_its_own(name: str, settings: Settings, passes: int = 1) -> tuple[list[float], int]:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure_memory, name, settings).result()
+        return pool.submit(measure_alone, name, settings, passes).result()
 
 
 def device_name(device: str) -> str:
@@ -285,7 +293,7 @@ def main(arguments: list[str] | None = None) -> None:
             for name in references:
                 column.append(f"{statistics.median(a / b for a, b in zip(own, times[name], strict=True)):.3f}")
     if "memory" not in options.skip:
-        memory = {name: in_a_process_of_its_own(name, settings) for name in losses}
+        memory = {name: in_a_process_of_its_own(name, settings)[1] for name in losses}
         header.append("memory, MiB")
         for column in columns:
             column.append(f"{memory[column[0]] / 2**20:.0f}")

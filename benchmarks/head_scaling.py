@@ -1,10 +1,11 @@
 """Time and memory of the heads' losses over the number of positions and of classes, as a figure.
 
     python -m benchmarks.head_scaling --out head_scaling.png
-    python -m benchmarks.head_scaling --device cuda --dtype bfloat16 --max-positions 65536 --out head_scaling.png
+    python -m benchmarks.head_scaling --device cuda --dtype bfloat16 --rounds 5 --out head_scaling.png
 
 The positions double up to --max-positions at GPT-2's vocabulary, and the classes up to --max-rows at --positions. Each
-point is measured as in benchmarks.head_loss; a loss whose estimated scores would not fit into --limit GiB is left out.
+point is measured in a process of its own: the median of --rounds passes, and the memory of the first. A loss ends where
+its estimated scores would not fit into --limit GiB, or twice the time of its last point would be more than --patience.
 """
 
 import argparse
@@ -15,29 +16,39 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from benchmarks.head_loss import Settings, device_name, in_a_process_of_its_own, measure_times, variants
+from benchmarks.head_loss import Settings, device_name, in_a_process_of_its_own
 
 LOSSES = ("dense harmonic", "fused harmonic", "F.cross_entropy(x @ W.T)", "F.linear_cross_entropy")
 DENSE_MATRICES = {"dense harmonic": 8, "F.cross_entropy(x @ W.T)": 3}  # (positions, rows) tensors alive at the peak
 
 
 def doublings(first: int, last: int) -> list[int]:
+    """first, twice that, and so on, and last."""
     sizes = [first]
-    while sizes[-1] * 2 <= last:
+    while sizes[-1] * 2 < last:
         sizes.append(sizes[-1] * 2)
-    return sizes
+    return [*sizes, last] if last > first else sizes
 
 
-def measure(settings: Settings, rounds: int, limit: float) -> dict[str, tuple[float, float]]:
-    """Loss → (median seconds, MiB)."""
-    gib = 4 * settings.positions * settings.rows / 2**30
-    fitting = {
-        name: loss
-        for name, loss in variants(settings).items()
-        if name in LOSSES and DENSE_MATRICES.get(name, 0) * gib <= limit
-    }
-    times = measure_times(fitting, settings, rounds)
-    return {name: (statistics.median(times[name]), in_a_process_of_its_own(name, settings) / 2**20) for name in fitting}
+Point = tuple[int, float, float]  # the size, seconds, MiB
+
+
+def measure(
+    base: Settings, field: str, sizes: list[int], rounds: int, limit: float, patience: float
+) -> dict[str, list[Point]]:
+    """Loss → its points, as far as memory and time allow; each is printed as it comes."""
+    curves: dict[str, list[Point]] = {name: [] for name in LOSSES}
+    for number, size in enumerate(sizes):
+        settings = replace(base, **{field: size})
+        gib = 4 * settings.positions * settings.rows / 2**30
+        for name, curve in curves.items():
+            left_off = len(curve) < number or (curve and 2 * rounds * curve[-1][1] > patience)
+            if left_off or DENSE_MATRICES.get(name, 0) * gib > limit:
+                continue
+            times, memory = in_a_process_of_its_own(name, settings, rounds)
+            curve.append((size, statistics.median(times), memory / 2**20))
+            print("{} {:>7}  {:<25} {:9.4f} s {:9.0f} MiB".format(field, size, name, *curve[-1][1:]), flush=True)
+    return curves
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -46,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--rows", type=int, default=50304, help="classes while the positions vary")
     parser.add_argument("--positions", type=int, default=2048, help="positions while the classes vary")
-    parser.add_argument("--max-positions", type=int, default=8192)
+    parser.add_argument("--max-positions", type=int, default=65_536)
     parser.add_argument("--max-rows", type=int, default=200_000)
     parser.add_argument("--first", type=int, default=1024, help="the smallest of both")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -54,6 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--limit", type=float, default=8, help="GiB of the dense losses")
+    parser.add_argument("--patience", type=float, default=300, help="seconds of a point")
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(options.threads)
@@ -70,11 +82,8 @@ def main(arguments: list[str] | None = None) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(9, 7), dpi=120, layout="constrained", sharey="row")
     for column, (field, last) in enumerate((("positions", options.max_positions), ("rows", options.max_rows))):
         sizes = doublings(options.first, last)
-        points = [measure(replace(base, **{field: size}), options.rounds, options.limit) for size in sizes]
-        for number, name in enumerate(LOSSES):
-            curve = [(size, *point[name]) for size, point in zip(sizes, points, strict=True) if name in point]
-            for size, seconds, mib in curve:
-                print(f"{field} {size:>7}  {name:<25} {seconds:9.4f} s {mib:9.0f} MiB")
+        curves = measure(base, field, sizes, options.rounds, options.limit, options.patience)
+        for number, (name, curve) in enumerate(curves.items()):
             if curve:
                 x, seconds, mib = zip(*curve, strict=True)
                 axes[0][column].plot(x, seconds, "o-", color=f"C{number}", label=name)

@@ -518,8 +518,11 @@ def test_blocks_within_autograd(kwargs: dict[str, Any]) -> None:
     [("cosine", {}), ("mahalanobis", {}), ("mahalanobis", {"metric": "full"}), ("manhattan", {})],
     ids=str,
 )
-def test_torch_compile_around_it(distance: str, options: dict[str, Any]) -> None:
+def test_torch_compile_around_it(distance: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A product stays in the graph, a distance in blocks is a break in it."""
+    monkeypatch.setattr(
+        distances_module, "_TRIANGLE_BLOCK", 3
+    )  # the full metric's, of D = 7: several, the last smaller
     head = make_head(distance, options, torch.float32)
     x, targets = torch.randn(N, D, requires_grad=True), torch.randint(V, (N,))
 

@@ -37,8 +37,9 @@ def split(line: str) -> list[str]:
 
 def test_memory_is_that_of_the_gradients_at_least() -> None:
     settings = head_loss.Settings(256, 256, 8192, torch.float32, "cpu", 1, 64, "2*sqrt_dim")
-    memory = head_loss.in_a_process_of_its_own("fused harmonic", settings)
-    dense = head_loss.in_a_process_of_its_own("dense harmonic", settings)
+    times, memory = head_loss.in_a_process_of_its_own("fused harmonic", settings, 2)
+    assert len(times) == 2 and min(times) > 0
+    _, dense = head_loss.in_a_process_of_its_own("dense harmonic", settings)
     gradient, matrix = 8192 * 256 * 4, 256 * 8192 * 4
     assert gradient < memory < dense
     assert 3 * matrix < dense < 20 * matrix
@@ -58,12 +59,20 @@ def test_errors(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_scaling_figure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        head_scaling, "in_a_process_of_its_own", lambda name, settings: 2**20
-    )  # its start takes seconds
+    measured = []
+
+    def point(name: str, settings: head_loss.Settings, passes: int) -> tuple[list[float], int]:
+        measured.append((name, settings.positions, settings.rows))  # a process of its own takes seconds to start
+        return [settings.positions * settings.rows / 1e4] * passes, 2**20
+
+    monkeypatch.setattr(head_scaling, "in_a_process_of_its_own", point)
     out = tmp_path / "scaling.svg"
-    sizes = ["--first", "64", "--max-positions", "64", "--max-rows", "64", "--positions", "64", "--rows", "64"]
-    head_scaling.main(["--out", str(out), *sizes, "--dim", "8", "--rounds", "1", "--threads", "1", "--limit", "0"])
+    sizes = ["--first", "64", "--max-positions", "256", "--max-rows", "128", "--positions", "64", "--rows", "64"]
+    few = ["--dim", "8", "--rounds", "1", "--threads", "1"]
+    head_scaling.main(["--out", str(out), *sizes, *few, "--limit", "0", "--patience", "1.2"])
     printed = capsys.readouterr().out
-    assert out.exists() and "positions      64  fused harmonic" in printed and "rows      64  fused harmonic" in printed
+    assert out.exists() and "positions      64  fused harmonic" in printed and "rows     128  fused harmonic" in printed
     assert "dense harmonic" not in printed  # it does not fit into 0 GiB
+    # 0.41 and 0.82 s; the next would be 1.64 s.
+    assert [size for name, size, rows in measured if name == "fused harmonic" and rows == 64] == [64, 128, 64]
+    assert len(measured) == 2 * (2 + 2)
