@@ -30,12 +30,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hgpt.fused_loss import fused_harmonic_loss, fused_softmax_loss
+from hgpt.fused_loss import chunk_positions, fused_harmonic_loss, fused_softmax_loss
 from hgpt.harmax import harmonic_loss, resolve_exponent
 from hgpt.heads import HarmonicHead
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # x (N, D), w (V, D), targets (N,)
 ACCURACY_POSITIONS = 128
+REFERENCES = ("F.cross_entropy(x @ W.T)", "F.linear_cross_entropy", "F.linear_cross_entropy, our chunk")
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def dense_softmax(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy((x @ w.T).float() if x.dtype != torch.float64 else x @ w.T, targets)
 
 
-def torch_chunked(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
-    return F.linear_cross_entropy(x, w, targets, options=nn.LinearCrossEntropyOptions())
+def torch_chunked(x: Tensor, w: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
+    return F.linear_cross_entropy(x, w, targets, options=nn.LinearCrossEntropyOptions(batch_chunk_size=chunk))
 
 
 @dataclass
@@ -113,6 +114,9 @@ def variants(settings: Settings) -> dict[str, Loss]:
         "fused harmonic, recompute": lambda x, w, y: fused_harmonic_loss(x, w, y, n, chunk=chunk, recompute=True),
         "F.cross_entropy(x @ W.T)": dense_softmax,
         "F.linear_cross_entropy": torch_chunked,
+        "F.linear_cross_entropy, our chunk": lambda x, w, y: torch_chunked(
+            x, w, y, chunk or chunk_positions(len(w), x.dtype, x.device.type)
+        ),
         "fused softmax": lambda x, w, y: fused_softmax_loss(x, w, y, chunk=chunk),
         "fused softmax, compiled": lambda x, w, y: fused_softmax_loss(x, w, y, chunk=chunk, compiled=True),
     }
@@ -283,7 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     if "time" not in options.skip:
         times = measure_times(losses, settings, options.rounds)
-        references = [name for name in ("F.cross_entropy(x @ W.T)", "F.linear_cross_entropy") if name in losses]
+        references = [name for name in REFERENCES if name in losses]
         references += ["fused harmonic"] if options.distances and "fused harmonic" in losses else []
         header += ["time, s (quartiles)", *(f"/ {name}" for name in references)]
         for column in columns:

@@ -88,14 +88,14 @@ class Terms(NamedTuple):
 def _relative_distances(products: Tensor, x_sq: Tensor, w_sq: Tensor, num_classes: int) -> tuple[Tensor, ...]:
     """d²_i / min_j d_j² (R, V) in place of the products −2 x·w_i, min_j d_j² (R, 1), and which entries are clamped.
 
-    The mask is empty where nothing is. On a GPU that question would cost more than the mask.
+    The mask is empty where nothing is. On a GPU, and in compiled code, that question would cost more than the mask.
     """
     d_sq = products.add_(w_sq).add_(x_sq)
     if num_classes < d_sq.shape[1]:
         d_sq[:, num_classes:] = torch.inf
     nearest, floor = d_sq.amin(-1, keepdim=True), distance_floor(x_sq)
     clamped = d_sq.new_empty(0, dtype=torch.bool)
-    if not d_sq.is_cpu or bool((nearest <= floor).any()):
+    if torch.compiler.is_compiling() or not d_sq.is_cpu or bool((nearest <= floor).any()):
         clamped = d_sq <= floor
         d_sq, nearest = torch.maximum(d_sq, floor, out=d_sq), torch.maximum(nearest, floor)
     return d_sq.div_(nearest), nearest, clamped
@@ -183,7 +183,9 @@ def _block(
 
 @functools.cache
 def _compiled_block() -> Callable[..., tuple[Tensor, Tensor | None]]:
-    return torch.compile(_block)
+    # One code per shape, of which there are few: with dynamic shapes what is generated can refer to sizes that it does not
+    # define (torch 2.13).
+    return torch.compile(_block, dynamic=False)
 
 
 @torch.no_grad()
