@@ -153,14 +153,13 @@ def _train(config: RunConfig, held: ExitStack) -> dict[str, float]:
             for note in initialize_from(model, config.model.init_from):
                 say(f"{config.model.init_from}: {note}")
     model.lm_head.label_smoothing = config.train.label_smoothing  # in training mode only, and not exported
-    model.lm_head.chunk = config.train.loss_chunk
+    model.lm_head.chunk, model.lm_head.compiled = config.train.loss_chunk, config.train.compile_loss
     if config.train.distance_memory is not None:
         model.lm_head.memory = int(config.train.distance_memory * 2**20)
     set_seed(config.train.seed, device_specific=True)
     if config.train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if config.train.compile:
-        model.lm_head.compiled = accelerator.device.type != "cpu"
         for block in model.transformer.h:  # in place: parameters keep their names
             # Blocks share one compilation, unless each has a constant of its own.
             block.compile(isolate_recompiles=config.model.scale_attn_by_inverse_layer_idx)

@@ -77,8 +77,8 @@ class PlainGPT(nn.Module):
 
 def our_model(config: HGPTConfig, options: argparse.Namespace) -> tuple[torch.optim.Optimizer, Callable, nn.Module]:
     model = HGPTForCausalLM(config).to(options.device).train()
-    if options.compile:  # as train.py does
-        model.lm_head.compiled = options.device != "cpu"
+    model.lm_head.compiled = options.compile_loss
+    if options.compile:
         for block in model.transformer.h:
             block.compile()
 
@@ -127,6 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--compile", action="store_true", help="torch.compile each block")
+    parser.add_argument("--compile-loss", action="store_true", help="and what our loss does with its products")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args(arguments)

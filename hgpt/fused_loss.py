@@ -181,11 +181,24 @@ def _block(
     return losses, grad_n
 
 
+def _functional_block(
+    products: Tensor,
+    x_sq: Tensor,
+    w_sq: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    terms: Terms,
+    g_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What `_block` gives, and G in a tensor of its own: for torch.compile, which takes its arguments' sizes for others
+    where one that is overwritten is a view of another (torch 2.13)."""
+    g = None if g_dtype is None else torch.empty_like(products, dtype=g_dtype)
+    return *_block(products.clone(), x_sq, w_sq, targets, weights, terms, g), g
+
+
 @functools.cache
-def _compiled_block() -> Callable[..., tuple[Tensor, Tensor | None]]:
-    # One code per shape, of which there are few: with dynamic shapes what is generated can refer to sizes that it does not
-    # define (torch 2.13).
-    return torch.compile(_block, dynamic=False)
+def _compiled_block() -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]:
+    return torch.compile(_functional_block, dynamic=False)  # one code for each shape, of which there are few
 
 
 @torch.no_grad()
@@ -211,7 +224,6 @@ def _losses_and_grads(
     g_dtype = _gradient_dtype(x.dtype)
     n = exponent.item() if exponent is not None and exponent.is_cpu else exponent
     terms = Terms(n, num_classes, smoothing, need_n)
-    block = _compiled_block() if compiled else _block
     w_sq = squared_norms(w)  # (V,)
     losses = x.new_empty(num, dtype=dtype)
     grad_x = x.new_empty(x.shape if need_x else 0, dtype=g_dtype)
@@ -234,9 +246,13 @@ def _losses_and_grads(
             part = slice(start + local.start, start + local.stop)
             x_sq = x[part].to(dtype).square().sum(-1, keepdim=True)
             g_block = None if g is None else g[local]
-            losses[part, None], n_share = block(
-                products[local], x_sq, w_sq, targets[part, None], weights[part, None], terms, g_block
-            )
+            arguments = (products[local], x_sq, w_sq, targets[part, None], weights[part, None], terms)
+            if compiled:
+                losses[part, None], n_share, g_new = _compiled_block()(*arguments, None if g is None else g_dtype)
+                if g_block is not None and g_new is not None:
+                    g_block.copy_(g_new)
+            else:
+                losses[part, None], n_share = _block(*arguments, g_block)
             if n_share is not None:
                 grad_n += n_share
             if g_block is not None and harmonic:

@@ -32,7 +32,7 @@ class _Head(nn.Module):
         self.in_features = in_features
         self.label_smoothing = label_smoothing
         self.chunk = chunk
-        self.compiled = False  # what the fused loss does with a chunk's products
+        self.compiled = False  # of the fused loss, as its argument
         self.num_classes = num_classes
         self.weight = nn.Parameter(torch.empty(num_classes if rows is None else rows, in_features))
         if not 1 <= num_classes <= self.weight.shape[0]:

@@ -198,7 +198,7 @@ class TrainConfig:
         micro_batch: sequences per forward pass and process; accumulation follows from the number of processes.
         seed: of the initial weights, the order of the data and dropout.
         precision: "bf16" (autocast), "fp32", or "auto": bf16 on GPUs that have it, fp32 elsewhere.
-        compile: torch.compile each block, and on a GPU what the head's loss does beside its products.
+        compile: torch.compile each block.
         activation_checkpointing: keep only the inputs of blocks and recompute the rest in the backward pass.
         label_smoothing: ε of the training loss −Σ_i q_i log p_i, q = (1 − ε) 1[i = y] + ε / vocabulary. The training
             losses that are logged contain it, validation losses never do.
@@ -206,6 +206,8 @@ class TrainConfig:
             windows of each are written to non_finite.jsonl. 0 stops at the first. Not with DeepSpeed.
         loss_chunk: positions whose products with all centres the head's loss computes at a time, 64 or more: less
             memory against fewer, larger products. Default: as many as take about 50 MiB on a CPU and 500 on a GPU.
+        compile_loss: torch.compile what the head's loss does with these products: slower on a CPU, not yet measured on
+            a GPU.
         distance_memory: MiB that a distance which is no matrix product may work with, beside operands and gradients.
             Default: 64 on a CPU, 512 on a GPU.
         hang_timeout: seconds without progress after which a process of several gives up, naming those it waits for.
@@ -222,6 +224,7 @@ class TrainConfig:
     label_smoothing: float = 0.0
     skip_non_finite: int = 0
     loss_chunk: int | None = None
+    compile_loss: bool = False
     distance_memory: float | None = None
     hang_timeout: float = 1800.0
 
@@ -289,11 +292,12 @@ class RunConfig:
                 f"optim.metric_lr_multiplier = {self.optim.metric_lr_multiplier} has no effect with {what}, where no "
                 "distance is learnt: remove it"
             )
-        if self.train.loss_chunk is not None and distance.power is None:
-            raise UserError(
-                f"train.loss_chunk = {self.train.loss_chunk} has no effect with {what}, which goes through no matrix "
-                "products: remove it, or set train.distance_memory"
-            )
+        for name in ("loss_chunk", "compile_loss"):
+            if getattr(self.train, name) and distance.power is None:
+                raise UserError(
+                    f"train.{name} = {getattr(self.train, name)} has no effect with {what}, which goes through no "
+                    f"matrix products: remove it"
+                )
         if self.train.distance_memory is not None and distance.power is not None:
             raise UserError(
                 f"train.distance_memory = {self.train.distance_memory} has no effect with {what}, which goes through "

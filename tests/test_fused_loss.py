@@ -526,10 +526,13 @@ def test_compiles_without_a_graph_break(fused_loss: Callable, dense_loss: Callab
 def test_compiling_what_follows_the_products_changes_nothing(
     fused_loss: Callable, dense_loss: Callable, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    problem = make_problem().to(dtype)
-    expected = differentiate(fused_loss, problem, **options)
-    for value, reference in zip(differentiate(fused_loss, problem, compiled=True, **options), expected, strict=True):
-        assert relative_error(value, reference.double()) < 1e-5 + torch.finfo(dtype).eps
+    for positions in (N, 128, 40, 230):  # chunks of several sizes, some after larger ones
+        x, w, targets = make_problem()
+        problem = Problem(x[:positions], w, targets[:positions]).to(dtype)
+        expected = differentiate(fused_loss, problem, **options)
+        found = differentiate(fused_loss, problem, compiled=True, **options)
+        for value, reference in zip(found, expected, strict=True):
+            assert relative_error(value, reference.double()) < 1e-5 + torch.finfo(dtype).eps
 
 
 def test_the_compiled_body_within_a_compiled_model() -> None:
@@ -540,10 +543,13 @@ def test_the_compiled_body_within_a_compiled_model() -> None:
     def loss_of(x: Tensor, w: Tensor, targets: Tensor, compiled: bool) -> Tensor:
         return fused_harmonic_loss(2 * x, 2 * w, targets, n, chunk=CHUNK, compiled=compiled)
 
-    expected = torch.autograd.grad(loss_of(*problem, False), (*problem[:2], n))
     whole = torch.compile(loss_of, fullgraph=True)
-    for value, reference in zip(torch.autograd.grad(whole(*problem, True), (*problem[:2], n)), expected, strict=True):
-        assert relative_error(value, reference.double()) < 1e-5
+    for positions in (N, 40):
+        operands = (problem.x[:positions], problem.w, problem.targets[:positions])
+        expected = torch.autograd.grad(loss_of(*operands, False), (*problem[:2], n))
+        found = torch.autograd.grad(whole(*operands, True), (*problem[:2], n))
+        for value, reference in zip(found, expected, strict=True):
+            assert relative_error(value, reference.double()) < 1e-5
 
 
 @BOTH

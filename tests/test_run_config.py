@@ -337,8 +337,10 @@ def test_settings_that_need_a_certain_distance(file):
     assert refusal(file, "--train.distance_memory", "0").startswith("train.distance_memory must be a positive number")
     assert refusal(file, "--train.loss_chunk", "128", "--model.head.distance", "manhattan") == (
         'train.loss_chunk = 128 has no effect with model.head.distance = "manhattan", which goes through no matrix '
-        "products: remove it, or set train.distance_memory"
+        "products: remove it"
     )
+    message = refusal(file, "--train.compile_loss", "true", "--model.head.distance", "manhattan")
+    assert message.startswith("train.compile_loss = True has no effect with model.head.distance")
     assert refusal(file, "--train.loss_chunk", "10") == "train.loss_chunk must be at least 64 positions; got 10"
     learnt = ["--model.head.distance", "mahalanobis", "--optim.metric_lr_multiplier", "2"]
     assert load_run_config(["--config", str(file), *learnt]).optim.metric_lr_multiplier == 2
