@@ -224,7 +224,7 @@ def _losses_and_grads(
     g_dtype = _gradient_dtype(x.dtype)
     n = exponent.item() if exponent is not None and exponent.is_cpu else exponent
     terms = Terms(n, num_classes, smoothing, need_n)
-    w_sq = squared_norms(w)  # (V,)
+    w_sq = squared_norms(w) if harmonic else x.new_empty(0, dtype=dtype)  # (V,)
     losses = x.new_empty(num, dtype=dtype)
     grad_x = x.new_empty(x.shape if need_x else 0, dtype=g_dtype)
     grad_w = x.new_zeros(w.shape if need_w else 0, dtype=dtype)

@@ -17,6 +17,7 @@ from hgpt.harmax import (
     relative_distances,
     resolve_exponent,
     squared_distances,
+    squared_norms,
 )
 
 D, V, N = 24, 57, 19
@@ -308,3 +309,18 @@ def test_resolve_exponent_refuses(given: float | str) -> None:
     with pytest.raises(ValueError, match=r'must be a positive number, "dim", "sqrt_dim" or a multiple') as error:
         resolve_exponent(given, 256)
     assert repr(given) in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 1024, 2500])
+def test_squared_norms(rows: int, dtype: torch.dtype) -> None:
+    w = torch.randn(rows, 37).to(dtype)
+    expected = w.double().square().sum(-1)
+    found = squared_norms(w)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    w.requires_grad_()
+    tracked = squared_norms(w)
+    assert torch.equal(tracked, found) or torch.allclose(tracked, found, rtol=1e-6)
+    (grad,) = torch.autograd.grad(tracked.sum(), w)
+    torch.testing.assert_close(grad, 2 * w.detach())
