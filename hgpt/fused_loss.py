@@ -197,8 +197,25 @@ def _functional_block(
 
 
 @functools.cache
-def _compiled_block() -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]:
+def _compiled() -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]:
     return torch.compile(_functional_block, dynamic=False)  # one code for each shape, of which there are few
+
+
+def _compiled_block(
+    products: Tensor,
+    x_sq: Tensor,
+    w_sq: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    terms: Terms,
+    g_out: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """As `_block`, but that `products` are not overwritten, unless by G."""
+    g_dtype = None if g_out is None else g_out.dtype
+    losses, grad_n, g = _compiled()(products, x_sq, w_sq, targets, weights, terms, g_dtype)
+    if g_out is not None and g is not None:
+        g_out.copy_(g)
+    return losses, grad_n
 
 
 @torch.no_grad()
@@ -224,6 +241,7 @@ def _losses_and_grads(
     g_dtype = _gradient_dtype(x.dtype)
     n = exponent.item() if exponent is not None and exponent.is_cpu else exponent
     terms = Terms(n, num_classes, smoothing, need_n)
+    block = _compiled_block if compiled else _block
     w_sq = squared_norms(w) if harmonic else x.new_empty(0, dtype=dtype)  # (V,)
     losses = x.new_empty(num, dtype=dtype)
     grad_x = x.new_empty(x.shape if need_x else 0, dtype=g_dtype)
@@ -246,13 +264,9 @@ def _losses_and_grads(
             part = slice(start + local.start, start + local.stop)
             x_sq = x[part].to(dtype).square().sum(-1, keepdim=True)
             g_block = None if g is None else g[local]
-            arguments = (products[local], x_sq, w_sq, targets[part, None], weights[part, None], terms)
-            if compiled:
-                losses[part, None], n_share, g_new = _compiled_block()(*arguments, None if g is None else g_dtype)
-                if g_block is not None and g_new is not None:
-                    g_block.copy_(g_new)
-            else:
-                losses[part, None], n_share = _block(*arguments, g_block)
+            losses[part, None], n_share = block(
+                products[local], x_sq, w_sq, targets[part, None], weights[part, None], terms, g_block
+            )
             if n_share is not None:
                 grad_n += n_share
             if g_block is not None and harmonic:
