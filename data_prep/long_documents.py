@@ -20,7 +20,18 @@ class LongDocument:
         self.valid = True
 
     def pieces(self) -> Iterator[bytes]:
-        while piece := self._file.read(LONG_DOCUMENT):
+        """Raises UserError if the file cannot be read on."""
+        while True:
+            try:
+                piece = self._file.read(LONG_DOCUMENT)
+            except OSError as error:
+                name = getattr(self._file, "name", None) or "a temporary file"
+                raise UserError(
+                    f"{name} cannot be read: {error.strerror or error}. The same command goes on; what is finished "
+                    "stays."
+                ) from error
+            if not piece:
+                return
             yield piece
 
     def texts(self) -> Iterator[str]:

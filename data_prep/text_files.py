@@ -100,7 +100,7 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 def read_documents(files: Sequence[Path], text_column: str = "text", separator: str | None = None) -> Iterator[bytes]:
-    """The documents of the files, in order, as bytes of UTF-8 text, possibly invalid. Memory stays bounded.
+    """The documents of the files, in order, as bytes of UTF-8 text, possibly invalid; one is held at a time.
 
     A .txt file is one document, or several with `separator` between them; a .jsonl file has one per line and a .parquet
     file one per row, in the field or column `text_column`; a null there is an empty document. Raises UserError with

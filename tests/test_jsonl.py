@@ -132,3 +132,14 @@ def test_a_copy_that_cannot_be_written(tmp_path):
     with pytest.raises(UserError, match=r"is kept in .*gone while it is encoded, and that cannot be written: No such"):
         spool(iter([b"x" * 600_000] * 3), tmp_path / "gone")
     assert spool(iter([b"x"] * 3), tmp_path / "gone") == b"xxx"
+
+
+def test_a_file_that_can_no_longer_be_read():
+    class Broken:
+        name = "texts/a.txt"
+
+        def read(self, size):
+            raise OSError(5, "Input/output error")
+
+    with pytest.raises(UserError, match=r"texts/a.txt cannot be read: Input/output error. The same command goes on"):
+        list(LongDocument(Broken()).texts())
