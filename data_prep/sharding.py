@@ -36,7 +36,7 @@ import numpy as np
 
 from data_prep.documents import Counts, decode_utf8
 from data_prep.long_documents import LongDocument
-from data_prep.text_files import SECTION_BYTES, Section, read_section
+from data_prep.text_files import LARGEST_SECTION, SECTION_BYTES, Section, read_section
 from data_prep.worker_pool import finished_imports, worker_pool
 from hgpt.errors import UserError
 from hgpt.folder_lock import folder_lock
@@ -140,8 +140,8 @@ class Unit:
     val: frozenset[int]
 
 
-def plan_units(sections: Sequence[Section], val: np.ndarray, largest: int = SECTION_BYTES) -> list[Unit]:
-    """The sections in units of at least SECTION_BYTES each, or `largest` if that is less.
+def plan_units(sections: Sequence[Section], val: np.ndarray, largest: int = LARGEST_SECTION) -> list[Unit]:
+    """The sections in units of at least SECTION_BYTES each, but of no more than `largest`, if no section is.
 
     `val` holds the places of the val documents, sorted.
     """
@@ -152,19 +152,21 @@ def plan_units(sections: Sequence[Section], val: np.ndarray, largest: int = SECT
         group.append(section)
         documents += section.documents
         size += section.bytes
-        if size >= min(SECTION_BYTES, largest) or index == len(sections) - 1:
-            start, end = np.searchsorted(val, [first, first + documents])
-            units.append(
-                Unit(
-                    number=len(units),
-                    sections=tuple(group),
-                    documents=documents,
-                    bytes=size,
-                    val=frozenset((val[start:end] - first).tolist()),
-                )
+        following = sections[index + 1].bytes if index + 1 < len(sections) else largest
+        if size < SECTION_BYTES and size + following <= largest:
+            continue
+        start, end = np.searchsorted(val, [first, first + documents])
+        units.append(
+            Unit(
+                number=len(units),
+                sections=tuple(group),
+                documents=documents,
+                bytes=size,
+                val=frozenset((val[start:end] - first).tolist()),
             )
-            first += documents
-            group, documents, size = [], 0, 0
+        )
+        first += documents
+        group, documents, size = [], 0, 0
     return units
 
 

@@ -78,15 +78,13 @@ def squared_norms(w: Tensor) -> Tensor:
     that takes seven times as long as its products with all of w (V = 50304, D = 768, two CPU threads).
     """
     dtype = accumulation_dtype(w.dtype)
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and w.requires_grad):
+    if torch.is_grad_enabled() and w.requires_grad:
         return torch.cat([rows.to(dtype).square().sum(-1) for rows in w.split(1024)])
-    # In one tensor, over and over: between many that come and go, the small results can keep the C library from using
-    # their memory again, and together they are of the size of w then.
-    norms, squares = w.new_empty(len(w), dtype=dtype), w.new_empty(min(1024, len(w)), w.shape[1], dtype=dtype)
-    for rows, sums in zip(w.split(1024), norms.split(1024), strict=True):
-        square = squares[: len(rows)]
-        square = torch.square(rows, out=square) if rows.dtype == dtype else square.copy_(rows).square_()
-        torch.sum(square, -1, out=sums)
+    # Into a tensor that is there: small results that stay, between large ones that come and go, can keep the C library
+    # from using their memory again, and together they are of the size of w then.
+    norms = w.new_empty(len(w), dtype=dtype)
+    for start in range(0, len(w), 1024):
+        norms[start : start + 1024] = w[start : start + 1024].to(dtype).square().sum(-1)
     return norms
 
 

@@ -334,6 +334,24 @@ def test_no_unit_is_more_than_a_shard(tmp_path, monkeypatch, kind):
     assert max(tokens) <= 20_000 and len(tokens) < 100
 
 
+def test_units_are_as_large_as_they_have_to_be_and_no_larger(monkeypatch):
+    monkeypatch.setattr(sharding, "SECTION_BYTES", 40)
+    sizes = [10, 39, 1000, 20, 20, 5, 999, 990, 9, 1, 1]
+    sections = [text_files.Section(path=Path("a"), documents=2, bytes=size) for size in sizes]
+    units = sharding.plan_units(sections, np.array([0, 5, 12]), largest=1000)
+    assert [[section.bytes for section in unit.sections] for unit in units] == [
+        [10, 39],
+        [1000],
+        [20, 20],
+        [5],  # with the next one it would be more than 1000
+        [999],
+        [990],
+        [9, 1, 1],
+    ]
+    assert [(unit.documents, unit.bytes) for unit in units[:2]] == [(4, 49), (2, 1000)]
+    assert [sorted(unit.val) for unit in units] == [[0], [1], [], [], [0], [], []]
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_a_process_decompresses_a_file_once_for_all_its_sections(tmp_path, monkeypatch, suffix):
     monkeypatch.setattr(text_files, "LARGEST_SECTION", 1000)
