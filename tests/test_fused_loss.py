@@ -526,6 +526,7 @@ def test_compiles_without_a_graph_break(fused_loss: Callable, dense_loss: Callab
 def test_compiling_what_follows_the_products_changes_nothing(
     fused_loss: Callable, dense_loss: Callable, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
+    torch.compiler.reset()  # or the limit of compilations of one function is reached, and nothing is compiled
     for positions in (N, 128, 40, 230):  # chunks of several sizes, some after larger ones
         x, w, targets = make_problem()
         problem = Problem(x[:positions], w, targets[:positions]).to(dtype)
@@ -543,6 +544,7 @@ def test_the_compiled_body_within_a_compiled_model() -> None:
     def loss_of(x: Tensor, w: Tensor, targets: Tensor, compiled: bool) -> Tensor:
         return fused_harmonic_loss(2 * x, 2 * w, targets, n, chunk=CHUNK, compiled=compiled)
 
+    torch.compiler.reset()
     whole = torch.compile(loss_of, fullgraph=True)
     for positions in (N, 40):
         operands = (problem.x[:positions], problem.w, problem.targets[:positions])
