@@ -4,9 +4,11 @@ A line of more than LONG_DOCUMENT bytes is taken apart while it is read. As a Py
 times its size, since a str has 4 bytes for every character as soon as one of them is an emoji.
 """
 
+import codecs
 import json
 import re
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +47,8 @@ def text_of_line(line: bytes, path: Path, number: int, text_column: str) -> byte
         row = json.loads(line.decode(errors="surrogateescape"))
     except ValueError as error:
         raise _not_json(path, number, str(error)) from error
+    except RecursionError as error:
+        raise _not_json(path, number, "nested too deep") from error
     text = _field(row, path, number, text_column)
     return None if text is None else _raw_bytes(text)
 
@@ -70,8 +74,8 @@ def text_of_long_line(
 
 def _not_json(path: Path, number: int, reason: str) -> BadLine:
     return BadLine(
-        f"{path}, line {number}: not a JSON value ({reason}). Every line must be one JSON object; mend or delete the "
-        "line."
+        f"{path}, line {number}: cannot be read as JSON ({reason}). Every line must be one JSON object; mend or delete "
+        "the line."
     )
 
 
@@ -92,17 +96,23 @@ def _field(row: Any, path: Path, number: int, text_column: str) -> str | None:
 
 
 def _raw_bytes(text: str) -> bytes:
-    """UTF-8 of `text`, invalid where the text is: escaped bytes as they were, lone surrogates as such."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        pass
-    try:
-        return text.encode(errors="surrogateescape")
-    except UnicodeEncodeError:
-        return text.encode(errors="surrogatepass")
+    """UTF-8 of `text`, invalid where the text is: escaped bytes as they were, other lone surrogates in three bytes."""
+    return text.encode(errors=_raw_surrogates.__name__)
 
 
+def _raw_surrogates(error: UnicodeError) -> tuple[bytes, int]:
+    # One by one, so that a text has the same bytes in parts as in one.
+    assert isinstance(error, UnicodeEncodeError)
+    characters = error.object[error.start : error.end]
+    escaped = ("surrogateescape" if "\udc80" <= character <= "\udcff" else "surrogatepass" for character in characters)
+    return b"".join(map(str.encode, characters, repeat("utf-8"), escaped)), error.end
+
+
+codecs.register_error(_raw_surrogates.__name__, _raw_surrogates)
+
+_LONGEST_REST = 1 << 20  # bytes of keys, numbers and spaces of an object, which are held
+_DEEPEST = 1000
+_SPACES = b" \t\n\r"
 _CLOSING = {b"[": b"]", b"{": b"}"}
 _BRACKET = re.compile(rb"([\[\]{}])")
 # Whole characters and escapes inside a string. The escape of a high surrogate is one with that of a low one behind it,
@@ -132,7 +142,10 @@ class _LongLine:
         self._position = 0  # in `_held`, of what comes next
 
     def texts(self) -> Iterator[bytes]:
-        """The text in parts. Raises ValueError for what is no JSON, unless `rest` is none."""
+        """The text in parts. Raises ValueError for what is too large, or no JSON unless `rest` is none."""
+        if self._first() != b"{":  # whatever it is, and however large, it is no object
+            self.rest += b"0"
+            return
         closing: list[bytes] = []  # of the brackets that are open, the innermost last
         key, found = None, False
         before = b""  # the last of `rest` that is no space
@@ -143,17 +156,19 @@ class _LongLine:
                 level = len(closing)
                 if part in _CLOSING:
                     closing.append(_CLOSING[part])
+                    if len(closing) > _DEEPEST:
+                        raise ValueError(f"nested more than {_DEEPEST:,} deep")
                 elif part in _CLOSING.values() and (not closing or closing.pop() != part):
                     raise ValueError(f"unexpected {part.decode()}")
                 if min(level, len(closing)) <= 1:
                     self.rest += part
                     before = part.strip()[-1:] or before
-            if before and not closing and not self.rest.lstrip().startswith(b"{"):
-                self.rest[:] = b"0"  # no object, whatever it is
-                return
+            _check_size(self.rest)
             self._position = end
             if quote < 0:
                 continue
+            if not closing:
+                raise ValueError("a string outside the object")
             self._position += 1
             if len(closing) > 1:
                 for _ in self._inside():
@@ -170,10 +185,21 @@ class _LongLine:
                         yield _raw_bytes(text)
                 self.rest += b'""'
             else:
-                content = b"".join(self._inside())
+                content = bytearray()
+                for part in self._inside():
+                    content += part
+                    _check_size(content)
                 key = _decoded(content)
                 self.rest += b'"' + content + b'"'
             before = b'"'
+
+    def _first(self) -> bytes:
+        """The first character that is no space."""
+        while not (held := self._held.lstrip(_SPACES)):
+            self._position = len(self._held)
+            if not self._read_on():
+                break
+        return held[:1]
 
     def _inside(self) -> Iterator[bytes]:
         """What is inside a string, in parts that each are JSON, to behind its closing quote."""
@@ -198,7 +224,12 @@ class _LongLine:
         return bool(piece)
 
 
-def _decoded(content: bytes) -> str:
+def _check_size(rest: bytearray) -> None:
+    if len(rest) > _LONGEST_REST:
+        raise ValueError(f"its keys, numbers and spaces take more than {_LONGEST_REST:,} bytes")
+
+
+def _decoded(content: bytes | bytearray) -> str:
     """What is inside a JSON string, without its escapes. Raises ValueError."""
     return json.loads('"' + content.decode(errors="surrogateescape") + '"')
 

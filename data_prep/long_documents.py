@@ -2,7 +2,8 @@
 
 import codecs
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,7 @@ class LongDocument:
         self.valid = True
 
     def pieces(self) -> Iterator[bytes]:
-        """Raises UserError if the file cannot be read on."""
-        while True:
-            try:
-                piece = self._file.read(LONG_DOCUMENT)
-            except OSError as error:
-                name = getattr(self._file, "name", None) or "a temporary file"
-                raise UserError(
-                    f"{name} cannot be read: {error.strerror or error}. The same command goes on; what is finished "
-                    "stays."
-                ) from error
-            if not piece:
-                return
+        while piece := self._file.read(LONG_DOCUMENT):
             yield piece
 
     def texts(self) -> Iterator[str]:
@@ -60,16 +50,22 @@ def spool(pieces: Iterable[bytes], folder: Path | None) -> bytes | LongDocument:
     """
     where = str(folder or tempfile.gettempdir())
     file = tempfile.SpooledTemporaryFile(max_size=LONG_DOCUMENT, dir=where)  # noqa: SIM115 - LongDocument keeps it
-    size = 0
-    for piece in pieces:
-        size += len(piece)
+
+    def write(method: Callable[[Any], Any], argument: Any) -> None:
         try:
-            file.write(piece)
-        except OSError as error:
+            method(argument)
+        except OSError as error:  # which must not be taken for one of `pieces`
+            with suppress(OSError):
+                file.close()
             raise UserError(
                 f"A document of more than {LONG_DOCUMENT:,} bytes is kept in {where} while it is encoded, and that "
                 f"cannot be written: {error.strerror or error}. Free space there, and go on with the same command; "
                 "what is finished stays."
             ) from error
-    file.seek(0)
+
+    size = 0
+    for piece in pieces:
+        size += len(piece)
+        write(file.write, piece)
+    write(file.seek, 0)  # which writes what is still buffered
     return LongDocument(file) if size > LONG_DOCUMENT else file.read()

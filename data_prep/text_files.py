@@ -264,8 +264,8 @@ class Section:
 
     Of a Parquet file `documents` rows from row `first` of row group `row_group`; of a .jsonl file as many lines that
     are not blank, from byte `offset` of what is decompressed, before which there are `first` lines; a .txt file is one
-    document. `bytes` is about the size of the text, `longest` that of the longest document if it has to be copied to be
-    read in pieces, which one in a Parquet or .txt file has not.
+    document. `bytes` is about the size of the text, `longest` that of the longest document if that has to be copied to
+    be read in pieces, which one in a Parquet file has not.
     """
 
     path: Path
@@ -311,7 +311,7 @@ def find_sections(
                 sections += _jsonl_sections(path, largest)
             else:
                 size = _size_of_text(path)
-                sections.append(Section(path=path, documents=1, bytes=size, longest=size if is_compressed(path) else 0))
+                sections.append(Section(path=path, documents=1, bytes=size, longest=size))
         except READ_ERRORS as error:
             message = str(_unreadable(path, error))
             if not skip_bad:
@@ -347,8 +347,8 @@ def _jsonl_sections(path: Path, largest: int) -> Iterator[Section]:
         while True:
             size, blank = 0, True
             for piece in pieces_of_line(stream):
+                blank = blank and not (piece if position or size else without_mark(piece, path)).strip()
                 size += len(piece)
-                blank = blank and not piece.strip()
             if size:
                 documents += not blank
                 lines += 1
@@ -429,12 +429,9 @@ def _document_of_txt(path: Path, folder: Path | None) -> Iterator[bytes | LongDo
         text = without_mark(head, path)
         if len(head) <= long_documents.LONG_DOCUMENT:
             yield text
-        elif is_compressed(path):  # to find damage before the first piece is encoded
+        else:  # copied, to find damage before the first piece is encoded
             pieces = iter(lambda: stream.read(long_documents.LONG_DOCUMENT), b"")
             yield spool(chain([text], pieces), folder)
-        else:
-            stream.seek(len(head) - len(text))
-            yield LongDocument(stream)
 
 
 def _documents_of_jsonl(

@@ -278,7 +278,7 @@ def test_invalid_utf8_is_replaced_and_counted(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a\.jsonl, line 3: not a JSON value"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a\.jsonl, line 3: cannot be read as JSON"),
         ("a.jsonl", b'{"text": "x"}\n["text"]\n', r"line 2: no JSON object with a field 'text'"),
         ("a.jsonl", b'{"body": "x", "id": 1}\n', "line 1: .* has the keys body, id.*--text-column"),
         ("a.jsonl", b'{"text": 3}\n', "line 1: the field 'text' must be a string, not int"),

@@ -7,6 +7,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from full_disk import file_size_limit
 
 from data_prep import long_documents
 from data_prep.jsonl import BadLine, pieces_of_line, text_of_line, text_of_long_line
@@ -85,19 +86,26 @@ def test_surrogates(monkeypatch):
     """Pairs are joined as json joins them, and no others, wherever the pieces end."""
     rng = random.Random(2)
     for _ in range(1500):
-        row = random_object(rng, ["\ud83d", "\ude00", "\ud800", "\udfff", "\\", "\\ud83d", "a", '"', "é"])
+        row = random_object(rng, ["\ud83d", "\ude00", "\ud800", "\udfff", "\udc80", "\\", "\\ud83d", "a", '"', "é"])
         line = json.dumps(row).encode()
+        for _ in range(rng.randint(0, 2)):  # and invalid bytes beside them
+            line = line.replace(rng.choice([b"a", b"\\ud83d", b"\\ude00"]), rng.choice([b"\xff", b"\xf0\x9f"]), 1)
         assert in_pieces(line, monkeypatch, rng.choice([1, 2, 3, 7, 30])) == whole(line), line
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        (b'  \t ["text"', "this one is none"),
         (b'{"text": "a", "text": "b"}', "the field 'text' comes twice"),
         (b'{"text": "a"]', "unexpected ]"),
         (b'{"text": "a', "unterminated string"),
         (b'{"text": "a", "n": [1, 2}', "unexpected }"),
-        (b'{"text": "a", "n": [1, 2', "not a JSON value"),
+        (b'{"text": "a", "n": [1, 2', "cannot be read as JSON"),
+        (b'{"text": "a"} "b"', "a string outside the object"),
+        (b'{"text": "a", "n": ' + b"[" * 100_000, "nested more than 1,000 deep"),
+        (b'{"text": "a", "n": 1' + b"0" * 2_000_000 + b"}", "keys, numbers and spaces take more than 1,048,576 bytes"),
+        (b'{"text": "a", "n' + b"n" * 2_000_000, "keys, numbers and spaces take more than 1,048,576 bytes"),
         (b'{"text": "\\q"}', "Invalid \\escape"),
         (b'{"title": "a", "n": [{"text": "b"}]}', "this one has the keys n, title"),
         (b'["text", {"text": "a"}]', "this one is none"),
@@ -109,6 +117,11 @@ def test_what_is_wrong_is_said(line, message, tmp_path):
     with pytest.raises(BadLine) as error:
         text_of_long_line(iter([line[:5], line[5:]]), PATH, 7, "text", tmp_path)
     assert message in str(error.value) and "a.jsonl, line 7" in str(error.value)
+
+
+def test_a_line_that_is_nested_too_deep():
+    with pytest.raises(BadLine, match=r"line 7: cannot be read as JSON \(nested too deep\)"):
+        text_of_line(b'{"text": ' + b"[" * 200_000, PATH, 7, "text")
 
 
 @pytest.mark.parametrize(
@@ -128,18 +141,32 @@ def test_memory_does_not_grow_with_a_line(before, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("start", "repeated"),
+    [(b"", b"[1, "), (b'"', b"a\\n"), (b" ", b"  "), (b'{"', b"key"), (b'{"text": ', b"1"), (b"{} ", b'"b" ')],
+)
+def test_memory_does_not_grow_with_a_line_that_is_no_document(start, repeated):
+    line = start + repeated * (30_000_000 // len(repeated))
+    stream = io.BytesIO(line)
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadLine):
+            text_of_long_line(pieces_of_line(stream), PATH, 1, "text", None)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 15_000_000 and not stream.read()
+
+
 def test_a_copy_that_cannot_be_written(tmp_path):
     with pytest.raises(UserError, match=r"is kept in .*gone while it is encoded, and that cannot be written: No such"):
         spool(iter([b"x" * 600_000] * 3), tmp_path / "gone")
     assert spool(iter([b"x"] * 3), tmp_path / "gone") == b"xxx"
 
 
-def test_a_file_that_can_no_longer_be_read():
-    class Broken:
-        name = "texts/a.txt"
-
-        def read(self, size):
-            raise OSError(5, "Input/output error")
-
-    with pytest.raises(UserError, match=r"texts/a.txt cannot be read: Input/output error. The same command goes on"):
-        list(LongDocument(Broken()).texts())
+@pytest.mark.parametrize("too_much", [1, 1000, 500_000])
+def test_a_disk_that_fills_while_a_copy_is_written(tmp_path, too_much):
+    """Also where it is found only when what is buffered is written at the end."""
+    size = 2 * long_documents.LONG_DOCUMENT
+    with file_size_limit(size), pytest.raises(UserError, match=r"cannot be written: File too large. Free space there"):
+        spool(iter([b"x" * size, b"y" * too_much]), tmp_path)

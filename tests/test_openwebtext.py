@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiktoken
 import zstandard
+from full_disk import file_size_limit
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from data_prep import long_documents, openwebtext, sharding, text_files, verify, worker_pool
@@ -273,7 +274,7 @@ def test_every_kind_of_source_gives_the_same_shards(tmp_path, source, monkeypatc
     jsonl = tmp_path / "jsonl"
     jsonl.mkdir()
     lines = [json.dumps({"text": text}) + "\n\n" for text in texts(300)]
-    (jsonl / "a.jsonl").write_text("".join(lines[:250]))
+    (jsonl / "a.jsonl").write_text("\ufeff\n" + "".join(lines[:250]))  # a byte order mark alone is no document
     (jsonl / "b.jsonl.gz").write_bytes(gzip.compress("".join(lines[250:270]).encode()))
     (jsonl / "c.jsonl.zst").write_bytes(zstandard.compress("".join(lines[270:]).encode()))
     whole = tmp_path / "whole"
@@ -797,6 +798,26 @@ def test_a_write_that_fails_is_a_clean_error_and_can_be_gone_on_with(
     assert contents(run(source, tmp_path / "out", *options)) == expected
 
 
+@pytest.mark.parametrize("over", [10, 20_000])
+def test_a_disk_that_fills_while_a_long_document_is_copied(tmp_path, monkeypatch, capsys, over):
+    """It is no damage of the source, which --skip-bad would leave out."""
+    monkeypatch.setattr(long_documents, "LONG_DOCUMENT", 50_000)
+    (tmp_path / "source").mkdir()
+    for name, text in zip("abc", texts(3), strict=True):
+        (tmp_path / "source" / f"{name}.txt").write_text(text)
+    long = (LONG * 5000)[:120_000]
+    (tmp_path / "source" / "b.txt").write_text(long)
+    base = ("--source", tmp_path / "source", "--out", tmp_path / "out", *SMALL, "--skip-bad", "--workers", 1)
+    base = (*base, "--val-fraction", "0.3")
+    with file_size_limit(len(long.encode()) - over):
+        message = fails(capsys, *base)
+    assert "is kept in" in message and "cannot be written: File too large. Free space there" in message
+    assert main(list(map(str, base))) == 0
+    assert read_meta(tmp_path / "out").preparation["documents_without_text"] == 0
+    found = read_back(tmp_path / "out")
+    assert long in found["train"] + found["val"]
+
+
 def test_a_folder_that_cannot_be_written(source, capsys):
     # Not even root may make a folder there.
     assert "cannot be written" in fails(capsys, "--source", source, "--out", "/sys/hgpt")
@@ -1037,6 +1058,42 @@ def test_a_parquet_file_that_is_damaged_inside(tmp_path, source, capsys):
     assert read_back(folder)["val"] == [documents[place] for place in val]
 
 
+def test_a_text_file_that_can_be_read_only_in_part(tmp_path, capsys, monkeypatch):
+    """As on a disk with a bad sector: found before a piece of the document is encoded."""
+    monkeypatch.setattr(long_documents, "LONG_DOCUMENT", 1000)
+    (tmp_path / "source").mkdir()
+    for place in range(8):
+        (tmp_path / "source" / f"{place}.txt").write_text(f"{place} " + "word " * 1000)
+    opened = text_files._open
+
+    @contextlib.contextmanager
+    def open_damaged(path):
+        with opened(path) as stream:
+            if path.name == "5.txt":
+                read = stream.read
+
+                class Damaged:
+                    def read(self, size):
+                        if stream.tell() > 3000:
+                            raise OSError(5, "Input/output error")
+                        return read(size)
+
+                yield Damaged()
+            else:
+                yield stream
+
+    monkeypatch.setattr(text_files, "_open", open_damaged)
+    base = ("--source", tmp_path / "source", "--out", tmp_path / "out", *SMALL, "--workers", 1)
+    message = fails(capsys, *base)
+    assert "5.txt cannot be read: [Errno 5] Input/output error" in message and "With --skip-bad" in message
+    assert main([*map(str, base), "--skip-bad"]) == 0
+    assert "5.txt: 1 documents cannot be read" in capsys.readouterr().out
+    found = read_back(tmp_path / "out")
+    assert sorted(text[:2] for text in found["train"] + found["val"]) == [
+        f"{place} " for place in range(8) if place != 5
+    ]
+
+
 def test_rows_that_are_not_text(tmp_path, capsys):
     lines = [json.dumps({"text": text}) for text in texts(40)]
     lines[20] = '{"text": 3}'
@@ -1047,7 +1104,7 @@ def test_rows_that_are_not_text(tmp_path, capsys):
     assert "a.jsonl, line 21: the field 'text' must be a string, not int" in message
     assert main([*map(str, base), "--skip-bad"]) == 0
     printed = capsys.readouterr().out
-    assert "line 21" in printed and "line 31: not a JSON value" in printed
+    assert "line 21" in printed and "line 31: cannot be read as JSON" in printed
     assert read_meta(tmp_path / "out").preparation["documents_without_text"] == 2
 
 
