@@ -249,7 +249,7 @@ def download(repository: str, revision: str) -> Source:
         )
     print(f"{repository} at {info.sha}: {len(wanted)} files, {total / 1e9:.1f} GB, from the hub or its cache")
 
-    def fetch(name: str, revision: str = info.sha) -> Path:
+    def fetch(name: str, revision: str | None = info.sha) -> Path:
         return Path(huggingface_hub.hf_hub_download(repository, name, repo_type="dataset", revision=revision))
 
     names = [name for name, _ in wanted]

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import TypeVar
 
 State = TypeVar("State")
 
 
-def start_imports() -> BaseContext:
+def start_imports() -> ForkServerContext | SpawnContext:
     """Begin to import, in the background, what workers need: some seconds that a caller may use for something else."""
     # Not a plain fork: tokenizers and pyarrow have threads by now, whose locks a forked child would inherit.
     if "forkserver" not in multiprocessing.get_all_start_methods():
