@@ -43,6 +43,10 @@ _BLOCK_BYTES = 4 * 2**20
 # products at a time than at 256 x 50304 (on an AMD EPYC, one thread and two; D = 768 and 1600).
 _PRODUCT_ROWS = 1024
 
+# Forms of the operands that are compiled, each for itself: two sizes of chunks, on a CPU of blocks, with gradients and
+# without them. torch.compile's default of 8 is not enough where batches differ, and beyond it nothing is compiled.
+_COMPILED_FORMS = 64
+
 _LOG2_E, _LN_2 = 1 / math.log(2), math.log(2)
 
 
@@ -85,12 +89,23 @@ class Terms(NamedTuple):
     need_n: bool
 
 
-def _relative_distances(products: Tensor, x_sq: Tensor, w_sq: Tensor, num_classes: int) -> tuple[Tensor, ...]:
-    """d²_i / min_j d_j² (R, V) in place of the products −2 x·w_i, min_j d_j² (R, 1), and which entries are clamped.
+class Rows(NamedTuple):
+    """Some positions, R of them: x·w_i (R, V), |x|² (R, 1), |w_i|² (V,), and their targets and weights (R, 1)."""
+
+    products: Tensor
+    x_sq: Tensor
+    w_sq: Tensor
+    targets: Tensor
+    weights: Tensor
+
+
+def _relative_distances(rows: Rows, num_classes: int) -> tuple[Tensor, ...]:
+    """d²_i / min_j d_j² (R, V) in place of the products, min_j d_j² (R, 1), and which entries are clamped.
 
     The mask is empty where nothing is. On a GPU, and in compiled code, that question would cost more than the mask.
     """
-    d_sq = products.add_(w_sq).add_(x_sq)
+    products, x_sq, w_sq, _, _ = rows
+    d_sq = torch.add(w_sq, products, alpha=-2, out=products).add_(x_sq)
     if num_classes < d_sq.shape[1]:
         d_sq[:, num_classes:] = torch.inf
     nearest, floor = d_sq.amin(-1, keepdim=True), distance_floor(x_sq)
@@ -152,27 +167,20 @@ def cross_entropy(
     return losses, g.scatter_(-1, targets, at_target.to(g.dtype)), grad_n
 
 
-def _block(
-    products: Tensor,
-    x_sq: Tensor,
-    w_sq: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    terms: Terms,
-    g_out: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Losses of R positions, (R, 1), and their share of ∂L/∂n; G times `weights` (R, 1) goes to `g_out`, (R, V).
+def _block(rows: Rows, terms: Terms, g_out: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Losses of R positions, (R, 1), and their share of ∂L/∂n; G times the weights goes to `g_out`, (R, V).
 
-    `products`, −2 x·w_i or for softmax x·w_i, is overwritten, and `g_out` may be the same memory.
+    The products are overwritten, and `g_out` may be the same memory.
     """
     n, num_classes, _, _ = terms
+    products, _, _, targets, weights = rows
     if n is None:
         if num_classes < products.shape[1]:
             products[:, num_classes:] = -torch.inf
         scores = scale_(products - products.amax(-1, keepdim=True), _LOG2_E)
         losses, _, _ = cross_entropy(scores, targets, weights, terms, None if g_out is None else weights, out=g_out)
         return losses, None
-    ratio, nearest, clamped = _relative_distances(products, x_sq, w_sq, num_classes)
+    ratio, nearest, clamped = _relative_distances(rows, num_classes)
     scores = scale_(torch.log2(ratio), -0.5 * n)
     factor = None if g_out is None else weights * n / nearest
     losses, g, grad_n = cross_entropy(scores, targets, weights, terms, factor, ratio, g_out)
@@ -182,37 +190,22 @@ def _block(
 
 
 def _functional_block(
-    products: Tensor,
-    x_sq: Tensor,
-    w_sq: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    terms: Terms,
-    g_dtype: torch.dtype | None,
+    rows: Rows, terms: Terms, g_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What `_block` gives, and G in a tensor of its own: for torch.compile, which takes its arguments' sizes for others
     where one that is overwritten is a view of another (torch 2.13)."""
-    g = None if g_dtype is None else torch.empty_like(products, dtype=g_dtype)
-    return *_block(products.clone(), x_sq, w_sq, targets, weights, terms, g), g
+    g = None if g_dtype is None else torch.empty_like(rows.products, dtype=g_dtype)
+    return *_block(rows._replace(products=rows.products.clone()), terms, g), g
 
 
 @functools.cache
 def _compiled() -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]:
-    return torch.compile(_functional_block, dynamic=False)  # one code for each shape, of which there are few
+    return torch.compile(_functional_block, dynamic=False, recompile_limit=_COMPILED_FORMS)  # type: ignore[call-overload]
 
 
-def _compiled_block(
-    products: Tensor,
-    x_sq: Tensor,
-    w_sq: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    terms: Terms,
-    g_out: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """As `_block`, but that `products` are not overwritten, unless by G."""
-    g_dtype = None if g_out is None else g_out.dtype
-    losses, grad_n, g = _compiled()(products, x_sq, w_sq, targets, weights, terms, g_dtype)
+def _compiled_block(rows: Rows, terms: Terms, g_out: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """As `_block`, but that the products are not overwritten, unless by G."""
+    losses, grad_n, g = _compiled()(rows, terms, None if g_out is None else g_out.dtype)
     if g_out is not None and g is not None:
         g_out.copy_(g)
     return losses, grad_n
@@ -239,7 +232,9 @@ def _losses_and_grads(
     """
     num, dtype, harmonic = x.shape[0], accumulation_dtype(x.dtype), exponent is not None
     g_dtype = _gradient_dtype(x.dtype)
-    n = exponent.item() if exponent is not None and exponent.is_cpu else exponent
+    n: float | Tensor | None = exponent
+    if exponent is not None and exponent.is_cpu and not (compiled and x.is_cpu):
+        n = exponent.item()  # compiled code would be of this number alone, and one that is learnt changes
     terms = Terms(n, num_classes, smoothing, need_n)
     block = _compiled_block if compiled else _block
     w_sq = squared_norms(w) if harmonic else x.new_empty(0, dtype=dtype)  # (V,)
@@ -253,8 +248,7 @@ def _losses_and_grads(
 
     for start in range(0, num, chunk):
         x_c = x[start : start + chunk]  # (C, D)
-        # (C, V). Twice a float is no other rounding.
-        products = _products(x_c * -2 if harmonic else x_c, w, None if buffer is None else buffer[: len(x_c)])
+        products = _products(x_c, w, None if buffer is None else buffer[: len(x_c)])  # (C, V)
         g = None
         if need_x or need_w:
             g = products if g_dtype == dtype else torch.empty_like(products, dtype=g_dtype)
@@ -264,9 +258,8 @@ def _losses_and_grads(
             part = slice(start + local.start, start + local.stop)
             x_sq = x[part].to(dtype).square().sum(-1, keepdim=True)
             g_block = None if g is None else g[local]
-            losses[part, None], n_share = block(
-                products[local], x_sq, w_sq, targets[part, None], weights[part, None], terms, g_block
-            )
+            rows = Rows(products[local], x_sq, w_sq, targets[part, None], weights[part, None])
+            losses[part, None], n_share = block(rows, terms, g_block)
             if n_share is not None:
                 grad_n += n_share
             if g_block is not None and harmonic:
@@ -288,8 +281,8 @@ def _losses_and_grads(
             else:
                 grad_w += inner_products(g.T, x_c.T.to(g_dtype))
     if need_w and harmonic:
-        for rows, sums, part_w in zip(grad_w.split(1024), g_colsum.split(1024), w.split(1024), strict=True):
-            rows.addcmul_(sums[:, None], part_w.to(dtype), value=-1)
+        for grad_rows, sums, part_w in zip(grad_w.split(1024), g_colsum.split(1024), w.split(1024), strict=True):
+            grad_rows.addcmul_(sums[:, None], part_w.to(dtype), value=-1)
     return losses, grad_x, grad_w.to(g_dtype), grad_n
 
 

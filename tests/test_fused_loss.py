@@ -126,6 +126,17 @@ def test_planted_zero_distances(dtype: torch.dtype) -> None:
     assert result.grad_x.abs().max() < 1e-3 and result.grad_w.abs().max() < 1e-3
 
 
+def test_float16_up_to_its_largest_values() -> None:
+    """Its range ends at 65504: twice an entry lies beyond, and no distance may be computed from that."""
+    problem = make_problem(planted=False).to(torch.float16)
+    with torch.no_grad():
+        problem.x[0, 0], problem.w[problem.targets[0], 0] = 4e4, 3.9e4
+        problem.x[1, 3], problem.w[7, 3] = -6e4, 6e4
+    expected = differentiate(dense, problem.to(torch.float64), reduction="sum")
+    for value, reference in zip(differentiate(fused, problem, reduction="sum"), expected, strict=True):
+        assert relative_error(value, reference) < 2e-3
+
+
 def test_gradcheck() -> None:
     x, w = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (7, 5))
     targets = torch.tensor([0, 1, 2, -100, 4, 0, 1])
@@ -519,14 +530,21 @@ def test_compiles_without_a_graph_break(fused_loss: Callable, dense_loss: Callab
         torch.testing.assert_close(compiled(*problem), expected.loss)
 
 
+@pytest.fixture
+def compiled_graphs() -> Callable[[], int]:
+    """How many graphs torch.compile has compiled since the test began."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    return lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 @BOTH
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"recompute": True}, {"label_smoothing": 0.1}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiling_what_follows_the_products_changes_nothing(
-    fused_loss: Callable, dense_loss: Callable, options: dict[str, Any], dtype: torch.dtype
+    fused_loss: Callable, dense_loss: Callable, options: dict[str, Any], dtype: torch.dtype, compiled_graphs: Callable
 ) -> None:
-    torch.compiler.reset()  # or the limit of compilations of one function is reached, and nothing is compiled
     for positions in (N, 128, 40, 230):  # chunks of several sizes, some after larger ones
         x, w, targets = make_problem()
         problem = Problem(x[:positions], w, targets[:positions]).to(dtype)
@@ -534,6 +552,32 @@ def test_compiling_what_follows_the_products_changes_nothing(
         found = differentiate(fused_loss, problem, compiled=True, **options)
         for value, reference in zip(found, expected, strict=True):
             assert relative_error(value, reference.double()) < 1e-5 + torch.finfo(dtype).eps
+    sizes = 4  # of chunks: 64, and the last ones of 60, 40 and 38
+    assert compiled_graphs() == sizes * (2 if options.get("recompute") else 1)
+
+
+@pytest.mark.slow
+def test_every_size_of_chunk_is_compiled(compiled_graphs: Callable) -> None:
+    """More of them than torch.compile compiles of one function unless it is told otherwise."""
+    x, w, targets = make_problem().to(torch.float32)
+    for positions in range(1, 13):
+        fused(x[:positions], w, targets[:positions], compiled=True)
+    assert compiled_graphs() == 12 > torch._dynamo.config.recompile_limit
+
+
+def test_an_exponent_that_changes_is_not_compiled_again(compiled_graphs: Callable) -> None:
+    problem = make_problem().to(torch.float32)
+    n = torch.tensor(EXPONENT, requires_grad=True)
+    for step in range(3):
+        with torch.no_grad():
+            n += step
+        expected, found = (
+            torch.autograd.grad(fused_harmonic_loss(*problem, n, chunk=N, compiled=compiled), (problem.x, problem.w, n))
+            for compiled in (False, True)
+        )
+        for value, reference in zip(found, expected, strict=True):
+            assert relative_error(value, reference.double()) < 1e-5
+    assert compiled_graphs() == 1
 
 
 def test_the_compiled_body_within_a_compiled_model() -> None:
