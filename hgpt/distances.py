@@ -63,6 +63,8 @@ class Distance(nn.Module):
 
     Attributes:
         power, scale: d = scale · |x′ − w′|₂^power; `power = None` where that is not so.
+        apart: whether `forward` makes x′ of x alone and w′ of w alone. Then w′ is made once for a text that is
+            generated, and not for each of its tokens.
         traffic: for an estimate of its time, how often the loss and its gradients read or write a tensor of the size
             (tokens, V, D); only of a distance without a power.
         options: those it was made with, as `make_distance` takes them.
@@ -70,6 +72,7 @@ class Distance(nn.Module):
 
     power: float | None = 1.0
     scale: float = 1.0
+    apart: bool = False
     traffic: float = 40.0
 
     def __init__(self, dim: int) -> None:
@@ -222,7 +225,7 @@ class Cosine(Distance):
     and has no direction: its distance from all others is ½, and it gets no gradient, which is else of the size 1/|x|.
     """
 
-    power, scale = 2.0, 0.5
+    power, scale, apart = 2.0, 0.5, True
 
     def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         return _Direction.apply(x), _Direction.apply(w)
@@ -271,6 +274,8 @@ class Mahalanobis(Distance):
     """
 
     METRICS: ClassVar = ("diagonal", "low_rank", "full")
+
+    apart = True
 
     def __init__(self, dim: int, *, metric: str = "diagonal", rank: int | None = None) -> None:
         super().__init__(dim)

@@ -99,12 +99,13 @@ def distance_floor(x_sq: Tensor) -> Tensor:
     return (_ROUNDING_ULPS * limits.eps * x_sq).clamp_min(limits.tiny**0.75)
 
 
-def squared_distances(x: Tensor, w: Tensor) -> Tensor:
+def squared_distances(x: Tensor, w: Tensor, w_sq: Tensor | None = None) -> Tensor:
     """d²_ti = |x_t|² + |w_i|² − 2 x_t·w_i, clamped from below at `distance_floor(|x_t|²)`.
 
     Args:
         x: hidden states, (..., D), any float dtype.
         w: centres, (V, D), the dtype of `x`.
+        w_sq: their `squared_norms`, (V,), where those are known; for few x, they take as long as the products.
 
     Returns:
         (..., V) in float32 (float64 for float64 operands). The squared norms are summed in that dtype from
@@ -121,7 +122,8 @@ def squared_distances(x: Tensor, w: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])  # (N, D)
     dtype = accumulation_dtype(x.dtype)
     x_sq = rows.to(dtype).square().sum(-1, keepdim=True)  # (N, 1)
-    w_sq = squared_norms(w)  # (V,)
+    if w_sq is None:
+        w_sq = squared_norms(w)
     d_sq = x_sq + (w_sq - 2 * inner_products(rows, w))  # (N, V)
     floor = distance_floor(x_sq.detach())
     # Asked this way round, a nan stays one: it is to stop the run, not to pass for a distance of nearly 0.

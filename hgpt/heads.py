@@ -6,6 +6,8 @@ any classifier trained with `torch.nn.functional.cross_entropy`.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from .distances import make_distance, pairwise_distances
 from .fused_loss import fused_harmonic_loss, fused_softmax_loss
-from .harmax import accumulation_dtype, inner_products, resolve_exponent, squared_distances
+from .harmax import accumulation_dtype, inner_products, resolve_exponent, squared_distances, squared_norms
 from .pairwise_loss import pairwise_harmonic_loss
 
 
@@ -147,6 +149,8 @@ class HarmonicHead(_Head):
         self.log_exponent = nn.Parameter(torch.empty(1)) if learn_exponent else None
         self.init_std = in_features**-0.5 if init_std is None else init_std
         self.memory = memory
+        # While the centres stay as they are: w′, None if that is the weight, and |w′|², by dtype and device.
+        self._kept: dict[tuple[torch.dtype, torch.device], tuple[Tensor | None, Tensor]] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -166,9 +170,9 @@ class HarmonicHead(_Head):
         if metric.power is None:
             x, w = self._exact_operands(x, self.weight[: self.num_classes])
             return pairwise_distances(metric, x.reshape(-1, x.shape[-1]), w, self.memory).log().reshape(shape)
-        x, w = self._operands(x)
+        x, w, w_sq = self._operands_and_norms(x)
         with torch.autocast(x.device.type, enabled=False):
-            log_d = 0.5 * metric.power * squared_distances(x, w)[..., : self.num_classes].log()
+            log_d = 0.5 * metric.power * squared_distances(x, w, w_sq)[..., : self.num_classes].log()
         return log_d if metric.scale == 1 else log_d + math.log(metric.scale)
 
     def distances(self, x: Tensor) -> Tensor:
@@ -194,6 +198,34 @@ class HarmonicHead(_Head):
         dtype = _compute_dtype(x)
         x, w = self._exact_operands(x, self.weight)
         return x.to(dtype), w.to(dtype)
+
+    @contextmanager
+    def unchanged_centres(self) -> Iterator[None]:
+        """As long as this lasts nothing may change the weight or the metric: what is made of them is made only once.
+
+        For the many calls with few x of a text that is generated. It concerns logits and distances without gradients.
+        """
+        outer, self._kept = self._kept, {}
+        try:
+            yield
+        finally:
+            self._kept = outer
+
+    def _operands_and_norms(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`_operands`, and |w′|², (V,), where that is kept."""
+        transforms = self.metric.transforms
+        if self._kept is None or torch.is_grad_enabled() or (transforms and not self.metric.apart):
+            return *self._operands(x), None
+        place = _compute_dtype(x), x.device
+        if place not in self._kept:
+            x, w = self._operands(x)
+            # Not the weight itself, which an engine that shards it takes away again.
+            self._kept[place] = w if transforms else None, squared_norms(w)
+            return x, w, self._kept[place][1]
+        kept, w_sq = self._kept[place]
+        if kept is None:
+            return *self._operands(x), w_sq
+        return self._exact_operands(x, self.weight[:0])[0].to(kept.dtype), kept, w_sq
 
     def _exact_operands(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """The distance's operands in float32, or float64 for float64. Called as a module, as `_Head.forward` says."""

@@ -6,6 +6,7 @@ holds it to that.
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from os import PathLike
 from typing import Any
 
@@ -341,6 +342,11 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
                 old_lm_head.memory,
             )
         return head
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. What the harmonic head makes of its centres alone is made once, not for every token."""
+        with self.lm_head.unchanged_centres() if isinstance(self.lm_head, HarmonicHead) else nullcontext():
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def forward(
         self,

@@ -27,7 +27,7 @@ from transformers import (
     pipeline,
 )
 
-from hgpt import HGPTConfig, HGPTForCausalLM, HGPTModel
+from hgpt import HGPTConfig, HGPTForCausalLM, HGPTModel, heads
 
 V, ROWS, T = 61, 64, 12
 LIVELY = {"initializer_range": 0.3, "centre_init_std": 0.3, "final_norm_gain": 0.5}
@@ -241,6 +241,54 @@ def test_cache_equals_no_cache() -> None:
     static = model.generate(ids, cache_implementation="static", disable_compile=True, **settings)
     assert torch.equal(static, expected)
     assert model(ids, use_cache=False).past_key_values is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"distance": "cosine"},
+        {"distance": "mahalanobis"},
+        {"distance": "mahalanobis", "distance_options": {"metric": "low_rank", "rank": 4}},
+        {"distance": "mahalanobis", "distance_options": {"metric": "full"}},
+    ],
+    ids=["euclidean", "cosine", "diagonal", "low_rank", "full"],
+)
+def test_generation_makes_of_the_centres_once_what_no_token_changes(
+    options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny_model(**options), tokens()
+    for parameter in model.lm_head.metric.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    model.to(dtype)
+    rows: list[int] = []  # of w in each call that makes something of them
+    norms, forward = heads.squared_norms, type(model.lm_head.metric).forward
+
+    def counted_norms(w: Tensor) -> Tensor:
+        rows.append(len(w))
+        return norms(w)
+
+    def counted_forward(metric: nn.Module, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        rows.append(len(w))
+        return forward(metric, x, w)
+
+    monkeypatch.setattr(heads, "squared_norms", counted_norms)
+    monkeypatch.setattr(sys.modules["hgpt.harmax"], "squared_norms", counted_norms)  # hgpt.harmax is the function
+    if model.lm_head.metric.transforms:
+        monkeypatch.setattr(type(model.lm_head.metric), "forward", counted_forward)
+    for _ in range(2):
+        expected = ids
+        with torch.no_grad():
+            for _ in range(8):  # a token at a time, everything made again for each
+                expected = torch.cat([expected, model(expected).logits[:, -1].argmax(-1, keepdim=True)], 1)
+        rows.clear()
+        found = model.generate(ids, max_new_tokens=8, do_sample=False, return_dict_in_generate=True, output_logits=True)
+        assert torch.equal(found.sequences, expected)
+        assert rows.count(ROWS) == (2 if options else 1)
+        with torch.no_grad():
+            torch.testing.assert_close(found.logits[-1], model(expected[:, :-1]).logits[:, -1], rtol=0, atol=0.05)
+        model.lm_head.weight.data.mul_(torch.linspace(0.5, 1.5, ROWS)[:, None].to(dtype))  # seen by no version counter
 
 
 def left_padded(prompts: list[Tensor]) -> dict[str, Tensor]:
