@@ -124,10 +124,14 @@ def squared_distances(x: Tensor, w: Tensor, w_sq: Tensor | None = None) -> Tenso
     x_sq = rows.to(dtype).square().sum(-1, keepdim=True)  # (N, 1)
     if w_sq is None:
         w_sq = squared_norms(w)
-    d_sq = x_sq + (w_sq - 2 * inner_products(rows, w))  # (N, V)
-    floor = distance_floor(x_sq.detach())
-    # Asked this way round, a nan stays one: it is to stop the run, not to pass for a distance of nearly 0.
-    return torch.where(d_sq <= floor, floor, d_sq).reshape(*x.shape[:-1], w.shape[0])
+    d_sq, floor = inner_products(rows, w), distance_floor(x_sq.detach())  # (N, V), (N, 1)
+    # Either way a nan stays one: it is to stop the run, not to pass for a distance of nearly 0.
+    if d_sq.requires_grad:
+        d_sq = x_sq + (w_sq - 2 * d_sq)
+        d_sq = torch.where(d_sq <= floor, floor, d_sq)
+    else:  # in one tensor: new memory of this size takes longer than the arithmetic
+        d_sq.mul_(-2).add_(w_sq).add_(x_sq).clamp_min_(floor)
+    return d_sq.reshape(*x.shape[:-1], w.shape[0])
 
 
 def harmonic_scores(d_sq: Tensor, exponent: float | Tensor) -> Tensor:

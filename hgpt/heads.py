@@ -24,6 +24,13 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def _times(values: Tensor, factor: float | Tensor) -> Tensor:
+    """`values` times a number: in their own memory, which is new to nobody, where no gradient is to come of it."""
+    if torch.is_grad_enabled() and (values.requires_grad or (isinstance(factor, Tensor) and factor.requires_grad)):
+        return values * factor
+    return values.mul_(factor)
+
+
 class _Head(nn.Module):
     """One row of `weight` for each class, and rows of padding after them that never become a class."""
 
@@ -172,7 +179,8 @@ class HarmonicHead(_Head):
             return pairwise_distances(metric, x.reshape(-1, x.shape[-1]), w, self.memory).log().reshape(shape)
         x, w, w_sq = self._operands_and_norms(x)
         with torch.autocast(x.device.type, enabled=False):
-            log_d = 0.5 * metric.power * squared_distances(x, w, w_sq)[..., : self.num_classes].log()
+            d_sq = squared_distances(x, w, w_sq)[..., : self.num_classes]
+            log_d = _times(d_sq.log() if d_sq.requires_grad else d_sq.log_(), 0.5 * metric.power)
         return log_d if metric.scale == 1 else log_d + math.log(metric.scale)
 
     def distances(self, x: Tensor) -> Tensor:
@@ -181,7 +189,7 @@ class HarmonicHead(_Head):
 
     def logits(self, x: Tensor) -> Tensor:
         """z_i = −n log d_i, (..., D) → (..., num_classes), in float32 (float64 for float64 input)."""
-        return -self.exponent * self.log_distances(x)
+        return _times(self.log_distances(x), -self.exponent)
 
     def loss(self, x: Tensor, targets: Tensor, **options: Any) -> Tensor:
         if self.metric.power is None:

@@ -1,12 +1,14 @@
 """The two heads as modules: a drop-in classifier, logits against loss, padding rows, dtypes, errors."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hgpt import HarmonicHead, SoftmaxHead, fused_loss
 
@@ -43,6 +45,35 @@ def test_harmonic_logits_are_minus_n_log_d() -> None:
     torch.testing.assert_close(head(x), -n * d.log())
     torch.testing.assert_close(head.distances(x), d)
     torch.testing.assert_close(head(x).softmax(-1), d**-n / (d**-n).sum(-1, keepdim=True))
+
+
+class Memory(TorchDispatchMode):
+    """The tensors of `numel` elements or more that operations return, each memory once."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.found = numel, {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.numel() >= self.numel:
+            self.found[out.untyped_storage().data_ptr()] = out  # kept, so that its address is not given to another
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [None, ROWS])
+def test_without_gradients_logits_are_made_in_one_tensor(rows: int | None, dtype: torch.dtype) -> None:
+    """And are those of the way with gradients, also where a distance is clamped and where one is nan."""
+    head, x = HarmonicHead(D, V, rows=rows).to(dtype), torch.randn(50, D).to(dtype)
+    with torch.no_grad():
+        x[0], x[1, 3] = head.weight[7], torch.nan
+    expected = head(x).detach()
+    assert expected[1].isnan().all()
+    with torch.no_grad(), Memory(50 * V) as memory:
+        found = head(x)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0, equal_nan=True)
+    assert len(memory.found) == 1
 
 
 def test_softmax_head_is_a_linear_layer() -> None:
