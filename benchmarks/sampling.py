@@ -121,10 +121,11 @@ def main(arguments: list[str] | None = None) -> None:
         cached: dict[str, list[float]] = {head: [] for head in models}
         uncached: dict[str, list[float]] = {head: [] for head in models}
         shares: dict[str, list[float]] = {head: [] for head in models}
-        for model in models.values():
-            seconds(with_cache, model, prompt, 2)  # libraries load
-        for _ in range(options.rounds):
-            for head, model in models.items():
+        # Libraries load, and the C library keeps the memory of a whole text: who came first would have to wait for it.
+        for model, count in zip(models.values(), (options.new_tokens, 2), strict=True):
+            seconds(with_cache, model, prompt, count)
+        for number in range(options.rounds):
+            for head, model in list(models.items())[:: -1 if number % 2 else 1]:
                 cached[head].append(seconds(with_cache, model, prompt, options.new_tokens))
                 if batch in options.uncached_batch:
                     uncached[head].append(seconds(without_cache, model, prompt, options.new_tokens))

@@ -76,6 +76,23 @@ def test_without_gradients_logits_are_made_in_one_tensor(rows: int | None, dtype
     assert len(memory.found) == 1
 
 
+@pytest.mark.parametrize("options", [{}, {"distance": "cosine"}, {"distance": "mahalanobis", "metric": "full"}])
+def test_unchanged_centres_in_compiled_code(options: dict[str, Any]) -> None:
+    """Two graphs, one that makes what is kept and one that uses it, however often they change in between."""
+    head, x = HarmonicHead(D, V, **options), torch.randn(3, 1, D)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for _ in range(3):
+            expected = head(x)
+            with head.unchanged_centres():
+                for _ in range(3):
+                    torch.testing.assert_close(compiled(x), expected)
+            head.weight.mul_(1.1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
 def test_softmax_head_is_a_linear_layer() -> None:
     head = SoftmaxHead(D, V).double()
     x, targets = torch.randn(4, 5, D, dtype=torch.float64), torch.randint(V, (4, 5))
