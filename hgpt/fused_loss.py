@@ -258,8 +258,10 @@ def _losses_and_grads(
             part = slice(start + local.start, start + local.stop)
             x_sq = x[part].to(dtype).square().sum(-1, keepdim=True)
             g_block = None if g is None else g[local]
-            rows = Rows(products[local], x_sq, w_sq, targets[part, None], weights[part, None])
-            losses[part, None], n_share = block(rows, terms, g_block)
+            # Without a name, which would keep these products until the next chunk's are made.
+            losses[part, None], n_share = block(
+                Rows(products[local], x_sq, w_sq, targets[part, None], weights[part, None]), terms, g_block
+            )
             if n_share is not None:
                 grad_n += n_share
             if g_block is not None and harmonic:
@@ -281,8 +283,8 @@ def _losses_and_grads(
             else:
                 grad_w += inner_products(g.T, x_c.T.to(g_dtype))
     if need_w and harmonic:
-        for grad_rows, sums, part_w in zip(grad_w.split(1024), g_colsum.split(1024), w.split(1024), strict=True):
-            grad_rows.addcmul_(sums[:, None], part_w.to(dtype), value=-1)
+        for rows, sums, part_w in zip(grad_w.split(1024), g_colsum.split(1024), w.split(1024), strict=True):
+            rows.addcmul_(sums[:, None], part_w.to(dtype), value=-1)
     return losses, grad_x, grad_w.to(g_dtype), grad_n
 
 
