@@ -262,17 +262,23 @@ def test_muon_with_adamw_does_what_each_does_alone():
     groups = parameter_groups(twin, config)
     muon = torch.optim.Muon([g for g in groups if g["muon"]], lr=5e-3, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW([g for g in groups if not g["muon"]], lr=5e-3, betas=config.betas, fused=True)
-    before = model.transformer.h[0].mlp.c_fc.weight.detach().clone()
+    trained_by_muon = {
+        id(parameter) for group in optimizer.param_groups if group["muon"] for parameter in group["params"]
+    }
     ids = torch.arange(16).reshape(2, 8)
     for _ in range(3):
+        twin.load_state_dict(model.state_dict())
+        before = [parameter.detach().clone() for parameter in model.parameters()]
         train_step(model, optimizer)
         twin(ids, labels=ids).loss.backward()
         muon.step()
         adamw.step()
         muon.zero_grad()
         adamw.zero_grad()
-    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+        for ours, theirs, start in zip(model.parameters(), twin.parameters(), before, strict=True):
+            # But for the rounding of torch's to bfloat16.
+            rounding = 0.15 * (theirs - start).norm() if id(ours) in trained_by_muon else 0
+            assert (ours - theirs).norm() <= rounding
     assert optimizer.state[model.transformer.h[0].mlp.c_fc.weight].keys() == {"momentum_buffer"}
     assert optimizer.state[model.transformer.wte.weight].keys() == {"step", "exp_avg", "exp_avg_sq"}
 
@@ -293,3 +299,22 @@ def test_muon_with_adamw_does_what_each_does_alone():
     cosine = (step * (left @ right)).sum() / (step.norm() * (left @ right).norm())
     assert cosine > 0.85
     assert 0.6 < float(torch.linalg.svdvals(step).mean()) < 1.3
+
+
+@pytest.mark.parametrize("name", ["mlp.c_fc", "mlp.c_proj"])  # wide and tall
+def test_muon_iterates_in_float32_on_a_cpu(name):
+    """A CPU without units for bfloat16 takes up to 90 times as long in it. Against the iteration in float64."""
+    model = small_model()
+    weight = model.transformer.h[0].get_submodule(name).weight
+    before = weight.detach().double()
+    optimizer = build_optimizer(model, OptimConfig(algorithm="muon", lr=1e-2, weight_decay=0.0, muon_momentum=0.0))
+    ids = torch.arange(16).reshape(2, 8)
+    model(ids, labels=ids).loss.backward()
+    x = weight.grad.double() / weight.grad.double().norm()
+    for _ in range(5):  # the coefficients are Keller Jordan's
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    optimizer.step()
+    torch.testing.assert_close(
+        weight.detach().double(), before - 1e-2 * 0.2 * max(weight.shape) ** 0.5 * x, rtol=0, atol=1e-6
+    )
