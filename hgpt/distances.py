@@ -47,9 +47,12 @@ _BLOCK_BYTES_CPU = 4 * 2**20
 # Tensors of a block's size, and of a chunk's scores, that are there at one time.
 _BLOCK_TENSORS, SCORE_TENSORS = 8, 3
 
-# Columns at a time of a product with a triangular matrix. On a CPU, two threads, R = 50304, D = 768, 128 to 256 take a
+# Columns at a time of a product with a triangular matrix. On a CPU, two threads, R = 50304, D = 768, 96 to 256 take a
 # third less than the whole in one product, and differ by less than the noise.
-_TRIANGLE_BLOCK = 192
+_TRIANGLE_BLOCK = 128
+# Bytes of the rows at a time, on a CPU, that make a metric's operands and their gradients. At these sizes a tenth
+# faster than all rows at once for a triangular matrix, and a quarter for one of low rank; 2 MiB or more differ little.
+_ROW_BLOCK_BYTES = 6 * 2**20
 
 _ROUNDING_ULPS = 4.0
 
@@ -311,27 +314,66 @@ class Mahalanobis(Distance):
             scale = self.log_scale.to(x.dtype).exp()
             return x * scale, w * scale
         if self.metric == "low_rank":
-            left, right = self.left.to(x.dtype).T, self.right.to(x.dtype).T
-            rows = x.reshape(-1, self.dim)  # addmm needs no second tensor of the size of w
-            return torch.addmm(rows, rows @ right, left).reshape(x.shape), torch.addmm(w, w @ right, left)
+            left, right = self.left.to(x.dtype), self.right.to(x.dtype)
+            rows = x.reshape(-1, self.dim)
+            return _LowRankProduct.apply(rows, left, right).reshape(x.shape), _LowRankProduct.apply(w, left, right)
         factor = self.factor.to(x.dtype)
         cholesky = factor.tril(-1) + factor.diagonal().exp().diag()
         rows = x.reshape(-1, self.dim)
         return _TriangularProduct.apply(rows, cholesky).reshape(x.shape), _TriangularProduct.apply(w, cholesky)
 
 
+class _LowRankProduct(torch.autograd.Function):
+    """v + (v Bᵀ) Aᵀ of rows v, (R, D), with A (D, r) and B (r, D).
+
+    On a CPU some rows at a time, which go from memory to its cache once; autograd would also add up two gradients of
+    the size of v.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        out, inner = torch.empty_like(v), v.new_empty(len(v), len(right))  # inner: v Bᵀ
+        for part in _row_blocks(v):
+            torch.mm(v[part], right.T, out=inner[part])
+            torch.addmm(v[part], inner[part], left.T, out=out[part])
+        ctx.save_for_backward(v, left, right, inner)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        v, left, right, inner = ctx.saved_tensors
+        need_v, need_left, need_right = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph=True: in operations that have derivatives themselves
+            by_inner = grad @ left
+            return grad + by_inner @ right, grad.T @ (v @ right.T), by_inner.T @ v
+        grad_v = torch.empty_like(v) if need_v else None
+        grad_left = torch.zeros_like(left) if need_left else None
+        grad_right = torch.zeros_like(right) if need_right else None
+        for part in _row_blocks(v):
+            by_inner = grad[part] @ left
+            if grad_v is not None:
+                torch.addmm(grad[part], by_inner, right, out=grad_v[part])
+            if grad_left is not None:
+                grad_left.addmm_(grad[part].T, inner[part])
+            if grad_right is not None:
+                grad_right.addmm_(by_inner.T, v[part])
+        return grad_v, grad_left, grad_right
+
+
 class _TriangularProduct(torch.autograd.Function):
     """v C of rows v, (R, D), and a lower triangular C, (D, D), without most of the multiplications by zeros.
 
-    Taken B = _TRIANGLE_BLOCK columns at a time, of which (D + B) / 2D of the FLOPs remain, backwards as well.
+    Taken B = _TRIANGLE_BLOCK columns at a time, of which (D + B) / 2D of the FLOPs remain, backwards as well; on a CPU
+    also some rows at a time.
     """
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, c: Tensor) -> Tensor:
         ctx.save_for_backward(v, c)
         out = torch.empty_like(v)
-        for start, end in _column_blocks(v.shape[1]):
-            out[:, start:end].addmm_(v[:, start:], c[start:, start:end], beta=0)
+        for part in _row_blocks(v):
+            for start, end in _column_blocks(v.shape[1]):
+                out[part, start:end].addmm_(v[part, start:], c[start:, start:end], beta=0)
         return out
 
     @staticmethod
@@ -342,12 +384,19 @@ class _TriangularProduct(torch.autograd.Function):
             return grad @ c.T if need_v else None, (v.T @ grad).tril() if need_c else None
         grad_v = torch.empty_like(v) if need_v else None
         grad_c = torch.zeros_like(c) if need_c else None
-        for start, end in _column_blocks(v.shape[1]):
-            if grad_v is not None:
-                grad_v[:, start:end].addmm_(grad[:, :end], c[start:end, :end].T, beta=0)
-            if grad_c is not None:
-                grad_c[start:, start:end].addmm_(v[:, start:].T, grad[:, start:end], beta=0)
+        for part in _row_blocks(v):
+            for start, end in _column_blocks(v.shape[1]):
+                if grad_v is not None:
+                    grad_v[part, start:end].addmm_(grad[part, :end], c[start:end, :end].T, beta=0)
+                if grad_c is not None:
+                    grad_c[start:, start:end].addmm_(v[part, start:].T, grad[part, start:end])
         return grad_v, None if grad_c is None else grad_c.tril_()
+
+
+def _row_blocks(v: Tensor) -> list[slice]:
+    """Of `_ROW_BLOCK_BYTES` on a CPU; elsewhere all rows in one."""
+    size = max(1, _ROW_BLOCK_BYTES // (v.shape[1] * v.itemsize)) if v.is_cpu else max(1, len(v))
+    return [slice(start, start + size) for start in range(0, len(v), size)]
 
 
 def _column_blocks(dim: int) -> list[tuple[int, int]]:

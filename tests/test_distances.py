@@ -133,9 +133,13 @@ class CountProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("rows_of_a_block", [1, 4, 1000])
 @pytest.mark.parametrize("block", [1, 3, 7, 192])
-def test_the_product_with_a_triangular_matrix(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_product_with_a_triangular_matrix(
+    block: int, rows_of_a_block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(distances_module, "_TRIANGLE_BLOCK", block)
+    monkeypatch.setattr(distances_module, "_ROW_BLOCK_BYTES", rows_of_a_block * D * 8)
     rows = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
     square = torch.randn(D, D, dtype=torch.float64, requires_grad=True)
 
@@ -158,6 +162,28 @@ def test_the_product_with_a_triangular_matrix(block: int, monkeypatch: pytest.Mo
             torch.testing.assert_close(grad, expected[i])
         products.append(counter.count)
     assert products[1] == products[2] == products[0] / 2 > 0
+
+
+@pytest.mark.parametrize("rows_of_a_block", [1, 4, 1000])
+def test_the_product_of_low_rank(rows_of_a_block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distances_module, "_ROW_BLOCK_BYTES", rows_of_a_block * D * 8)
+    shapes = ((V, D), (D, 3), (3, D))
+    operands = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+    def in_one(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        return rows @ (torch.eye(D, dtype=torch.float64) + left @ right).T
+
+    product = distances_module._LowRankProduct.apply
+    assert torch.autograd.gradcheck(product, operands)
+    assert torch.autograd.gradgradcheck(product, operands)
+    torch.testing.assert_close(product(*operands), in_one(*operands))
+    expected = torch.autograd.grad(in_one(*operands).square().sum(), operands)
+    for frozen in (None, 0, 1, 2):  # what is frozen has no gradient, and changes nothing for the others
+        used = [operand.detach() if i == frozen else operand for i, operand in enumerate(operands)]
+        trained = [i for i in range(3) if i != frozen]
+        grads = torch.autograd.grad(product(*used).square().sum(), [used[i] for i in trained])
+        for i, grad in zip(trained, grads, strict=True):
+            torch.testing.assert_close(grad, expected[i])
 
 
 @pytest.mark.parametrize("options", [{}, {"metric": "low_rank", "rank": 3}, {"metric": "full"}], ids=str)
