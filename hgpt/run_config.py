@@ -39,7 +39,7 @@ class HeadConfig:
     Args:
         type: "harmonic" (logits −n log d) or "softmax" (logits w · x).
         exponent: n on the distance d: a number, "sqrt_dim" (√D), "dim" or a multiple such as "2*sqrt_dim".
-            Harmonic only, and there required.
+            Harmonic only, and there required. On a CPU even numbers are fastest: they need no logarithms.
         learn_exponent: n is trained, starting from `exponent`. Harmonic only.
         distance: what d is: "euclidean" (the default), "cosine", "mahalanobis", which go through matrix products, or
             "manhattan", "minkowski", "chebyshev", "canberra", "bray_curtis", "hamming", which take many times as long
@@ -206,8 +206,9 @@ class TrainConfig:
             windows of each are written to non_finite.jsonl. 0 stops at the first. Not with DeepSpeed.
         loss_chunk: positions whose products with all centres the head's loss computes at a time, 64 or more: less
             memory against fewer, larger products. Default: as many as take about 50 MiB on a CPU and 500 on a GPU.
-        compile_loss: torch.compile what the head's loss does with these products: slower on a CPU, not yet measured on
-            a GPU.
+        compile_loss: torch.compile what the head's loss does with these products. Slower on a CPU. On a GPU it should
+            save most passes over the scores, which eagerly take longer than the products by arithmetic; not yet
+            measured there (python -m benchmarks.head_loss --device cuda times both).
         distance_memory: MiB that a distance which is no matrix product may work with, beside operands and gradients.
             Default: 64 on a CPU, 512 on a GPU.
         hang_timeout: seconds without progress after which a process of several gives up, naming those it waits for.
