@@ -28,14 +28,14 @@ Point = tuple[bool, str, float, float]  # tied, exponent (empty for softmax), in
 # A cross: gains at one learning rate, learning rates at one gain, other exponents and untied embeddings.
 POINTS: dict[str, list[Point]] = {
     "harmonic": [
-        (True, "3.1*sqrt_dim", 0.2, 1e-2),
-        (True, "3.1*sqrt_dim", 0.1, 1e-2),
-        (True, "3.1*sqrt_dim", 0.4, 1e-2),
-        (True, "3.1*sqrt_dim", 0.2, 7e-3),
-        (True, "3.1*sqrt_dim", 0.2, 1.5e-2),
+        (True, "34", 0.2, 1e-2),
+        (True, "34", 0.1, 1e-2),
+        (True, "34", 0.4, 1e-2),
+        (True, "34", 0.2, 7e-3),
+        (True, "34", 0.2, 1.5e-2),
         (True, "2*sqrt_dim", 0.2, 1e-2),
         (True, "4*sqrt_dim", 0.2, 1e-2),
-        (False, "3.1*sqrt_dim", 0.2, 1e-2),
+        (False, "34", 0.2, 1e-2),
     ],
     "softmax": [
         (True, "", 1.0, 1e-2),

@@ -1,8 +1,8 @@
 """The whole training step, forward, backward, clipping and AdamW, with the harmonic head and with its softmax twin.
 
     python -m benchmarks.train_step                                          the quickstart's model on the CPU
-    python -m benchmarks.train_step --layers 12 --heads 12 --dim 768 --seq-len 1024 --vocab 50257 \\
-        --micro-batch 32 --device cuda --precision bf16 --compile            GPT-2 small on a GPU
+    python -m benchmarks.train_step --layers 12 --heads 12 --dim 768 --seq-len 1024 --vocab 50257 --micro-batch 32 \\
+        --exponent "2*sqrt_dim" --device cuda --precision bf16 --compile --compile-loss     GPT-2 small on a GPU
 
 Beside them "plain": a GPT-2 with a softmax head written here with nothing but PyTorch, as nanoGPT trains it: dense
 logits and F.cross_entropy, scaled_dot_product_attention, fused AdamW, and with --compile the whole model compiled.
@@ -124,6 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, default in (("layers", 4), ("heads", 4), ("dim", 128), ("seq-len", 128), ("micro-batch", 16)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--vocab", type=int, default=2048)
+    parser.add_argument("--exponent", default="34", help="n of the harmonic head, as [model.head] takes it")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--compile", action="store_true", help="torch.compile each block")
@@ -131,9 +132,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args(arguments)
+    if options.rounds < 2:
+        parser.error(f"argument --rounds: quartiles need at least 2 rounds; got {options.rounds}")
 
     torch.set_num_threads(options.threads)
-    shape = {"n_layer": options.layers, "n_head": options.heads, "n_embd": options.dim}
+    shape = {"n_layer": options.layers, "n_head": options.heads, "n_embd": options.dim, "exponent": options.exponent}
     configs = {
         head: HGPTConfig(vocab_size=options.vocab, n_positions=options.seq_len, head=head, **shape) for head in HEADS
     }
@@ -151,7 +154,10 @@ def main(arguments: list[str] | None = None) -> None:
     print(
         f"{name}, {options.threads} threads, torch {torch.__version__}, {options.precision}, compile {options.compile}"
     )
-    print(f"{options.layers} blocks, width {options.dim}, vocabulary {options.vocab}, {tokens} tokens per step\n")
+    print(
+        f"{options.layers} blocks, width {options.dim}, vocabulary {options.vocab}, "
+        f"n = {configs['harmonic'].exponent:.4g}, {tokens} tokens per step\n"
+    )
     peak = peak_flops(name) if options.precision == "bf16" else None
     for head, seconds in times.items():
         low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")

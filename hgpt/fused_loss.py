@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .harmax import accumulation_dtype, distance_floor, inner_products, squared_norms
 
@@ -48,6 +49,10 @@ _PRODUCT_ROWS = 1024
 _COMPILED_FORMS = 64
 
 _LOG2_E, _LN_2 = 1 / math.log(2), math.log(2)
+# Where powers are multiplied out, what is smaller in relation to the largest of a position is 0. Their sum, at least 1,
+# would not feel it in float64 either; and between here and 0 lie the subnormal numbers, which some processors multiply
+# a hundred times more slowly.
+_SMALLEST_POWER = 2.0**-80
 
 
 def chunk_positions(num_rows: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> int:
@@ -99,8 +104,8 @@ class Rows(NamedTuple):
     weights: Tensor
 
 
-def _relative_distances(rows: Rows, num_classes: int) -> tuple[Tensor, ...]:
-    """d²_i / min_j d_j² (R, V) in place of the products, min_j d_j² (R, 1), and which entries are clamped.
+def _proximities(rows: Rows, num_classes: int) -> tuple[Tensor, ...]:
+    """min_j d_j² / d²_i (R, V) in place of the products, min_j d_j² (R, 1), and which entries are clamped.
 
     The mask is empty where nothing is. On a GPU, and in compiled code, that question would cost more than the mask.
     """
@@ -113,7 +118,7 @@ def _relative_distances(rows: Rows, num_classes: int) -> tuple[Tensor, ...]:
     if torch.compiler.is_compiling() or not d_sq.is_cpu or bool((nearest <= floor).any()):
         clamped = d_sq <= floor
         d_sq, nearest = torch.maximum(d_sq, floor, out=d_sq), torch.maximum(nearest, floor)
-    return d_sq.div_(nearest), nearest, clamped
+    return torch.div(nearest, d_sq, out=d_sq), nearest, clamped
 
 
 def scale_(values: Tensor, factor: float | Tensor) -> Tensor:
@@ -127,18 +132,18 @@ def cross_entropy(
     weights: Tensor,
     terms: Terms,
     factor: Tensor | None = None,
-    divisor: Tensor | None = None,
+    multiplier: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Losses of R positions, (R, 1), G = factor (p − q) / divisor, (R, V), and their share of ∂L/∂n.
+    """Losses of R positions, (R, 1), G = factor (p − q) multiplier, (R, V), and their share of ∂L/∂n.
 
     Args:
         scores: (R, V), overwritten. To base 2, whose logarithm and power are several times faster on a CPU than those
             to base e, and relative to the largest of the position: they reach thousands, and so would their rounding.
         targets, weights: (R, 1).
         factor: (R, 1), or None, and there is no G.
-        divisor: (R, V), or None for 1.
-        out: (R, V), where G is to go; it may be the memory of `divisor`.
+        multiplier: (R, V), or None for 1.
+        out: (R, V), where G is to go; it may be the memory of `multiplier`.
     """
     n, num_classes, smoothing, need_n = terms
     q_scores = scores.gather(-1, targets) * (1 - smoothing)  # Σ_i q_i scores_i, (R, 1)
@@ -153,18 +158,56 @@ def cross_entropy(
         grad_n = ((p_scores - q_scores) * weights).sum() * _LN_2 / n
     if factor is None:
         return losses, None, grad_n
+    return losses, _gradient(p, normaliser, targets, terms, factor, multiplier, out), grad_n
 
+
+def _gradient(
+    p: Tensor,
+    normaliser: Tensor,
+    targets: Tensor,
+    terms: Terms,
+    factor: Tensor,
+    multiplier: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
+    """G = factor (p / normaliser − q) multiplier, (R, V), of `cross_entropy`'s arguments; `p` is overwritten."""
+    _, num_classes, smoothing, _ = terms
     # Each pass over (R, V) counts. What is to be subtracted at the targets is, there alone.
     at_target = p.gather(-1, targets) / normaliser - (1 - smoothing)
     if smoothing:
         p[:, :num_classes] -= normaliser * (smoothing / num_classes)
         at_target -= smoothing / num_classes
     at_target *= factor
-    if divisor is not None:
-        at_target /= divisor.gather(-1, targets)
-        p.div_(divisor)
+    if multiplier is not None:
+        at_target *= multiplier.gather(-1, targets)
+        p.mul_(multiplier)
     g = torch.mul(p, factor / normaliser, out=p if out is None else out)
-    return losses, g.scatter_(-1, targets, at_target.to(g.dtype)), grad_n
+    return g.scatter_(-1, targets, at_target.to(g.dtype))
+
+
+def _multiplications(rows: Rows, terms: Terms) -> str:
+    """The binary digits of n/2, where d^(−n) is to be multiplied out of 1/d², or "": for an even n on a CPU.
+
+    There a logarithm and a power of 2 take longer than the few multiplications of numbers in its cache. On a GPU, where
+    each would be a pass over memory, they do not.
+    """
+    n, _, smoothing, need_n = terms
+    if rows.products.is_cpu and isinstance(n, float) and n % 2 == 0 and not smoothing and not need_n:
+        return f"{int(n) // 2:b}"
+    return ""
+
+
+def _multiplied_out(proximity: Tensor, digits: str) -> Tensor:
+    """proximity^(n/2) from the binary digits of n/2, in a tensor of its own; below `_SMALLEST_POWER` it is 0.
+
+    From the second digit on each is a square, and a 1 a multiplication as well.
+    """
+    power = F.threshold(proximity, _SMALLEST_POWER ** (1 / int(digits, 2)), 0.0)
+    for digit in digits[1:]:
+        power.mul_(power)
+        if digit == "1":
+            power.mul_(proximity)
+    return power
 
 
 def _block(rows: Rows, terms: Terms, g_out: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -180,10 +223,17 @@ def _block(rows: Rows, terms: Terms, g_out: Tensor | None) -> tuple[Tensor, Tens
         scores = scale_(products - products.amax(-1, keepdim=True), _LOG2_E)
         losses, _, _ = cross_entropy(scores, targets, weights, terms, None if g_out is None else weights, out=g_out)
         return losses, None
-    ratio, nearest, clamped = _relative_distances(rows, num_classes)
-    scores = scale_(torch.log2(ratio), -0.5 * n)
+    proximity, nearest, clamped = _proximities(rows, num_classes)
     factor = None if g_out is None else weights * n / nearest
-    losses, g, grad_n = cross_entropy(scores, targets, weights, terms, factor, ratio, g_out)
+    if digits := _multiplications(rows, terms):
+        power = _multiplied_out(proximity, digits)
+        normaliser = power.sum(-1, keepdim=True)
+        # The target's power may be 0, its logarithm is not lost.
+        losses, grad_n = normaliser.log() - 0.5 * n * proximity.gather(-1, targets).log(), None
+        g = None if factor is None else _gradient(power, normaliser, targets, terms, factor, proximity, g_out)
+    else:
+        scores = scale_(torch.log2(proximity), 0.5 * n)
+        losses, g, grad_n = cross_entropy(scores, targets, weights, terms, factor, proximity, g_out)
     if g is not None and clamped.numel():
         g.masked_fill_(clamped, 0.0)
     return losses, grad_n
@@ -531,7 +581,8 @@ def fused_harmonic_loss(
         x: hidden states, (..., D), float64, float32, bfloat16 or float16. Autocast has no effect here.
         w: centres, (V, D), the dtype of `x`.
         targets: class indices, (...), int64.
-        exponent: n on d; a scalar tensor may require a gradient.
+        exponent: n on d; a scalar tensor may require a gradient. On a CPU an even number that is not learnt is fastest,
+            unless labels are smoothed: d^(−n) is then multiplied out of 1/d², without a logarithm of every score.
         num_classes: rows of `w` from here on are padding without probability; default V.
         num_items: N, the divisor. Default: the number of counted positions (their mean; 0 if there is none).
         reduction: "mean" (the sum over N), "sum", or "none": −log p of every position, (...), 0 where ignored.

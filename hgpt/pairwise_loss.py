@@ -58,12 +58,12 @@ def _losses_and_grads(
             scores = scale_(torch.log2(d / nearest), -n)
             factor = weights[part, None] * -n if need_grads else None
             losses[part, None], g, n_share = cross_entropy(
-                scores, targets[part, None], weights[part, None], terms, factor, d
+                scores, targets[part, None], weights[part, None], terms, factor
             )
             if g is None or n_share is None:
                 continue
             del scores
-            g.masked_fill_(d <= floor, 0.0)
+            g.div_(d).masked_fill_(d <= floor, 0.0)
             grads[0] += n_share
             _, grad_x, *rest = grads
             add_gradients_in_blocks(metric, x[part], w, d, g, memory, (grad_x[part], *rest))

@@ -17,6 +17,7 @@ from hgpt.harmax import harmonic_loss
 
 # Awkward on purpose: no size is a multiple of a vector width or of the chunk.
 N, V, D, CHUNK, EXPONENT = 252, 507, 123, 64, 2 * math.sqrt(123)
+EVEN = 22.0  # an exponent whose powers are multiplied out on a CPU; half of it is 1011 in binary digits
 
 
 class Problem(NamedTuple):
@@ -60,6 +61,14 @@ def dense(x: Tensor, w: Tensor, targets: Tensor, **kwargs: Any) -> Tensor:
     return harmonic_loss(x, w, targets, EXPONENT, **kwargs)
 
 
+def fused_even(x: Tensor, w: Tensor, targets: Tensor, **kwargs: Any) -> Tensor:
+    return fused_harmonic_loss(x, w, targets, EVEN, **({"chunk": CHUNK} | kwargs))
+
+
+def dense_even(x: Tensor, w: Tensor, targets: Tensor, **kwargs: Any) -> Tensor:
+    return harmonic_loss(x, w, targets, EVEN, **kwargs)
+
+
 def fused_softmax(x: Tensor, w: Tensor, targets: Tensor, **kwargs: Any) -> Tensor:
     return fused_softmax_loss(x, w, targets, **({"chunk": CHUNK} | kwargs))
 
@@ -69,7 +78,9 @@ def dense_softmax(x: Tensor, w: Tensor, targets: Tensor, **kwargs: Any) -> Tenso
 
 
 BOTH = pytest.mark.parametrize(
-    ("fused_loss", "dense_loss"), [(fused, dense), (fused_softmax, dense_softmax)], ids=["harmonic", "softmax"]
+    ("fused_loss", "dense_loss"),
+    [(fused, dense), (fused_even, dense_even), (fused_softmax, dense_softmax)],
+    ids=["harmonic", "even", "softmax"],
 )
 RECOMPUTE = pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recomputed"])
 
@@ -137,10 +148,34 @@ def test_float16_up_to_its_largest_values() -> None:
         assert relative_error(value, reference) < 2e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+@pytest.mark.parametrize("n", [2.0, 4.0, 6.0, 36.0, 256.0, 1022.0, 1536.0])
+def test_even_exponents(n: float, spread: float, dtype: torch.dtype) -> None:
+    """Powers by multiplication, against float64 by logarithms. With the spread most are far too small for float32,
+    those of the targets too, whose loss and gradient must not be lost."""
+    x, w, targets = make_problem(planted=False)
+    problem = Problem(x * (1 + spread * torch.rand(N, 1)), w * (1 + spread * torch.rand(V, 1)), targets).to(dtype)
+
+    def losses(loss_of: Callable[..., Tensor], dtype: torch.dtype) -> Result:
+        return differentiate(lambda x, w, y: loss_of(x, w, y, n, reduction="sum"), problem.to(dtype))
+
+    truth, theirs, ours = (
+        losses(harmonic_loss, torch.float64),
+        losses(harmonic_loss, dtype),
+        losses(fused_harmonic_loss, dtype),
+    )
+    for value, other, exact in zip(ours, theirs, truth, strict=True):
+        bound = 1e-12 if dtype == torch.float64 else relative_error(other, exact) + torch.finfo(value.dtype).eps
+        assert relative_error(value, exact) < bound
+    counted = targets != -100
+    assert (ours.grad_x[counted].norm(dim=-1) > 0.5 * truth.grad_x[counted].norm(dim=-1)).all()
+
+
 def test_gradcheck() -> None:
     x, w = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (7, 5))
     targets = torch.tensor([0, 1, 2, -100, 4, 0, 1])
-    for loss_of in (fused, fused_softmax):
+    for loss_of in (fused, fused_even, fused_softmax):
         assert torch.autograd.gradcheck(lambda x, w, f=loss_of: f(x, w, targets, chunk=3, num_classes=5), (x, w))
         assert torch.autograd.gradcheck(lambda x, w, f=loss_of: 3 * f(x, w, targets, num_items=2), (x, w))
 
@@ -622,12 +657,16 @@ def differentiate_backward(loss_of: Callable[..., Tensor], problem: Problem) -> 
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operation returns."""
+    """Records the number of elements of the largest tensor that any operation returns, or any of those given."""
 
-    numel = 0
+    def __init__(self, *operations: Any) -> None:
+        super().__init__()
+        self.operations, self.numel = operations, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if self.operations and func.overloadpacket not in self.operations:
+            return out
         for tensor in out if isinstance(out, tuple | list) else [out]:
             if isinstance(tensor, Tensor):
                 self.numel = max(self.numel, tensor.numel())
@@ -713,6 +752,15 @@ def test_evaluation_does_not_pay_for_gradients(
     with torch.no_grad():
         fused_loss(*problem, chunk=N, recompute=recompute)
     assert products.count == 1
+
+
+@pytest.mark.parametrize("n", [EVEN, EVEN + 1])
+def test_an_even_exponent_costs_no_logarithm_of_the_scores(n: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = LargestTensor(torch.ops.aten.log2, torch.ops.aten.log, torch.ops.aten.exp2)
+    watch(monkeypatch, largest)
+    x, w, targets = make_problem()
+    fused_harmonic_loss(x, w, targets, n, chunk=N)
+    assert largest.numel == (N if n == EVEN else N * V)
 
 
 # Errors

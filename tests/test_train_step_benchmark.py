@@ -16,6 +16,12 @@ def test_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert "harmonic / plain, tokens/s:" in out
 
 
+def test_one_round_has_no_quartiles(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train_step.main(["--rounds", "1"])
+    assert "argument --rounds: quartiles need at least 2 rounds; got 1" in capsys.readouterr().err
+
+
 def test_the_plain_model_is_the_softmax_twin() -> None:
     """It computes what it is compared with: the same loss from the same weights."""
     config = HGPTConfig(
