@@ -171,7 +171,7 @@ def test_a_distance_may_read_parameters_that_zero3_keeps_in_pieces(data, tmp_pat
     )
     run(alone, 1)
     run(together, 2, "zero3", ACCELERATE_DEEPSPEED_CONFIG_FILE=str(strict))
-    assert_same_run(together, alone)
+    assert_same_run(together, alone, tolerance=3e-5)  # gradient norms of up to 10 in float32
     (learnt,) = (
         value
         for name, value in load_file(together.run_folder / "latest" / "model" / "model.safetensors").items()
