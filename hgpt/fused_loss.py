@@ -12,6 +12,10 @@ q = (1 − ε) 1[i = y] + ε/V and s_i = log(d_i^(−n)), up to a constant per p
     G_ti = n (p_ti − q_ti) / d²_ti,    ∂L/∂x = G w − rowsum(G) ⊙ x,    ∂L/∂w = Gᵀ x − colsum(G) ⊙ w
     ∂L/∂n = Σ_ti (p_ti − q_ti) s_ti / n
 
+With bfloat16 operands the products with G are of G as rounded, R. The sums are of G itself: they are nearly 0, and the
+rounding's share in them would be multiplied by all of |x|. What R adds to the first product is Σ_i (R − G)_ti w_i, of
+which the part along the mean of w is known, rowsum(R − G), and taken off again; likewise that of x in the second.
+
 For the softmax twin the scores are the products themselves, G = p − q, and the sums fall away: three matrix
 products either way. `torch.nn.functional.linear_cross_entropy` does the same for softmax, but with bfloat16
 operands adds up the loss over its chunks in bfloat16 (torch 2.13: 29312 for 29099.6 nats over 3000 tokens),
@@ -86,12 +90,33 @@ def _products(x: Tensor, w: Tensor, out: Tensor | None) -> Tensor:
 
 
 class Terms(NamedTuple):
-    """What the loss of a position is made of: n (None: softmax), the classes, ε, and whether ∂L/∂n is wanted."""
+    """What the loss of a position is made of: n (None: softmax), the classes, ε; and which gradients are wanted."""
 
     n: float | Tensor | None
     num_classes: int
     smoothing: float
     need_n: bool
+    need_x: bool = False
+    need_w: bool = False
+
+
+class Outcome(NamedTuple):
+    """What a block of R positions comes to.
+
+    Attributes:
+        losses: (R, 1).
+        grad_n: its share of ∂L/∂n, or None.
+        row_sums, column_sums: rowsum(G), (R, 1), and colsum(G), (V,), or None where they are not needed: for softmax,
+            and for a gradient that is not wanted.
+        row_rounding, column_rounding: the same sums of what rounding has added to G, or None.
+    """
+
+    losses: Tensor
+    grad_n: Tensor | None = None
+    row_sums: Tensor | None = None
+    column_sums: Tensor | None = None
+    row_rounding: Tensor | None = None
+    column_rounding: Tensor | None = None
 
 
 class Rows(NamedTuple):
@@ -145,7 +170,7 @@ def cross_entropy(
         multiplier: (R, V), or None for 1.
         out: (R, V), where G is to go; it may be the memory of `multiplier`.
     """
-    n, num_classes, smoothing, need_n = terms
+    n, num_classes, smoothing, need_n, *_ = terms
     q_scores = scores.gather(-1, targets) * (1 - smoothing)  # Σ_i q_i scores_i, (R, 1)
     if smoothing:
         q_scores += scores[:, :num_classes].mean(-1, keepdim=True) * smoothing
@@ -171,7 +196,7 @@ def _gradient(
     out: Tensor | None,
 ) -> Tensor:
     """G = factor (p / normaliser − q) multiplier, (R, V), of `cross_entropy`'s arguments; `p` is overwritten."""
-    _, num_classes, smoothing, _ = terms
+    _, num_classes, smoothing, *_ = terms
     # Each pass over (R, V) counts. What is to be subtracted at the targets is, there alone.
     at_target = p.gather(-1, targets) / normaliser - (1 - smoothing)
     if smoothing:
@@ -191,7 +216,7 @@ def _multiplications(rows: Rows, terms: Terms) -> str:
     There a logarithm and a power of 2 take longer than the few multiplications of numbers in its cache. On a GPU, where
     each would be a pass over memory, they do not.
     """
-    n, _, smoothing, need_n = terms
+    n, _, smoothing, need_n, *_ = terms
     if rows.products.is_cpu and isinstance(n, float) and n % 2 == 0 and not smoothing and not need_n:
         return f"{int(n) // 2:b}"
     return ""
@@ -210,55 +235,64 @@ def _multiplied_out(proximity: Tensor, digits: str) -> Tensor:
     return power
 
 
-def _block(rows: Rows, terms: Terms, g_out: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Losses of R positions, (R, 1), and their share of ∂L/∂n; G times the weights goes to `g_out`, (R, V).
+def _block(rows: Rows, terms: Terms, g_out: Tensor | None) -> Outcome:
+    """The losses of R positions; G times the weights goes to `g_out`, (R, V).
 
     The products are overwritten, and `g_out` may be the same memory.
     """
-    n, num_classes, _, _ = terms
+    n, num_classes, *_ = terms
     products, _, _, targets, weights = rows
     if n is None:
         if num_classes < products.shape[1]:
             products[:, num_classes:] = -torch.inf
         scores = scale_(products - products.amax(-1, keepdim=True), _LOG2_E)
         losses, _, _ = cross_entropy(scores, targets, weights, terms, None if g_out is None else weights, out=g_out)
-        return losses, None
+        return Outcome(losses)
     proximity, nearest, clamped = _proximities(rows, num_classes)
     factor = None if g_out is None else weights * n / nearest
+    rounded = g_out is not None and g_out.dtype != products.dtype
+    out = None if rounded else g_out
     if digits := _multiplications(rows, terms):
         power = _multiplied_out(proximity, digits)
         normaliser = power.sum(-1, keepdim=True)
         # The target's power may be 0, its logarithm is not lost.
         losses, grad_n = normaliser.log() - 0.5 * n * proximity.gather(-1, targets).log(), None
-        g = None if factor is None else _gradient(power, normaliser, targets, terms, factor, proximity, g_out)
+        g = None if factor is None else _gradient(power, normaliser, targets, terms, factor, proximity, out)
     else:
         scores = scale_(torch.log2(proximity), 0.5 * n)
-        losses, g, grad_n = cross_entropy(scores, targets, weights, terms, factor, proximity, g_out)
-    if g is not None and clamped.numel():
+        losses, g, grad_n = cross_entropy(scores, targets, weights, terms, factor, proximity, out)
+    if g is None or g_out is None:
+        return Outcome(losses, grad_n)
+    if clamped.numel():
         g.masked_fill_(clamped, 0.0)
-    return losses, grad_n
+    row_sums = g.sum(-1, keepdim=True) if terms.need_x else None
+    column_sums = g.sum(0) if terms.need_w else None
+    if not rounded:
+        return Outcome(losses, grad_n, row_sums, column_sums)
+    g_out.copy_(g)
+    row_rounding = None if row_sums is None else g_out.sum(-1, keepdim=True, dtype=g.dtype).sub_(row_sums)
+    column_rounding = None if column_sums is None else g_out.sum(0, dtype=g.dtype).sub_(column_sums)
+    return Outcome(losses, grad_n, row_sums, column_sums, row_rounding, column_rounding)
 
 
-def _functional_block(
-    rows: Rows, terms: Terms, g_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _functional_block(rows: Rows, terms: Terms, g_dtype: torch.dtype | None) -> tuple[Outcome, Tensor | None]:
     """What `_block` gives, and G in a tensor of its own: for torch.compile, which takes its arguments' sizes for others
     where one that is overwritten is a view of another (torch 2.13)."""
     g = None if g_dtype is None else torch.empty_like(rows.products, dtype=g_dtype)
-    return *_block(rows._replace(products=rows.products.clone()), terms, g), g
+    return _block(rows._replace(products=rows.products.clone()), terms, g), g
 
 
 @functools.cache
-def _compiled() -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]:
+def _compiled() -> Callable[..., tuple[Outcome, Tensor | None]]:
     return torch.compile(_functional_block, dynamic=False, recompile_limit=_COMPILED_FORMS)  # type: ignore[call-overload]
 
 
-def _compiled_block(rows: Rows, terms: Terms, g_out: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _compiled_block(rows: Rows, terms: Terms, g_out: Tensor | None) -> Outcome:
     """As `_block`, but that the products are not overwritten, unless by G."""
-    losses, grad_n, g = _compiled()(rows, terms, None if g_out is None else g_out.dtype)
+    outcome, g = _compiled()(rows, terms, None if g_out is None else g_out.dtype)
     if g_out is not None and g is not None:
         g_out.copy_(g)
-    return losses, grad_n
+    return outcome
 
 
 @torch.no_grad()
@@ -285,14 +319,16 @@ def _losses_and_grads(
     n: float | Tensor | None = exponent
     if exponent is not None and exponent.is_cpu and not (compiled and x.is_cpu):
         n = exponent.item()  # compiled code would be of this number alone, and one that is learnt changes
-    terms = Terms(n, num_classes, smoothing, need_n)
+    terms = Terms(n, num_classes, smoothing, need_n, need_x, need_w)
     block = _compiled_block if compiled else _block
     w_sq = squared_norms(w) if harmonic else x.new_empty(0, dtype=dtype)  # (V,)
     losses = x.new_empty(num, dtype=dtype)
     grad_x = x.new_empty(x.shape if need_x else 0, dtype=g_dtype)
     grad_w = x.new_zeros(w.shape if need_w else 0, dtype=dtype)
     grad_n = x.new_zeros((), dtype=dtype)
-    g_rowsum, g_colsum = losses.new_zeros(num, 1), torch.zeros_like(w_sq)
+    column_sums, column_rounding = torch.zeros_like(w_sq), torch.zeros_like(w_sq)
+    rounded = harmonic and g_dtype != dtype
+    w_mean = w.mean(0, dtype=dtype) if rounded and need_x else None
     # Reused: fresh memory of this size is given back after every chunk, and its pages are mapped anew.
     buffer = x.new_empty(min(chunk, num), w.shape[0]) if x.dtype == dtype else None
 
@@ -302,39 +338,46 @@ def _losses_and_grads(
         g = None
         if need_x or need_w:
             g = products if g_dtype == dtype else torch.empty_like(products, dtype=g_dtype)
+        row_sums, row_rounding = losses.new_zeros(2, len(x_c), 1)
         step = _block_positions(products)
         for first in range(0, len(x_c), step):
             local = slice(first, min(first + step, len(x_c)))  # within the chunk
             part = slice(start + local.start, start + local.stop)
             x_sq = x[part].to(dtype).square().sum(-1, keepdim=True)
             g_block = None if g is None else g[local]
-            # Without a name, which would keep these products until the next chunk's are made.
-            losses[part, None], n_share = block(
-                Rows(products[local], x_sq, w_sq, targets[part, None], weights[part, None]), terms, g_block
-            )
-            if n_share is not None:
-                grad_n += n_share
-            if g_block is not None and harmonic:
-                # Summed as it was rounded: then G w − rowsum(G) ⊙ x = Σ G (w − x) holds for the rounded G, and
-                # what w and x have in common cancels.
-                if need_x:
-                    g_rowsum[part] = g_block.sum(-1, keepdim=True, dtype=dtype)
-                if need_w:
-                    g_colsum += g_block.sum(0, dtype=dtype)
+            # The products have no name, which would keep them until the next chunk's are made.
+            outcome = block(Rows(products[local], x_sq, w_sq, targets[part, None], weights[part, None]), terms, g_block)
+            losses[part, None] = outcome.losses
+            if outcome.grad_n is not None:
+                grad_n += outcome.grad_n
+            if outcome.row_sums is not None:
+                row_sums[local] = outcome.row_sums
+            if outcome.row_rounding is not None:
+                row_rounding[local] = outcome.row_rounding
+            if outcome.column_sums is not None:
+                column_sums += outcome.column_sums
+            if outcome.column_rounding is not None:
+                column_rounding += outcome.column_rounding
         if g is None:
             continue
         part = slice(start, start + chunk)
         if need_x:
             grad = inner_products(g, w.T.to(g_dtype))
-            grad_x[part] = grad.addcmul_(g_rowsum[part], x_c.to(dtype), value=-1) if harmonic else grad
+            if harmonic:
+                grad.addcmul_(row_sums, x_c.to(dtype), value=-1)
+            if w_mean is not None:
+                grad.addcmul_(row_rounding, w_mean, value=-1)
+            grad_x[part] = grad
         if need_w:
             if g_dtype == dtype:
                 grad_w.addmm_(g.T, x_c.to(g_dtype))
             else:
                 grad_w += inner_products(g.T, x_c.T.to(g_dtype))
     if need_w and harmonic:
-        for rows, sums, part_w in zip(grad_w.split(1024), g_colsum.split(1024), w.split(1024), strict=True):
+        for rows, sums, part_w in zip(grad_w.split(1024), column_sums.split(1024), w.split(1024), strict=True):
             rows.addcmul_(sums[:, None], part_w.to(dtype), value=-1)
+        if rounded:
+            grad_w.addr_(column_rounding, x.mean(0, dtype=dtype), alpha=-1)
     return losses, grad_x, grad_w.to(g_dtype), grad_n
 
 

