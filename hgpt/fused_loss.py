@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from .harmax import accumulation_dtype, distance_floor, inner_products, squared_norms
@@ -57,6 +58,8 @@ _LOG2_E, _LN_2 = 1 / math.log(2), math.log(2)
 # would not feel it in float64 either; and between here and 0 lie the subnormal numbers, which some processors multiply
 # a hundred times more slowly.
 _SMALLEST_POWER = 2.0**-80
+# Of the exponents that are multiplied out: beyond it the base of that smallest power is 1 in float32.
+_LARGEST_MULTIPLIED = 2**20
 
 
 def chunk_positions(num_rows: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> int:
@@ -217,7 +220,14 @@ def _multiplications(rows: Rows, terms: Terms) -> str:
     each would be a pass over memory, they do not.
     """
     n, _, smoothing, need_n, *_ = terms
-    if rows.products.is_cpu and isinstance(n, float) and n % 2 == 0 and not smoothing and not need_n:
+    if (
+        rows.products.is_cpu
+        and isinstance(n, float)
+        and n % 2 == 0
+        and n <= _LARGEST_MULTIPLIED
+        and not smoothing
+        and not need_n
+    ):
         return f"{int(n) // 2:b}"
     return ""
 
@@ -525,7 +535,7 @@ def check_and_flatten(
     reduction: str,
     label_smoothing: float,
 ) -> Positions:
-    """The arguments of a fused loss, checked and brought into one form. Raises ValueError as that does."""
+    """A fused loss's arguments, checked and brought into one form. Raises ValueError and RuntimeError as it does."""
     if x.dtype != w.dtype or x.shape[-1] != w.shape[-1] or x.shape[:-1] != targets.shape:
         raise ValueError(
             "x (..., D), w (V, D) and targets (...) must fit, x and w with one dtype: "
@@ -538,6 +548,16 @@ def check_and_flatten(
         raise ValueError(f'num_items divides the sum of reduction="mean"; it has no effect with {reduction!r}')
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}")
+    if num_classes is not None and not 1 <= num_classes <= w.shape[0]:
+        raise ValueError(f"num_classes must lie between 1 and the rows of w, {w.shape[0]}; got {num_classes}")
+    if not torch.compiler.is_compiling() and any(
+        forward_ad.unpack_dual(t, level=0).tangent is not None for t in (x, w)
+    ):
+        # The operator would drop the tangent without a word.
+        raise RuntimeError(
+            "the fused loss has no forward-mode derivative: for torch.func.jvp call the head without targets "
+            "and torch.nn.functional.cross_entropy on its logits"
+        )
     dtype = accumulation_dtype(x.dtype)
     x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     counted = targets != ignore_index
@@ -578,6 +598,8 @@ def _fused_loss(
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 position; got {chunk}")
     if isinstance(exponent, float | int):
+        if not 0 < exponent < math.inf:
+            raise ValueError(f"exponent must be a positive number; got {exponent}")
         exponent = torch.tensor(exponent, dtype=torch.float64)
     chunk = chunk_positions(w.shape[0], x.dtype, x.device.type) if chunk is None else chunk
 
@@ -639,11 +661,11 @@ def fused_harmonic_loss(
 
     Returns:
         A float32 scalar (float64 for float64 operands). Gradients reach `x` and `w` in their dtype, with sums
-        over positions accumulated in float32; a second derivative raises RuntimeError. What requires no gradient
-        costs none.
+        over positions accumulated in float32. What requires no gradient costs none.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, an option out of its range, or one without effect.
+        RuntimeError: a second derivative (from the backward pass), or one in forward mode.
     """
     return _fused_loss(
         x,

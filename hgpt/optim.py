@@ -135,15 +135,24 @@ def build_optimizer(model: HGPTForCausalLM, config: OptimConfig) -> torch.optim.
     """AdamW over `parameter_groups`, in the fused implementation where every parameter's device has one.
 
     With `algorithm = "muon"` a `MuonWithAdamW`.
+
+    Raises:
+        UserError: Muon, and no matrix in the blocks is trained.
     """
     fused = all(parameter.device.type in ("cpu", "cuda", "xpu", "mps") for parameter in model.parameters())
     groups = parameter_groups(model, config)
+    matrices = [group for group in groups if group["muon"]]
+    if config.algorithm == "muon" and not matrices:
+        raise UserError(
+            'optim.algorithm = "muon" trains the matrices of the blocks, of which none requires a gradient: set '
+            'optim.algorithm = "adamw"'
+        )
     rest = [group for group in groups if not group["muon"]]
     adamw = torch.optim.AdamW(rest, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
     if config.algorithm == "adamw":
         return adamw
     muon = torch.optim.Muon(
-        [group for group in groups if group["muon"]],
+        matrices,
         lr=config.lr,
         momentum=0.95 if config.muon_momentum is None else config.muon_momentum,
         adjust_lr_fn="match_rms_adamw",

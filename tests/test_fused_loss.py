@@ -367,6 +367,20 @@ def test_a_second_derivative_is_refused(recompute: bool) -> None:
 
 @BOTH
 @RECOMPUTE
+@pytest.mark.parametrize("operand", ["x", "w"])
+def test_forward_mode_is_refused(fused_loss: Callable, dense_loss: Callable, recompute: bool, operand: str) -> None:
+    problem = make_problem()
+
+    def loss(value: Tensor) -> Tensor:
+        return fused_loss(*problem._replace(**{operand: value}), recompute=recompute)
+
+    value = getattr(problem, operand)
+    with pytest.raises(RuntimeError, match=r"no forward-mode derivative.*cross_entropy on its logits"):
+        torch.func.jvp(loss, (value,), (torch.ones_like(value),))
+
+
+@BOTH
+@RECOMPUTE
 def test_autocast_has_no_effect(fused_loss: Callable, dense_loss: Callable, recompute: bool) -> None:
     problem = make_problem().to(torch.float32)
     expected = differentiate(fused_loss, problem)
@@ -518,9 +532,24 @@ def test_options_that_do_not_fit() -> None:
         ({"reduction": "average"}, "reduction must be one of mean, sum, none; got 'average'"),
         ({"reduction": "sum", "num_items": 3}, "num_items divides the sum of reduction=\"mean\".*no effect with 'sum'"),
         ({"label_smoothing": 1.0}, r"label_smoothing must lie in \[0, 1\); got 1.0"),
+        ({"num_classes": 0}, f"num_classes must lie between 1 and the rows of w, {V}; got 0"),
+        ({"num_classes": V + 1}, f"num_classes must lie between 1 and the rows of w, {V}; got {V + 1}"),
     ):
         with pytest.raises(ValueError, match=message):
             fused(*problem, **options)
+    for exponent in (0, -2.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"exponent must be a positive number; got {exponent}"):
+            fused_harmonic_loss(*problem, exponent)
+
+
+@pytest.mark.parametrize("exponent", [2.0**20, 2.0**20 + 2, 2.0**40])
+def test_huge_exponents(exponent: float) -> None:
+    problem = make_problem(planted=False).to(torch.float32)
+    expected = differentiate(lambda *p: harmonic_loss(*p, exponent), problem.to(torch.float64))
+    for value, reference in zip(
+        differentiate(lambda *p: fused_harmonic_loss(*p, exponent), problem), expected, strict=True
+    ):
+        assert relative_error(value, reference) < 1e-5
 
 
 # The loss within other machinery

@@ -251,6 +251,14 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(tied):
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
+def test_muon_without_a_matrix_to_train_is_refused():
+    model = small_model()
+    model.transformer.h.requires_grad_(False)
+    with pytest.raises(UserError, match=r'optim.algorithm = "muon" .* requires a gradient.*"adamw"'):
+        build_optimizer(model, OptimConfig(algorithm="muon"))
+    build_optimizer(model, OptimConfig())
+
+
 def test_muon_with_adamw_does_what_each_does_alone():
     """Against the two optimisers side by side, and Muon's step against its formula with the SVD in float64."""
     config = OptimConfig(algorithm="muon", lr=1e-2, weight_decay=0.1)
