@@ -98,7 +98,8 @@ class Distance(nn.Module):
     def pairwise(self, x: Tensor, w: Tensor) -> Tensor:
         """d of every pair in a block, (C, D), (V′, D) → (C, V′), of the operands that `forward` returned.
 
-        To be finite, with finite derivatives, also at x = w and x = 0.
+        To be finite, with finite derivatives, also at x = w and x = 0. Its value at w = 0 says how large x is, to
+        `floor`, unless that is defined anew: the distances that occur must be far above 1e-6 times it (in float32).
         """
         raise NotImplementedError(f"{type(self).__name__} has no power and no pairwise value")
 
@@ -135,7 +136,7 @@ def register_distance(name: str) -> Callable[[type[Distance]], type[Distance]]:
     """Class decorator: makes a `Distance` known under `name` to heads, configurations and checkpoints.
 
     Raises:
-        ValueError: when another class has that name.
+        ValueError: when another class has that name, or one of hgpt's own distances.
         TypeError: when the class is no `Distance`.
     """
 
@@ -144,7 +145,8 @@ def register_distance(name: str) -> Callable[[type[Distance]], type[Distance]]:
             raise TypeError(f"register_distance({name!r}) is for subclasses of hgpt.Distance; got {cls!r}")
         known = _REGISTRY.get(name)
         # The same class once more is a notebook's cell, or a file, that is executed again.
-        if known is not None and known.__qualname__ != cls.__qualname__:
+        own = known is not None and known.__module__ == __name__ != cls.__module__
+        if known is not None and (own or known.__qualname__ != cls.__qualname__):
             raise ValueError(f"there is a distance {name!r} already, {known.__qualname__}: choose another name")
         _REGISTRY[name] = cls
         return cls
@@ -203,7 +205,11 @@ def make_distance(name: str, dim: int, **options: Any) -> Distance:
     for option, default in known.items():
         if default is inspect.Parameter.empty and option not in given:
             raise ValueError(f'{option} is required with distance = "{name}"')
-    metric = cls(dim, **given)
+    try:
+        metric = cls(dim, **given)
+    except TypeError as error:  # of a checkpoint's text for a number, say
+        options_given = ", ".join(f"{option} = {value!r}" for option, value in given.items())
+        raise ValueError(f'distance = "{name}" cannot be made with {options_given or "no options"}: {error}') from error
     defaults = {option: default for option, default in known.items() if default not in (None, inspect.Parameter.empty)}
     metric.options = defaults | given
     return metric
@@ -341,8 +347,16 @@ class _LowRankProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # torch.compile runs it in the autocast of the forward pass, and without a graph autocast may be on around it.
         v, left, right, inner = ctx.saved_tensors
-        need_v, need_left, need_right = ctx.needs_input_grad
+        with torch.autocast(grad.device.type, enabled=False):
+            return _LowRankProduct._gradients(grad, v, left, right, inner, ctx.needs_input_grad)
+
+    @staticmethod
+    def _gradients(
+        grad: Tensor, v: Tensor, left: Tensor, right: Tensor, inner: Tensor, needed: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        need_v, need_left, need_right = needed
         if torch.is_grad_enabled():  # create_graph=True: in operations that have derivatives themselves
             by_inner = grad @ left
             return grad + by_inner @ right, grad.T @ (v @ right.T), by_inner.T @ v
@@ -379,7 +393,12 @@ class _TriangularProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         v, c = ctx.saved_tensors
-        need_v, need_c = ctx.needs_input_grad
+        with torch.autocast(grad.device.type, enabled=False):  # as above
+            return _TriangularProduct._gradients(grad, v, c, ctx.needs_input_grad)
+
+    @staticmethod
+    def _gradients(grad: Tensor, v: Tensor, c: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None]:
+        need_v, need_c = needed
         if torch.is_grad_enabled():  # create_graph=True: in operations that have derivatives themselves
             return grad @ c.T if need_v else None, (v.T @ grad).tril() if need_c else None
         grad_v = torch.empty_like(v) if need_v else None
@@ -598,7 +617,9 @@ def _even(count: int, most: int) -> int:
 def distances_in_blocks(metric: Distance, x: Tensor, w: Tensor, memory: int) -> tuple[Tensor, Tensor]:
     """d (C, V) of all pairs, clamped at the floor (C, 1), which comes with it; without a gradient."""
     d = x.new_empty(len(x), len(w))
-    floor = metric.floor(x)
+    floor = x.new_empty(len(x), 1)
+    for rows, _ in _blocks(x, x[:1], memory):
+        floor[rows] = metric.floor(x[rows])
     for rows, columns in _blocks(x, w, memory):
         d[rows, columns] = metric.pairwise(x[rows], w[columns])
     # Asked this way round, a nan stays one.

@@ -569,6 +569,15 @@ def check_and_flatten(
     return Positions(x, targets, counted, weights, w.shape[0] if num_classes is None else num_classes)
 
 
+def exponent_tensor(exponent: float | Tensor) -> Tensor:
+    """A number as a float64 tensor, a tensor as it is. Raises ValueError for a number that is no exponent."""
+    if isinstance(exponent, Tensor):
+        return exponent
+    if not 0 < exponent < math.inf:
+        raise ValueError(f"exponent must be a positive number; got {exponent}")
+    return torch.tensor(exponent, dtype=torch.float64)
+
+
 def _fused_loss(
     x: Tensor,
     w: Tensor,
@@ -597,10 +606,7 @@ def _fused_loss(
     )
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 position; got {chunk}")
-    if isinstance(exponent, float | int):
-        if not 0 < exponent < math.inf:
-            raise ValueError(f"exponent must be a positive number; got {exponent}")
-        exponent = torch.tensor(exponent, dtype=torch.float64)
+    exponent = None if exponent is None else exponent_tensor(exponent)
     chunk = chunk_positions(w.shape[0], x.dtype, x.device.type) if chunk is None else chunk
 
     if reduction == "none" or recompute:

@@ -28,7 +28,7 @@ from .distances import (
     refuse_second_derivative,
     score_chunk,
 )
-from .fused_loss import Terms, check_and_flatten, cross_entropy, scale_
+from .fused_loss import Terms, check_and_flatten, cross_entropy, exponent_tensor, scale_
 
 
 @torch.no_grad()
@@ -179,7 +179,7 @@ def pairwise_harmonic_loss(
         label_smoothing=label_smoothing,
     )
     x, w = x.to(weights.dtype), w.to(weights.dtype)
-    n = torch.as_tensor(exponent, dtype=None if isinstance(exponent, Tensor) else torch.float64)
+    n = exponent_tensor(exponent)
     memory = memory_of(x.device) if memory is None else memory
     parameters = list(metric.parameters())
     tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, w, n, *parameters))

@@ -440,6 +440,14 @@ def test_under_autocast(distance: str, options: dict[str, Any], reference: Calla
     error = logits.log_softmax(-1) - plain.log_softmax(-1)
     assert error.square().mean().sqrt() < (0.02 if distance == "cosine" else 0.01)
     torch.testing.assert_close(loss, F.cross_entropy(logits, targets))
+    # The backward pass may stand in autocast too; what is learnt of the distance gets a gradient in its own dtype.
+    parameters = list(head.parameters())
+    for value in (loss, logits.logsumexp(-1).sum()):
+        outside = torch.autograd.grad(value, parameters, retain_graph=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = torch.autograd.grad(value, parameters)
+        for gradient, reference in zip(inside, outside, strict=True):
+            torch.testing.assert_close(gradient, reference, rtol=0.02, atol=0.02 * reference.abs().max().item())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -473,6 +481,11 @@ def test_memory_is_what_was_given(distance: str, options: dict[str, Any], refere
     # A block's tensor has an eighth of the memory, a chunk's a sixth; the rest are operands and gradients.
     assert max(sizes.numel) <= max(memory // 4 // 6, classes * width)
     assert tokens * classes not in sizes.numel and tokens * classes * width not in sizes.numel
+    # With few classes a chunk has all tokens, whose floors are computed some at a time.
+    floor, at_once = metric.floor, []
+    metric.floor = lambda x: at_once.append(len(x)) or floor(x)
+    pairwise_harmonic_loss(metric, x_, w_[:3], targets % 3, 3.0, memory=memory // 8)
+    assert sum(at_once) == tokens and max(at_once) * width <= memory // 8 // 4 // 6
     assert score_chunk(classes, 4, memory) * classes * 4 * 6 <= memory
     assert score_chunk(10**9, 4, memory) == 1 and memory_of("cpu") == 64 * 2**20
 
@@ -541,10 +554,19 @@ def test_blocks_within_autograd(kwargs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("distance", "options"),
-    [("cosine", {}), ("mahalanobis", {}), ("mahalanobis", {"metric": "full"}), ("manhattan", {})],
+    [
+        ("cosine", {}),
+        ("mahalanobis", {}),
+        ("mahalanobis", {"metric": "low_rank", "rank": 3}),
+        ("mahalanobis", {"metric": "full"}),
+        ("manhattan", {}),
+    ],
     ids=str,
 )
-def test_torch_compile_around_it(distance: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_torch_compile_around_it(
+    distance: str, options: dict[str, Any], autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A product stays in the graph, a distance in blocks is a break in it."""
     monkeypatch.setattr(
         distances_module, "_TRIANGLE_BLOCK", 3
@@ -553,7 +575,8 @@ def test_torch_compile_around_it(distance: str, options: dict[str, Any], monkeyp
     x, targets = torch.randn(N, D, requires_grad=True), torch.randint(V, (N,))
 
     def step(x: Tensor) -> Tensor:
-        return head(torch.tanh(x), targets) * 2
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            return head(torch.tanh(x), targets) * 2
 
     expected = torch.autograd.grad(step(x), [x, *head.parameters()])
     torch.compiler.reset()
@@ -611,6 +634,8 @@ def test_the_registry() -> None:
     assert distance_names()[0] == "euclidean" and hgpt.register_distance is register_distance
     with pytest.raises(ValueError, match="there is a distance 'manhattan' already, Manhattan: choose another name"):
         register_distance("manhattan")(type("Mine", (Distance,), {}))
+    with pytest.raises(ValueError, match="there is a distance 'manhattan' already, Manhattan: choose another name"):
+        register_distance("manhattan")(type("Manhattan", (Distance,), {}))
     with pytest.raises(TypeError, match=r"subclasses of hgpt\.Distance; got"):
         register_distance("mine")(int)
     with pytest.raises(NotImplementedError, match="Mine has no power and no pairwise value"):
@@ -650,6 +675,7 @@ def test_a_file_without_a_distance(tmp_path: Path, text: str | None, message: st
         ("mahalanobis", {"rank": 2}, 'rank = 2 has no effect with metric = "diagonal"'),
         ("mahalanobis", {"metric": "low_rank", "rank": 8}, "rank must lie between 1 and the width .*, 7; got 8"),
         ("mahalanobis", {"metric": "low_rank", "rank": 0}, "rank must lie between 1 and the width .*, 7; got 0"),
+        ("mahalanobis", {"metric": "low_rank", "rank": "4"}, "cannot be made with metric = 'low_rank', rank = '4'"),
     ],
 )
 def test_bad_options(distance: str, options: dict[str, Any], message: str) -> None:
