@@ -77,7 +77,6 @@ class DistanceLoss:
 
     def __post_init__(self) -> None:
         self.head = HarmonicHead(self.settings.dim, 1, self.settings.n, **distance_and_options(self.text))
-        self.head.num_classes = self.settings.rows
         self.head.metric.to(self.settings.device)
 
     @property
@@ -85,9 +84,11 @@ class DistanceLoss:
         return tuple(self.head.metric.parameters())
 
     def __call__(self, x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+        self.head.num_classes = len(w)  # fewer than the settings' rows where it is warmed up
         return torch.func.functional_call(self.head, {"weight": w}, (x, targets))
 
     def dense(self, x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+        self.head.num_classes = len(w)
         return F.cross_entropy(torch.func.functional_call(self.head, {"weight": w}, (x,)), targets)
 
 

@@ -683,6 +683,12 @@ def test_bad_options(distance: str, options: dict[str, Any], message: str) -> No
         HarmonicHead(D, V, distance=distance, **options)
 
 
+def test_an_exponent_that_is_none_is_refused() -> None:
+    x, w = torch.randn(N, D), torch.randn(V, D)
+    with pytest.raises(ValueError, match="exponent must be a positive number; got -2"):
+        pairwise_harmonic_loss(make_distance("manhattan", D), x, w, torch.zeros(N, dtype=torch.long), -2)
+
+
 def test_operands_that_do_not_fit() -> None:
     for distance in ("manhattan", "cosine"):
         head = HarmonicHead(D, V, distance=distance)

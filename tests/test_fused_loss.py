@@ -119,6 +119,17 @@ def test_no_less_accurate_than_dense_in_the_same_dtype(
         assert our_error < 1.3 * their_error + 1e-6
 
 
+@pytest.mark.parametrize("fused_loss, dense_loss", [(fused, dense), (fused_even, dense_even)], ids=["harmonic", "even"])
+def test_what_x_and_w_have_in_common_costs_bfloat16_nothing(fused_loss: Callable, dense_loss: Callable) -> None:
+    """Distances do not see it; the dense loss's rounded gradients do."""
+    errors = []
+    for mean in (0.0, 10.0):
+        problem = make_problem(mean, planted=False).to(torch.bfloat16)
+        truth = differentiate(dense_loss, problem.to(torch.float64))
+        errors.append([relative_error(*pair) for pair in zip(differentiate(fused_loss, problem), truth, strict=True)])
+    assert all(with_mean < 1.2 * without for without, with_mean in zip(*(row[1:] for row in errors), strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_planted_zero_distances(dtype: torch.dtype) -> None:
     problem = make_problem().to(dtype)

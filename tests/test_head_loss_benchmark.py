@@ -1,6 +1,7 @@
 """The benchmark of the heads runs, and measures what it says."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,9 @@ def test_memory_is_that_of_the_gradients_at_least() -> None:
     gradient, matrix = 8192 * 256 * 4, 256 * 8192 * 4
     assert gradient < memory < dense
     assert 3 * matrix < dense < 20 * matrix
+    with_cosine = replace(settings, distances=("cosine",))
+    _, distance = head_loss.in_a_process_of_its_own("harmonic, cosine", with_cosine)
+    assert memory < distance < dense  # normalised centres beside the gradient
 
 
 def test_errors(capsys: pytest.CaptureFixture[str]) -> None:
