@@ -38,16 +38,16 @@ from .harmax import accumulation_dtype, distance_floor, inner_products, squared_
 REDUCTIONS = ("mean", "sum", "none")
 
 # Bytes of the (chunk, vocabulary) buffer. On a CPU, two threads, V = 50304, D = 768 (benchmarks/head_loss.py --chunk),
-# 192 to 512 positions a chunk differ by less than the noise of a shared machine; 256 are 49 MiB. On a GPU not measured
-# yet: by arithmetic, adding to the gradient of w is then a tenth of the products' time.
-_CHUNK_BYTES_CPU, _CHUNK_BYTES_GPU = 52 * 2**20, 512 * 2**20
+# more positions a chunk go through w less often, and need more memory: 384, 74 MiB, take 3 to 5 % less time than 256.
+# On a GPU not measured yet: by arithmetic, adding to the gradient of w is then a tenth of the products' time.
+_CHUNK_BYTES_CPU, _CHUNK_BYTES_GPU = 78 * 2**20, 512 * 2**20
 # Bytes of the rows of a chunk that go through the pointwise operations together on a CPU: they stay in its cache from
 # the first operation to the last. 2 to 6 MiB differ by less than the noise; 1 MiB is a tenth slower at small
 # vocabularies, where the calls themselves count.
 _BLOCK_BYTES = 4 * 2**20
-# Rows of w that are multiplied at a time on a CPU, or as many as positions. MKL is 10 to 25 % faster at 256 x 1024
-# products at a time than at 256 x 50304 (on an AMD EPYC, one thread and two; D = 768 and 1600).
-_PRODUCT_ROWS = 1024
+# Rows of w that are multiplied at a time on a CPU, or as many as positions. MKL is 10 to 25 % faster at 256 x 512
+# products at a time than at 256 x 50304 (on an AMD EPYC, two threads; D = 768 and 1600).
+_PRODUCT_ROWS = 512
 
 # Forms of the operands that are compiled, each for itself: two sizes of chunks, on a CPU of blocks, with gradients and
 # without them. torch.compile's default of 8 is not enough where batches differ, and beyond it nothing is compiled.
@@ -64,7 +64,7 @@ _LARGEST_MULTIPLIED = 2**20
 
 def chunk_positions(num_rows: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> int:
     """Positions per chunk for `num_rows` rows of w: a multiple of 64, at least 64, so that a chunk's scores take about
-    50 MiB on a CPU and 500 MiB elsewhere."""
+    75 MiB on a CPU and 500 MiB elsewhere."""
     per_position = num_rows * accumulation_dtype(dtype).itemsize
     size = _CHUNK_BYTES_CPU if device == "cpu" else _CHUNK_BYTES_GPU
     return max(64, size // per_position // 64 * 64)
@@ -90,6 +90,16 @@ def _products(x: Tensor, w: Tensor, out: Tensor | None) -> Tensor:
     for rows, columns in zip(w.split(size), out.split(size, dim=1), strict=True):
         torch.mm(x, rows.T, out=columns)
     return out
+
+
+def _weighted_rows(g: Tensor, w: Tensor) -> Tensor:
+    """Σ_i g_ti w_i, (C, V), (V, D) → (C, D) in the accumulation dtype.
+
+    Where C < D its transpose is computed on a CPU: with two threads MKL is 5 to 12 % faster at the longer of two forms.
+    """
+    if g.is_cpu and g.shape[0] < w.shape[1]:
+        return inner_products(w.T, g).T
+    return inner_products(g, w.T)
 
 
 class Terms(NamedTuple):
@@ -372,7 +382,7 @@ def _losses_and_grads(
             continue
         part = slice(start, start + chunk)
         if need_x:
-            grad = inner_products(g, w.T.to(g_dtype))
+            grad = _weighted_rows(g, w.to(g_dtype))
             if harmonic:
                 grad.addcmul_(row_sums, x_c.to(dtype), value=-1)
             if w_mean is not None:

@@ -205,7 +205,7 @@ class TrainConfig:
         skip_non_finite: how many steps with a gradient that is not finite are left out before the run stops; the
             windows of each are written to non_finite.jsonl. 0 stops at the first. Not with DeepSpeed.
         loss_chunk: positions whose products with all centres the head's loss computes at a time, 64 or more: less
-            memory against fewer, larger products. Default: as many as take about 50 MiB on a CPU and 500 on a GPU.
+            memory against fewer, larger products. Default: as many as take about 75 MiB on a CPU and 500 on a GPU.
         compile_loss: torch.compile what the head's loss does with these products. Slower on a CPU. On a GPU it should
             save most passes over the scores, which eagerly take longer than the products by arithmetic; not yet
             measured there (python -m benchmarks.head_loss --device cuda times both).

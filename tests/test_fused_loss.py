@@ -227,9 +227,9 @@ def test_what_comes_after_the_loss_scales_its_gradients(recompute: bool, factor:
 
 
 def test_default_chunk_fits_its_memory() -> None:
-    assert chunk_positions(50304) == 256
-    assert chunk_positions(50304, torch.bfloat16) == 256  # the scores are float32 either way
-    assert chunk_positions(50304, torch.float64) == 128
+    assert chunk_positions(50304) == 384
+    assert chunk_positions(50304, torch.bfloat16) == 384  # the scores are float32 either way
+    assert chunk_positions(50304, torch.float64) == 192
     assert chunk_positions(10**7) == 64
     assert chunk_positions(50304, torch.bfloat16, "cuda") == 2624
 
