@@ -24,6 +24,7 @@ import train
 from hgpt.checkpoint import CHECKPOINTS
 from hgpt.errors import UserError
 from hgpt.interpret import centres
+from hgpt.interpret.__main__ import main as report
 from hgpt.interpret.models import find_sources, loaded
 from hgpt.modeling_hgpt import HGPTForCausalLM
 from hgpt.optim import parameter_groups
@@ -233,6 +234,21 @@ def test_a_checkpoint_of_an_unknown_distance(
     assert "no model can be loaded" in (error := capsys.readouterr().err) and "got 'lorentzian'" in error
     hgpt.distances._load_distances.cache_clear()
     assert sample.main(["--checkpoint", str(folder), "--max-new-tokens", "1", "--distance-file", LORENTZIAN]) == 0
+
+
+def test_a_report_on_a_distance_of_ones_own(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run("lorentzian")[0].run_folder
+    monkeypatch.delitem(hgpt.distances._REGISTRY, "lorentzian")
+    hgpt.distances._load_distances.cache_clear()
+    options = [str(folder), "--out", str(tmp_path / "out"), "--bootstrap", "100", "--final-only"]
+    assert report(options) == 2
+    assert "got 'lorentzian'" in capsys.readouterr().err
+    assert report([*options, "--distance-file", str(tmp_path / "none.py")]) == 2
+    assert "--distance-file: " in capsys.readouterr().err
+    assert report([*options, "--distance-file", LORENTZIAN]) == 0
+    assert (tmp_path / "out" / "index.html").exists()
 
 
 def test_going_on_with_another_distance_is_refused(run: Callable) -> None:
