@@ -30,6 +30,7 @@ from hgpt.optim import OptimConfig
 
 CONFIG_FILE = "config.toml"
 DISTANCE_OPTIONS = ("p", "temperature", "metric", "rank")
+OWN_OPTIONS = "model.head.distance_options"  # the one table whose keys are the user's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class HeadConfig:
             "manhattan", "minkowski", "chebyshev", "canberra", "bray_curtis", "hamming", which take many times as long
             (python -m hgpt.plan). Harmonic only, as are its options.
         distance_file: a Python file that registers a distance of your own (hgpt.register_distance); it is executed.
+        distance_options: options of a distance of your own by their names, a table [model.head.distance_options] or
+            --model.head.distance_options.NAME VALUE.
         p: of "minkowski", 1 or more; there required.
         temperature: of "hamming", in the unit of the hidden states; default 1.
         metric: of "mahalanobis", "diagonal" (the default), "low_rank" or "full".
@@ -59,6 +62,7 @@ class HeadConfig:
     learn_exponent: bool = False
     distance: str | None = None
     distance_file: str | None = None
+    distance_options: dict[str, bool | int | float | str] | None = None
     p: float | None = None
     temperature: float | None = None
     metric: str | None = None
@@ -68,7 +72,8 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         if self.type == "softmax":
-            for name in ("exponent", "distance", "distance_file", "learn_exponent", *DISTANCE_OPTIONS):
+            distance = ("distance", "distance_file", "distance_options", *DISTANCE_OPTIONS)
+            for name in ("exponent", "learn_exponent", *distance):
                 if getattr(self, name) not in (None, False):
                     raise UserError(
                         f'model.head.{name} = {getattr(self, name)!r} has no effect with model.head.type = "softmax": '
@@ -85,16 +90,26 @@ class HeadConfig:
                 load_distances(self.distance_file)
             except ValueError as error:
                 raise UserError(f"model.head.distance_file: {error}") from error
+        for name in (self.distance_options or {}).keys() & DISTANCE_OPTIONS:
+            raise UserError(f"model.head.distance_options.{name}: this is a setting of its own, model.head.{name}")
 
     def make_distance(self, dim: int) -> Distance:
         """The distance for vectors of width `dim`, without memory for its weights. Raises ValueError."""
         with torch.device("meta"):
-            return make_distance(self.distance or "euclidean", dim, **self.distance_options)
+            return make_distance(self.distance or "euclidean", dim, **self.options)
 
     @property
-    def distance_options(self) -> dict[str, Any]:
-        options = {name: getattr(self, name) for name in DISTANCE_OPTIONS}
+    def options(self) -> dict[str, Any]:
+        """Those of the distance, whether settings of their own or in `distance_options`."""
+        options = {name: getattr(self, name) for name in DISTANCE_OPTIONS} | (self.distance_options or {})
         return {name: value for name, value in options.items() if value is not None}
+
+    def section_of(self, message: str) -> str:
+        """The section of the setting that an error of the distance begins with."""
+        name = message.split()[0]
+        missing = not hasattr(self, name) and message.startswith(f"{name} is required")
+        own = missing or name in (self.distance_options or {})
+        return "model.head.distance_options." if own else "model.head."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +149,7 @@ class ModelConfig:
         try:
             self.head.make_distance(self.n_embd)
         except ValueError as error:
-            raise UserError(f"model.head.{error}") from error
+            raise UserError(f"{self.head.section_of(str(error))}{error}") from error
 
     def to_hf(self, *, vocab_size: int, seq_len: int, end_of_text: int | None = None) -> HGPTConfig:
         """The Hugging Face configuration of this model for a vocabulary and a context length."""
@@ -149,7 +164,7 @@ class ModelConfig:
                 n_positions=seq_len,
                 head=head.type,
                 distance=head.distance or "euclidean",
-                distance_options=head.distance_options,
+                distance_options=head.options,
                 learn_exponent=head.learn_exponent,
                 final_norm_gain=head.final_norm_gain,
                 centre_init_std=head.centre_init_std,
@@ -382,7 +397,7 @@ def _read_toml(file: str) -> dict[str, Any]:
 
 def _check_name(name: str, known: Iterable[str], where: str) -> None:
     sections = {key[: key.rindex(".")] for key in known if "." in key}
-    if name in known or name in sections:
+    if name in known or name in sections or name.rpartition(".")[0] == OWN_OPTIONS:
         return
     # A right name in the wrong section is as common as a slip of the pen.
     same_end = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
@@ -411,6 +426,8 @@ def _kind(annotation: Any) -> str:
     parts = get_args(annotation)
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(f'"{part}"' for part in parts)
+    if get_origin(annotation) is dict:
+        return "a table"
     if get_origin(annotation) is tuple:
         count = "" if parts[-1] is Ellipsis else f" of {len(parts)}"
         return f"a list{count}, each {_kind(parts[0])}"

@@ -44,7 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "canberra": {},
     "bray_curtis": {},
     "hamming": {"temperature": 0.1},
-    "lorentzian": {"distance_file": LORENTZIAN},
+    "lorentzian": {"distance_file": LORENTZIAN, "distance_options": {"scale": 0.5}},
 }
 EVERY = pytest.mark.parametrize("case", CASES)
 

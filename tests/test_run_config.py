@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hgpt.distances import _REGISTRY
 from hgpt.errors import UserError
 from hgpt.run_config import (
     HeadConfig,
@@ -20,6 +21,7 @@ from hgpt.run_config import (
     write_toml,
 )
 
+LORENTZIAN = Path(__file__).parent.parent / "configs" / "distances" / "lorentzian.py"
 CONFIG = """
 name = "x"
 
@@ -292,7 +294,15 @@ def test_settings_of_the_harmonic_head_with_the_softmax_head(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("learn_exponent", True), ("p", 3.0), ("temperature", 0.5), ("metric", "full"), ("rank", 4)]
+    ("name", "value"),
+    [
+        ("learn_exponent", True),
+        ("distance_options", {"scale": 2.0}),
+        ("p", 3.0),
+        ("temperature", 0.5),
+        ("metric", "full"),
+        ("rank", 4),
+    ],
 )
 def test_settings_of_a_distance_with_the_softmax_head(name, value):
     with pytest.raises(UserError, match=f"model.head.{name} = .* has no effect with model.head.type"):
@@ -352,6 +362,67 @@ def test_a_distance_in_toml(file):
     text = edited(file, "[model.head]", '[model.head]\ndistance = "minkowski"\np = 3\nlearn_exponent = true')
     config = load_run_config(["--config", str(text)]).model.to_hf(vocab_size=100, seq_len=8)
     assert (config.distance, config.distance_options, config.learn_exponent) == ("minkowski", {"p": 3.0}, True)
+
+
+OWN = ["--model.head.distance", "lorentzian", "--model.head.distance_file", str(LORENTZIAN)]
+
+
+@pytest.mark.parametrize("where", ["toml", "command line"])
+def test_options_of_a_distance_of_ones_own(file, tmp_path, where):
+    arguments = ["--model.head.distance_options.scale", "0.5"] if where == "command line" else []
+    if where == "toml":
+        file.write_text(CONFIG + "\n[model.head.distance_options]\nscale = 0.5\n")
+    config = load(file, *OWN, *arguments)
+    hf = config.model.to_hf(vocab_size=100, seq_len=8)
+    assert (hf.distance, hf.distance_options) == ("lorentzian", {"scale": 0.5})
+    assert settings(config)["model.head.distance_options.scale"] == 0.5
+    write_toml(config, tmp_path / "written.toml")
+    assert load(tmp_path / "written.toml") == config
+    with pytest.raises(UserError, match=r"model\.head\.distance_options\.scale: 0\.5 in the checkpoint, not set now"):
+        check_resume(settings(config), load(tmp_path / "x.toml", *OWN, "--model.head.distance_options", "{}"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            [*OWN, "--model.head.distance_options.scale", "-1"],
+            "model.head.distance_options.scale must be positive; got -1",
+        ),
+        (
+            [*OWN, "--model.head.distance_options.unit", "2"],
+            'model.head.distance_options.unit = 2 has no effect with distance = "lorentzian", which has scale: ',
+        ),
+        (
+            ["--model.head.distance", "minkowski", "--model.head.distance_options.p", "3"],
+            "model.head.distance_options.p: this is a setting of its own, model.head.p",
+        ),
+        (
+            ["--model.head.distance_options.a.b", "3"],
+            "command line: there is no setting model.head.distance_options.a.b; ",
+        ),
+        (
+            [*OWN, "--model.head.distance_options", "3"],
+            "model.head.distance_options must be a table or null (not set); got 3",
+        ),
+    ],
+)
+def test_options_that_the_distance_does_not_have(file, arguments, message):
+    assert refusal(file, *arguments).startswith(message)
+
+
+def test_an_option_of_ones_own_that_is_required(file, tmp_path, monkeypatch):
+    monkeypatch.setattr("hgpt.distances._REGISTRY", dict(_REGISTRY))
+    own = tmp_path / "scaled.py"
+    own.write_text(
+        "from hgpt import Distance, register_distance\n"
+        '@register_distance("scaled")\n'
+        "class Scaled(Distance):\n"
+        "    def __init__(self, dim, *, factor):\n"
+        "        super().__init__(dim)\n"
+    )
+    message = refusal(file, "--model.head.distance", "scaled", "--model.head.distance_file", str(own))
+    assert message.startswith('model.head.distance_options.factor is required with distance = "scaled"')
 
 
 def test_harmonic_head_without_exponent():
