@@ -33,7 +33,8 @@ def blocks(language: str) -> list[str]:
     return [content for name, content in FENCED if name == language]
 
 
-COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line]
+# A backslash at the end of a line takes the next one along.
+COMMANDS = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines() if line]
 
 
 def reason_not_to_run(command: str) -> str | None:
