@@ -671,9 +671,9 @@ def fused_harmonic_loss(
         recompute: keep only the operands for the backward pass, which then computes the products again: four matrix
             products instead of three, and no gradient of w in memory in between. Always so with "none".
         chunk: positions per chunk, default `chunk_positions(V, dtype, device)`.
-        compiled: torch.compile what is done with the products of a chunk. On a CPU that is slower
-            (benchmarks/head_loss.py times both); on a GPU it should save most of the passes over the scores, and has
-            not been measured.
+        compiled: torch.compile what is done with the products of a chunk. On a CPU that is no faster, and takes more
+            memory (benchmarks/head_loss.py measures both); on a GPU it should save most of the passes over the scores,
+            and has not been measured.
 
     Returns:
         A float32 scalar (float64 for float64 operands). Gradients reach `x` and `w` in their dtype, with sums

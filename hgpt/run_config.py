@@ -90,8 +90,9 @@ class HeadConfig:
                 load_distances(self.distance_file)
             except ValueError as error:
                 raise UserError(f"model.head.distance_file: {error}") from error
-        for name in (self.distance_options or {}).keys() & DISTANCE_OPTIONS:
-            raise UserError(f"model.head.distance_options.{name}: this is a setting of its own, model.head.{name}")
+        for name in DISTANCE_OPTIONS:
+            if name in (self.distance_options or {}):
+                raise UserError(f"{OWN_OPTIONS}.{name}: this is a setting of its own, model.head.{name}")
 
     def make_distance(self, dim: int) -> Distance:
         """The distance for vectors of width `dim`, without memory for its weights. Raises ValueError."""
@@ -109,7 +110,7 @@ class HeadConfig:
         name = message.split()[0]
         missing = not hasattr(self, name) and message.startswith(f"{name} is required")
         own = missing or name in (self.distance_options or {})
-        return "model.head.distance_options." if own else "model.head."
+        return f"{OWN_OPTIONS}." if own else "model.head."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,8 +222,8 @@ class TrainConfig:
             windows of each are written to non_finite.jsonl. 0 stops at the first. Not with DeepSpeed.
         loss_chunk: positions whose products with all centres the head's loss computes at a time, 64 or more: less
             memory against fewer, larger products. Default: as many as take about 75 MiB on a CPU and 500 on a GPU.
-        compile_loss: torch.compile what the head's loss does with these products. Slower on a CPU. On a GPU it should
-            save most passes over the scores, which eagerly take longer than the products by arithmetic; not yet
+        compile_loss: torch.compile what the head's loss does with these products. No faster on a CPU. On a GPU it
+            should save most passes over the scores, which eagerly take longer than the products by arithmetic; not yet
             measured there (python -m benchmarks.head_loss --device cuda times both).
         distance_memory: MiB that a distance which is no matrix product may work with, beside operands and gradients.
             Default: 64 on a CPU, 512 on a GPU.
