@@ -34,9 +34,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.generation import BaseStreamer
 
 import hgpt
-from hgpt.checkpoint import model_folder
-from hgpt.distances import load_distances
 from hgpt.errors import UserError
+from hgpt.model.distances import load_distances
+from hgpt.run.checkpoint import model_folder
 
 DEFAULT_TEMPERATURE = 0.8  # this and the next as in nanoGPT's sample.py
 DEFAULT_TOP_K = 200

@@ -28,12 +28,18 @@ from accelerate.utils import gather_object, set_seed
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from hgpt import checkpoint as ckpt
-from hgpt.baselines import unigram_loss
-from hgpt.batches import DeviceBatches, TrainingBatches
-from hgpt.configuration_hgpt import HGPTConfig
-from hgpt.energy import RunEnergy, check_country, in_words, last_record
-from hgpt.engines import (
+from hgpt.data.baselines import unigram_loss
+from hgpt.data.batches import DeviceBatches, TrainingBatches
+from hgpt.data.shards import TokenShards, verify
+from hgpt.data.tokenizer import hf_tokenizer
+from hgpt.durable import folder_lock
+from hgpt.errors import UserError
+from hgpt.model.configuration_hgpt import HGPTConfig
+from hgpt.model.modeling_hgpt import HGPTForCausalLM
+from hgpt.run import checkpoint as ckpt
+from hgpt.run.config import RunConfig
+from hgpt.run.energy import RunEnergy, check_country, in_words, last_record
+from hgpt.run.engines import (
     FullState,
     build_accelerator,
     check_same_everywhere,
@@ -43,10 +49,10 @@ from hgpt.engines import (
     model_weights,
     restore_state,
 )
-from hgpt.errors import UserError
-from hgpt.evaluation import evaluation_windows, head_diagnostics, validation_loss
-from hgpt.folder_lock import folder_lock
-from hgpt.metrics import (
+from hgpt.run.evaluation import evaluation_windows, head_diagnostics, validation_loss
+from hgpt.run.model_card import model_card
+from hgpt.run.optim import build_optimizer, learning_rate, set_learning_rate
+from hgpt.run.report import (
     METRICS_FILE,
     LossSpikes,
     MetricsLog,
@@ -58,14 +64,9 @@ from hgpt.metrics import (
     memory_in_use,
     peak_flops,
 )
-from hgpt.model_card import model_card
-from hgpt.modeling_hgpt import HGPTForCausalLM
-from hgpt.optim import build_optimizer, learning_rate, set_learning_rate
-from hgpt.pretrained import initialize_from
-from hgpt.run_config import CONFIG_FILE, RunConfig, check_resume, load_run_config, settings, write_toml
-from hgpt.shards import TokenShards, verify
-from hgpt.tokenizer import hf_tokenizer
-from hgpt.watchdog import EXIT_HUNG, Watchdog
+from hgpt.run.settings import CONFIG_FILE, check_resume, load_run_config, settings, write_toml
+from hgpt.run.stop import EXIT_HUNG, Watchdog
+from hgpt.source import initialize_from
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 NON_FINITE_FILE = "non_finite.jsonl"

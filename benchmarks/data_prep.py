@@ -8,7 +8,7 @@ Preparation, of the same documents in the same run, each way in a fresh process 
     nanoGPT's way   datasets.map with a process per processor, then a copy into a memory map (its cache is emptied)
     bare            tiktoken's encode_ordinary of each document in one process, text in memory, tokens thrown away
     bare, together  the same in a process per processor at once: cores that share caches and memory are not N times one
-    our pattern     as "bare", with the regular expression and the call that hgpt.tokenizer uses, for the same tokens
+    our pattern     as "bare", with the regular expression and the call of hgpt.data.tokenizer, for the same tokens
 
 The time of the first two is that of the work: reading, encoding and writing, without the start of Python and its
 imports (which each of them has), but with the start of the worker processes. Reading is measured on 2 billion tokens in
@@ -36,8 +36,8 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from data_prep.openwebtext import SEED, VAL_FRACTION, prepare_openwebtext
 from data_prep.text_files import find_files, read_documents
-from hgpt.batches import DeviceBatches, TrainingBatches, epoch_permutation, num_windows
-from hgpt.shards import (
+from hgpt.data.batches import DeviceBatches, TrainingBatches, epoch_permutation, num_windows
+from hgpt.data.shards import (
     HEADER_BYTES,
     MAGIC,
     TOKEN,
@@ -51,7 +51,7 @@ from hgpt.shards import (
     shard_name,
     write_meta,
 )
-from hgpt.tokenizer import END_OF_TEXT, load_tokenizer
+from hgpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 
 OPENWEBTEXT_WINDOWS = num_windows(9_035_582_198, 1024)
 COPIES = 1024  # batches in which nanoGPT's script copies

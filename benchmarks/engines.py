@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from hgpt.shards import DataMeta, ShardWriter, SplitMeta, write_meta
+from hgpt.data.shards import DataMeta, ShardWriter, SplitMeta, write_meta
 
 VOCAB = 512
 MEASURED = ("loss", "gradient norm", "validation loss", "weights", "AdamW")

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hgpt.fused_loss import chunk_positions, fused_harmonic_loss, fused_softmax_loss
-from hgpt.harmax import harmonic_loss, resolve_exponent
-from hgpt.heads import HarmonicHead
+from hgpt.model.harmax import harmonic_loss, resolve_exponent
+from hgpt.model.heads import HarmonicHead
+from hgpt.model.loss import chunk_positions, fused_harmonic_loss, fused_softmax_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # x (N, D), w (V, D), targets (N,)
 ACCURACY_POSITIONS = 128

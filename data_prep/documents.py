@@ -3,7 +3,7 @@
     python -m data_prep.documents --out data/mine --tokenizer gpt2 FILES...
 
 `prepare` is the core that every data script shares: it takes documents from anywhere, encodes them in worker
-processes, splits them into train and val, and writes a data folder (hgpt/shards.py says what is in one).
+processes, splits them into train and val, and writes a data folder (hgpt/data/shards.py says what is in one).
 """
 
 import argparse
@@ -27,8 +27,7 @@ from tqdm import tqdm
 
 from data_prep.text_files import count_documents, find_files, kind_of, read_documents
 from data_prep.worker_pool import worker_pool
-from hgpt.errors import UserError
-from hgpt.shards import (
+from hgpt.data.shards import (
     META_FILE,
     SPLITS,
     TOKENS_PER_SHARD,
@@ -38,7 +37,8 @@ from hgpt.shards import (
     check_vocab_size,
     write_meta,
 )
-from hgpt.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, package_versions
+from hgpt.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, package_versions
+from hgpt.errors import UserError
 
 BATCH_BYTES = 1 << 20  # text handed to a worker at once: about 70 ms of work with tiktoken
 BATCH_DOCUMENTS = 1024

@@ -59,8 +59,7 @@ from data_prep.sharding import (
 )
 from data_prep.text_files import Section, find_files, find_sections, is_compressed, read_section
 from data_prep.worker_pool import start_imports
-from hgpt.errors import UserError
-from hgpt.shards import (
+from hgpt.data.shards import (
     HEADER_BYTES,
     PART_FILE,
     SPLITS,
@@ -75,7 +74,8 @@ from hgpt.shards import (
     write_meta,
     write_whole,
 )
-from hgpt.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, package_versions
+from hgpt.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, package_versions
+from hgpt.errors import UserError
 
 REPOSITORY = "Skylion007/openwebtext"
 REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"  # 80 Parquet files, with the 8,013,769 documents

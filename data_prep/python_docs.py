@@ -20,8 +20,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_prep.documents import add_options, core_settings, exit_status, prepare, summary
-from hgpt.baselines import unigram_loss
-from hgpt.shards import SPLITS, TokenShards
+from hgpt.data.baselines import unigram_loss
+from hgpt.data.shards import SPLITS, TokenShards
 
 # Folders of the standard library that are not its documentation: tests, what pip put there, vendored code.
 EXCLUDED = {

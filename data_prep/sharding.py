@@ -38,9 +38,7 @@ from data_prep.documents import Counts, decode_utf8
 from data_prep.long_documents import LongDocument
 from data_prep.text_files import LARGEST_SECTION, SECTION_BYTES, Section, read_section
 from data_prep.worker_pool import finished_imports, worker_pool
-from hgpt.errors import UserError
-from hgpt.folder_lock import folder_lock
-from hgpt.shards import (
+from hgpt.data.shards import (
     HEADER_BYTES,
     META_FILE,
     PART_FILE,
@@ -53,7 +51,9 @@ from hgpt.shards import (
     shard_name,
     write_whole,
 )
-from hgpt.tokenizer import Tokenizer
+from hgpt.data.tokenizer import Tokenizer
+from hgpt.durable import folder_lock
+from hgpt.errors import UserError
 
 UNITS_AHEAD = 3  # per worker, encoded or being encoded and not yet in a shard: bounds the disk space they take
 LENGTH_CLASSES = 40  # powers of two

@@ -15,9 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.documents import exit_status
+from hgpt.data.shards import SPLITS, TokenShards, find_damage
+from hgpt.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from hgpt.errors import UserError
-from hgpt.shards import SPLITS, TokenShards, find_damage
-from hgpt.tokenizer import TOKENIZER_FILE, load_tokenizer
 
 SHOWN_CHARACTERS = 2000  # of a document that is decoded
 

@@ -23,7 +23,7 @@ def start_imports() -> ForkServerContext | SpawnContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     # Imported once and not by every worker. Not the caller's module: it may be __main__, and would come twice.
-    context.set_forkserver_preload(["hgpt.tokenizer", "pyarrow.parquet", "tqdm"])
+    context.set_forkserver_preload(["hgpt.data.tokenizer", "pyarrow.parquet", "tqdm"])
     resource_tracker.ensure_running()  # it lets SIGINT through again at the end, so it comes before
     # Ctrl-C reaches every process of the terminal. Blocked from its first moment on in the server, and so in all that
     # it forks, it makes none of them print a traceback out of an import.

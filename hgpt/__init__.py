@@ -6,11 +6,11 @@ Importing this package registers the model with transformers, so that `AutoConfi
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .configuration_hgpt import HGPTConfig
-from .distances import Distance, register_distance
-from .harmax import harmax, harmonic_loss, log_harmax, relative_distances, squared_distances
-from .heads import HarmonicHead, SoftmaxHead
-from .modeling_hgpt import HGPTForCausalLM, HGPTModel
+from .model.configuration_hgpt import HGPTConfig
+from .model.distances import Distance, register_distance
+from .model.harmax import harmax, harmonic_loss, log_harmax, relative_distances, squared_distances
+from .model.heads import HarmonicHead, SoftmaxHead
+from .model.modeling_hgpt import HGPTForCausalLM, HGPTModel
 
 AutoConfig.register(HGPTConfig.model_type, HGPTConfig, exist_ok=True)
 AutoModel.register(HGPTConfig, HGPTModel, exist_ok=True)

@@ -30,15 +30,16 @@ from scipy import stats
 from tqdm import tqdm
 
 import hgpt
-from hgpt.checkpoint import LATEST, MODEL
 from hgpt.errors import UserError
 from hgpt.interpret.analysis import analyse
 from hgpt.interpret.figures import measure_against_loss, save_figure
 from hgpt.interpret.report import restricted, write_report
 from hgpt.interpret.results import READABILITY, AnalysisSettings, readability
 from hgpt.interpret.statistics import holm
-from hgpt.metrics import METRICS_FILE
-from hgpt.run_config import CONFIG_FILE, RunConfig, load_run_config, settings, write_toml
+from hgpt.run.checkpoint import LATEST, MODEL
+from hgpt.run.config import RunConfig
+from hgpt.run.report import METRICS_FILE
+from hgpt.run.settings import CONFIG_FILE, load_run_config, settings, write_toml
 
 TRAIN = Path(hgpt.__file__).parent.parent / "train.py"
 RESULT_FILE = "comparison.json"

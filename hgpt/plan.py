@@ -53,15 +53,16 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from hgpt.batches import TrainingBatches, accumulation_steps
-from hgpt.configuration_hgpt import HGPTConfig
-from hgpt.distances import Distance, make_distance, memory_of, score_chunk
+from hgpt.data.batches import TrainingBatches, accumulation_steps
+from hgpt.data.shards import TokenShards
 from hgpt.errors import UserError
-from hgpt.fused_loss import chunk_positions
-from hgpt.metrics import flops_per_token, peak_flops
-from hgpt.modeling_hgpt import HGPTForCausalLM
-from hgpt.run_config import RunConfig, load_run_config
-from hgpt.shards import TokenShards
+from hgpt.model.configuration_hgpt import HGPTConfig
+from hgpt.model.distances import Distance, make_distance, memory_of, score_chunk
+from hgpt.model.loss import chunk_positions
+from hgpt.model.modeling_hgpt import HGPTForCausalLM
+from hgpt.run.config import RunConfig
+from hgpt.run.report import flops_per_token, peak_flops
+from hgpt.run.settings import load_run_config
 
 ENGINES = ("ddp", "zero1", "zero2", "zero2_offload", "zero3", "fsdp2")
 GPT2_VOCAB_SIZE = 50257
@@ -199,12 +200,12 @@ def head_memory(
     loss_chunk: int | None = None,
     distance_memory: float | None = None,
 ) -> HeadMemory:
-    """What `hgpt.fused_loss` needs on a GPU for `tokens` positions, and the dense head instead.
+    """What `hgpt.model.loss` needs on a GPU for `tokens` positions, and the dense head instead.
 
     operands: x and its gradient, (N, D); under autocast x in both dtypes and a bf16 copy of w; the gradient of w in
         float32, (V, D); the norms and column sums, (V,).
     chunk: C positions · V times 4 bytes of products, 4 of scores, 1 of mask (harmonic), 2 of G (bf16); C is
-        `loss_chunk`, by default `fused_loss.chunk_positions`.
+        `loss_chunk`, by default `loss.chunk_positions`.
     dense: (N, V) times 17 bytes in the backward pass of `harmax.harmonic_loss`, 12 in that of the softmax twin, and the
         same operands.
 

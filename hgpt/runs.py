@@ -29,10 +29,10 @@ from typing import Any
 
 import numpy as np
 
-from hgpt.checkpoint import CHECKPOINTS, MANIFEST, PREEMPTED, checkpoint_step, checkpoints
 from hgpt.errors import UserError
-from hgpt.metrics import METRICS_FILE
-from hgpt.run_config import CONFIG_FILE
+from hgpt.run.checkpoint import CHECKPOINTS, MANIFEST, PREEMPTED, checkpoint_step, checkpoints
+from hgpt.run.report import METRICS_FILE
+from hgpt.run.settings import CONFIG_FILE
 
 LINE_WIDTH = 100
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import train
-from hgpt.run_config import RunConfig
+from hgpt.run.config import RunConfig
 
 ENGINES = {
     "ddp": {"ACCELERATE_USE_CPU": "true"},

@@ -10,8 +10,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import hgpt
-from hgpt.shards import DataMeta, ShardWriter, SplitMeta, write_meta
-from hgpt.tokenizer import END_OF_TEXT, load_tokenizer
+from hgpt.data.shards import DataMeta, ShardWriter, SplitMeta, write_meta
+from hgpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 
 TEXT = pydoc_data.topics.topics["with"] + pydoc_data.topics.topics["while"]
 UNKNOWN = "[UNK]"

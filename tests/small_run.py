@@ -8,13 +8,19 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from hgpt.checkpoint import CheckpointConfig
-from hgpt.evaluation import EvalConfig
-from hgpt.metrics import LogConfig
-from hgpt.optim import OptimConfig
-from hgpt.run_config import DataConfig, HeadConfig, ModelConfig, RunConfig, TrainConfig
-from hgpt.shards import DataMeta, ShardWriter, SplitMeta, write_meta
-from hgpt.tokenizer import load_tokenizer
+from hgpt.data.shards import DataMeta, ShardWriter, SplitMeta, write_meta
+from hgpt.data.tokenizer import load_tokenizer
+from hgpt.run.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    HeadConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
 
 VOCAB = 300
 SEQ_LEN = 16

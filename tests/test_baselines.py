@@ -1,4 +1,4 @@
-"""hgpt/baselines.py against the formula written out."""
+"""hgpt/data/baselines.py against the formula written out."""
 
 import math
 from collections import Counter
@@ -6,9 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from hgpt.baselines import unigram_loss
+from hgpt.data.baselines import unigram_loss
+from hgpt.data.shards import TokenShards
 from hgpt.errors import UserError
-from hgpt.shards import TokenShards
 
 
 def nanogpt(folder, vocab_size, **splits):

@@ -1,4 +1,4 @@
-"""hgpt/batches.py: which windows make up a step, whatever the processes, the micro-batch and restarts."""
+"""hgpt/data/batches.py: which windows make up a step, whatever the processes, the micro-batch and restarts."""
 
 import re
 import threading
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hgpt.batches import (
+from hgpt.data.batches import (
     DeviceBatches,
     TrainingBatches,
     accumulation_steps,

@@ -1,4 +1,4 @@
-"""hgpt/checkpoint.py: complete or absent, whatever interrupts a save; found again; bit for bit the same state."""
+"""hgpt/run/checkpoint.py: complete or absent, whatever interrupts a save; found again; bit for bit the same state."""
 
 import json
 import multiprocessing
@@ -18,8 +18,11 @@ from accelerate.utils import DistributedType
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from hgpt.checkpoint import (
-    CheckpointConfig,
+from hgpt.data.shards import DataMeta, ShardWriter, SplitMeta, TokenShards, write_meta
+from hgpt.errors import UserError
+from hgpt.model.configuration_hgpt import HGPTConfig
+from hgpt.model.modeling_hgpt import HGPTForCausalLM
+from hgpt.run.checkpoint import (
     TrainState,
     Writer,
     atomic_folder,
@@ -40,12 +43,9 @@ from hgpt.checkpoint import (
     save_training_state,
     write_manifest,
 )
-from hgpt.configuration_hgpt import HGPTConfig
-from hgpt.engines import collect_state, restore_state
-from hgpt.errors import UserError
-from hgpt.modeling_hgpt import HGPTForCausalLM
-from hgpt.optim import OptimConfig, build_optimizer
-from hgpt.shards import DataMeta, ShardWriter, SplitMeta, TokenShards, write_meta
+from hgpt.run.config import CheckpointConfig, OptimConfig
+from hgpt.run.engines import collect_state, restore_state
+from hgpt.run.optim import build_optimizer
 
 # What the engines ask of an Accelerator that has one process.
 ALONE = SimpleNamespace(distributed_type=DistributedType.NO, is_main_process=True)

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hgpt.modeling_hgpt import HGPTForCausalLM
-from hgpt.run_config import RunConfig, load_run_config, settings
+from hgpt.model.modeling_hgpt import HGPTForCausalLM
+from hgpt.run.config import RunConfig
+from hgpt.run.settings import load_run_config, settings
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.toml"))

@@ -18,9 +18,9 @@ import zstandard
 from data_prep import documents as documents_module
 from data_prep import python_docs as python_docs_module
 from data_prep.documents import SplitRule, find_files, main, prepare, read_documents
+from hgpt.data.shards import SPLITS, TokenShards, read_meta, verify
+from hgpt.data.tokenizer import load_tokenizer
 from hgpt.errors import UserError
-from hgpt.shards import SPLITS, TokenShards, read_meta, verify
-from hgpt.tokenizer import load_tokenizer
 
 WORDS = ["distance", "centre", "token", "model", "exponent", "<|endoftext|>", "naïve", "日本", "loss", "norm"]
 

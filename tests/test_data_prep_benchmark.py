@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks import data_prep
-from hgpt.shards import TokenShards
+from hgpt.data.shards import TokenShards
 
 TEXTS = [" ".join(random.Random(n).choices(["distance", "centre", "日本", "loss"], k=n % 40 + 1)) for n in range(300)]
 

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import hgpt
 from hgpt import Distance, HarmonicHead, register_distance
-from hgpt import distances as distances_module
-from hgpt.distances import (
+from hgpt.model import distances as distances_module
+from hgpt.model.distances import (
     distance_names,
     load_distances,
     make_distance,
@@ -25,7 +25,7 @@ from hgpt.distances import (
     pairwise_distances,
     score_chunk,
 )
-from hgpt.pairwise_loss import pairwise_harmonic_loss
+from hgpt.model.pairwise_loss import pairwise_harmonic_loss
 
 LORENTZIAN = Path(__file__).parent.parent / "configs" / "distances" / "lorentzian.py"
 load_distances(str(LORENTZIAN))

@@ -21,15 +21,15 @@ from transformers import AutoModelForCausalLM
 import hgpt
 import sample
 import train
-from hgpt.checkpoint import CHECKPOINTS
 from hgpt.errors import UserError
 from hgpt.interpret import centres
 from hgpt.interpret.__main__ import main as report
 from hgpt.interpret.models import find_sources, loaded
-from hgpt.modeling_hgpt import HGPTForCausalLM
-from hgpt.optim import parameter_groups
-from hgpt.pretrained import initialize_from
-from hgpt.run_config import HeadConfig, RunConfig
+from hgpt.model.modeling_hgpt import HGPTForCausalLM
+from hgpt.run.checkpoint import CHECKPOINTS
+from hgpt.run.config import HeadConfig, RunConfig
+from hgpt.run.optim import parameter_groups
+from hgpt.source import initialize_from
 
 LORENTZIAN = str(Path(__file__).parent.parent / "configs" / "distances" / "lorentzian.py")
 CASES: dict[str, dict[str, Any]] = {
@@ -227,12 +227,12 @@ def test_a_checkpoint_of_an_unknown_distance(
     run: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = run("lorentzian")[0].run_folder
-    monkeypatch.delitem(hgpt.distances._REGISTRY, "lorentzian")
+    monkeypatch.delitem(hgpt.model.distances._REGISTRY, "lorentzian")
     with pytest.raises(ValueError, match=r"distance must be one of .*got 'lorentzian'.*hgpt\.register_distance"):
         AutoModelForCausalLM.from_pretrained(folder / "latest" / "model")
     assert sample.main(["--checkpoint", str(folder), "--max-new-tokens", "1"]) == 2
     assert "no model can be loaded" in (error := capsys.readouterr().err) and "got 'lorentzian'" in error
-    hgpt.distances._load_distances.cache_clear()
+    hgpt.model.distances._load_distances.cache_clear()
     assert sample.main(["--checkpoint", str(folder), "--max-new-tokens", "1", "--distance-file", LORENTZIAN]) == 0
 
 
@@ -240,8 +240,8 @@ def test_a_report_on_a_distance_of_ones_own(
     run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = run("lorentzian")[0].run_folder
-    monkeypatch.delitem(hgpt.distances._REGISTRY, "lorentzian")
-    hgpt.distances._load_distances.cache_clear()
+    monkeypatch.delitem(hgpt.model.distances._REGISTRY, "lorentzian")
+    hgpt.model.distances._load_distances.cache_clear()
     options = [str(folder), "--out", str(tmp_path / "out"), "--bootstrap", "100", "--final-only"]
     assert report(options) == 2
     assert "got 'lorentzian'" in capsys.readouterr().err

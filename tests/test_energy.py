@@ -1,4 +1,4 @@
-"""hgpt/energy.py: what codecarbon may do, the arithmetic over restarts and machines, and runs that measure."""
+"""hgpt/run/energy.py: what codecarbon may do, the arithmetic over restarts and machines, and runs that measure."""
 
 import builtins
 import logging
@@ -21,10 +21,10 @@ from codecarbon.external.ram import RAM
 from small_run import SEQ_LEN, make_config, records
 
 import train
-from hgpt.energy import EnergyMeter, Reading, RunEnergy, check_country, describe, last_record
 from hgpt.errors import UserError
 from hgpt.interpret.report import summary_measures
-from hgpt.metrics import LogConfig
+from hgpt.run.config import LogConfig
+from hgpt.run.energy import EnergyMeter, Reading, RunEnergy, check_country, describe, last_record
 from hgpt.runs import find_runs, read_run, table
 
 GERMANY = {"energy": True, "energy_country": "DEU"}
@@ -98,7 +98,7 @@ package.__path__ = [sys.argv[1]]
 sys.modules["hgpt"] = package
 tempfile.gettempdir()  # Python tries it out with a file, which it removes
 sys.addaudithook(watch)
-from hgpt.energy import EnergyMeter, Reading, check_country
+from hgpt.run.energy import EnergyMeter, Reading, check_country
 check_country("FRA")
 start = time.monotonic()
 meter = EnergyMeter("FRA")

@@ -1,4 +1,4 @@
-"""hgpt/engines.py with real processes on gloo: whatever the engine, the same losses, and a run that goes on exactly."""
+"""hgpt/run/engines.py with processes on gloo: whatever the engine, the same losses, and a run that goes on exactly."""
 
 import json
 import os
@@ -22,16 +22,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
-from hgpt import engines
-from hgpt.batches import epoch_permutation, num_windows
-from hgpt.checkpoint import checkpoints, damage
-from hgpt.configuration_hgpt import HGPTConfig
-from hgpt.engines import collect_state, restore_state, whole
+from hgpt.data.batches import epoch_permutation, num_windows
 from hgpt.errors import UserError
-from hgpt.modeling_hgpt import HGPTForCausalLM
-from hgpt.optim import OptimConfig, build_optimizer
-from hgpt.run_config import RunConfig, write_toml
-from hgpt.watchdog import EXIT_HUNG
+from hgpt.model.configuration_hgpt import HGPTConfig
+from hgpt.model.modeling_hgpt import HGPTForCausalLM
+from hgpt.run import engines
+from hgpt.run.checkpoint import checkpoints, damage
+from hgpt.run.config import OptimConfig, RunConfig
+from hgpt.run.engines import collect_state, restore_state, whole
+from hgpt.run.optim import build_optimizer
+from hgpt.run.settings import write_toml
+from hgpt.run.stop import EXIT_HUNG
 from train import EXIT_PREEMPTED
 
 ROOT = Path(__file__).parent.parent

@@ -1,4 +1,4 @@
-"""hgpt/evaluation.py: the validation loss and the head's diagnostics against float64, torch.cdist and other counts."""
+"""hgpt/run/evaluation.py: validation loss and the head's diagnostics against float64, torch.cdist and other counts."""
 
 import copy
 from contextlib import nullcontext
@@ -10,10 +10,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from hgpt.configuration_hgpt import HGPTConfig
 from hgpt.errors import UserError
-from hgpt.evaluation import EvalConfig, evaluation_windows, head_diagnostics, validation_loss
-from hgpt.modeling_hgpt import HGPTForCausalLM
+from hgpt.model.configuration_hgpt import HGPTConfig
+from hgpt.model.modeling_hgpt import HGPTForCausalLM
+from hgpt.run.config import EvalConfig
+from hgpt.run.evaluation import evaluation_windows, head_diagnostics, validation_loss
 
 VOCAB, T = 61, 8
 HEADS = pytest.mark.parametrize("head", ["harmonic", "softmax"])

@@ -1,4 +1,4 @@
-"""hgpt/folder_lock.py: one process at a time, file systems without locks, and a file that is removed under the lock."""
+"""hgpt/durable.py: one process at a time, file systems without locks, and a file that is removed under the lock."""
 
 import errno
 import fcntl
@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
+from hgpt.durable import folder_lock
 from hgpt.errors import UserError
-from hgpt.folder_lock import folder_lock
 
 
 def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
     script = (
-        "import sys, time; from pathlib import Path; from hgpt.folder_lock import folder_lock\n"
+        "import sys, time; from pathlib import Path; from hgpt.durable import folder_lock\n"
         "with folder_lock(Path(sys.argv[1]), 'busy'): print('held', flush=True); time.sleep(60)"
     )
     environment = os.environ | {"PYTHONPATH": ":".join(sys.path)}

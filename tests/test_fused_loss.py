@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from hgpt import fused_loss as fused_loss_module
-from hgpt.fused_loss import chunk_positions, fused_harmonic_loss, fused_softmax_loss
-from hgpt.harmax import harmonic_loss
+from hgpt.model import loss as fused_loss_module
+from hgpt.model.harmax import harmonic_loss
+from hgpt.model.loss import chunk_positions, fused_harmonic_loss, fused_softmax_loss
 
 # Awkward on purpose: no size is a multiple of a vector width or of the chunk.
 N, V, D, CHUNK, EXPONENT = 252, 507, 123, 64, 2 * math.sqrt(123)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hgpt.harmax import (
+from hgpt.model.harmax import (
     distance_floor,
     harmax,
     harmonic_loss,

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hgpt import HarmonicHead, SoftmaxHead, fused_loss
+from hgpt import HarmonicHead, SoftmaxHead
+from hgpt.model import loss as fused_loss
 
 D, V, ROWS = 12, 29, 32
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_models import TEXT, bare, byte_pairs, encode, export, prepare, word_pieces
 
-from hgpt.checkpoint import LATEST, MODEL
 from hgpt.interpret import analysis, models, positions
 from hgpt.interpret.analysis import ANALOGY_QUESTIONS, CHECKPOINT_TOKENS, CHECKPOINT_WINDOW, SHUFFLES, analyse
 from hgpt.interpret.parallelograms import EPSILON, PRESET, VARIANTS
 from hgpt.interpret.results import AnalysisSettings
+from hgpt.run.checkpoint import LATEST, MODEL
 
 FEW = AnalysisSettings(bootstrap=100)
 

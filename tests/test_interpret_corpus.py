@@ -5,10 +5,10 @@ import pytest
 import torch
 from small_models import TEXT, bare, byte_pairs, encode, export, prepare, unigrams, word_pieces
 
+from hgpt.data.tokenizer import END_OF_TEXT
 from hgpt.errors import UserError
 from hgpt.interpret.corpus import Corpus
 from hgpt.interpret.models import find_sources, loaded
-from hgpt.tokenizer import END_OF_TEXT
 
 CPU = torch.device("cpu")
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hgpt.configuration_hgpt import HGPTConfig
 from hgpt.interpret.models import LoadedModel, Source
 from hgpt.interpret.positions import distance_measures, log_probability_measures, measure_text
-from hgpt.modeling_hgpt import HGPTForCausalLM
+from hgpt.model.configuration_hgpt import HGPTConfig
+from hgpt.model.modeling_hgpt import HGPTForCausalLM
 
 VOCAB, T, LAYERS = 61, 12, 2
 

@@ -15,7 +15,8 @@ from matplotlib.image import imread
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hgpt
-from hgpt.checkpoint import LATEST, MODEL
+from hgpt.data.shards import DataMeta, ShardWriter, SplitMeta, write_meta
+from hgpt.data.tokenizer import Tokenizer, hf_tokenizer, load_tokenizer
 from hgpt.errors import UserError
 from hgpt.interpret import models
 from hgpt.interpret.__main__ import main
@@ -26,8 +27,7 @@ from hgpt.interpret.models import LoadedModel, find_sources, loaded
 from hgpt.interpret.parallelograms import PRESET, VARIANTS
 from hgpt.interpret.report import out_of_reach, page, restricted, variant_signs, write_report
 from hgpt.interpret.results import OWN_SCALE, READABILITY, AnalysisSettings, readability
-from hgpt.shards import DataMeta, ShardWriter, SplitMeta, write_meta
-from hgpt.tokenizer import Tokenizer, hf_tokenizer, load_tokenizer
+from hgpt.run.checkpoint import LATEST, MODEL
 
 VOCAB, CONTEXT = 320, 24
 LABELS = ["harmonic", "softmax", "gpt2", "foreign"]

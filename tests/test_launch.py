@@ -14,8 +14,8 @@ from processes import free_port, run
 from test_engines import curve, engine_config
 
 import train
-from hgpt.checkpoint import checkpoints
-from hgpt.run_config import RunConfig
+from hgpt.run.checkpoint import checkpoints
+from hgpt.run.config import RunConfig
 
 ROOT = Path(__file__).parent.parent
 LAUNCHERS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))

@@ -1,4 +1,4 @@
-"""The allowed edges between modules (DESIGN.md, §3), read from the source."""
+"""Which module may import which, read from the source."""
 
 import ast
 import sys
@@ -7,21 +7,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ENTRY_POINTS = {"train", "sample", "data_prep", "benchmarks", "tests"}
-ENTRY_MODULES = {"hgpt.compare", "hgpt.interpret.__main__", "hgpt.plan", "hgpt.runs"}
-
-# These are copied beside an exported checkpoint by transformers, which follows relative imports only.
-MODEL = {
-    "harmax": set(),
-    "distances": set(),
-    "fused_loss": {"harmax"},
-    "pairwise_loss": {"distances", "fused_loss"},
-    "heads": {"distances", "fused_loss", "harmax", "pairwise_loss"},
-    "configuration_hgpt": {"distances", "harmax"},
-    "modeling_hgpt": {"configuration_hgpt", "distances", "heads"},
-}
-# The composition of a run's configuration, above every leaf and below the entry points.
-COMPOSITION = {"run_config"}
+# From the ground up: a module may import those of its own floor and of the floors below. A folder is one floor; the
+# modules that lie in hgpt/ itself are named.
+FLOORS = (
+    ("hgpt.model",),  # what travels with an export
+    ("hgpt.errors", "hgpt.durable"),
+    ("hgpt.data",),
+    ("hgpt.run",),
+    ("hgpt.source",),
+    ("hgpt.interpret",),
+    ("hgpt.compare", "hgpt.plan", "hgpt.runs", "data_prep"),  # commands
+    ("train", "sample", "benchmarks"),
+)
+COMMANDS = ("hgpt.compare", "hgpt.plan", "hgpt.runs", "hgpt.interpret.__main__", "train", "sample")
 
 
 def modules() -> dict[str, Path]:
@@ -55,40 +53,35 @@ def own(found: set[str]) -> set[str]:
     return found & set(ALL)
 
 
+MODEL = [name for name in ALL if name.startswith("hgpt.model.")]
+
+
+def floor(name: str) -> int:
+    """The number of a module's floor; hgpt/__init__.py gives out the model and lies on its floor."""
+    if name == "hgpt":
+        return 0
+    found = [i for i, rooms in enumerate(FLOORS) for room in rooms if name == room or name.startswith(room + ".")]
+    assert len(found) == 1, f"{name} lies on no floor: enter it in FLOORS"
+    return found[0]
+
+
 @pytest.mark.parametrize("name", MODEL)
-def test_model_files_import_each_other_relatively_and_nothing_else_of_ours(name: str) -> None:
-    path = ALL[f"hgpt.{name}"]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def test_what_travels_with_an_export_imports_its_neighbours_relatively(name: str) -> None:
+    """transformers copies what a module imports relatively from its own folder, and nothing else."""
+    for node in ast.walk(ast.parse(ALL[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             assert all(not alias.name.startswith("hgpt") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 1 or not (node.module or "").startswith("hgpt")
-    edges = {module.removeprefix("hgpt.") for module in own(imports(f"hgpt.{name}", path)) - {"hgpt"}}
-    assert edges <= MODEL[name], f"{name} may import {sorted(MODEL[name])} only"
+    roots = {module.split(".")[0] for module in imports(name, ALL[name])}
+    assert roots <= {"hgpt", "torch", "transformers"} | sys.stdlib_module_names, "a requirement of every export"
 
 
-@pytest.mark.parametrize("name", MODEL)
-def test_model_files_need_torch_and_transformers_only(name: str) -> None:
-    """Anything else would become a requirement of every exported checkpoint."""
-    roots = {module.split(".")[0] for module in imports(f"hgpt.{name}", ALL[f"hgpt.{name}"])}
-    assert roots <= {"hgpt", "torch", "transformers"} | sys.stdlib_module_names
-
-
-def test_nothing_imports_an_entry_point() -> None:
+def test_imports_go_down() -> None:
     for name, path in ALL.items():
-        for module in imports(name, path) - {name}:
-            root = module.split(".")[0]
-            same_folder = root == name.split(".")[0] and root in {"data_prep", "benchmarks"}
-            measured = name.startswith("benchmarks.") and root == "data_prep"
-            assert root not in ENTRY_POINTS or same_folder or measured, f"{name} imports the entry point {module}"
-            assert module not in ENTRY_MODULES, f"{name} imports the entry point {module}"
-
-
-def test_only_entry_points_import_the_composed_configuration() -> None:
-    for name, path in ALL.items():
-        if name.startswith("hgpt.") and name not in ENTRY_MODULES:
-            wrong = {f"hgpt.{module}" for module in COMPOSITION} & (imports(name, path) - {name})
-            assert not wrong, f"{name} imports {wrong}: leaf modules lie below the run's configuration"
+        for module in own(imports(name, path)) - {name}:
+            assert floor(module) <= floor(name), f"{name} imports {module}, which lies above it"
+            assert module not in COMMANDS, f"{name} imports the command {module}"
 
 
 def test_no_import_goes_round_in_a_circle() -> None:
@@ -112,8 +105,8 @@ def test_no_drawers_for_odds_and_ends() -> None:
 
 
 def test_the_rules_see_what_they_forbid(tmp_path: Path) -> None:
-    source = "from .heads import HarmonicHead\nfrom hgpt import shards\ndef f():\n    import train\n"
+    source = "from .heads import HarmonicHead\nfrom hgpt.data import shards\ndef f():\n    import train\n"
     path = tmp_path / "evaluation.py"
     path.write_text(source)
-    found = imports("hgpt.evaluation", path)
-    assert {"hgpt.heads", "hgpt.shards", "train"} <= found
+    found = imports("hgpt.run.evaluation", path)
+    assert {"hgpt.run.heads", "hgpt.data.shards", "train"} <= found

@@ -1,4 +1,4 @@
-"""hgpt/metrics.py: no wrong MFU, FLOPs as torch counts them, tokens/s without pauses, metrics.jsonl over restarts."""
+"""hgpt/run/report.py: no wrong MFU, FLOPs as torch counts them, tokens/s without pauses, metrics.jsonl."""
 
 import builtins
 import json
@@ -15,11 +15,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from hgpt import metrics
-from hgpt.configuration_hgpt import HGPTConfig
 from hgpt.errors import UserError
-from hgpt.metrics import (
-    LogConfig,
+from hgpt.model.configuration_hgpt import HGPTConfig
+from hgpt.model.modeling_hgpt import HGPTForCausalLM
+from hgpt.run import report as metrics
+from hgpt.run.config import LogConfig
+from hgpt.run.report import (
     LossSpikes,
     MetricsLog,
     PhaseTimes,
@@ -30,7 +31,6 @@ from hgpt.metrics import (
     memory_in_use,
     peak_flops,
 )
-from hgpt.modeling_hgpt import HGPTForCausalLM
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""hgpt/model_card.py: what the card says, and that the code in it runs."""
+"""hgpt/run/model_card.py: what the card says, and that the code in it runs."""
 
 import contextlib
 import io
@@ -10,9 +10,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from hgpt.configuration_hgpt import HGPTConfig
-from hgpt.model_card import model_card
-from hgpt.modeling_hgpt import HGPTForCausalLM
+from hgpt.model.configuration_hgpt import HGPTConfig
+from hgpt.model.modeling_hgpt import HGPTForCausalLM
+from hgpt.run.model_card import model_card
 
 
 def card(config: HGPTConfig, **values) -> str:

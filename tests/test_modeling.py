@@ -27,7 +27,8 @@ from transformers import (
     pipeline,
 )
 
-from hgpt import HGPTConfig, HGPTForCausalLM, HGPTModel, heads
+from hgpt import HGPTConfig, HGPTForCausalLM, HGPTModel
+from hgpt.model import heads
 
 V, ROWS, T = 61, 64, 12
 LIVELY = {"initializer_range": 0.3, "centre_init_std": 0.3, "final_norm_gain": 0.5}
@@ -274,7 +275,7 @@ def test_generation_makes_of_the_centres_once_what_no_token_changes(
         return forward(metric, x, w)
 
     monkeypatch.setattr(heads, "squared_norms", counted_norms)
-    monkeypatch.setattr(sys.modules["hgpt.harmax"], "squared_norms", counted_norms)  # hgpt.harmax is the function
+    monkeypatch.setattr(sys.modules["hgpt.model.harmax"], "squared_norms", counted_norms)
     if model.lm_head.metric.transforms:
         monkeypatch.setattr(type(model.lm_head.metric), "forward", counted_forward)
     for _ in range(2):

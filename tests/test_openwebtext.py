@@ -38,10 +38,10 @@ from data_prep import long_documents, openwebtext, sharding, text_files, verify,
 from data_prep.openwebtext import main, val_documents
 from data_prep.sharding import Preparation, Tally
 from data_prep.worker_pool import start_imports
+from hgpt.data.shards import SPLITS, TokenShards, read_meta
+from hgpt.data.shards import verify as verify_shards
+from hgpt.data.tokenizer import load_tokenizer
 from hgpt.errors import UserError
-from hgpt.shards import SPLITS, TokenShards, read_meta
-from hgpt.shards import verify as verify_shards
-from hgpt.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PINNED = openwebtext.REVISION
@@ -435,7 +435,7 @@ def memory_grown(source, out):
     """By how many MB the peak memory of a process grows while it prepares a source."""
     script = (
         "from data_prep.openwebtext import main\n"
-        "from hgpt.tokenizer import load_tokenizer\n"
+        "from hgpt.data.tokenizer import load_tokenizer\n"
         "load_tokenizer('gpt2')\n"
         "def peak(): return next(int(line.split()[1]) for line in open('/proc/self/status') if 'VmHWM' in line)\n"
         "before = peak()\n"

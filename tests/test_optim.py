@@ -1,4 +1,4 @@
-"""hgpt/optim.py: the learning rate against hand-worked values and torch's schedulers, the groups, fused AdamW."""
+"""hgpt/run/optim.py: the learning rate against hand-worked values and torch's schedulers, the groups, fused AdamW."""
 
 import copy
 import itertools
@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from hgpt.configuration_hgpt import HGPTConfig
 from hgpt.errors import UserError
-from hgpt.modeling_hgpt import HGPTForCausalLM
-from hgpt.optim import OptimConfig, build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from hgpt.model.configuration_hgpt import HGPTConfig
+from hgpt.model.modeling_hgpt import HGPTForCausalLM
+from hgpt.run.config import OptimConfig
+from hgpt.run.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 
 
 def small_model(**settings) -> HGPTForCausalLM:

@@ -13,16 +13,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hgpt import fused_loss, plan
-from hgpt.configuration_hgpt import HGPTConfig
+from hgpt import plan
+from hgpt.data.shards import DataMeta, ShardWriter, SplitMeta, write_meta
 from hgpt.errors import UserError
-from hgpt.harmax import harmonic_loss, inner_products
-from hgpt.metrics import flops_per_token
-from hgpt.modeling_hgpt import HGPTForCausalLM
-from hgpt.optim import OptimConfig, build_optimizer
+from hgpt.model import loss as fused_loss
+from hgpt.model.configuration_hgpt import HGPTConfig
+from hgpt.model.harmax import harmonic_loss, inner_products
+from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.plan import GIB, Launch, Precision, activation_memory, count_parameters, head_memory, memory_per_gpu
-from hgpt.run_config import load_run_config
-from hgpt.shards import DataMeta, ShardWriter, SplitMeta, write_meta
+from hgpt.run.config import OptimConfig
+from hgpt.run.optim import build_optimizer
+from hgpt.run.report import flops_per_token
+from hgpt.run.settings import load_run_config
 
 ROOT = Path(__file__).resolve().parent.parent
 FP32 = Precision(torch.float32, torch.float32)

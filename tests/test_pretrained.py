@@ -1,4 +1,4 @@
-"""hgpt/pretrained.py: weights of transformers' GPT-2, of nanoGPT and of the first harmonic paper's code, into a run."""
+"""hgpt/source.py: weights of transformers' GPT-2, of nanoGPT and of the first harmonic paper's code, into a run."""
 
 import math
 import os
@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hgpt.configuration_hgpt import HGPTConfig
 from hgpt.errors import UserError
-from hgpt.modeling_hgpt import HGPTForCausalLM
-from hgpt.pretrained import initialize_from
+from hgpt.model.configuration_hgpt import HGPTConfig
+from hgpt.model.modeling_hgpt import HGPTForCausalLM
+from hgpt.source import initialize_from
 
 D, V, T = 32, 101, 16
 SHAPE = {"vocab_size": V, "n_positions": T, "n_embd": D, "n_layer": 2, "n_head": 4}

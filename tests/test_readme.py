@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hgpt.run_config import load_run_config
+from hgpt.run.settings import load_run_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

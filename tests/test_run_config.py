@@ -1,4 +1,4 @@
-"""hgpt/run_config.py: files and command line, what is refused and in which words, and what a resumed run may change."""
+"""hgpt/run/settings.py: files and command line, what is refused, and what a resumed run may change."""
 
 import json
 import tomllib
@@ -7,19 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from hgpt.distances import _REGISTRY
 from hgpt.errors import UserError
-from hgpt.run_config import (
-    HeadConfig,
-    ModelConfig,
-    RunConfig,
-    check_resume,
-    known_settings,
-    load_run_config,
-    settings,
-    to_toml,
-    write_toml,
-)
+from hgpt.model.distances import _REGISTRY
+from hgpt.run.config import HeadConfig, ModelConfig, RunConfig
+from hgpt.run.settings import check_resume, known_settings, load_run_config, settings, to_toml, write_toml
 
 LORENTZIAN = Path(__file__).parent.parent / "configs" / "distances" / "lorentzian.py"
 CONFIG = """
@@ -412,7 +403,7 @@ def test_options_that_the_distance_does_not_have(file, arguments, message):
 
 
 def test_an_option_of_ones_own_that_is_required(file, tmp_path, monkeypatch):
-    monkeypatch.setattr("hgpt.distances._REGISTRY", dict(_REGISTRY))
+    monkeypatch.setattr("hgpt.model.distances._REGISTRY", dict(_REGISTRY))
     own = tmp_path / "scaled.py"
     own.write_text(
         "from hgpt import Distance, register_distance\n"

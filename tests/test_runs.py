@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from hgpt import checkpoint as ckpt
 from hgpt import runs
 from hgpt.errors import UserError
+from hgpt.run import checkpoint as ckpt
 from hgpt.runs import Run, find_runs, main, read_curves, read_run, sort_runs, table
 
 NOW = 1_800_000_000.0

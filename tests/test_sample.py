@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHead
 
 import hgpt
 import sample
-from hgpt.tokenizer import Tokenizer, hf_tokenizer, load_tokenizer
+from hgpt.data.tokenizer import Tokenizer, hf_tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = 48
@@ -265,7 +265,7 @@ def test_temperature_is_the_exponent_n_over_t(loaded, monkeypatch: pytest.Monkey
     prompt_ids = tokenizer(PROMPT).input_ids
     drawn = sampled_from(loaded, monkeypatch, ("--temperature", "0.3", "--top-k", "0"), prompt_ids)
     distances = float64_distances(model, prompt_ids)[-1]
-    expected = hgpt.harmax(distances.square(), model.config.exponent / 0.3)
+    expected = hgpt.model.harmax(distances.square(), model.config.exponent / 0.3)
     torch.testing.assert_close(drawn.double(), expected, rtol=1e-4, atol=1e-9)
 
 
@@ -274,7 +274,7 @@ def test_truncation_keeps_the_most_probable(loaded, monkeypatch: pytest.MonkeyPa
     prompt_ids = loaded[1](PROMPT).input_ids
     drawn = sampled_from(loaded, monkeypatch, ("--temperature", "1", *argv), prompt_ids)
     distances = float64_distances(loaded[0], prompt_ids)[-1]
-    p = hgpt.harmax(distances.square(), loaded[0].config.exponent).sort(descending=True)
+    p = hgpt.model.harmax(distances.square(), loaded[0].config.exponent).sort(descending=True)
     expected = {
         "--top-k 7": 7,
         "--top-k 0 --top-p 0.3": int((p.values.cumsum(0) < 0.3).sum()) + 1,

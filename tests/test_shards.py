@@ -1,4 +1,4 @@
-"""hgpt/shards.py: round trips, reading across shards, and every way in which a data folder can be bad."""
+"""hgpt/data/shards.py: round trips, reading across shards, and every way in which a data folder can be bad."""
 
 import json
 import os
@@ -10,8 +10,7 @@ import threading
 import numpy as np
 import pytest
 
-from hgpt.errors import UserError
-from hgpt.shards import (
+from hgpt.data.shards import (
     HEADER_BYTES,
     DataMeta,
     ShardWriter,
@@ -22,6 +21,7 @@ from hgpt.shards import (
     verify,
     write_meta,
 )
+from hgpt.errors import UserError
 
 VOCAB_SIZE = 507
 TOKENS = {

@@ -1,4 +1,4 @@
-"""hgpt/tokenizer.py: the fast encoder equals the exported tokenizer, and no text makes a special token."""
+"""hgpt/data/tokenizer.py: the fast encoder equals the exported tokenizer, and no text makes a special token."""
 
 import importlib.metadata
 import itertools
@@ -14,9 +14,9 @@ import tokenizers
 from tiktoken_ext.openai_public import r50k_pat_str
 from transformers import AutoTokenizer
 
-from hgpt import tokenizer as tokenizer_module
+from hgpt.data import tokenizer as tokenizer_module
+from hgpt.data.tokenizer import hf_tokenizer, load_tokenizer
 from hgpt.errors import UserError
-from hgpt.tokenizer import hf_tokenizer, load_tokenizer
 
 TEXTS = [
     "Hello world, it's GPT-2's tokenizer: we'll see, they've gone.",
@@ -127,7 +127,7 @@ def test_long_runs_take_neither_long_nor_fail(gpt2, text):
 
 def test_training_is_deterministic(bpe, tmp_path):
     code = (
-        "from hgpt.tokenizer import load_tokenizer; from pathlib import Path; import sys\n"
+        "from hgpt.data.tokenizer import load_tokenizer; from pathlib import Path; import sys\n"
         "texts = Path(sys.argv[1]).read_text().splitlines()\n"
         "load_tokenizer('bpe:400', lambda: texts).save(sys.argv[2])"
     )

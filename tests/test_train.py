@@ -33,11 +33,11 @@ from small_run import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from hgpt import fused_loss
-from hgpt.checkpoint import LOCK, checkpoints, damage
+from hgpt.durable import folder_lock
 from hgpt.errors import UserError
-from hgpt.folder_lock import folder_lock
-from hgpt.run_config import RunConfig
+from hgpt.model import loss as fused_loss
+from hgpt.run.checkpoint import LOCK, checkpoints, damage
+from hgpt.run.config import RunConfig
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from benchmarks import train_step
-from hgpt.configuration_hgpt import HGPTConfig
-from hgpt.modeling_hgpt import HGPTForCausalLM
+from hgpt.model.configuration_hgpt import HGPTConfig
+from hgpt.model.modeling_hgpt import HGPTForCausalLM
 
 
 def test_the_report(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from data_prep import openwebtext
 from data_prep.verify import main
-from hgpt.shards import HEADER_BYTES
+from hgpt.data.shards import HEADER_BYTES
 
 TEXTS = [" ".join(random.Random(n).choices(["distance", "centre", "日本", "loss"], k=n % 40 + 1)) for n in range(200)]
 

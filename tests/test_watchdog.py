@@ -1,4 +1,4 @@
-"""hgpt/watchdog.py alone; tests/test_engines.py stops a process of a real run."""
+"""hgpt/run/stop.py alone; tests/test_engines.py stops a process of a real run."""
 
 import time
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 from processes import in_group
 
-from hgpt.watchdog import EXIT_HUNG, Watchdog
+from hgpt.run.stop import EXIT_HUNG, Watchdog
 
 
 def test_a_process_alone_is_not_watched():

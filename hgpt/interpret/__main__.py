@@ -6,10 +6,10 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from hgpt.distances import load_distances
 from hgpt.errors import UserError
 from hgpt.interpret.report import PAGE, interpret
 from hgpt.interpret.results import AnalysisSettings
+from hgpt.model.distances import load_distances
 
 
 class Parser(argparse.ArgumentParser):

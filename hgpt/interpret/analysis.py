@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from hgpt.data.tokenizer import TOKENIZER_FILE
 from hgpt.errors import UserError
 from hgpt.interpret import calibration, centres, geometry, parallelograms
 from hgpt.interpret.corpus import Corpus
@@ -41,8 +42,7 @@ from hgpt.interpret.results import (
     estimate,
 )
 from hgpt.interpret.statistics import bootstrap_counts, bootstrap_ratio, holm, percentile_interval, sign_flip_test
-from hgpt.metrics import METRICS_FILE
-from hgpt.tokenizer import TOKENIZER_FILE
+from hgpt.run.report import METRICS_FILE
 
 # Analogy questions per relation: each costs a search of the vocabulary.
 ANALOGY_QUESTIONS = 500

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
+from hgpt.data.shards import MAX_VOCAB_SIZE, META_FILE, TokenShards
+from hgpt.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from hgpt.interpret.models import LoadedModel
-from hgpt.shards import MAX_VOCAB_SIZE, META_FILE, TokenShards
-from hgpt.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 # Training tokens that frequencies are counted on; more would change no band of any size.
 COUNTED_TOKENS = 50_000_000

@@ -23,10 +23,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import hgpt  # noqa: F401  (registers the model with transformers)
-from hgpt.checkpoint import LATEST, MODEL, STATE, checkpoint_step, checkpoints, model_folder
 from hgpt.errors import UserError
-from hgpt.harmax import squared_distances
-from hgpt.heads import HarmonicHead
+from hgpt.model.harmax import squared_distances
+from hgpt.model.heads import HarmonicHead
+from hgpt.run.checkpoint import LATEST, MODEL, STATE, checkpoint_step, checkpoints, model_folder
 
 # Working memory beside the weights: chunks of logits, the vectors of a vocabulary, figures.
 WORKING_BYTES = 1_000_000_000

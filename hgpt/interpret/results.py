@@ -121,7 +121,7 @@ class ModelResult:
 
     @property
     def energy(self) -> dict[str, Any] | None:
-        """What the training up to this step spent, as hgpt.energy logged it; None where it did not."""
+        """What the training up to this step spent, as hgpt.run.energy logged it; None where it did not."""
         return next((record for record in reversed(self.history) if record["kind"] == "energy"), None)
 
     @property

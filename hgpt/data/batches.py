@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hgpt.data.shards import TokenShards
 from hgpt.errors import UserError
-from hgpt.shards import TokenShards
 
 
 def num_windows(num_tokens: int, seq_len: int) -> int:

@@ -1,34 +1,16 @@
-"""The configuration of a run: frozen dataclasses, read from TOML and the command line.
+"""Every setting of a run, as frozen dataclasses. A setting that cannot take effect is an error."""
 
-    python train.py --config configs/x.toml --optim.lr 1e-3
-
-Every section stands beside the code that it configures, where that reads well, and they are composed here. A setting
-that cannot take effect is an error.
-"""
-
-import difflib
-import json
 import math
-import re
-import tomllib
-from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
 
-from hgpt.checkpoint import CheckpointConfig
-from hgpt.configuration_hgpt import HGPTConfig
-from hgpt.distances import Distance, load_distances, make_distance
 from hgpt.errors import UserError
-from hgpt.evaluation import EvalConfig
-from hgpt.metrics import LogConfig
-from hgpt.optim import OptimConfig
+from hgpt.model.configuration_hgpt import HGPTConfig
+from hgpt.model.distances import Distance, load_distances, make_distance
 
-CONFIG_FILE = "config.toml"
 DISTANCE_OPTIONS = ("p", "temperature", "metric", "rank")
 OWN_OPTIONS = "model.head.distance_options"  # the one table whose keys are the user's
 
@@ -264,6 +246,192 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimisation: the algorithm and the learning-rate schedule.
+
+    Args:
+        algorithm: "adamw", or "muon": momentum made orthogonal (torch.optim.Muon, Newton-Schulz) for the matrices in
+            the blocks and AdamW for all else. Muon's steps are scaled to AdamW's root mean square (arXiv:2502.16982),
+            so that one learning rate and one decay serve both. On a CPU they are computed in float32, and not in
+            bfloat16. Not with DeepSpeed and FSDP2.
+        lr: peak learning rate, reached after the warm-up.
+        min_lr: learning rate at the last step, of the schedules that fall.
+        warmup_steps: steps of linear warm-up.
+        schedule: from the end of the warm-up to the last step: "cosine", "linear", "constant" at `lr`, or
+            "trapezoidal": constant, and linear over the last `decay_fraction` of all steps.
+        decay_fraction: of the trapezoidal schedule; default 0.2.
+        betas: AdamW's β₁ and β₂.
+        muon_momentum: Muon's (Nesterov) momentum; default 0.95.
+        eps: AdamW's ε.
+        weight_decay: decay of matrices (never of norms and biases), in AdamW's decoupled form.
+        grad_clip: largest global norm of the gradient; 0 turns clipping off.
+        centre_lr_multiplier: factor on the learning rate of the centres (of the token embedding, where tied).
+        final_norm_lr_multiplier: factor on the learning rate of the final layer norm.
+        metric_lr_multiplier: factor on the learning rate of what is learnt of the head's distance ("mahalanobis"),
+            which never decays: its scale means nothing.
+    """
+
+    algorithm: Literal["adamw", "muon"] = "adamw"
+    lr: float = 6e-4
+    min_lr: float = 6e-5
+    warmup_steps: int = 0
+    schedule: Literal["cosine", "linear", "constant", "trapezoidal"] = "cosine"
+    decay_fraction: float | None = None
+    betas: tuple[float, float] = (0.9, 0.95)
+    muon_momentum: float | None = None
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    centre_lr_multiplier: float = 1.0
+    final_norm_lr_multiplier: float = 1.0
+    metric_lr_multiplier: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "centre_lr_multiplier", "final_norm_lr_multiplier", "metric_lr_multiplier"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise UserError(f"optim.{name} must be a positive number; got {value}")
+        for name in ("min_lr", "weight_decay", "grad_clip", "warmup_steps"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise UserError(f"optim.{name} must be 0 or more; got {value}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optim.betas must lie in [0, 1); got {list(self.betas)}")
+        for name, needs, chosen in (
+            ("decay_fraction", "trapezoidal", self.schedule),
+            ("muon_momentum", "muon", self.algorithm),
+        ):
+            value = getattr(self, name)
+            if value is not None and chosen != needs:
+                setting = "schedule" if needs == "trapezoidal" else "algorithm"
+                raise UserError(
+                    f'optim.{name} = {value} has no effect with optim.{setting} = "{chosen}": remove it, or set '
+                    f'optim.{setting} = "{needs}"'
+                )
+        if self.decay_fraction is not None and not 0 < self.decay_fraction <= 1:
+            raise UserError(f"optim.decay_fraction must lie in (0, 1]; got {self.decay_fraction}")
+        if self.muon_momentum is not None and not 0 <= self.muon_momentum < 1:
+            raise UserError(f"optim.muon_momentum must lie in [0, 1); got {self.muon_momentum}")
+        if self.schedule != "constant" and self.min_lr > self.lr:
+            raise UserError(f"optim.min_lr must not exceed optim.lr = {self.lr}; got {self.min_lr}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation, on the whole validation set.
+
+    Args:
+        every: steps between evaluations; the last step is always evaluated.
+        micro_batch: sequences per forward pass and process.
+        diagnostic_windows: sequences, taken evenly from the validation set, for the diagnostics of the head.
+        unigram_baseline: print the loss of a unigram model of the training set at the start and beside the last
+            validation loss. Reads the whole training set once: meant for small corpora.
+    """
+
+    every: int = 250
+    micro_batch: int = 8
+    diagnostic_windows: int = 16
+    unigram_baseline: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("every", "micro_batch", "diagnostic_windows"):
+            if getattr(self, name) < 1:
+                raise UserError(f"eval.{name} must be at least 1; got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints.
+
+    Args:
+        every: steps between checkpoints; the last step is always saved.
+        keep_last: newest checkpoints that are kept; 0 keeps all.
+        keep_every: a checkpoint at a multiple of this many steps is kept for good; 0: none is.
+        log_spaced_until: besides, save at the steps 0, 1, 2, 4, 8, … up to this one, for good: for those who study how
+            a model learns. 0: none.
+        on_interrupt: on Ctrl-C, finish the step and save a checkpoint before stopping. A cluster's SIGTERM or SIGUSR1
+            always does.
+        background: write to disk while training goes on, from a copy in the main process's memory (weights and
+            optimiser state, 12 bytes a parameter). A run still ends, and a next checkpoint begins, only when the last
+            one is on the disk.
+    """
+
+    every: int = 1000
+    keep_last: int = 3
+    keep_every: int = 0
+    log_spaced_until: int = 0
+    on_interrupt: bool = True
+    background: bool = True
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UserError(f"checkpoint.every must be at least 1 step; got {self.every}")
+        for name, otherwise in (("keep_last", "keep all"), ("keep_every", "none"), ("log_spaced_until", "none")):
+            if getattr(self, name) < 0:
+                raise UserError(f"checkpoint.{name} must be 0 ({otherwise}) or more; got {getattr(self, name)}")
+        if self.keep_every and not self.keep_last:
+            raise UserError(
+                f"checkpoint.keep_every = {self.keep_every} has no effect with checkpoint.keep_last = 0, which keeps "
+                "all: set keep_last, or remove keep_every"
+            )
+        if self.keep_every % self.every:
+            raise UserError(
+                f"checkpoint.keep_every = {self.keep_every} must be a multiple of checkpoint.every = {self.every}: "
+                "other steps are not saved"
+            )
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint belongs after `step` steps (the last step's belongs to every run)."""
+        return (step > 0 and step % self.every == 0) or self._log_spaced(step)
+
+    def for_good(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is never removed."""
+        return (self.keep_every > 0 and step % self.keep_every == 0) or self._log_spaced(step)
+
+    def _log_spaced(self, step: int) -> bool:
+        return 0 < self.log_spaced_until >= step and step & (step - 1) == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Reporting.
+
+    Args:
+        every: steps between logged training losses.
+        trackers: "tensorboard" (files in the run folder), "wandb", or both; none for an empty list.
+        wandb_project: project name for Weights & Biases, "hgpt" if not set.
+        energy: measure energy and emissions, with codecarbon and without a network (pip install "hgpt[energy]"); a line
+            of metrics.jsonl at every evaluation and checkpoint, cumulative. What the figures come from is printed.
+        energy_country: whose electricity the run uses, as ISO 3166-1 alpha-3: "DEU", "USA". Required with log.energy.
+    """
+
+    every: int = 10
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    wandb_project: str | None = None
+    energy: bool = False
+    energy_country: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UserError(f"log.every must be at least 1 step; got {self.every}")
+        if self.wandb_project is not None and "wandb" not in self.trackers:
+            raise UserError(
+                f'log.wandb_project = {self.wandb_project!r} has no effect without "wandb" in log.trackers: '
+                'set log.trackers = ["wandb"], or remove it'
+            )
+        if self.energy and self.energy_country is None:
+            raise UserError(
+                "log.energy = true needs log.energy_country, the country whose electricity the run uses, as three "
+                'letters of ISO 3166-1: set log.energy_country = "DEU", say, or log.energy = false'
+            )
+        if self.energy_country is not None and not self.energy:
+            raise UserError(
+                f"log.energy_country = {self.energy_country!r} has no effect without log.energy: set log.energy = "
+                "true, or remove it"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A training run.
 
@@ -324,198 +492,3 @@ class RunConfig:
     @property
     def run_folder(self) -> Path:
         return Path(self.runs_dir) / self.name
-
-
-def load_run_config(arguments: Sequence[str]) -> RunConfig:
-    """A run from command-line arguments: `--config FILE.toml`, of several the later wins, and `--section.key value`.
-
-    The command line wins over files, wherever it names them. Raises UserError for a file that is missing or no TOML,
-    an unknown key (naming the nearest known ones), a value of the wrong type, and values out of range. `--help` prints
-    every setting and exits.
-    """
-    known = known_settings(RunConfig)
-    files, others = _files_and_others(arguments)
-    for file in files:
-        for key in flatten(_read_toml(file)):
-            _check_name(key, known, file)
-    for argument in others:
-        if argument.startswith("--") and argument not in ("--help", "--print_config"):
-            _check_name(argument[2:].partition("=")[0], known, "command line")
-
-    parser = ArgumentParser(prog="train.py", parser_mode="toml", exit_on_error=False, description=_DESCRIPTION)
-    parser.add_argument("--config", action="config", help="a TOML file; configs/ holds those that ship")
-    parser.add_class_arguments(RunConfig, sub_configs=False)
-    try:
-        parsed = parser.parse_args([*(f"--config={file}" for file in files), *others])
-        sections = parser.instantiate(parsed)
-    except ArgumentError as error:
-        raise UserError(_readable(str(error), known)) from error
-    return RunConfig(**{entry.name: sections[entry.name] for entry in fields(RunConfig)})
-
-
-_DESCRIPTION = (
-    "Train a GPT-2 with a harmonic or a softmax head. Every setting below is given as --section.key VALUE, or in a "
-    "TOML file as key = VALUE under [section]."
-)
-
-
-def known_settings(section: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted names of all settings of a dataclass, `model.head.exponent`, and their types."""
-    types: dict[str, Any] = {}
-    for entry in fields(section):
-        if is_dataclass(entry.type):
-            types |= known_settings(entry.type, f"{prefix}{entry.name}.")
-        else:
-            types[prefix + entry.name] = entry.type
-    return types
-
-
-def _files_and_others(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The values of --config, and all other arguments."""
-    files, others = [], []
-    remaining = iter(arguments)
-    for argument in remaining:
-        if argument == "--config":
-            file = next(remaining, None)
-            if file is None:
-                raise UserError("--config needs a file: --config configs/quickstart.toml")
-            files.append(file)
-        elif argument.startswith("--config="):
-            files.append(argument.removeprefix("--config="))
-        else:
-            others.append(argument)
-    return files, others
-
-
-def _read_toml(file: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {file}: cannot read the file ({error}); configs/ holds those that ship") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"--config {file}: not valid TOML: {error}") from error
-
-
-def _check_name(name: str, known: Iterable[str], where: str) -> None:
-    sections = {key[: key.rindex(".")] for key in known if "." in key}
-    if name in known or name in sections or name.rpartition(".")[0] == OWN_OPTIONS:
-        return
-    # A right name in the wrong section is as common as a slip of the pen.
-    same_end = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
-    close = same_end or difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else "python train.py --help lists all settings"
-    raise UserError(f"{where}: there is no setting {name}; {hint}")
-
-
-_WRONG_VALUE = re.compile(r'Parser key "([\w.]+)":.*(?:Got|Given) value: (.*)')
-
-
-def _readable(message: str, known: dict[str, Any]) -> str:
-    """jsonargparse's message in one line; of a mistyped value the setting, what it takes, and the value."""
-    message = " ".join(message.split())
-    wrong = _WRONG_VALUE.fullmatch(message)
-    if wrong is None or wrong[1] not in known:
-        return message.replace("Parser key", "setting")
-    return f"{wrong[1]} must be {_kind(known[wrong[1]])}; got {wrong[2]}"
-
-
-def _kind(annotation: Any) -> str:
-    """What a value of this type is, for a reader: "a whole number", 'one of "harmonic", "softmax"'."""
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null (not set)"}
-    if annotation in names:
-        return names[annotation]
-    parts = get_args(annotation)
-    if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(f'"{part}"' for part in parts)
-    if get_origin(annotation) is dict:
-        return "a table"
-    if get_origin(annotation) is tuple:
-        count = "" if parts[-1] is Ellipsis else f" of {len(parts)}"
-        return f"a list{count}, each {_kind(parts[0])}"
-    return " or ".join(map(_kind, parts))
-
-
-def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} → {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def settings(config: RunConfig) -> dict[str, Any]:
-    """The resolved settings by dotted name; what is not set is left out."""
-    return {name: value for name, value in flatten(asdict(config)).items() if value is not None}
-
-
-def write_toml(config: RunConfig, path: Path) -> None:
-    """The resolved configuration as TOML, which `load_run_config(["--config", path])` reads back to the same."""
-    path.write_text(to_toml(asdict(config)), encoding="utf-8")
-
-
-def to_toml(table: dict[str, Any], name: str = "") -> str:
-    """`table` as TOML: its values, then its tables; None is left out. The standard library reads TOML, but writes none.
-
-    A list, a number, a truth value and a string look in TOML as in JSON, which leaves one control character unescaped.
-    """
-    values = [
-        f"{key} = {json.dumps(value, ensure_ascii=False)}\n".replace("\x7f", "\\u007f")
-        for key, value in table.items()
-        if value is not None and not isinstance(value, dict)
-    ]
-    text = "".join(([f"\n[{name}]\n"] if name else []) + values)
-    for key, value in table.items():
-        if isinstance(value, dict):
-            text += to_toml(value, f"{name}.{key}" if name else key)
-    return text
-
-
-# What may differ between a checkpoint and the run that goes on from it: nothing that changes the model, the data or
-# what the optimiser remembers.
-_FIXED_ON_RESUME = ("model.", "data.", "train.seed", "train.global_batch", "optim.algorithm")
-_FREE_ON_RESUME = ("model.init_from", "model.head.distance_file", "data.path", "data.verify")
-
-
-def check_resume(saved: dict[str, Any], config: RunConfig, checkpoint: Path) -> list[str]:
-    """Compare `saved` (dotted settings of the checkpoint) with the configuration of the run that goes on.
-
-    Returns the differences that are allowed, one line each, to be shown. Raises UserError listing those that
-    change the model or the order of the data.
-    """
-    # A setting that the checkpoint does not know, because it is newer, had its default's effect.
-    saved, now = _defaults(config) | saved, settings(config)
-    changed = {name: (saved.get(name), now.get(name)) for name in sorted(saved.keys() | now.keys())}
-    lines = {
-        name: f"{name}: {_shown(old)} in the checkpoint, {_shown(new)} now"
-        for name, (old, new) in changed.items()
-        if _plain(old) != _plain(new) and name != "resume"
-    }
-    fixed = [line for name, line in lines.items() if name.startswith(_FIXED_ON_RESUME) and name not in _FREE_ON_RESUME]
-    if fixed:
-        raise UserError(
-            f"cannot go on from {checkpoint}: the configuration differs in what makes the model, the data or the "
-            "optimiser.\n  "
-            + "\n  ".join(fixed)
-            + "\nSet these back to go on, or give the run another name to start anew (model.init_from takes the "
-            "weights along)."
-        )
-    return list(lines.values())
-
-
-def _defaults(section: Any, prefix: str = "") -> dict[str, Any]:
-    """The defaults by dotted name of all settings of a dataclass that have one other than "not set"."""
-    found: dict[str, Any] = {}
-    for entry in fields(section):
-        if is_dataclass(entry.type):
-            found |= _defaults(entry.type, f"{prefix}{entry.name}.")
-        elif entry.default is not MISSING and entry.default is not None:
-            found[prefix + entry.name] = entry.default
-    return found
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _shown(value: Any) -> str:
-    return "not set" if value is None else repr(value)

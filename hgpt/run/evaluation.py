@@ -1,40 +1,15 @@
 """Validation loss over the whole validation set, and where the hidden states stand among the centres."""
 
-from dataclasses import dataclass
-
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from hgpt.batches import read_windows
-from hgpt.engines import whole
+from hgpt.data.batches import read_windows
+from hgpt.data.shards import TokenShards
 from hgpt.errors import UserError
-from hgpt.heads import HarmonicHead
-from hgpt.modeling_hgpt import HGPTForCausalLM
-from hgpt.shards import TokenShards
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """Evaluation, on the whole validation set.
-
-    Args:
-        every: steps between evaluations; the last step is always evaluated.
-        micro_batch: sequences per forward pass and process.
-        diagnostic_windows: sequences, taken evenly from the validation set, for the diagnostics of the head.
-        unigram_baseline: print the loss of a unigram model of the training set at the start and beside the last
-            validation loss. Reads the whole training set once: meant for small corpora.
-    """
-
-    every: int = 250
-    micro_batch: int = 8
-    diagnostic_windows: int = 16
-    unigram_baseline: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("every", "micro_batch", "diagnostic_windows"):
-            if getattr(self, name) < 1:
-                raise UserError(f"eval.{name} must be at least 1; got {getattr(self, name)}")
+from hgpt.model.heads import HarmonicHead
+from hgpt.model.modeling_hgpt import HGPTForCausalLM
+from hgpt.run.engines import whole
 
 
 def evaluation_windows(shards: TokenShards, seq_len: int) -> int:

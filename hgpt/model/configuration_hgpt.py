@@ -30,7 +30,7 @@ class HGPTConfig(PreTrainedConfig):
             have it divided by √(2 · n_layer).
         tie_word_embeddings: centres (or unembedding rows) are the token embedding.
         head: "harmonic" or "softmax".
-        distance: metric of the harmonic head, by default "euclidean"; `hgpt.distances` has the list.
+        distance: metric of the harmonic head, by default "euclidean"; `hgpt.model.distances` has the list.
         distance_options: options of the distance, such as {"p": 3.0} of "minkowski"; stored with its defaults.
         exponent: n on d of the harmonic head; a number, or "sqrt_dim", "dim", "2*sqrt_dim", … which is stored
             as the number that it stands for.

@@ -28,7 +28,7 @@ from .distances import (
     refuse_second_derivative,
     score_chunk,
 )
-from .fused_loss import Terms, check_and_flatten, cross_entropy, exponent_tensor, scale_
+from .loss import Terms, check_and_flatten, cross_entropy, exponent_tensor, scale_
 
 
 @torch.no_grad()
@@ -164,7 +164,7 @@ def pairwise_harmonic_loss(
         memory: bytes to work with, default `distances.memory_of` the device. Beside it there are the operands and the
             gradients.
 
-    The other arguments, the result and the errors are those of `fused_loss.fused_harmonic_loss`; gradients reach the
+    The other arguments, the result and the errors are those of `loss.fused_harmonic_loss`; gradients reach the
     parameters of the distance, too. For torch.compile this is a break in the graph.
     """
     shape = targets.shape

@@ -32,11 +32,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hgpt.configuration_hgpt import HGPTConfig
-from hgpt.engines import FullState
+from hgpt.data.shards import TokenShards
 from hgpt.errors import UserError
-from hgpt.modeling_hgpt import HGPTForCausalLM
-from hgpt.shards import TokenShards
+from hgpt.model.configuration_hgpt import HGPTConfig
+from hgpt.model.modeling_hgpt import HGPTForCausalLM
+from hgpt.run.config import CheckpointConfig
+from hgpt.run.engines import FullState
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
@@ -48,59 +49,6 @@ STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 
 _PACKAGES = ("hgpt", "torch", "transformers", "accelerate", "deepspeed", "safetensors", "tokenizers", "numpy")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """Checkpoints.
-
-    Args:
-        every: steps between checkpoints; the last step is always saved.
-        keep_last: newest checkpoints that are kept; 0 keeps all.
-        keep_every: a checkpoint at a multiple of this many steps is kept for good; 0: none is.
-        log_spaced_until: besides, save at the steps 0, 1, 2, 4, 8, … up to this one, for good: for those who study how
-            a model learns. 0: none.
-        on_interrupt: on Ctrl-C, finish the step and save a checkpoint before stopping. A cluster's SIGTERM or SIGUSR1
-            always does.
-        background: write to disk while training goes on, from a copy in the main process's memory (weights and
-            optimiser state, 12 bytes a parameter). A run still ends, and a next checkpoint begins, only when the last
-            one is on the disk.
-    """
-
-    every: int = 1000
-    keep_last: int = 3
-    keep_every: int = 0
-    log_spaced_until: int = 0
-    on_interrupt: bool = True
-    background: bool = True
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise UserError(f"checkpoint.every must be at least 1 step; got {self.every}")
-        for name, otherwise in (("keep_last", "keep all"), ("keep_every", "none"), ("log_spaced_until", "none")):
-            if getattr(self, name) < 0:
-                raise UserError(f"checkpoint.{name} must be 0 ({otherwise}) or more; got {getattr(self, name)}")
-        if self.keep_every and not self.keep_last:
-            raise UserError(
-                f"checkpoint.keep_every = {self.keep_every} has no effect with checkpoint.keep_last = 0, which keeps "
-                "all: set keep_last, or remove keep_every"
-            )
-        if self.keep_every % self.every:
-            raise UserError(
-                f"checkpoint.keep_every = {self.keep_every} must be a multiple of checkpoint.every = {self.every}: "
-                "other steps are not saved"
-            )
-
-    def due(self, step: int) -> bool:
-        """Whether a checkpoint belongs after `step` steps (the last step's belongs to every run)."""
-        return (step > 0 and step % self.every == 0) or self._log_spaced(step)
-
-    def for_good(self, step: int) -> bool:
-        """Whether the checkpoint of `step` is never removed."""
-        return (self.keep_every > 0 and step % self.keep_every == 0) or self._log_spaced(step)
-
-    def _log_spaced(self, step: int) -> bool:
-        return 0 < self.log_spaced_until >= step and step & (step - 1) == 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from hgpt.data.shards import TokenShards
 from hgpt.errors import UserError
-from hgpt.shards import TokenShards
 
 
 def unigram_loss(train: TokenShards, val: TokenShards) -> float:

@@ -9,56 +9,17 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
-from hgpt.configuration_hgpt import HGPTConfig
 from hgpt.errors import UserError
+from hgpt.model.configuration_hgpt import HGPTConfig
+from hgpt.run.config import LogConfig
 
 METRICS_FILE = "metrics.jsonl"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogConfig:
-    """Reporting.
-
-    Args:
-        every: steps between logged training losses.
-        trackers: "tensorboard" (files in the run folder), "wandb", or both; none for an empty list.
-        wandb_project: project name for Weights & Biases, "hgpt" if not set.
-        energy: measure energy and emissions, with codecarbon and without a network (pip install "hgpt[energy]"); a line
-            of metrics.jsonl at every evaluation and checkpoint, cumulative. What the figures come from is printed.
-        energy_country: whose electricity the run uses, as ISO 3166-1 alpha-3: "DEU", "USA". Required with log.energy.
-    """
-
-    every: int = 10
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
-    wandb_project: str | None = None
-    energy: bool = False
-    energy_country: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise UserError(f"log.every must be at least 1 step; got {self.every}")
-        if self.wandb_project is not None and "wandb" not in self.trackers:
-            raise UserError(
-                f'log.wandb_project = {self.wandb_project!r} has no effect without "wandb" in log.trackers: '
-                'set log.trackers = ["wandb"], or remove it'
-            )
-        if self.energy and self.energy_country is None:
-            raise UserError(
-                "log.energy = true needs log.energy_country, the country whose electricity the run uses, as three "
-                'letters of ISO 3166-1: set log.energy_country = "DEU", say, or log.energy = false'
-            )
-        if self.energy_country is not None and not self.energy:
-            raise UserError(
-                f"log.energy_country = {self.energy_country!r} has no effect without log.energy: set log.energy = "
-                "true, or remove it"
-            )
 
 
 # Dense bf16 peak in TFLOP/s by words of the device's name, first match wins. From the vendors' data sheets, without

@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hgpt.checkpoint import model_folder
 from hgpt.errors import UserError
-from hgpt.modeling_hgpt import HGPTForCausalLM
+from hgpt.model.modeling_hgpt import HGPTForCausalLM
+from hgpt.run.checkpoint import model_folder
 
 # GPT-2's Conv1D keeps (in, out) where nn.Linear keeps (out, in).
 _CONV1D = re.compile(r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")

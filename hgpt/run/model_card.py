@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hgpt.configuration_hgpt import HGPTConfig
-from hgpt.distances import make_distance
+from hgpt.model.configuration_hgpt import HGPTConfig
+from hgpt.model.distances import make_distance
 
 _HARMONIC = """\
 The unembedding is a harmonic distance layer (Baek et al., arXiv:2502.01628): with the hidden state x and a centre

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .distances import make_distance, pairwise_distances
-from .fused_loss import fused_harmonic_loss, fused_softmax_loss
 from .harmax import accumulation_dtype, inner_products, resolve_exponent, squared_distances, squared_norms
+from .loss import fused_harmonic_loss, fused_softmax_loss
 from .pairwise_loss import pairwise_harmonic_loss
 
 
@@ -117,7 +117,7 @@ class HarmonicHead(_Head):
         num_classes: V, the number of classes.
         exponent: n on d: a number, "sqrt_dim" (the default: √D, as in arXiv:2502.01628), "dim" or a multiple,
             "2*sqrt_dim".
-        distance: what d is, by default |x − w_i|₂; `hgpt.distances` has the list.
+        distance: what d is, by default |x − w_i|₂; `hgpt.model.distances` has the list.
         init_std: standard deviation of the normal distribution that the centres are drawn from; default
             1/√D, centres of norm about 1. HarMax does not see a common scale of x and w, but optimisers
             with absolute steps do: hidden states should be of about the centres' norm.
@@ -125,7 +125,7 @@ class HarmonicHead(_Head):
         learn_exponent: n is trained too, as the parameter `log_exponent` = log n, (1,): n stays positive, and an
             optimiser's steps are relative.
         label_smoothing: ε of the loss in training mode.
-        chunk: positions whose products the loss computes at a time; default `fused_loss.chunk_positions`. Without
+        chunk: positions whose products the loss computes at a time; default `loss.chunk_positions`. Without
             effect on a distance without a matrix product.
         memory: bytes that a distance without a matrix product works with; default `distances.memory_of` the device.
         options: those of the distance, such as p of "minkowski".

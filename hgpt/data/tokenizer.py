@@ -36,7 +36,7 @@ PIECE = 1 << 20
 LONGEST_PIECE = 4 * PIECE
 
 SMALLEST_BPE = 257  # one token for each byte, and end-of-text
-LARGEST_BPE = 65_535  # what the shard format takes, hgpt/shards.py
+LARGEST_BPE = 65_535  # what the shard format takes, hgpt/data/shards.py
 
 
 class Tokenizer:

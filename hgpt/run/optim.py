@@ -1,87 +1,16 @@
 """AdamW, or Muon for the blocks' matrices, and the learning rate as a pure function of the step."""
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from hgpt.errors import UserError
-from hgpt.heads import HarmonicHead
-from hgpt.modeling_hgpt import HGPTForCausalLM
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """Optimisation: the algorithm and the learning-rate schedule.
-
-    Args:
-        algorithm: "adamw", or "muon": momentum made orthogonal (torch.optim.Muon, Newton-Schulz) for the matrices in
-            the blocks and AdamW for all else. Muon's steps are scaled to AdamW's root mean square (arXiv:2502.16982),
-            so that one learning rate and one decay serve both. On a CPU they are computed in float32, and not in
-            bfloat16. Not with DeepSpeed and FSDP2.
-        lr: peak learning rate, reached after the warm-up.
-        min_lr: learning rate at the last step, of the schedules that fall.
-        warmup_steps: steps of linear warm-up.
-        schedule: from the end of the warm-up to the last step: "cosine", "linear", "constant" at `lr`, or
-            "trapezoidal": constant, and linear over the last `decay_fraction` of all steps.
-        decay_fraction: of the trapezoidal schedule; default 0.2.
-        betas: AdamW's β₁ and β₂.
-        muon_momentum: Muon's (Nesterov) momentum; default 0.95.
-        eps: AdamW's ε.
-        weight_decay: decay of matrices (never of norms and biases), in AdamW's decoupled form.
-        grad_clip: largest global norm of the gradient; 0 turns clipping off.
-        centre_lr_multiplier: factor on the learning rate of the centres (of the token embedding, where tied).
-        final_norm_lr_multiplier: factor on the learning rate of the final layer norm.
-        metric_lr_multiplier: factor on the learning rate of what is learnt of the head's distance ("mahalanobis"),
-            which never decays: its scale means nothing.
-    """
-
-    algorithm: Literal["adamw", "muon"] = "adamw"
-    lr: float = 6e-4
-    min_lr: float = 6e-5
-    warmup_steps: int = 0
-    schedule: Literal["cosine", "linear", "constant", "trapezoidal"] = "cosine"
-    decay_fraction: float | None = None
-    betas: tuple[float, float] = (0.9, 0.95)
-    muon_momentum: float | None = None
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0
-    centre_lr_multiplier: float = 1.0
-    final_norm_lr_multiplier: float = 1.0
-    metric_lr_multiplier: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "eps", "centre_lr_multiplier", "final_norm_lr_multiplier", "metric_lr_multiplier"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise UserError(f"optim.{name} must be a positive number; got {value}")
-        for name in ("min_lr", "weight_decay", "grad_clip", "warmup_steps"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise UserError(f"optim.{name} must be 0 or more; got {value}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"optim.betas must lie in [0, 1); got {list(self.betas)}")
-        for name, needs, chosen in (
-            ("decay_fraction", "trapezoidal", self.schedule),
-            ("muon_momentum", "muon", self.algorithm),
-        ):
-            value = getattr(self, name)
-            if value is not None and chosen != needs:
-                setting = "schedule" if needs == "trapezoidal" else "algorithm"
-                raise UserError(
-                    f'optim.{name} = {value} has no effect with optim.{setting} = "{chosen}": remove it, or set '
-                    f'optim.{setting} = "{needs}"'
-                )
-        if self.decay_fraction is not None and not 0 < self.decay_fraction <= 1:
-            raise UserError(f"optim.decay_fraction must lie in (0, 1]; got {self.decay_fraction}")
-        if self.muon_momentum is not None and not 0 <= self.muon_momentum < 1:
-            raise UserError(f"optim.muon_momentum must lie in [0, 1); got {self.muon_momentum}")
-        if self.schedule != "constant" and self.min_lr > self.lr:
-            raise UserError(f"optim.min_lr must not exceed optim.lr = {self.lr}; got {self.min_lr}")
+from hgpt.model.heads import HarmonicHead
+from hgpt.model.modeling_hgpt import HGPTForCausalLM
+from hgpt.run.config import OptimConfig
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:

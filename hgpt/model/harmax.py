@@ -173,7 +173,7 @@ def harmonic_loss(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """−log p_y with the whole (N, V) matrix in memory: the reference that `fused_loss` is tested against.
+    """−log p_y with the whole (N, V) matrix in memory: the reference that `loss` is tested against.
 
     Args:
         x: hidden states, (..., D).
