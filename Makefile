@@ -8,7 +8,11 @@ WORKERS ?= 2
 # Threads that spin while they wait slow down every other process of a busy machine several times.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: quickstart test test-all lint clean
+# Tests of the model and of all that is loaded and saved, which new versions of transformers break first.
+MODEL_TESTS := tests/test_modeling.py tests/test_model_card.py tests/test_pretrained.py tests/test_sample.py
+HUGGING_FACE := ^(transformers|accelerate|huggingface_hub|tokenizers|safetensors)==
+
+.PHONY: quickstart test test-all test-versions lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,8 +30,22 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n $(WORKERS)
 
-test-all: $(VENV)/.installed
+test-all: $(VENV)/.installed test-versions
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m ""
+
+# The model's tests with the newest and the oldest Hugging Face packages that pyproject.toml allows, each in an
+# environment of its own.
+test-versions: $(VENV)-newest/.installed $(VENV)-oldest/.installed
+	$(VENV)-newest/bin/python -m pytest -q -m "" $(MODEL_TESTS)
+	$(VENV)-oldest/bin/python -m pytest -q -m "" $(MODEL_TESTS)
+
+$(VENV)-newest/.installed $(VENV)-oldest/.installed: pyproject.toml constraints.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	grep -vE "$(HUGGING_FACE)" constraints.txt > $(@D)/constraints.txt
+	$(if $(findstring oldest,$@),printf 'transformers==5.17.0\naccelerate==1.15.0\n' >> $(@D)/constraints.txt)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt -e ".[gpt2-offline]" pytest
+	touch $@
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -35,4 +53,4 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest *.egg-info .pytest_cache .mypy_cache .ruff_cache

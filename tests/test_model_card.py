@@ -62,7 +62,7 @@ def test_the_code_in_it_runs(tmp_path, head):
     words = Tokenizer(WordLevel({"The": 0, "a": 1, "b": 2}, unk_token="b"))
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="The").save_pretrained(tmp_path)
     code = re.search(r"```python\n(.*?)```", card(config), re.DOTALL)[1].replace("this folder", str(tmp_path))
-    assert code.count(str(tmp_path)) == 2
+    assert code.count(str(tmp_path)) == code.count("trust_remote_code=True)") == 2
     torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code, {})

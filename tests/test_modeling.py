@@ -1,9 +1,11 @@
 """The language model: against transformers' GPT-2, against itself without its shortcuts, and as a checkpoint."""
 
+import inspect
 import math
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
@@ -26,9 +29,14 @@ from transformers import (
     TrainingArguments,
     pipeline,
 )
+from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
+from transformers.utils.generic import TransformersKwargs
 
 from hgpt import HGPTConfig, HGPTForCausalLM, HGPTModel
 from hgpt.model import heads
+from hgpt.model.modeling_hgpt import CACHE, FOR_ATTENTION, WITHOUT_EFFECT
+
+ROOT = Path(__file__).resolve().parent.parent
 
 V, ROWS, T = 61, 64, 12
 LIVELY = {"initializer_range": 0.3, "centre_init_std": 0.3, "final_norm_gain": 0.5}
@@ -228,20 +236,82 @@ def test_a_token_sees_no_later_token() -> None:
     assert ((before[:, 7:] - after[:, 7:]).abs().amax(-1) > 1e-3).all()
 
 
-def test_cache_equals_no_cache() -> None:
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_cache_equals_no_cache(name: str) -> None:
+    """By both names of the cache: transformers 5.24 says `cache`, earlier versions `past_key_values`."""
     model, ids = tiny_model(), tokens()
     whole = model(ids).logits
-    past, steps = None, []
+    hidden = model.transformer(ids).last_hidden_state
+    past, trunk_past, steps, trunk_steps = None, None, [], []
     for piece in ids.split([5, 1, 1, 3, 2], dim=1):
-        out = model(piece, past_key_values=past, use_cache=True)
-        past, steps = out.past_key_values, [*steps, out.logits]
+        out = model(piece, use_cache=True, **{name: past})
+        past, steps = out[CACHE], [*steps, out.logits]
+        trunk = model.transformer(piece, use_cache=True, **{name: trunk_past})
+        trunk_past, trunk_steps = trunk[CACHE], [*trunk_steps, trunk.last_hidden_state]
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(torch.cat(trunk_steps, 1), hidden, rtol=1e-5, atol=1e-4)
+    with pytest.raises(ValueError, match="pass one of them"):
+        model(ids, past_key_values=past, cache=past)
     settings = {"max_new_tokens": 12, "do_sample": False}
     expected = model.generate(ids, use_cache=False, **settings)
     assert torch.equal(model.generate(ids, **settings), expected)
     static = model.generate(ids, cache_implementation="static", disable_compile=True, **settings)
     assert torch.equal(static, expected)
-    assert model(ids, use_cache=False).past_key_values is None
+    beams = model.generate(ids, num_beams=3, **settings)
+    assert torch.equal(beams, model.generate(ids, num_beams=3, use_cache=False, **settings))
+    assert model(ids, use_cache=False).get(CACHE) is None
+
+
+# What transformers documents as passed to a decoder's `forward`, beside what a model of text never gets.
+PASSED = set(TransformersKwargs.__annotations__) - {"output_router_logits"}  # mixtures of experts only
+
+
+def known_keywords() -> set[str]:
+    return set(inspect.signature(HGPTForCausalLM.forward).parameters) | FOR_ATTENTION | WITHOUT_EFFECT
+
+
+def test_every_keyword_that_transformers_passes_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A keyword that `forward` swallowed made every cached token wrong with transformers 5.24."""
+    named = set(inspect.signature(HGPTModel.forward).parameters)
+    assert set(PASSED) | set(PagedAttentionArgs.__annotations__) <= known_keywords() | named
+    seen: set[str] = set()
+    forward = HGPTForCausalLM.forward
+
+    def watched(self: HGPTForCausalLM, *args: Any, **kwargs: Any) -> Any:
+        seen.update(kwargs)
+        return forward(self, *args, **kwargs)
+
+    watched.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # which `generate` reads
+    monkeypatch.setattr(HGPTForCausalLM, "forward", watched)
+    model, ids = tiny_model(), tokens()
+    for options in ({}, {"num_beams": 2}, {"do_sample": True}, {"prompt_lookup_num_tokens": 2}):
+        one = ids[:1] if "prompt_lookup_num_tokens" in options else ids
+        model.generate(one, max_new_tokens=4, **options)
+    assert {"input_ids", CACHE, "use_cache"} <= seen
+    assert seen <= known_keywords() | named
+
+
+@pytest.mark.parametrize("keyword", ["token_type_ids", "encoder_hidden_states", "head_mask", "cache_params", "labelz"])
+def test_a_keyword_that_would_change_the_result_is_refused(keyword: str) -> None:
+    model, ids = tiny_model(), tokens()
+    for module in (model, model.transformer):
+        with pytest.raises(TypeError, match=keyword):
+            module(ids, **{keyword: ids})
+        module(ids, **{keyword: None})  # that is: not given
+    with pytest.raises(ValueError, match="is_causal"):
+        model(ids, is_causal=False)
+    torch.testing.assert_close(model(ids, is_causal=True, cache_position=torch.arange(T)).logits, model(ids).logits)
+
+
+@pytest.mark.slow
+def test_continuous_batching_equals_one_by_one() -> None:
+    model = tiny_model(eos_token_id=V - 1)
+    prompts = [tokens(1, length)[0].tolist() for length in (5, 9, 3)]
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    alone = [model.generate(torch.tensor([ids]), **settings)[0, len(ids) :].tolist() for ids in prompts]
+    config = GenerationConfig(**settings, eos_token_id=V - 1, pad_token_id=0)
+    together = model.generate_batch(prompts, generation_config=config)
+    assert [request.generated_tokens for request in together.values()] == alone
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -448,6 +518,8 @@ def test_save_and_load_give_the_same_weights_and_logits(tmp_path: Path, head: st
     config = AutoConfig.from_pretrained(tmp_path)
     assert type(config) is HGPTConfig
     assert config.exponent == model.config.exponent and config.final_norm_gain == LIVELY["final_norm_gain"]
+    requirements = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    assert f"transformers{config.transformers_tested}" in requirements
 
 
 def test_only_missing_weights_are_initialised(tmp_path: Path) -> None:
@@ -487,7 +559,9 @@ for folder in sys.argv[1:]:
     assert torch.equal(model(expected["ids"], labels=expected["ids"]).loss, expected["loss"])
     trunk = AutoModel.from_pretrained(folder, **trusted).eval()
     assert torch.equal(trunk(expected["ids"]).last_hidden_state, expected["hidden"])
-    assert torch.equal(model.generate(expected["ids"], max_new_tokens=8, do_sample=False), expected["generated"])
+    for use_cache in (True, False):
+        generated = model.generate(expected["ids"], max_new_tokens=8, do_sample=False, use_cache=use_cache)
+        assert torch.equal(generated, expected["generated"])
     beams = model.generate(expected["ids"], max_new_tokens=8, do_sample=False, num_beams=3)
     assert torch.equal(beams, expected["beams"])
     model.save_pretrained(f"{folder}/again")  # and on from there

@@ -44,7 +44,7 @@ class HGPTConfig(PreTrainedConfig):
     """
 
     model_type = "hgpt"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (a list: transformers' Trainer adds one to it)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (a list: transformers' Trainer adds one to it)
     attribute_map = {  # noqa: RUF012 (transformers' own declaration)
         "hidden_size": "n_embd",
         "max_position_embeddings": "n_positions",

@@ -25,6 +25,50 @@ from .configuration_hgpt import HGPTConfig
 from .distances import Distance
 from .heads import HarmonicHead, SoftmaxHead
 
+# transformers 5.24 renamed the cache, in what it passes to `forward` and in what it reads from the outputs.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+# The versions that the test suite passed with: pyproject.toml's bounds, in config.json of what is exported.
+TRANSFORMERS_TESTED = ">=5.17,<5.25"
+
+# The keywords beside `forward`'s own parameters that transformers 5.17 to 5.24 passes to a decoder of text. Any other
+# keyword is an error: one that is not understood may change the result.
+FOR_ATTENTION = {  # handed on to the attention function
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),  # rows packed for FlashAttention
+    *("max_seqlen_q", "max_seqlen_k"),  # the same in `generate_batch` of transformers 5.17
+    *("block_table", "read_index", "write_index"),  # where `generate_batch` keeps keys and values
+    "is_causal",
+}
+WITHOUT_EFFECT = {
+    "cache_position",  # repeats what the cache and position_ids say
+    "seq_idx",  # of packed rows, for state-space layers; attention reads position_ids
+    *("logits_indices", "logits_processor_args"),  # `generate_batch` uses them after the forward pass
+}
+
+
+def attention_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Of the keywords that `forward` does not name, those for the attention function.
+
+    Raises:
+        TypeError: a keyword that is in neither of the lists above, with a value other than None and False.
+    """
+    known = FOR_ATTENTION | WITHOUT_EFFECT
+    unknown = sorted(k for k, value in keywords.items() if k not in known and value is not None and value is not False)
+    if unknown:
+        raise TypeError(
+            f"HGPT's forward does not know {', '.join(unknown)}, which may change the result: do not pass it. If "
+            "transformers passes it by itself, use a version that this code was tested with (config.json: "
+            "transformers_tested)"
+        )
+    return {name: value for name, value in keywords.items() if name in FOR_ATTENTION}
+
+
+def one_cache(past_key_values: Any, cache: Any) -> Any:
+    """The cache, under whichever of its two names it was given."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values and cache are two names of one argument: pass one of them")
+    return past_key_values if cache is None else cache
+
 
 def eager_attention(
     module: nn.Module,
@@ -65,13 +109,15 @@ class HGPTAttention(nn.Module):
         self.c_proj = ResidualProjection(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(
-        self, hidden: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None, **kwargs: Any
+        self, hidden: Tensor, attention_mask: Tensor | None, cache: Cache | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         B, T, D = hidden.shape
         heads = (B, T, -1, self.head_dim)
         query, key, value = (part.view(heads).transpose(1, 2) for part in self.c_attn(hidden).split(D, dim=2))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if isinstance(cache, Cache) or (cache is not None and CACHE == "cache"):
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+        elif cache is not None:  # `generate_batch`'s: before 5.24 the attention function updated it
+            kwargs["cache"] = cache
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         mixed, weights = attend(
             self,
@@ -113,10 +159,10 @@ class HGPTBlock(GradientCheckpointingLayer):
         self,
         hidden: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        mixed, weights = self.attn(self.ln_1(hidden), attention_mask, past_key_values, **kwargs)
+        mixed, weights = self.attn(self.ln_1(hidden), attention_mask, cache, **kwargs)
         hidden = hidden + mixed
         return hidden + self.mlp(self.ln_2(hidden)), weights
 
@@ -129,7 +175,7 @@ class HGPTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HGPTBlock"]  # noqa: RUF012 (transformers' own declaration)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -166,6 +212,7 @@ class HGPTPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
 
     def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:
+        self.config.transformers_tested = TRANSFORMERS_TESTED
         # transformers enters only the saved class itself; AutoModel has to find the trunk as well.
         self.config.auto_map = {"AutoModel": "modeling_hgpt.HGPTModel"} | (getattr(self.config, "auto_map", None) or {})
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -200,17 +247,25 @@ class HGPTModel(HGPTPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        *,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
         """Hidden states after the final norm, (B, T, D).
 
-        Without `position_ids`, positions count the attended tokens, so that left padding shifts nothing. The
-        other arguments are those of every transformers decoder.
+        Without `position_ids`, positions count the attended tokens, so that left padding shifts nothing. `cache` is
+        `past_key_values` by its name in transformers 5.24. The other arguments are those of every transformers decoder.
 
         Raises:
-            ValueError: both or none of `input_ids` and `inputs_embeds`; a sequence longer than `n_positions`.
+            ValueError: both or none of `input_ids` and `inputs_embeds`; both names of the cache; a sequence longer
+                than `n_positions`; `is_causal=False` without a mask of its own.
+            TypeError: a keyword that is not known.
         """
         config = self.config
+        cache = one_cache(past_key_values, cache)
+        kwargs = attention_keywords(kwargs)
+        if kwargs.get("is_causal") is False and (attention_mask is None or attention_mask.ndim != 4):
+            raise ValueError("is_causal=False needs a 4-dimensional attention_mask: this is a causal language model")
         use_cache = config.use_cache and not self.training if use_cache is None else use_cache
         return_dict = config.return_dict if return_dict is None else return_dict
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -220,12 +275,12 @@ class HGPTModel(HGPTPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
         if self.gradient_checkpointing and self.training:
-            use_cache, past_key_values = False, None  # a recomputed block would enter the cache twice
-        elif use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=config)
+            use_cache, cache = False, None  # a recomputed block would enter the cache twice
+        elif use_cache and cache is None:
+            cache = DynamicCache(config=config)
 
         T = inputs_embeds.shape[1]
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past = cache.get_seq_length() if isinstance(cache, Cache) else 0
         length = past + T if isinstance(past, int) else T  # a static cache counts on the device
         if length > config.n_positions:
             raise ValueError(
@@ -238,8 +293,8 @@ class HGPTModel(HGPTPreTrainedModel):
             config=config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache if isinstance(cache, Cache) or CACHE == "cache" else None},
         )
         if position_ids is None:
             if attention_mask is not None and attention_mask.ndim == 2:
@@ -254,14 +309,14 @@ class HGPTModel(HGPTPreTrainedModel):
         for block in self.h:
             if output_hidden_states:
                 all_hidden += (hidden,)
-            hidden, weights = block(hidden, mask, past_key_values, **kwargs)
+            hidden, weights = block(hidden, mask, cache, **kwargs)
             if output_attentions:
                 all_weights += (weights,)
         hidden = self.ln_f(hidden)
 
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE: cache if use_cache else None},
             hidden_states=(*all_hidden, hidden) if output_hidden_states else None,
             attentions=all_weights if output_attentions else None,
         )
@@ -362,6 +417,7 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         loss_only: bool | None = None,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits (B, T, vocab_size) and, with labels, the loss −log p_y.
@@ -375,13 +431,13 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
                 then never holds a (B · T, vocab_size) tensor.
             logits_to_keep: only the last that many positions get logits, or those of an index tensor; 0: all.
 
-        The other arguments are those of every transformers decoder.
+        The other arguments and the errors are those of `HGPTModel.forward`.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         shift_labels = kwargs.pop("shift_labels", None)
         trunk = self.transformer(
             input_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(past_key_values, cache),
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
@@ -401,7 +457,7 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=trunk.past_key_values,
+            **{CACHE: trunk.get(CACHE)},
             hidden_states=trunk.hidden_states,
             attentions=trunk.attentions,
         )

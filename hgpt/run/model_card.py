@@ -54,9 +54,9 @@ A GPT-2 with a {head} head, trained with hgpt: {parameters:,} parameters, {n_lay
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-# `import hgpt` before makes trust_remote_code unnecessary.
+# The code of the model lies in the folder: trust_remote_code=True runs it. With hgpt installed, `import hgpt` instead.
 model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("this folder")
+tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)
 inputs = tokenizer("{prompt}", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=True)[0]))
 ```
