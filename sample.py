@@ -17,7 +17,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import huggingface_hub.utils.logging
 import torch
@@ -34,6 +34,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.generation import BaseStreamer
 
 import hgpt
+from hgpt.cli import Parser, run
 from hgpt.errors import UserError
 from hgpt.model.distances import load_distances
 from hgpt.run.checkpoint import model_folder
@@ -54,21 +55,9 @@ d/d_min  {distance} distance of the hidden state to the token's centre over that
 rank     1 where the token's own centre is the nearest"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    try:
-        sample(parse_arguments(argv))
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(file=sys.stderr)  # the shell's next line begins at its beginning
-        return 130
-    except BrokenPipeError:  # `| head` has seen enough; the interpreter must not flush into it again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return 0
+def main(argv: Sequence[str]) -> None:
+    """Run the command line."""
+    sample(parse_arguments(argv))
 
 
 @torch.inference_mode()
@@ -132,17 +121,10 @@ def sample(options: argparse.Namespace) -> None:
 # Command line
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are a UserError: one line, status 2, testable."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (python sample.py --help lists every option)")
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The options, checked as far as that is possible without the model."""
     parser = Parser(
-        prog="sample.py",
+        prog="python sample.py",
         description="Write text with a trained model. Text goes to standard output, notes to standard error.",
         epilog="The seed is named on standard error; the same command with that --seed writes the same text, on the "
         "same kind of device.",
@@ -656,4 +638,4 @@ def width(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

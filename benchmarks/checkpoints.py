@@ -10,12 +10,13 @@ the whole time is compared too. The time runs from the first step to the last: t
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from hgpt.history import records
 
 WAYS = {"none": (False, True), "background": (True, True), "at once": (True, False)}  # (saves, background)
 
@@ -38,8 +39,7 @@ def run(way: str, number: int, folder: Path, options: argparse.Namespace, settin
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"{' '.join(command)}\n{result.stderr[-2000:]}")
-    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
-    steps = [record for record in map(json.loads, lines) if record["kind"] == "train"]
+    steps = records(folder / name, "train")
     return steps[-1]["time"] - steps[0]["time"], sum(record.get("seconds_save", 0.0) for record in steps[1:])
 
 

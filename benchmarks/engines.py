@@ -9,7 +9,6 @@ after the first, with every process on one thread: on a machine with fewer cores
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from hgpt.data.shards import DataMeta, ShardWriter, SplitMeta, write_meta
+from hgpt.history import records
 
 VOCAB = 512
 MEASURED = ("loss", "gradient norm", "validation loss", "weights", "AdamW")
@@ -71,11 +71,6 @@ def train(folder: Path, name: str, launcher: str, processes: int, head: str, tie
     if result.returncode or f"{processes} x cpu" not in result.stdout + result.stderr:
         sys.exit(f"{' '.join(command)}\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
     return folder / "runs" / name
-
-
-def records(run: Path, kind: str) -> list[dict]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
 def difference(run: Path, reference: Path, kind: str, name: str) -> float:

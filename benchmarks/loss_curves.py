@@ -4,10 +4,11 @@ python -m benchmarks.loss_curves runs/quickstart runs/quickstart_softmax --out l
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+
+from hgpt.history import records
 
 
 def main() -> None:
@@ -19,10 +20,9 @@ def main() -> None:
 
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
     for number, run in enumerate(arguments.runs):
-        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         colour = f"C{number}"
         for kind, style in (("train", {"alpha": 0.35}), ("eval", {"marker": "o", "linestyle": ""})):
-            curve = [(record["step"], record["loss"]) for record in records if record["kind"] == kind]
+            curve = [(record["step"], record["loss"]) for record in records(run, kind)]
             last = f", {curve[-1][1]:.3f}" if kind == "eval" else ""
             name = "validation" if kind == "eval" else "training batch"
             axes.plot(*zip(*curve, strict=True), color=colour, label=f"{run.name}: {name}{last}", **style)

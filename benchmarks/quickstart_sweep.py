@@ -10,7 +10,6 @@ four minutes.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -19,6 +18,8 @@ import tomllib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from hgpt.history import records
 
 CONFIGS = {"harmonic": "configs/quickstart.toml", "softmax": "configs/quickstart_softmax.toml"}
 SEEDS = (1337, 1338, 1339)
@@ -86,8 +87,7 @@ def run(head: str, point: Point, seed: int, arguments: argparse.Namespace) -> di
 
 
 def last_evaluation(folder: Path) -> dict[str, float]:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if record["kind"] == "eval"][-1]
+    return records(folder, "eval")[-1]
 
 
 def report(runs_dir: Path) -> None:

@@ -18,9 +18,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from hgpt.hardware import device_name
 from hgpt.model.configuration_hgpt import HEADS, HGPTConfig
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
-from hgpt.run.report import device_name
 
 
 @torch.no_grad()

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hgpt.hardware import device_name, peak_flops
 from hgpt.model.configuration_hgpt import HEADS, HGPTConfig
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.config import OptimConfig
 from hgpt.run.optim import build_optimizer
-from hgpt.run.report import device_name, flops_per_token, peak_flops
+from hgpt.run.report import flops_per_token
 
 # All orders, so chosen that nobody follows itself from one round to the next, and everybody each of the others equally
 # often: who comes after itself finds its weights in the cache.

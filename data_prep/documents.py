@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from data_prep.text_files import count_documents, find_files, kind_of, read_documents
 from data_prep.worker_pool import worker_pool
+from hgpt.cli import Parser, run
 from hgpt.data.shards import (
     META_FILE,
     SPLITS,
@@ -423,8 +424,9 @@ def _encode_in_worker(batch: list[bytes]) -> EncodedBatch:
 # Command line
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def main(arguments: Sequence[str]) -> str:
+    """Prepare the files; returns the summary."""
+    parser = Parser(
         prog="python -m data_prep.documents",
         description="Turn text files into token shards to train on. Documents are separated by end-of-text "
         "and split into train and val by a hash of their words, so that copies of a text stay on one side.",
@@ -448,10 +450,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--text-column", default="text", help="field or column that holds the text (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
-    return exit_status(lambda: _run(options))
-
-
-def _run(options: argparse.Namespace) -> None:
     files, ignored = find_files(options.files)
     if ignored:
         left_out = ", ".join(path.name for path in ignored[:5]) + (", ..." if len(ignored) > 5 else "")
@@ -471,7 +469,7 @@ def _run(options: argparse.Namespace) -> None:
         total=total,
         **core_settings(options),
     )
-    print(summary(prepared))
+    return summary(prepared)
 
 
 def _unescape(text: str) -> str:
@@ -480,22 +478,6 @@ def _unescape(text: str) -> str:
     if not value:
         raise argparse.ArgumentTypeError("must not be empty")
     return value
-
-
-def exit_status(run: Callable[[], None], interrupted: str = "what was written so far was removed again") -> int:
-    """The exit status of a script that does `run`: 0, 2 for bad input, 130 for Ctrl-C; no traceback.
-
-    `interrupted` says what becomes of the work after Ctrl-C.
-    """
-    try:
-        run()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"interrupted: {interrupted}", file=sys.stderr)
-        return 130
-    return 0
 
 
 def add_options(parser: argparse.ArgumentParser, *, tokenizer: str, val_fraction: float, seed: int = 0) -> None:
@@ -538,4 +520,4 @@ def _processors() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main, interrupted="interrupted: what was written so far was removed again"))

@@ -45,7 +45,6 @@ from data_prep.documents import (
     add_options,
     counts_table,
     decode_utf8,
-    exit_status,
 )
 from data_prep.long_documents import LONG_DOCUMENT, LongDocument
 from data_prep.sharding import (
@@ -59,6 +58,7 @@ from data_prep.sharding import (
 )
 from data_prep.text_files import Section, find_files, find_sections, is_compressed, read_section
 from data_prep.worker_pool import start_imports
+from hgpt.cli import Parser, run
 from hgpt.data.shards import (
     HEADER_BYTES,
     PART_FILE,
@@ -69,12 +69,11 @@ from hgpt.data.shards import (
     ShardRecord,
     SplitMeta,
     check_vocab_size,
-    sha256,
     shard_name,
     write_meta,
-    write_whole,
 )
 from hgpt.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, package_versions
+from hgpt.durable import sha256, whole_file
 from hgpt.errors import UserError
 
 REPOSITORY = "Skylion007/openwebtext"
@@ -595,7 +594,8 @@ class PartRecord:
     shards: dict[str, tuple[ShardRecord, ...]]
 
     def write(self, folder: Path) -> None:
-        write_whole(folder / PART_FILE, json.dumps(asdict(self), indent=2))
+        with whole_file(folder / PART_FILE) as path:
+            path.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> "PartRecord":
@@ -813,8 +813,9 @@ def length_table(tally: Tally) -> list[str]:
 # Command line
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def main(arguments: Sequence[str]) -> str:
+    """Prepare or merge; returns the summary."""
+    parser = Parser(
         prog="python -m data_prep.openwebtext",
         description="Turn OpenWebText, from the Hugging Face hub or from a folder, into token shards to train on, with "
         "nanoGPT's validation split. When it was stopped, the same command goes on.",
@@ -849,19 +850,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_options(parser, tokenizer="gpt2", val_fraction=VAL_FRACTION, seed=SEED)
     options = parser.parse_args(arguments)
-    return exit_status(lambda: _run(parser, options), interrupted="what is finished stays, the same command goes on")
-
-
-def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     settings = vars(options)
     out, merging = settings.pop("out"), settings.pop("merge")
     if not merging:
-        print(prepare_openwebtext(out, **settings))
-        return
+        return prepare_openwebtext(out, **settings)
     given = [name for name, value in settings.items() if value != parser.get_default(name)]
     if given:
         raise UserError(f"--{given[0].replace('_', '-')} has no effect with --merge: leave it out.")
-    print(merge(out))
+    return merge(out)
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -872,4 +868,4 @@ def _part(text: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main, interrupted="interrupted: what is finished stays, the same command goes on"))

@@ -7,7 +7,6 @@ standard library, read from its source with `ast`; no module is imported. It dep
 and on nothing else: neither on the file system's order nor on installed packages.
 """
 
-import argparse
 import ast
 import os
 import platform
@@ -19,7 +18,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_prep.documents import add_options, core_settings, exit_status, prepare, summary
+from data_prep.documents import add_options, core_settings, prepare, summary
+from hgpt.cli import Parser, run
 from hgpt.data.baselines import unigram_loss
 from hgpt.data.shards import SPLITS, TokenShards
 
@@ -116,8 +116,9 @@ def _is_prose(docstring: str) -> bool:
     return len(re.findall(r"[A-Za-z]{2,}", docstring)) >= 4 and letters >= 0.7 * len(docstring)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def main(arguments: Sequence[str]) -> str:
+    """Prepare the documentation; returns the summary."""
+    parser = Parser(
         prog="python -m data_prep.python_docs",
         description="Turn the documentation of this Python (help topics and docstrings of the standard "
         "library) into token shards to train on: a small corpus of English that needs no download.",
@@ -130,10 +131,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_options(parser, tokenizer="bpe:2048", val_fraction=0.05)
     options = parser.parse_args(arguments)
-    return exit_status(lambda: _run(options))
-
-
-def _run(options: argparse.Namespace) -> None:
     documents = python_docs()
     prepared = prepare(
         lambda: (document.encode() for document in documents),
@@ -143,10 +140,10 @@ def _run(options: argparse.Namespace) -> None:
         total=len(documents),
         **core_settings(options),
     )
-    print(summary(prepared))
     train, val = (TokenShards.open(options.out, split) for split in SPLITS)
-    print(f"unigram model     {unigram_loss(train, val):.4f} nats/token on val: what a model has to beat")
+    unigram = f"unigram model     {unigram_loss(train, val):.4f} nats/token on val: what a model has to beat"
+    return f"{summary(prepared)}\n{unigram}"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main, interrupted="interrupted: what was written so far was removed again"))

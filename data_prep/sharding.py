@@ -47,12 +47,10 @@ from hgpt.data.shards import (
     UNFINISHED_FOLDER,
     ShardRecord,
     ShardWriter,
-    sha256,
     shard_name,
-    write_whole,
 )
 from hgpt.data.tokenizer import Tokenizer
-from hgpt.durable import folder_lock
+from hgpt.durable import folder_lock, sha256, sync, whole_file
 from hgpt.errors import UserError
 
 UNITS_AHEAD = 3  # per worker, encoded or being encoded and not yet in a shard: bounds the disk space they take
@@ -360,7 +358,8 @@ class Preparation(AbstractContextManager["Preparation"]):
         begun = self.begun({})
         self.begun({**dict.fromkeys(begun), **settings})
         if not begun:
-            write_whole(self._settings, json.dumps(settings, indent=2))
+            with whole_file(self._settings) as path:
+                path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
     def read_journal(self) -> tuple[dict[int, EncodedUnit], dict[str, ShardRecord]]:
         """The encoded units by number, and the finished shards by file name."""
@@ -384,9 +383,8 @@ class Preparation(AbstractContextManager["Preparation"]):
     def record(self, entry: EncodedUnit | ShardRecord) -> None:
         with open(self._journal, "ab") as journal:
             journal.write(json.dumps(asdict(entry)).encode() + b"\n")
-            journal.flush()
-            if isinstance(entry, ShardRecord):
-                os.fsync(journal.fileno())  # the tokens of the units in it are about to be deleted
+        if isinstance(entry, ShardRecord):
+            sync(self._journal)  # the tokens of the units in the shard are deleted next
 
     def sweep(self) -> None:
         """Remove what a run that was killed had not finished."""

@@ -6,7 +6,6 @@
 re-reads every byte: headers, sizes, checksums, counts, the range of the tokens, end-of-text behind each document.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.documents import exit_status
+from hgpt.cli import Parser, run
 from hgpt.data.shards import SPLITS, TokenShards, find_damage
 from hgpt.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from hgpt.errors import UserError
@@ -60,8 +59,9 @@ def decoded_documents(folder: Path, split: str) -> Iterator[str]:
         held.append(chunk[start:])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def main(arguments: Sequence[str]) -> None:
+    """Print what is in the folder. Raises UserError if it is damaged."""
+    parser = Parser(
         prog="python -m data_prep.verify",
         description="Re-read a data folder, check all that can be checked, and say what is damaged (exit status 2).",
     )
@@ -70,10 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", choices=SPLITS, default="train", help="of --decode (default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, help="where no meta.json says it: nanoGPT's folders, llm.c's shards")
     options = parser.parse_args(arguments)
-    return exit_status(lambda: _run(options), interrupted="not everything was read")
-
-
-def _run(options: argparse.Namespace) -> None:
     if options.decode < 0:
         raise UserError(f"--decode must be at least 0 documents, not {options.decode}.")
     for line in verify_folder(options.folder, options.vocab_size):
@@ -90,4 +86,4 @@ def _run(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main, interrupted="interrupted: not everything was read"))

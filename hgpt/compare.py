@@ -23,14 +23,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from scipy import stats
 from tqdm import tqdm
 
 import hgpt
+from hgpt.cli import Parser
+from hgpt.cli import run as run_command
 from hgpt.errors import UserError
+from hgpt.history import records
 from hgpt.interpret.analysis import analyse
 from hgpt.interpret.figures import measure_against_loss, save_figure
 from hgpt.interpret.report import restricted, write_report
@@ -38,7 +41,6 @@ from hgpt.interpret.results import READABILITY, AnalysisSettings, readability
 from hgpt.interpret.statistics import holm
 from hgpt.run.checkpoint import LATEST, MODEL
 from hgpt.run.config import RunConfig
-from hgpt.run.report import METRICS_FILE
 from hgpt.run.settings import CONFIG_FILE, load_run_config, settings, write_toml
 
 TRAIN = Path(hgpt.__file__).parent.parent / "train.py"
@@ -87,18 +89,9 @@ class Outcome:
         return float("inf") if self.evaluation is None else self.evaluation["loss"]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    try:
-        options = parse_arguments(argv)
-        compare(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    return 0
+def main(argv: Sequence[str]) -> None:
+    """Run the command line."""
+    compare(parse_arguments(argv))
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
@@ -145,14 +138,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 # Command line
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are a UserError: one line, status 2, testable."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (python -m hgpt.compare --help lists every option)")
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="python -m hgpt.compare",
         description=__doc__,
@@ -398,15 +384,6 @@ def train(config: RunConfig, place: dict[str, str], out: Path) -> Outcome:
         failure.write_text(message, encoding="utf-8")
         return Outcome(folder=folder, evaluation=None, message=message)
     raise UserError(f"the run {config.name} stopped with status {status}: {message} (all of it is in {log})")
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, but for one that a killed run broke off."""
-    path = folder / METRICS_FILE
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def finished(config: RunConfig) -> dict[str, float] | None:
@@ -680,4 +657,4 @@ def readability_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, interrupted="interrupted; the same command goes on where it stopped"))

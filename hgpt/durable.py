@@ -1,39 +1,127 @@
-"""One process at a time in a folder."""
+"""Files and folders that are whole or absent, checksums, and one process at a time in a folder.
+
+A file or folder is written under a temporary name (.NAME.partial), flushed to the disk and then renamed. Whatever goes
+wrong, its name stands for the old content or for the whole new content. Two processes must not write the same name.
+"""
 
 import errno
-import fcntl
+import hashlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from hgpt.errors import UserError
 
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # how a file system without locks says so
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # the file system does not support locks
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal, as `sha256sum` prints it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flush a file's content, or a folder's list of names, to the disk, so that it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Flush the file or folder `partial` to the disk and rename it to `target`."""
+    sync(partial)
+    os.replace(partial, target)
+    sync(target.parent)
+
+
+def partial_name(target: Path) -> Path:
+    """The temporary name under which `target` is written."""
+    return target.with_name(f".{target.name}.partial")
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; rename it to `target` when the block ends without an error.
+
+    After an error the temporary file is removed and `target` is as it was before.
+    """
+    partial = partial_name(target)
+    try:
+        partial.unlink(missing_ok=True)  # left by a process that was killed
+        yield partial
+        publish(partial, target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yield a new folder to write into; rename it to `target` when the block ends without an error.
+
+    After an error the new folder is removed and `target` is as it was before. Folders that killed processes left beside
+    `target` are removed first. Raises UserError for an error of the disk.
+    """
+    partial = partial_name(target)
+    for pattern in (".*.partial", ".*.deleted"):
+        for leftover in target.parent.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.rglob("*"):
+            sync(path)
+        if target.exists():
+            remove_folder(target)
+        publish(partial, target)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        # Libraries written in Rust (safetensors, tokenizers) raise exceptions that are no OSError.
+        if isinstance(error, OSError) or "os error" in str(error):
+            raise UserError(
+                f"could not write {target}: {error}. Nothing of it was left behind, and older folders are untouched; "
+                "make room, then repeat the command (train.py: with --resume auto)"
+            ) from error
+        raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder. It is renamed first, so an interrupted deletion leaves no half folder under its name."""
+    doomed = folder.with_name(f".{folder.name}.deleted")
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
 
 
 @contextmanager
 def folder_lock(file: Path, busy: str) -> Iterator[None]:
-    """Hold a lock on `file`, which is made if need be; it ends with the process, however that ends.
+    """Hold an exclusive lock on `file`. The file is created if it is missing; a killed process releases its lock.
 
-    Raises UserError with the message `busy` if another process holds it, and OSError if the file cannot be written.
-    Where the file system has no locks, nothing is held, and a warning on stderr says so.
+    Raises UserError with the message `busy` if another process holds the lock, and OSError if the file cannot be
+    written. Prints a warning and holds no lock where the file system does not support locks.
     """
-    with open(file, "a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(busy) from error
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            print(
-                f"warning: the file system of {file.parent} has no locks ({error.strerror}): take care that no second "
-                "process works in this folder.",
-                file=sys.stderr,
-            )
-        # Whoever held the lock may have removed the file, its work done, after it was opened here.
-        if not (file.exists() and os.path.samestat(os.fstat(stream.fileno()), file.stat())):
-            raise UserError(busy)
+    # A soft lock, which filelock would otherwise fall back to, outlives a killed process.
+    lock = FileLock(file, blocking=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(busy) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        print(
+            f"warning: the file system of {file.parent} does not support locks ({error.strerror}): make sure that no "
+            "second process works in this folder.",
+            file=sys.stderr,
+        )
+    try:
         yield
+    finally:
+        lock.release()

@@ -42,7 +42,6 @@ GPU. Parameters, gradients and optimiser state of ZeRO were counted once in two 
 0.2 %; buckets and gathered weights, and all of fsdp2 (torch 2.13), follow the sources.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,15 +52,17 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from hgpt.cli import Parser, run
 from hgpt.data.batches import TrainingBatches, accumulation_steps
 from hgpt.data.shards import TokenShards
 from hgpt.errors import UserError
+from hgpt.hardware import known_device, peak_flops
 from hgpt.model.configuration_hgpt import HGPTConfig
 from hgpt.model.distances import Distance, make_distance, memory_of, score_chunk
 from hgpt.model.loss import chunk_positions
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.config import RunConfig
-from hgpt.run.report import flops_per_token, peak_flops
+from hgpt.run.report import flops_per_token
 from hgpt.run.settings import load_run_config
 
 ENGINES = ("ddp", "zero1", "zero2", "zero2_offload", "zero3", "fsdp2")
@@ -71,27 +72,11 @@ GIB = 2**30
 # DeepSpeed's defaults: zero_optimization.reduce_bucket_size and stage3_max_live_parameters, in elements.
 _REDUCE_BUCKET, _MAX_LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 
-# Memory in GiB as CUDA reports it, rounded down, and its bandwidth in GB/s of the vendors' data sheets, by words of the
-# device's name; the first entry whose words are all there.
-_MEMORY = (
-    ("H100 NVL", 93, 3900),
-    ("H100 PCIe", 79, 2000),
-    ("H100", 79, 3350),
-    ("H200", 139, 4800),
-    ("GH200", 94, 4000),
-    ("A100 80GB", 79, 1935),
-    ("A100 40GB", 39, 1555),
-    ("L40S", 44, 864),
-    ("L4", 22, 300),
-    ("A10G", 22, 600),
-    ("A10", 22, 600),
-    ("RTX 4090", 23, 1008),
-    ("RTX 3090", 23, 936),
-)
-# GB/s that a distance in blocks reads and writes on a CPU, whose caches its blocks stay in. On two idle cores of an AMD
-# EPYC (Zen 3), by python -m benchmarks.head_loss --shape 64x768x50304 --distances ...: 22 (chebyshev), 43 (hamming), 58
-# (bray_curtis), 61 (manhattan), 72 (canberra), 81 (minkowski); beside another process a quarter of it.
-_CPU_BANDWIDTH = 60
+# Bytes/s that a distance in blocks reads and writes on a CPU; its blocks stay in the caches. In GB/s on two idle cores
+# of an AMD EPYC (Zen 3), by python -m benchmarks.head_loss --shape 64x768x50304 --distances ...: 22 (chebyshev),
+# 43 (hamming), 58 (bray_curtis), 61 (manhattan), 72 (canberra), 81 (minkowski); beside another process a quarter of it.
+_CPU_BANDWIDTH = 60e9
+_H100_BANDWIDTH = 3350e9
 _DAY = 86400
 
 
@@ -266,10 +251,9 @@ def distance_seconds(config: HGPTConfig, tokens: float, device: str) -> float:
     if device.lower() == "cpu":
         bandwidth = _CPU_BANDWIDTH
     else:
-        known = _of_device(device) or _of_device("H100")
-        assert known is not None
-        bandwidth = known[1]
-    return tokens * config.vocab_size * config.n_embd * metric.traffic * 4 / (bandwidth * 1e9)
+        known = known_device(device)
+        bandwidth = (known and known.bandwidth) or _H100_BANDWIDTH
+    return tokens * config.vocab_size * config.n_embd * metric.traffic * 4 / bandwidth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,23 +337,6 @@ def memory_per_gpu(
     )
 
 
-def memory_of_device(device_name: str) -> float | None:
-    """Bytes of memory of a GPU by its name, as in "NVIDIA H100 80GB HBM3"; None if unknown."""
-    known = _of_device(device_name)
-    return None if known is None else known[0] * GIB
-
-
-def _of_device(device_name: str) -> tuple[int, int] | None:
-    """GiB and GB/s of a GPU's memory by its name; None if unknown."""
-    if peak_flops(device_name) is None:  # not a device of the table, or a slice of one
-        return None
-    words = device_name.replace("-", " ").split()
-    for name, gib, bandwidth in _MEMORY:
-        if set(name.split()) <= set(words):
-            return gib, bandwidth
-    return None
-
-
 # --------------------------------------------------------------------------------------------------------------
 # A run
 
@@ -401,7 +368,10 @@ class Launch:
     @property
     def capacity(self) -> float | None:
         """Bytes of memory of a GPU; None if unknown."""
-        return memory_of_device(self.device) if self.memory is None else self.memory * GIB
+        if self.memory is not None:
+            return self.memory * GIB
+        known = known_device(self.device)
+        return None if known is None or known.memory_gib is None else float(known.memory_gib * GIB)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -711,7 +681,7 @@ def _duration(seconds: float) -> str:
 
 def main(arguments: Sequence[str]) -> str:
     """The text that the command line asks for. Raises UserError."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m hgpt.plan",
         description="What a run needs: parameters, memory per GPU, tokens, FLOPs, time. All other arguments are those "
         "of train.py: --config FILE and --section.key VALUE.",
@@ -736,8 +706,4 @@ def main(arguments: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        print(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run(main))

@@ -16,7 +16,6 @@ The states:
     damaged         a file of the newest checkpoint is missing or has another size than its manifest says
 """
 
-import argparse
 import json
 import sys
 import time
@@ -29,15 +28,16 @@ from typing import Any
 
 import numpy as np
 
+from hgpt.cli import Parser
+from hgpt.cli import run as run_command
 from hgpt.errors import UserError
+from hgpt.history import METRICS_FILE, newest_first, records
 from hgpt.run.checkpoint import CHECKPOINTS, MANIFEST, PREEMPTED, checkpoint_step, checkpoints
-from hgpt.run.report import METRICS_FILE
 from hgpt.run.settings import CONFIG_FILE
 
 LINE_WIDTH = 100
 
 _LARGEST = 1e300  # a number beyond it is damage: a float does not hold every integer that JSON does
-_BLOCK = 1 << 16  # bytes of metrics.jsonl that are read at a time, from its end
 _RECENT_LINES = 8
 _DEPTH = 3  # folders in folders in which runs are looked for
 _POINTS = 2000  # training losses of a curve; more than a plot has pixels
@@ -99,7 +99,7 @@ def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
 
 def read_run(name: str, folder: Path, now: float) -> Run:
     """The run in `folder` at the time `now`, in seconds since 1970; what cannot be read is left out."""
-    recent, last = _last_records(folder / METRICS_FILE)
+    recent, last = _last_records(folder)
     train, evaluation = last.get("train", {}), last.get("eval", {})
     steps = _number(_settings(folder).get("train", {}), "steps")
     times = [value for record in recent if (value := _number(record, "time")) is not None]
@@ -156,65 +156,20 @@ def _settings(folder: Path) -> dict[str, Any]:
     return {name: table for name, table in settings.items() if isinstance(table, dict)}
 
 
-def _last_records(path: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """The last few lines of metrics.jsonl, the oldest first, and the last line of each of "train", "eval" and "energy".
+def _last_records(folder: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The last few records, the oldest first, and the last record of each kind, read from the end of metrics.jsonl.
 
-    Read backwards, and only what may hold a line that is still missing is parsed; not every run has one about energy,
-    which stands after that of an evaluation. Whatever is no whole JSON object with a step is passed over.
+    Reading stops as soon as an evaluation and a training step are found; a record of energy follows its evaluation.
     """
     recent: list[dict[str, Any]] = []
     last: dict[str, dict[str, Any]] = {}
-    for lines in _lines_backwards(path):
-        missing = [f'"{kind}"'.encode() for kind in ("train", "eval", "energy") if kind not in last]
-        if len(recent) == _RECENT_LINES:
-            if {"train", "eval"} <= last.keys():
-                break
-            if not any(kind in lines for kind in missing):  # many times faster than to look at each
-                continue
-        for line in reversed(lines.split(b"\n")):
-            if len(recent) == _RECENT_LINES and not any(kind in line for kind in missing):
-                continue
-            record = _record(line)
-            if record is not None:
-                if len(recent) < _RECENT_LINES:
-                    recent.append(record)
-                last.setdefault(record["kind"], record)
+    for record in newest_first(folder):
+        if len(recent) < _RECENT_LINES:
+            recent.append(record)
+        elif {"train", "eval"} <= last.keys():
+            break
+        last.setdefault(record["kind"], record)
     return recent[::-1], last
-
-
-def _lines_backwards(path: Path) -> Iterator[bytes]:
-    """The lines of a file in blocks, from the last block to the first, the lines of each in their order.
-
-    What follows the last line break is a line that is still being written and left out; a file that cannot be read has
-    none.
-    """
-    try:
-        with open(path, "rb") as file:
-            position = file.seek(0, 2)
-            start_of_line = b""  # its end was in the block after
-            ended = False
-            while position:
-                # Ever larger where a line has no end, or it would be copied again and again.
-                size = min(max(_BLOCK, len(start_of_line)), position)
-                position -= size
-                file.seek(position)
-                start_of_line, line_break, lines = (file.read(size) + start_of_line).partition(b"\n")
-                if line_break:
-                    yield lines if ended else lines[: lines.rfind(b"\n") + 1]
-                    ended = True
-            if ended:
-                yield start_of_line
-    except OSError:
-        return
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    whole = isinstance(record, dict) and isinstance(record.get("kind"), str) and _number(record, "step") is not None
-    return record if whole else None
 
 
 def _number(record: Any, name: str) -> float | None:
@@ -307,28 +262,23 @@ class Curves:
 def read_curves(run: Run, axis: str) -> Curves:
     """The losses of a run over "tokens" or "steps".
 
-    Of a long run every k-th training loss is read, so that about 2000 are left.
+    Of a long run every k-th training loss is taken, so that about 2000 are left.
     """
-    try:
-        lines = (run.folder / METRICS_FILE).read_bytes().split(b"\n")[:-1]
-    except OSError:
-        lines = []
-    every = max(1, len(lines) // _POINTS)
-    # Lines are told apart by a search, which is many times faster than to parse them.
-    chosen = [line for number, line in enumerate(lines) if number % every == 0 or b'"eval"' in line]
-    records = [record for line in chosen if (record := _record(line)) is not None]
-    per_step = _tokens_per_step(run, records) if axis == "tokens" else 1
+    found = records(run.folder)
+    every = max(1, len(found) // _POINTS)
+    chosen = [record for number, record in enumerate(found) if number % every == 0 or record["kind"] == "eval"]
+    per_step = _tokens_per_step(run, chosen) if axis == "tokens" else 1
     points: dict[str, dict[float, float]] = {"train": {}, "eval": {}}
-    for record in records:
+    for record in chosen:
         loss = _number(record, "loss")
         if record["kind"] in points and loss is not None and per_step is not None:
             points[record["kind"]][record["step"] * per_step] = loss
     return Curves(name=run.name, training=sorted(points["train"].items()), validation=sorted(points["eval"].items()))
 
 
-def _tokens_per_step(run: Run, records: list[dict[str, Any]]) -> float | None:
+def _tokens_per_step(run: Run, found: list[dict[str, Any]]) -> float | None:
     """Tokens of a step: as logged, otherwise by the configuration; evaluations do not say how many were seen."""
-    for record in reversed(records):
+    for record in reversed(found):
         if (tokens := _number(record, "tokens")) and record["step"] > 0:
             return tokens / record["step"]
     settings = _settings(run.folder)
@@ -437,7 +387,7 @@ def _at_columns(points: list[tuple[float, float]], last: float, columns: int) ->
 
 def main(arguments: Sequence[str]) -> str:
     """The text that the command line asks for; writes the plot. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="python -m hgpt.runs", description="Runs, their states and their losses.")
+    parser = Parser(prog="python -m hgpt.runs", description="Runs, their states and their losses.")
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders of runs")
     parser.add_argument("--sort", choices=("name", "age", "validation"), default="name", help="(%(default)s)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="the losses as a .png, .svg or .pdf")
@@ -471,8 +421,4 @@ def main(arguments: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        print(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_command(main))

@@ -1,6 +1,5 @@
 """A small run that tests train: its data, its configuration, and what it leaves behind."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from safetensors.torch import load_file
 
 from hgpt.data.shards import DataMeta, ShardWriter, SplitMeta, write_meta
 from hgpt.data.tokenizer import load_tokenizer
+from hgpt.history import records
 from hgpt.run.config import (
     CheckpointConfig,
     DataConfig,
@@ -73,11 +73,6 @@ def make_config(data: Path, runs: Path, head: HeadConfig = HARMONIC, name: str =
         changed = replace(getattr(config, section), **values) if isinstance(values, dict) else values
         config = replace(config, **{section: changed})
     return config
-
-
-def records(run_folder: Path, kind: str) -> list[dict]:
-    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
 def losses(run_folder: Path) -> list[float]:

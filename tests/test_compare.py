@@ -2,24 +2,27 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 from scipy import stats
 
 from hgpt import compare
+from hgpt.cli import run
 from hgpt.compare import (
     Axis,
     Outcome,
     add_differences,
     at_the_edge,
     build_arms,
-    main,
     parse_axis,
     readability_table,
     t_interval,
 )
 from hgpt.errors import UserError
+
+main = partial(run, compare.main)
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """

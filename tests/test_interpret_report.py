@@ -5,6 +5,7 @@ import json
 import pydoc_data.topics
 import re
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from matplotlib.image import imread
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hgpt
+from hgpt.cli import run
 from hgpt.data.shards import DataMeta, ShardWriter, SplitMeta, write_meta
 from hgpt.data.tokenizer import Tokenizer, hf_tokenizer, load_tokenizer
 from hgpt.errors import UserError
+from hgpt.interpret import __main__ as command
 from hgpt.interpret import models
-from hgpt.interpret.__main__ import main
 from hgpt.interpret.analysis import analyse
 from hgpt.interpret.corpus import Corpus
 from hgpt.interpret.figures import FIGURES, swatch
@@ -28,6 +30,8 @@ from hgpt.interpret.parallelograms import PRESET, VARIANTS
 from hgpt.interpret.report import out_of_reach, page, restricted, variant_signs, write_report
 from hgpt.interpret.results import OWN_SCALE, READABILITY, AnalysisSettings, readability
 from hgpt.run.checkpoint import LATEST, MODEL
+
+main = partial(run, command.main)
 
 VOCAB, CONTEXT = 320, 24
 LABELS = ["harmonic", "softmax", "gpt2", "foreign"]

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # modules that lie in hgpt/ itself are named.
 FLOORS = (
     ("hgpt.model",),  # what travels with an export
-    ("hgpt.errors", "hgpt.durable"),
+    ("hgpt.errors", "hgpt.durable", "hgpt.history", "hgpt.hardware", "hgpt.cli"),
     ("hgpt.data",),
     ("hgpt.run",),
     ("hgpt.source",),

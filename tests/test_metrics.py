@@ -1,4 +1,4 @@
-"""hgpt/run/report.py: no wrong MFU, FLOPs as torch counts them, tokens/s without pauses, metrics.jsonl."""
+"""hgpt/run/report.py: FLOPs as torch counts them, tokens/s without pauses, metrics.jsonl."""
 
 import builtins
 import json
@@ -7,7 +7,6 @@ import time
 import types
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from accelerate import PartialState
@@ -26,53 +25,8 @@ from hgpt.run.report import (
     PhaseTimes,
     Throughput,
     build_trackers,
-    device_name,
     flops_per_token,
-    memory_in_use,
-    peak_flops,
 )
-
-
-@pytest.mark.parametrize(
-    ("name", "teraflops"),
-    [
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA A100 80GB PCIe", 312),
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H100 NVL", 835),
-        ("NVIDIA H200", 989),
-        ("NVIDIA H200 NVL", 835),
-        ("NVIDIA GH200 480GB", 989),
-        ("NVIDIA L4", 121),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA A10", 125),
-        ("NVIDIA A10G", 70),
-        ("NVIDIA GeForce RTX 4090", 165),
-        ("NVIDIA GeForce RTX 3090", 71),
-        # Unknown, or near a name that is known: no figure rather than a wrong one.
-        ("Tesla T4", None),
-        ("NVIDIA L40", None),
-        ("NVIDIA A1000", None),
-        ("NVIDIA RTX A1000", None),
-        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("NVIDIA GeForce RTX 4090 D", None),
-        ("NVIDIA GeForce RTX 3090 Ti", None),
-        ("NVIDIA B200", None),
-        ("NVIDIA H20", None),
-        ("AMD Instinct MI300X", None),
-        ("cpu", None),
-        ("", None),
-    ],
-)
-def test_peak_flops(name, teraflops):
-    assert peak_flops(name) == (None if teraflops is None else teraflops * 1e12)
-
-
-def test_device_name_of_the_cpu():
-    assert device_name(torch.device("cpu")) == "cpu"
 
 
 @pytest.mark.parametrize("head", ["harmonic", "softmax"])
@@ -170,12 +124,13 @@ def test_resumed_run_has_every_step_once(tmp_path, resumed_at):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_last_line_without_its_end_is_dropped(tmp_path):
-    whole = '{"kind": "train", "step": 1, "time": 0, "loss": 1.0}'
-    for broken in (whole, whole[:-1], whole[:5], "5", "null"):  # even if what is left is JSON
-        (tmp_path / "metrics.jsonl").write_text(f"{whole}\n{broken}")
+def test_a_damaged_line_does_not_prevent_resuming(tmp_path):
+    """Whatever the line is, it is dropped, and the lines before and after it are kept."""
+    whole = '{"kind": "train", "step": 1, "time": 0, "loss": 1.0}\n'
+    for damaged in (whole[:-2] + "\n", whole[:5] + "\n", "5\n", "null\n", '{"kind": "train"}\n', "\xff\x00\n"):
+        (tmp_path / "metrics.jsonl").write_bytes(f"{whole}{damaged}{whole}".encode("latin-1") + b'{"kind": "train"')
         MetricsLog(tmp_path, [], {}, 9).close()
-        assert (tmp_path / "metrics.jsonl").read_text() == whole + "\n"
+        assert (tmp_path / "metrics.jsonl").read_text() == 2 * whole
 
 
 def test_a_full_disk_is_a_clear_error(tmp_path):
@@ -295,13 +250,6 @@ def test_a_falling_loss_has_no_spikes_and_the_first_steps_never_count():
     spikes = LossSpikes()
     assert not any(spikes.add(10 - step / 200) for step in range(1000))
     assert not any(LossSpikes().add(loss) for loss in (1.0, 100.0))
-
-
-def test_memory_of_a_process():
-    most, now = memory_in_use(torch.device("cpu")), psutil.Process().memory_info().rss / 2**30
-    block = torch.ones(int((most - now + 0.25) * 2**28))  # a quarter of a GiB more than there ever was
-    assert memory_in_use(torch.device("cpu")) == pytest.approx(most + 0.25, abs=0.05) and block.sum() > 0
-    assert most > 0.05
 
 
 def test_processes_are_recorded_beside_the_trackers(tmp_path):

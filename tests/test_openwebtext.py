@@ -19,6 +19,7 @@ import threading
 import time
 import tracemalloc
 from concurrent.futures import Future
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,13 +36,16 @@ from full_disk import file_size_limit
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from data_prep import long_documents, openwebtext, sharding, text_files, verify, worker_pool
-from data_prep.openwebtext import main, val_documents
+from data_prep.openwebtext import val_documents
 from data_prep.sharding import Preparation, Tally
 from data_prep.worker_pool import start_imports
+from hgpt.cli import run
 from hgpt.data.shards import SPLITS, TokenShards, read_meta
 from hgpt.data.shards import verify as verify_shards
 from hgpt.data.tokenizer import load_tokenizer
 from hgpt.errors import UserError
+
+main = partial(run, openwebtext.main)
 
 ROOT = Path(__file__).parent.parent
 PINNED = openwebtext.REVISION
@@ -434,12 +438,12 @@ def write_documents(folder, kind, documents):
 def memory_grown(source, out):
     """By how many MB the peak memory of a process grows while it prepares a source."""
     script = (
-        "from data_prep.openwebtext import main\n"
+        "from data_prep.openwebtext import main; from hgpt.cli import run\n"
         "from hgpt.data.tokenizer import load_tokenizer\n"
         "load_tokenizer('gpt2')\n"
         "def peak(): return next(int(line.split()[1]) for line in open('/proc/self/status') if 'VmHWM' in line)\n"
         "before = peak()\n"
-        f"assert main(['--source', {str(source)!r}, '--out', {str(out)!r}, '--workers', '1']) == 0\n"
+        f"assert run(main, ['--source', {str(source)!r}, '--out', {str(out)!r}, '--workers', '1']) == 0\n"
         "print('grown', peak() - before)\n"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
@@ -658,7 +662,7 @@ def interrupted_run(out, monkeypatch, *arguments):
 
 def test_ctrl_c_keeps_what_is_finished(tmp_path, source, monkeypatch, capsys):
     interrupted_run(tmp_path / "out", monkeypatch, "--source", str(source))
-    assert capsys.readouterr().err.endswith("interrupted: what is finished stays, the same command goes on\n")
+    assert capsys.readouterr().err.endswith("\ninterrupted\n")
     assert contents(run(source, tmp_path / "out")) == contents(run(source, tmp_path / "whole"))
 
 
@@ -671,7 +675,8 @@ def test_ctrl_c_while_workers_start_ends_all_processes_silently(tmp_path, source
         "text_files.SECTION_BYTES = sharding.SECTION_BYTES = 3000\n"
         "encode = sharding.UnitEncoder.__call__\n"
         "sharding.UnitEncoder.__call__ = lambda self, unit: time.sleep(0.5) or encode(self, unit)\n"
-        f"sys.exit(openwebtext.main(['--source', {str(source)!r}, '--out', {str(tmp_path / 'out')!r}, *{SMALL!r}, "
+        "from hgpt.cli import run\n"
+        f"sys.exit(run(openwebtext.main, ['--source', {str(source)!r}, '--out', {str(tmp_path / 'out')!r}, *{SMALL!r}, "
         "'--workers', '2']))\n"
     )
     process = subprocess.Popen(
@@ -683,7 +688,7 @@ def test_ctrl_c_while_workers_start_ends_all_processes_silently(tmp_path, source
     os.killpg(process.pid, signal.SIGINT)
     _, printed = process.communicate(timeout=60)  # until the last process that can write there has ended
     assert process.returncode == 130 and "Traceback" not in printed
-    assert printed.endswith("interrupted: what is finished stays, the same command goes on\n")
+    assert printed.endswith("\ninterrupted\n")
     assert contents(run(source, tmp_path / "out")) == contents(run(source, tmp_path / "whole"))
 
 
@@ -872,7 +877,7 @@ def test_folders_that_permissions_close(source, capsys):
             message = fails(capsys, "--source", data, "--out", folder / "out")
             assert f"{data / 'inside'} cannot be read: Permission denied" in message
             assert "is no folder that can be read" in fails(capsys, "--out", closed / "out", "--merge")
-            assert verify.main([str(closed / "data")]) == 2
+            assert run(verify.main, [str(closed / "data")]) == 2
             assert f"{closed / 'data'} cannot be read: Permission denied" in capsys.readouterr().err
             assert not (folder / "out").exists()
     finally:
@@ -957,7 +962,7 @@ def test_parts_that_are_damaged(tmp_path, source, capsys):
     for part in (1, 2):
         run(source, out, "--part", f"{part}/2")
     whole = contents(out / "part_1_of_2")
-    assert verify.main([str(out / "part_1_of_2")]) == 2
+    assert run(verify.main, [str(out / "part_1_of_2")]) == 2
     message = capsys.readouterr().err
     assert f"python -m data_prep.openwebtext --out {out} --merge" in message and "Delete" not in message
 

@@ -337,28 +337,6 @@ def test_an_engine_that_is_none():
         )
 
 
-@pytest.mark.parametrize(
-    ("name", "gib"),
-    [
-        ("NVIDIA H100 80GB HBM3", 79),
-        ("NVIDIA H100", 79),
-        ("NVIDIA H100 NVL", 93),
-        ("NVIDIA H200", 139),
-        ("NVIDIA GH200 480GB", 94),  # the 480 GB are the host's
-        ("NVIDIA A100-SXM4-80GB", 79),
-        ("NVIDIA A100-PCIE-40GB", 39),
-        ("NVIDIA A100", None),  # comes in two sizes
-        ("NVIDIA L4", 22),
-        ("NVIDIA L40S", 44),
-        ("NVIDIA GeForce RTX 4090", 23),
-        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
-        ("cpu", None),
-    ],
-)
-def test_memory_of_device(name, gib):
-    assert plan.memory_of_device(name) == (None if gib is None else gib * GIB)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The command
 

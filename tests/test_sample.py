@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHead
 
 import hgpt
 import sample
+from hgpt.cli import run
 from hgpt.data.tokenizer import Tokenizer, hf_tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -79,7 +80,7 @@ def write(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
     def run(folder: Path, *argv: str) -> str:
         capsys.readouterr()
-        status = sample.main(["--checkpoint", str(folder), "--device", "cpu", *argv])
+        status = run(sample.main, ["--checkpoint", str(folder), "--device", "cpu", *argv])
         captured = capsys.readouterr()
         run.notes = captured.err
         assert status == 0, captured.err
@@ -387,7 +388,7 @@ def test_text_ends_where_the_context_ends_and_says_so(harmonic: Path, write) -> 
 def complaint(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """The error of a command line that must fail with one line and status 2, and write nothing."""
     capsys.readouterr()
-    assert sample.main(argv) == 2
+    assert run(sample.main, argv) == 2
     captured = capsys.readouterr()
     (line,) = [line for line in captured.err.splitlines() if not re.match("(model|prompt|sampling|length) ", line)]
     assert captured.out == "" and line.startswith("error: ")

@@ -2,15 +2,18 @@
 
 import json
 import random
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import openwebtext
-from data_prep.verify import main
+from data_prep import openwebtext, verify
+from hgpt.cli import run
 from hgpt.data.shards import HEADER_BYTES
+
+main = partial(run, verify.main)
 
 TEXTS = [" ".join(random.Random(n).choices(["distance", "centre", "日本", "loss"], k=n % 40 + 1)) for n in range(200)]
 
@@ -20,7 +23,7 @@ def folder(tmp_path):
     pq.write_table(pa.table({"text": TEXTS}), tmp_path / "a.parquet")
     out = tmp_path / "out"
     options = ["--tokenizer", "bpe:300", "--val-fraction", "0.1", "--tokens-per-shard", "2000", "--workers", "1"]
-    assert openwebtext.main(["--source", str(tmp_path / "a.parquet"), "--out", str(out), *options]) == 0
+    assert run(openwebtext.main, ["--source", str(tmp_path / "a.parquet"), "--out", str(out), *options]) == 0
     return out
 
 

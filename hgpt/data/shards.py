@@ -27,6 +27,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
+from hgpt.durable import publish, sha256, whole_file
 from hgpt.errors import UserError
 
 MAGIC = 20240520
@@ -104,17 +105,8 @@ def write_meta(folder: str | Path, meta: DataMeta) -> None:
     """Write `meta.json` atomically. Call it last: it is what makes a data folder complete."""
     check_vocab_size(meta.vocab_size, f"tokenizer {meta.tokenizer}")
     content = json.dumps({"format_version": VERSION, **asdict(meta)}, indent=2, ensure_ascii=False) + "\n"
-    write_whole(Path(folder) / META_FILE, content)
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Write a file so that, whatever happens, it has all of its content or is not there (or as it was before)."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with open(unfinished, "wb") as file:
-        file.write(content.encode())
-        _flush_to_disk(file)
-    os.replace(unfinished, path)
-    _sync_folder(path.parent)
+    with whole_file(Path(folder) / META_FILE) as path:
+        path.write_text(content, encoding="utf-8")
 
 
 def read_meta(folder: str | Path) -> DataMeta:
@@ -296,38 +288,16 @@ class ShardWriter:
         header[:3] = MAGIC, VERSION, self._in_shard
         self._file.seek(0)
         self._file.write(header.data)
-        _flush_to_disk(self._file)
         self._file.close()
         self._file = None
         path = self.folder / shard_name(self.split, len(self._records))
         # The header holds the count, which is known only now: the checksum is taken from the file.
         record = ShardRecord(file=path.name, tokens=self._in_shard, sha256=sha256(self._unfinished()))
-        os.replace(self._unfinished(), path)
-        _sync_folder(self.folder)
+        publish(self._unfinished(), path)
         self._records.append(record)
         self._in_shard = 0
         if self._on_finished is not None:
             self._on_finished(record)
-
-
-def _flush_to_disk(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal, as `sha256sum` prints it."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------

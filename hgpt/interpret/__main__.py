@@ -4,22 +4,15 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from typing import NoReturn
 
+from hgpt.cli import Parser, run
 from hgpt.errors import UserError
 from hgpt.interpret.report import PAGE, interpret
 from hgpt.interpret.results import AnalysisSettings
 from hgpt.model.distances import load_distances
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are a UserError: one line, status 2, testable."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (python -m hgpt.interpret --help lists every option)")
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     defaults = AnalysisSettings()
     parser = Parser(
         prog="python -m hgpt.interpret",
@@ -70,41 +63,33 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+def main(argv: Sequence[str]) -> str:
+    """Measure and write the report; returns where it is."""
     start = time.perf_counter()
-    try:
-        options = parse_arguments(argv)
-        if options.distance_file is not None:
-            try:
-                load_distances(options.distance_file)
-            except ValueError as error:
-                raise UserError(f"--distance-file: {error}") from error
-        settings = AnalysisSettings(
-            data=options.data,
-            relations=options.relations,
-            tokens=options.tokens,
-            bootstrap=options.bootstrap,
-            text=options.text,
-            words=tuple(options.words),
-            seed=options.seed,
-            device=options.device,
-        )
-        analysis = interpret(options.models, settings, options.out, checkpoints=not options.final_only)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
-        return 130
+    options = parse_arguments(argv)
+    if options.distance_file is not None:
+        try:
+            load_distances(options.distance_file)
+        except ValueError as error:
+            raise UserError(f"--distance-file: {error}") from error
+    settings = AnalysisSettings(
+        data=options.data,
+        relations=options.relations,
+        tokens=options.tokens,
+        bootstrap=options.bootstrap,
+        text=options.text,
+        words=tuple(options.words),
+        seed=options.seed,
+        device=options.device,
+    )
+    analysis = interpret(options.models, settings, options.out, checkpoints=not options.final_only)
     for note in analysis.notes:
         print(f"note: {note}", file=sys.stderr)
     for model in analysis.models:
         for entry in model.skipped:
             print(f"skipped: {model.label}: {entry}", file=sys.stderr)
-    print(f"{options.out.rstrip('/')}/{PAGE} ({time.perf_counter() - start:.0f} s)")
-    return 0
+    return f"{options.out.rstrip('/')}/{PAGE} ({time.perf_counter() - start:.0f} s)"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main, interrupted="interrupted; nothing was written"))

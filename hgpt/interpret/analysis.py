@@ -3,7 +3,6 @@
 Models are loaded one after another; what is kept of each is small, so that their number does not decide the memory.
 """
 
-import json
 import tomllib
 import zlib
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from hgpt.data.tokenizer import TOKENIZER_FILE
 from hgpt.errors import UserError
+from hgpt.history import records
 from hgpt.interpret import calibration, centres, geometry, parallelograms
 from hgpt.interpret.corpus import Corpus
 from hgpt.interpret.models import LoadedModel, Outline, Source, find_sources, loaded, outlines, run_checkpoints
@@ -42,7 +42,6 @@ from hgpt.interpret.results import (
     estimate,
 )
 from hgpt.interpret.statistics import bootstrap_counts, bootstrap_ratio, holm, percentile_interval, sign_flip_test
-from hgpt.run.report import METRICS_FILE
 
 # Analogy questions per relation: each costs a search of the vocabulary.
 ANALOGY_QUESTIONS = 500
@@ -606,11 +605,9 @@ def _context_at(
 
 def _history(source: Source) -> list[dict[str, Any]]:
     """The run's own metrics up to the step of the checkpoint: training losses and evaluations."""
-    if source.run is None or not (source.run / METRICS_FILE).is_file():
+    if source.run is None:
         return []
-    lines = (source.run / METRICS_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [record for record in records if source.step is None or record["step"] <= source.step]
+    return [record for record in records(source.run) if source.step is None or record["step"] <= source.step]
 
 
 def _over_training(

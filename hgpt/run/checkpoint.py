@@ -15,24 +15,22 @@ and no file of it can run code when it is read (safetensors and JSON).
 import copy
 import hashlib
 import json
-import os
 import platform
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hgpt.data.shards import TokenShards
+from hgpt.durable import remove_folder, sha256, whole_file
+from hgpt.durable import whole_folder as atomic_folder  # noqa: F401 - train.py calls it by this name
 from hgpt.errors import UserError
 from hgpt.model.configuration_hgpt import HGPTConfig
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
@@ -118,7 +116,7 @@ def damage(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if _sha256(path) != checksum:
+        if sha256(path) != checksum:
             return f"{name} does not match its checksum"
     return None
 
@@ -155,45 +153,11 @@ def model_folder(path: str | Path) -> Path:
 # Saving
 
 
-def partial_folder(target: Path) -> Path:
-    """The name under which `target` is written, known to every process."""
-    return target.with_name(f".{target.name}.partial")
-
-
-@contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into, which gets the name `target` only when the block ends well; otherwise it is removed.
-
-    What a process that was killed in here left beside `target` is removed first. Raises UserError if the disk is full.
-    """
-    partial = partial_folder(target)
-    for leftover in [*target.parent.glob(".step_*.partial"), *target.parent.glob(".step_*.deleted"), partial]:
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in [*partial.rglob("*"), partial]:
-            _sync(path)
-        if target.exists():  # a damaged checkpoint of the same step, or one of a run that went another way
-            _delete(target)
-        os.replace(partial, target)
-        _sync(target.parent)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        # The libraries in Rust wrap what the disk says in exceptions of their own, tokenizers in a bare Exception.
-        if isinstance(error, OSError | SafetensorError) or "os error" in str(error):
-            raise UserError(
-                f"could not write {target}: {error}. Nothing was left behind and older checkpoints are untouched; "
-                "make room, then go on with --resume auto"
-            ) from error
-        raise
-
-
 def write_manifest(folder: Path) -> None:
     """Enter size and SHA-256 of every file of `folder` into its manifest.json."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     entries = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
     }
     (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=1))
 
@@ -272,10 +236,8 @@ class Writer:
 
 def point_latest(run_folder: Path, checkpoint: Path) -> None:
     """Make run_folder/latest a link to `checkpoint`, in one step."""
-    link = run_folder / f".{LATEST}.partial"
-    link.unlink(missing_ok=True)
-    link.symlink_to(checkpoint.relative_to(run_folder))
-    os.replace(link, run_folder / LATEST)
+    with whole_file(run_folder / LATEST) as link:
+        link.symlink_to(checkpoint.relative_to(run_folder))
 
 
 def remove_old(run_folder: Path, config: CheckpointConfig) -> None:
@@ -288,14 +250,7 @@ def remove_old(run_folder: Path, config: CheckpointConfig) -> None:
         older = [path for path in checkpoints(run_folder) if checkpoint_step(path) <= latest][: -config.keep_last]
         for checkpoint in older:
             if not config.for_good(checkpoint_step(checkpoint)):
-                _delete(checkpoint)
-
-
-def _delete(checkpoint: Path) -> None:
-    """Out of sight first: a deletion that breaks off must not leave half a checkpoint under its name."""
-    doomed = checkpoint.with_name(f".{checkpoint.name}.deleted")
-    os.replace(checkpoint, doomed)
-    shutil.rmtree(doomed)
+                remove_folder(checkpoint)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -365,17 +320,3 @@ def load_random_state(checkpoint: Path, rank: int) -> bool:
 
 def _random_state_file(folder: Path, rank: int) -> Path:
     return folder / f"rng_{rank:05d}.safetensors"
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Ask the disk to keep what was written: a rename must not survive a power cut that its content does not."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,7 +15,6 @@ process of each node measures. Nothing is sent anywhere, and nothing is written 
 """
 
 import difflib
-import json
 import logging
 import os
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from hgpt.errors import UserError
+from hgpt.history import records
 
 JOULES_PER_KWH = 3.6e6
 
@@ -265,12 +265,8 @@ class RunEnergy:
 
 
 def last_record(metrics: Path, step: int) -> dict[str, Any] | None:
-    """The last line about energy in the `metrics.jsonl` of a run up to this step; None if there is none."""
-    if not metrics.is_file():
-        return None
-    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-    records = [json.loads(line) for line in lines if line.endswith("\n") and '"energy"' in line]
-    return next((r for r in reversed(records) if r["kind"] == "energy" and r["step"] <= step), None)
+    """The last record of energy in a run's `metrics.jsonl` up to this step; None if there is none."""
+    return next((record for record in reversed(records(metrics, "energy")) if record["step"] <= step), None)
 
 
 def in_words(record: Mapping[str, float], method: str) -> str:

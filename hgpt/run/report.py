@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
-import resource
 import secrets
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,44 +12,12 @@ from typing import Any
 import torch
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
+from hgpt.durable import whole_file
 from hgpt.errors import UserError
+from hgpt.hardware import device_name, memory_in_use, peak_flops  # noqa: F401 - train.py imports them from here
+from hgpt.history import METRICS_FILE, records
 from hgpt.model.configuration_hgpt import HGPTConfig
 from hgpt.run.config import LogConfig
-
-METRICS_FILE = "metrics.jsonl"
-
-
-# Dense bf16 peak in TFLOP/s by words of the device's name, first match wins. From the vendors' data sheets, without
-# sparsity. A device that is not here gets no MFU rather than a wrong one.
-_PEAK_BF16_TFLOPS = (
-    ("H100 PCIe", 756.0),
-    ("H100 NVL", 835.0),
-    ("H100", 989.0),
-    ("H200 NVL", 835.0),
-    ("H200", 989.0),
-    ("GH200", 989.0),
-    ("A100", 312.0),
-    ("L40S", 362.0),
-    ("L4", 121.0),
-    ("A10G", 70.0),
-    ("A10", 125.0),
-    ("RTX 4090", 165.0),
-    ("RTX 3090", 71.0),
-)
-# Words that make another device of it: a slice of a GPU, and consumer variants of a name above.
-_OTHER_DEVICE = {"MIG", "Laptop", "Ti", "D"}
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 peak in FLOP/s of a device name as CUDA reports it ("NVIDIA H100 80GB HBM3"), None if unknown."""
-    words = device_name.replace("-", " ").split()
-    if not _OTHER_DEVICE.isdisjoint(words):
-        return None
-    for name, teraflops in _PEAK_BF16_TFLOPS:
-        parts = name.split()
-        if any(words[i : i + len(parts)] == parts for i in range(len(words))):
-            return teraflops * 1e12
-    return None
 
 
 def flops_per_token(config: HGPTConfig, seq_len: int) -> float:
@@ -108,15 +73,6 @@ class PhaseTimes:
 
     def _add(self, phase: str, seconds: float) -> None:
         self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
-
-
-def memory_in_use(device: torch.device) -> float:
-    """The most memory that this process has held, in GiB: allocated on its GPU, or resident where it uses the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    # Kibibytes on Linux, bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 class LossSpikes:
@@ -183,10 +139,9 @@ class MetricsLog:
         self._path = run_folder / METRICS_FILE
         self._trackers = trackers
         if self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines(keepends=True) if _is_before(line, step)]
-            shorter = self._path.with_name(f".{METRICS_FILE}.partial")
-            shorter.write_text("".join(kept))
-            os.replace(shorter, self._path)
+            kept = [record for record in records(self._path) if _is_before(record, step)]
+            with whole_file(self._path) as path:
+                path.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._file = self._path.open("a", buffering=1)
         plain = {name: v if isinstance(v, int | float | str) else str(v) for name, v in settings.items()}
         for tracker in trackers:
@@ -218,14 +173,10 @@ class MetricsLog:
             tracker.finish()
 
 
-def _is_before(line: str, step: int) -> bool:
-    """Whether a line is whole and belongs to the run up to `step`; the line a killed run broke off is not."""
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
-        return False
-    # An evaluation at step s is made before step s is trained, and repeated by the run that goes on there.
-    return line.endswith("\n") and (record["step"] < step or (record["kind"] != "eval" and record["step"] == step))
+def _is_before(record: Mapping[str, Any], step: int) -> bool:
+    """Whether a record belongs to the run up to `step`, from which it is resumed."""
+    # An evaluation at step s is made before step s is trained, and repeated by the run that is resumed there.
+    return record["step"] < step or (record["kind"] != "eval" and record["step"] == step)
 
 
 def build_trackers(config: LogConfig, run_folder: Path, run_name: str, step: int = 0) -> list[GeneralTracker]:
@@ -259,8 +210,3 @@ def build_trackers(config: LogConfig, run_folder: Path, run_name: str, step: int
                 )
             )
     return trackers
-
-
-def device_name(device: torch.device) -> str:
-    """What CUDA calls a GPU; elsewhere the kind of the device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

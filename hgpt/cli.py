@@ -1,0 +1,63 @@
+"""One parser and one ending for every command. The file of a command ends with
+
+if __name__ == "__main__":
+    sys.exit(run(main))
+
+where `main` takes the arguments, returns the text to print (or None) and raises UserError for bad input.
+"""
+
+import argparse
+import os
+import select
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from hgpt.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises UserError for bad arguments, with one line in place of the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help lists every option)")
+
+
+def run(
+    main: Callable[[Sequence[str]], str | None],
+    arguments: Sequence[str] | None = None,
+    *,
+    interrupted: str = "interrupted",
+) -> int:
+    """Call `main`, print the text that it returns, and return the exit status.
+
+    0: done, or the reader of standard output (`| head`) has closed it. 2: UserError, printed as one message without a
+    traceback. 130: Ctrl-C. Other exceptions are raised.
+
+    Args:
+        arguments: default: those of the command line.
+        interrupted: what to print after Ctrl-C; says what became of the work.
+    """
+    try:
+        text = main(sys.argv[1:] if arguments is None else arguments)
+        if text is not None:
+            print(text)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        if not _output_is_closed():  # some other pipe, such as that of a worker process
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
+    return 0
+
+
+def _output_is_closed() -> bool:
+    """Whether nobody reads standard output any more."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return bool(poll.poll(0))

@@ -1,0 +1,67 @@
+"""What devices can do: peak FLOP/s, memory, bandwidth."""
+
+import resource
+import sys
+from typing import NamedTuple
+
+import torch
+
+
+class Device(NamedTuple):
+    """Figures of a GPU from its vendor's data sheet; None where the name leaves open which of two sizes it is."""
+
+    peak_flops: float  # bf16, dense: without sparsity
+    memory_gib: int | None  # as CUDA reports it, rounded down
+    bandwidth: float | None  # of the memory, bytes/s
+
+
+# Words of the device's name: TFLOP/s, GiB, GB/s. The first entry of which the name has all words counts.
+_DEVICES: dict[str, tuple[float, int | None, int | None]] = {
+    "H100 PCIe": (756, 79, 2000),
+    "H100 NVL": (835, 93, 3900),
+    "H100": (989, 79, 3350),
+    "H200 NVL": (835, 139, 4800),
+    "H200": (989, 139, 4800),
+    "GH200": (989, 94, 4000),
+    "A100 80GB": (312, 79, 1935),
+    "A100 40GB": (312, 39, 1555),
+    "A100": (312, None, None),
+    "L40S": (362, 44, 864),
+    "L4": (121, 22, 300),
+    "A10G": (70, 22, 600),
+    "A10": (125, 22, 600),
+    "RTX 4090": (165, 23, 1008),
+    "RTX 3090": (71, 23, 936),
+}
+# Words that make it another device: a slice of a GPU, and consumer variants of a name above.
+_OTHER_DEVICE = {"MIG", "Laptop", "Ti", "D"}
+
+
+def known_device(name: str) -> Device | None:
+    """The figures of a device by its name as CUDA reports it ("NVIDIA H100 80GB HBM3"), None if they are unknown."""
+    words = set(name.replace("-", " ").split())
+    if words & _OTHER_DEVICE:
+        return None
+    for entry, (teraflops, gib, gigabytes) in _DEVICES.items():
+        if words.issuperset(entry.split()):
+            return Device(teraflops * 1e12, gib, None if gigabytes is None else gigabytes * 1e9)
+    return None
+
+
+def peak_flops(name: str) -> float | None:
+    """Dense bf16 peak of a device in FLOP/s, None if unknown: no MFU is better than a wrong one."""
+    device = known_device(name)
+    return None if device is None else device.peak_flops
+
+
+def device_name(device: torch.device) -> str:
+    """What CUDA calls a GPU; elsewhere the kind of the device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def memory_in_use(device: torch.device) -> float:
+    """The most memory that this process has held, in GiB: allocated on its GPU, or resident where it uses the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
