@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hgpt import history, runs
+from hgpt.durable import remove_folder
 from hgpt.errors import UserError
 from hgpt.run import checkpoint as ckpt
 from hgpt.runs import Run, find_runs, main, read_curves, read_run, sort_runs, table
@@ -90,7 +91,7 @@ def test_preempted(tmp_path):
     (folder / "preempted").touch()
     assert read(folder).state == "preempted"
     # train.py removes the file when it goes on; after the last step there is nothing to go on with.
-    ckpt._delete(folder / "checkpoints" / "step_0000060")
+    remove_folder(folder / "checkpoints" / "step_0000060")
     assert read(folder).state == "running"
 
 
