@@ -154,9 +154,7 @@ def _train(config: RunConfig, held: ExitStack) -> dict[str, float]:
             for note in initialize_from(model, config.model.init_from):
                 say(f"{config.model.init_from}: {note}")
     model.lm_head.label_smoothing = config.train.label_smoothing  # in training mode only, and not exported
-    model.lm_head.chunk, model.lm_head.compiled = config.train.loss_chunk, config.train.compile_loss
-    if config.train.distance_memory is not None:
-        model.lm_head.memory = int(config.train.distance_memory * 2**20)
+    model.lm_head.compiled = config.train.compile_loss
     set_seed(config.train.seed, device_specific=True)
     if config.train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -255,7 +253,7 @@ def _train(config: RunConfig, held: ExitStack) -> dict[str, float]:
     hide = None if accelerator.is_main_process else True
     bar = tqdm(total=config.train.steps, initial=step, unit="step", disable=hide, dynamic_ncols=True, smoothing=0.05)
     with (
-        _interruptible(config.checkpoint.on_interrupt) as interrupted,
+        _interruptible(True) as interrupted,
         ckpt.Writer(config.checkpoint.background) as writer,
         Watchdog(config.train.hang_timeout) as watchdog,
         nullcontext() if energy is None else energy,

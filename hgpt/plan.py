@@ -402,8 +402,6 @@ class Plan:
             precision=train.precision,
             checkpointing=train.activation_checkpointing if checkpointing is None else checkpointing,
             muon=self.run.optim.algorithm == "muon",
-            loss_chunk=train.loss_chunk,
-            distance_memory=train.distance_memory,
         )
 
     @property
@@ -542,8 +540,6 @@ def _memory_lines(plan: Plan) -> list[str]:
         config,
         plan.micro_tokens,
         precision,
-        loss_chunk=run.train.loss_chunk,
-        distance_memory=run.train.distance_memory,
     )
     off, on = (plan.memory(engine, checkpointing=value) for value in (False, True))
     rows = [

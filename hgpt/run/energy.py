@@ -43,8 +43,8 @@ def check_country(country: str) -> None:
         from codecarbon.input import DataSource
     except ImportError as error:
         raise UserError(
-            'log.energy = true needs codecarbon, which is not installed: pip install "hgpt[energy]", or set log.energy '
-            "= false"
+            'log.energy_country needs codecarbon, which is not installed: pip install "hgpt[energy]", or remove the '
+            "setting"
         ) from error
     known = DataSource().get_global_energy_mix_data()
     if country not in known:  # codecarbon would take the world's average

@@ -80,7 +80,7 @@ def head_diagnostics(
     """
     unwrapped: HGPTForCausalLM = accelerator.unwrap_model(model)
     config, head = unwrapped.config, unwrapped.lm_head
-    exponent, learnt = config.exponent, head.log_exponent if isinstance(head, HarmonicHead) else None
+    exponent, learnt = float(config.exponent), head.log_exponent if isinstance(head, HarmonicHead) else None
     if learnt is not None:
         with whole(learnt) as log_exponent:
             exponent = float(log_exponent.exp())

@@ -12,6 +12,9 @@ from hgpt.model.heads import HarmonicHead
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.config import OptimConfig
 
+MUON_MOMENTUM = 0.95  # Nesterov
+DECAY_FRACTION = 0.2  # of all steps, at the end of the trapezoidal schedule
+
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     """The learning rate of step `step`, 0 ≤ step < total_steps.
@@ -25,8 +28,7 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
         return config.lr
     start = config.warmup_steps
     if config.schedule == "trapezoidal":
-        fraction = 0.2 if config.decay_fraction is None else config.decay_fraction
-        start = max(start, round(total_steps * (1 - fraction)) - 1)
+        start = max(start, round(total_steps * (1 - DECAY_FRACTION)) - 1)
     progress = max(0.0, (step - start) / max(1, total_steps - 1 - start))
     remaining = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
     return config.min_lr + (config.lr - config.min_lr) * remaining
@@ -83,7 +85,7 @@ def build_optimizer(model: HGPTForCausalLM, config: OptimConfig) -> torch.optim.
     muon = torch.optim.Muon(
         matrices,
         lr=config.lr,
-        momentum=0.95 if config.muon_momentum is None else config.muon_momentum,
+        momentum=MUON_MOMENTUM,
         adjust_lr_fn="match_rms_adamw",
     )
     return MuonWithAdamW(muon, adamw)

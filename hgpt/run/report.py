@@ -202,7 +202,7 @@ def build_trackers(config: LogConfig, run_folder: Path, run_name: str, step: int
                 wandb_id.write_text(secrets.token_hex(8))
             trackers.append(
                 WandBTracker(
-                    config.wandb_project or "hgpt",
+                    os.environ.get("WANDB_PROJECT", "hgpt"),
                     name=run_name,
                     dir=str(run_folder),
                     id=wandb_id.read_text(),

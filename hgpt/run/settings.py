@@ -1,85 +1,124 @@
 """Settings of a run (hgpt/run/config.py) from TOML and the command line and back, and what may change on resume.
 
-python train.py --config configs/x.toml --optim.lr 1e-3
+    python train.py --config configs/x.toml --optim.lr 1e-3
+
+Between files, command line, checkpoints and the dataclasses, settings are a flat dictionary by dotted name:
+{"train.steps": 800, "model.head.exponent": 14.0, "model.head.distance_options.p": 3}.
 """
 
+import ast
 import difflib
+import functools
 import json
-import re
+import math
+import textwrap
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from jsonargparse import ArgumentError, ArgumentParser
+import docstring_parser
 
 from hgpt.errors import UserError
-from hgpt.run.config import OWN_OPTIONS, RunConfig
+from hgpt.model.configuration_hgpt import HGPTConfig
+from hgpt.run.config import RunConfig
 
 CONFIG_FILE = "config.toml"
+OPTIONS = "model.head.distance_options"  # the one table with keys that this module does not know
+
+
+class Setting(NamedTuple):
+    kind: Any  # the type, as the dataclass has it
+    default: Any  # MISSING for a required setting
+    doc: str
+
+
+@functools.cache
+def known_settings(section: type = RunConfig, prefix: str = "") -> dict[str, Setting]:
+    """All settings of a dataclass by dotted name, `model.head.exponent`."""
+    docs = _docs(HGPTConfig) | _docs(section)
+    found: dict[str, Setting] = {}
+    for entry in fields(section):
+        if isinstance(entry.type, type) and is_dataclass(entry.type):
+            found |= known_settings(entry.type, f"{prefix}{entry.name}.")
+        else:
+            found[prefix + entry.name] = Setting(entry.type, entry.default, docs[entry.name])
+    return found
+
+
+def _docs(section: type) -> dict[str, str]:
+    params = docstring_parser.parse(section.__doc__ or "").params
+    return {param.arg_name: " ".join((param.description or "").split()) for param in params}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Settings of earlier versions
+
+RENAMED = {f"model.head.{name}": f"{OPTIONS}.{name}" for name in ("p", "temperature", "metric", "rank")}
+
+
+def gone(settings: dict[str, Any]) -> dict[str, tuple[Any, str]]:
+    """Settings that no longer exist: the value that always holds now, and the reason."""
+    return {
+        "model.initializer_range": (0.02, "it is always 0.02, as in GPT-2"),
+        "model.pad_vocab_to_multiple_of": (64, "it is always 64"),
+        "train.loss_chunk": (None, "the size follows from the device"),
+        "train.distance_memory": (None, "the size follows from the device"),
+        "optim.muon_momentum": (0.95, "it is always 0.95"),
+        "optim.decay_fraction": (0.2, "it is always 0.2"),
+        "checkpoint.on_interrupt": (True, "Ctrl-C always saves a checkpoint"),
+        "log.wandb_project": ("hgpt", "the environment variable WANDB_PROJECT has its place"),
+        "log.energy": (settings.get("log.energy_country") is not None, "log.energy_country alone turns it on"),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading
 
 
 def load_run_config(arguments: Sequence[str]) -> RunConfig:
-    """A run from command-line arguments: `--config FILE.toml`, of several the later wins, and `--section.key value`.
+    """A run from command-line arguments: `--config FILE.toml`, of several the later wins, and `--section.key VALUE`.
 
-    The command line wins over files, wherever it names them. Raises UserError for a file that is missing or no TOML,
-    an unknown key (naming the nearest known ones), a value of the wrong type, and values out of range. `--help` prints
-    every setting and exits.
+    The command line wins over files, wherever it names them. `--help` prints every setting and exits; `--print_config`
+    prints the resolved settings as TOML and exits. Raises UserError for a file that is missing or no TOML, an unknown
+    setting (naming the nearest known ones), a value of the wrong type, and values out of range.
     """
-    known = known_settings(RunConfig)
-    files, others = _files_and_others(arguments)
-    for file in files:
-        for key in flatten(_read_toml(file)):
-            _check_name(key, known, file)
-    for argument in others:
-        if argument.startswith("--") and argument not in ("--help", "--print_config"):
-            _check_name(argument[2:].partition("=")[0], known, "command line")
-
-    parser = ArgumentParser(prog="train.py", parser_mode="toml", exit_on_error=False, description=_DESCRIPTION)
-    parser.add_argument("--config", action="config", help="a TOML file; configs/ holds those that ship")
-    parser.add_class_arguments(RunConfig, sub_configs=False)
-    try:
-        parsed = parser.parse_args([*(f"--config={file}" for file in files), *others])
-        sections = parser.instantiate(parsed)
-    except ArgumentError as error:
-        raise UserError(_readable(str(error), known)) from error
-    return RunConfig(**{entry.name: sections[entry.name] for entry in fields(RunConfig)})
+    options = list(_options(arguments))
+    if ("help", None) in options:
+        print(_help())
+        raise SystemExit(0)
+    files = [text for name, text in options if name == "config" and text is not None]
+    given = [(f"{file}: ", name, value) for file in files for name, value in flatten(_read_toml(file)).items()]
+    given += [
+        ("command line: ", name, _from_text(name, text))
+        for name, text in options
+        if name != "config" and text is not None
+    ]
+    config = _build(RunConfig, _merged(given))
+    if ("print_config", None) in options:
+        print(to_toml(settings(config)), end="")
+        raise SystemExit(0)
+    return config
 
 
-_DESCRIPTION = (
-    "Train a GPT-2 with a harmonic or a softmax head. Every setting below is given as --section.key VALUE, or in a "
-    "TOML file as key = VALUE under [section]."
-)
-
-
-def known_settings(section: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted names of all settings of a dataclass, `model.head.exponent`, and their types."""
-    types: dict[str, Any] = {}
-    for entry in fields(section):
-        if is_dataclass(entry.type):
-            types |= known_settings(entry.type, f"{prefix}{entry.name}.")
-        else:
-            types[prefix + entry.name] = entry.type
-    return types
-
-
-def _files_and_others(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The values of --config, and all other arguments."""
-    files, others = [], []
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """(name, text) of `--name text` and `--name=text`; the text of --help and --print_config is None."""
     remaining = iter(arguments)
     for argument in remaining:
-        if argument == "--config":
-            file = next(remaining, None)
-            if file is None:
-                raise UserError("--config needs a file: --config configs/quickstart.toml")
-            files.append(file)
-        elif argument.startswith("--config="):
-            files.append(argument.removeprefix("--config="))
-        else:
-            others.append(argument)
-    return files, others
+        name, equals, text = argument.removeprefix("--").partition("=")
+        if argument in ("--help", "-h", "--print_config"):
+            yield "print_config" if name == "print_config" else "help", None
+            continue
+        if not argument.startswith("--"):
+            raise UserError(f"unrecognized arguments: {argument}; settings are given as --section.key VALUE")
+        if not equals:
+            text = next(remaining, "--")
+            if text.startswith("--"):
+                raise UserError(f"--{name} needs a {'file: --config FILE.toml' if name == 'config' else 'value'}")
+        yield name, text
 
 
 def _read_toml(file: str) -> dict[str, Any]:
@@ -91,43 +130,143 @@ def _read_toml(file: str) -> dict[str, Any]:
         raise UserError(f"--config {file}: not valid TOML: {error}") from error
 
 
-def _check_name(name: str, known: Iterable[str], where: str) -> None:
-    sections = {key[: key.rindex(".")] for key in known if "." in key}
-    if name in known or name in sections or name.rpartition(".")[0] == OWN_OPTIONS:
+def _merged(given: list[tuple[str, str, Any]]) -> dict[str, Any]:
+    """Checked settings from (place, name, value); of several values of a setting the later wins."""
+    values: dict[str, Any] = {}
+    for place, name, value in given:
+        name = RENAMED.get(name, name)
+        _check_name(name, place)
+        if name == OPTIONS and isinstance(value, dict | None):  # the whole table replaces all options before it
+            values = {key: old for key, old in values.items() if not key.startswith(f"{OPTIONS}.")}
+            values |= {f"{OPTIONS}.{key}": option for key, option in (value or {}).items()}
+        else:
+            values[name] = value
+    for name, (fixed, reason) in gone(values).items():
+        if values.get(name) not in (None, fixed):
+            raise UserError(f"{name} = {values[name]!r}: there is no such setting any more, {reason}: remove it")
+        values.pop(name, None)
+    required = [name for name, setting in known_settings().items() if setting.default is MISSING]
+    if not values.keys() >= set(required):
+        raise UserError(f"these settings are required: {', '.join(name for name in required if name not in values)}")
+    return {name: _checked(name, value) for name, value in values.items()}
+
+
+def _check_name(name: str, place: str) -> None:
+    """Raise UserError for a name that is no setting."""
+    known = known_settings()
+    if name in known or name in gone({}) or name.rpartition(".")[0] == OPTIONS:
         return
-    # A right name in the wrong section is as common as a slip of the pen.
+    if any(key.startswith(f"{name}.") for key in known):
+        raise UserError(f"{place}{name} is a section: give its settings one by one, as {name}.KEY")
+    # A right name in the wrong section is as common as a typing error.
     same_end = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     close = same_end or difflib.get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else "python train.py --help lists all settings"
-    raise UserError(f"{where}: there is no setting {name}; {hint}")
+    raise UserError(f"{place}there is no setting {name}; {hint}")
 
 
-_WRONG_VALUE = re.compile(r'Parser key "([\w.]+)":.*(?:Got|Given) value: (.*)')
+def _build(section: type, values: dict[str, Any], prefix: str = "") -> Any:
+    """The dataclass `section` from values by dotted name."""
+    arguments: dict[str, Any] = {}
+    for entry in fields(section):
+        name = prefix + entry.name
+        if isinstance(entry.type, type) and is_dataclass(entry.type):
+            arguments[entry.name] = _build(entry.type, values, f"{name}.")
+        elif name == OPTIONS:
+            table = {key.removeprefix(f"{OPTIONS}."): value for key, value in values.items() if key.startswith(OPTIONS)}
+            arguments[entry.name] = {key: value for key, value in table.items() if value is not None} or None
+        elif name in values:
+            arguments[entry.name] = values[name]
+    return section(**arguments)
 
 
-def _readable(message: str, known: dict[str, Any]) -> str:
-    """jsonargparse's message in one line; of a mistyped value the setting, what it takes, and the value."""
-    message = " ".join(message.split())
-    wrong = _WRONG_VALUE.fullmatch(message)
-    if wrong is None or wrong[1] not in known:
-        return message.replace("Parser key", "setting")
-    return f"{wrong[1]} must be {_kind(known[wrong[1]])}; got {wrong[2]}"
+# ---------------------------------------------------------------------------------------------------------------
+# Types of values
+
+_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "null": None}
+_OPTION_KIND = bool | int | float | str | None
 
 
-def _kind(annotation: Any) -> str:
-    """What a value of this type is, for a reader: "a whole number", 'one of "harmonic", "softmax"'."""
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null (not set)"}
-    if annotation in names:
-        return names[annotation]
-    parts = get_args(annotation)
-    if get_origin(annotation) is Literal:
+def _kind_of(name: str) -> Any:
+    return known_settings()[name].kind if name in known_settings() else _OPTION_KIND
+
+
+def _checked(name: str, value: Any) -> Any:
+    """`value` with the setting's type. Raises UserError."""
+    try:
+        return _as(value, _kind_of(name))
+    except (TypeError, OverflowError) as error:
+        raise UserError(f"{name} must be {_in_words(_kind_of(name))}; got {value!r}") from error
+
+
+def _from_text(name: str, text: str) -> Any:
+    """The value that `text` stands for, if it has the setting's type: a Python literal, true or null. Else the text."""
+    try:
+        value = _WORDS[text.lower()] if text.lower() in _WORDS else ast.literal_eval(text)
+        _as(value, _kind_of(name))
+    except (TypeError, OverflowError, ValueError, SyntaxError):
+        return text
+    return text if isinstance(value, str) else value
+
+
+def _as(value: Any, kind: Any) -> Any:
+    """`value` as a value of the type `kind`: whole numbers become floats, lists become tuples. Raises TypeError."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        for part in parts:
+            with suppress(TypeError):
+                return _as(value, part)
+    if origin is Literal and value in parts:
+        return value
+    if origin is dict and isinstance(value, dict):
+        return {key: _as(item, parts[1]) for key, item in value.items()}
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+        if len(kinds) == len(value):
+            return tuple(map(_as, value, kinds))
+    if kind is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if kind in (bool, int, str, NoneType) and type(value) is kind:
+        return value
+    raise TypeError(f"{value!r} is not {_in_words(kind)}")
+
+
+def _in_words(kind: Any) -> str:
+    """A type for a reader: "a whole number", 'one of "harmonic", "softmax"'."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if kind in names:
+        return names[kind]
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
         return "one of " + ", ".join(f'"{part}"' for part in parts)
-    if get_origin(annotation) is dict:
+    if get_origin(kind) is dict:
         return "a table"
-    if get_origin(annotation) is tuple:
+    if get_origin(kind) is tuple:
         count = "" if parts[-1] is Ellipsis else f" of {len(parts)}"
-        return f"a list{count}, each {_kind(parts[0])}"
-    return " or ".join(map(_kind, parts))
+        return f"a list{count}, each {_in_words(parts[0])}"
+    return " or ".join(_in_words(part) for part in parts if part is not NoneType)
+
+
+def _help() -> str:
+    text = """usage: python train.py --config FILE.toml [--section.key VALUE ...]
+
+Train a GPT-2 with a harmonic or a softmax head. Every setting below is given as --section.key VALUE, or in a TOML file
+as key = VALUE under [section]. --config may be repeated: the later file wins, and the command line wins over files.
+--print_config prints the resolved settings as TOML. configs/ holds the files that ship.
+"""
+    section = ""
+    for name, (kind, default, doc) in known_settings().items():
+        if name.rpartition(".")[0] != section:
+            section = name.rpartition(".")[0]
+            text += f"\n[{section}]\n"
+        shown = "required" if default is MISSING else "not set" if default is None else f"default {json.dumps(default)}"
+        text += f"  --{name} ({_in_words(kind)}; {shown})\n"
+        text += textwrap.fill(doc, 118, initial_indent=" " * 6, subsequent_indent=" " * 6) + "\n"
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Writing
 
 
 def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -139,73 +278,65 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
-    """The resolved settings by dotted name; what is not set is left out."""
+    """The resolved settings by dotted name; settings that are None are left out."""
     return {name: value for name, value in flatten(asdict(config)).items() if value is not None}
 
 
 def write_toml(config: RunConfig, path: Path) -> None:
-    """The resolved configuration as TOML, which `load_run_config(["--config", path])` reads back to the same."""
-    path.write_text(to_toml(asdict(config)), encoding="utf-8")
+    """Write the resolved settings as TOML, which `load_run_config(["--config", path])` reads back to the same."""
+    path.write_text(to_toml(settings(config)), encoding="utf-8")
 
 
-def to_toml(table: dict[str, Any], name: str = "") -> str:
-    """`table` as TOML: its values, then its tables; None is left out. The standard library reads TOML, but writes none.
+def to_toml(values: dict[str, Any]) -> str:
+    """Settings by dotted name as TOML, a table per section.
 
-    A list, a number, a truth value and a string look in TOML as in JSON, which leaves one control character unescaped.
+    Values are written as in JSON, which is TOML but for one unescaped control character. (The package toml is no help:
+    it turns the path C:\\x41 into C:A.)
     """
-    values = [
-        f"{key} = {json.dumps(value, ensure_ascii=False)}\n".replace("\x7f", "\\u007f")
-        for key, value in table.items()
-        if value is not None and not isinstance(value, dict)
-    ]
-    text = "".join(([f"\n[{name}]\n"] if name else []) + values)
-    for key, value in table.items():
-        if isinstance(value, dict):
-            text += to_toml(value, f"{name}.{key}" if name else key)
-    return text
+    sections: dict[str, str] = {}
+    for name, value in values.items():
+        section, _, key = name.rpartition(".")
+        line = f"{key} = {json.dumps(value, ensure_ascii=False)}\n".replace("\x7f", "\\u007f")
+        sections[section] = sections.get(section, f"[{section}]\n" if section else "") + line
+    return "\n".join(sections.values())
 
 
-# What may differ between a checkpoint and the run that goes on from it: nothing that changes the model, the data or
-# what the optimiser remembers.
+# ---------------------------------------------------------------------------------------------------------------
+# Resuming
+
+# Settings that must not differ between a checkpoint and the run that resumes from it: those of the model, of the order
+# of the data and of the optimiser's state.
 _FIXED_ON_RESUME = ("model.", "data.", "train.seed", "train.global_batch", "optim.algorithm")
 _FREE_ON_RESUME = ("model.init_from", "model.head.distance_file", "data.path", "data.verify")
 
 
 def check_resume(saved: dict[str, Any], config: RunConfig, checkpoint: Path) -> list[str]:
-    """Compare `saved` (dotted settings of the checkpoint) with the configuration of the run that goes on.
+    """Compare `saved` (settings of the checkpoint by dotted name) with the configuration of the run that resumes.
 
-    Returns the differences that are allowed, one line each, to be shown. Raises UserError listing those that
-    change the model or the order of the data.
+    Returns the differences that are allowed, one line each, to be shown. Raises UserError with the differences that
+    change the model, the data or the optimiser's state.
     """
-    # A setting that the checkpoint does not know, because it is newer, had its default's effect.
-    saved, now = _defaults(config) | saved, settings(config)
-    changed = {name: (saved.get(name), now.get(name)) for name in sorted(saved.keys() | now.keys())}
+    now = settings(config)
+    # A setting that is newer than the checkpoint had the effect of its default.
+    defaults = {name: setting.default for name, setting in known_settings().items()}
+    defaults = {name: value for name, value in defaults.items() if value is not MISSING and value is not None}
+    saved = defaults | {RENAMED.get(name, name): value for name, value in saved.items()}
+    now |= {name: fixed for name, (fixed, _) in gone(now).items() if name in saved}
     lines = {
-        name: f"{name}: {_shown(old)} in the checkpoint, {_shown(new)} now"
-        for name, (old, new) in changed.items()
-        if _plain(old) != _plain(new) and name != "resume"
+        name: f"{name}: {_shown(saved.get(name))} in the checkpoint, {_shown(now.get(name))} now"
+        for name in sorted(saved.keys() | now.keys())
+        if _plain(saved.get(name)) != _plain(now.get(name)) and name != "resume"
     }
     fixed = [line for name, line in lines.items() if name.startswith(_FIXED_ON_RESUME) and name not in _FREE_ON_RESUME]
     if fixed:
         raise UserError(
-            f"cannot go on from {checkpoint}: the configuration differs in what makes the model, the data or the "
-            "optimiser.\n  "
+            f"cannot resume from {checkpoint}: the configuration differs in what makes the model, the data or the "
+            "optimiser's state.\n  "
             + "\n  ".join(fixed)
-            + "\nSet these back to go on, or give the run another name to start anew (model.init_from takes the "
+            + "\nSet these back to resume, or give the run another name to start anew (model.init_from takes the "
             "weights along)."
         )
     return list(lines.values())
-
-
-def _defaults(section: Any, prefix: str = "") -> dict[str, Any]:
-    """The defaults by dotted name of all settings of a dataclass that have one other than "not set"."""
-    found: dict[str, Any] = {}
-    for entry in fields(section):
-        if is_dataclass(entry.type):
-            found |= _defaults(entry.type, f"{prefix}{entry.name}.")
-        elif entry.default is not MISSING and entry.default is not None:
-            found[prefix + entry.name] = entry.default
-    return found
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,440 @@
+"""hgpt/run/config.py and settings.py: reading and writing, every refusal, and what a resumed run may change."""
+
+import json
+import re
+import tomllib
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from hgpt.errors import UserError
+from hgpt.model.configuration_hgpt import HGPTConfig
+from hgpt.run.config import HEAD, MODEL, HeadConfig, ModelConfig, RunConfig
+from hgpt.run.settings import check_resume, flatten, gone, known_settings, load_run_config, settings, write_toml
+
+CONFIG = """
+name = "x"
+
+[data]
+path = "data/x"
+seq_len = 128
+
+[model]
+n_layer = 2
+n_head = 2
+n_embd = 64
+
+[model.head]
+exponent = "2*sqrt_dim"
+
+[train]
+steps = 100
+global_batch = 8
+micro_batch = 4
+
+[optim]
+lr = 3e-3
+warmup_steps = 10
+"""
+OPTIONS = "model.head.distance_options"
+LORENTZIAN = "model.head.distance=lorentzian model.head.distance_file=" + str(
+    Path(__file__).parent.parent / "configs" / "distances" / "lorentzian.py"
+)
+SOFTMAX = "model.head.type=softmax model.head.exponent=null"
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "x.toml"
+    path.write_text(CONFIG)
+    return path
+
+
+def load(path: Path, given: str = "") -> RunConfig:
+    """The configuration of a file and settings of the command line, name=value between spaces."""
+    return load_run_config(["--config", str(path), *(f"--{setting}" for setting in given.split())])
+
+
+def refusal(path: Path, *arguments: str) -> str:
+    with pytest.raises(UserError) as error:
+        load_run_config(["--config", str(path), *arguments])
+    return str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading and writing
+
+
+def test_file(file):
+    config = load(file)
+    written = flatten(tomllib.loads(CONFIG))
+    assert len(written) == 12 and settings(config).items() >= written.items()
+    assert isinstance(config.optim.lr, float)  # PyYAML would have read "3e-3" as a string
+    assert (config.name, config.run_folder, config.optim.betas) == ("x", Path("runs/x"), (0.9, 0.95))
+
+
+def test_the_later_of_two_values_wins_and_the_command_line_over_files(file, tmp_path):
+    second = tmp_path / "second.toml"
+    second.write_text("[train]\nsteps = 60\n")
+    config = load_run_config(["--optim.lr", "1e-4", f"--config={file}", "--config", str(second), "--name", "y"])
+    assert (config.optim.lr, config.name, config.train.steps, config.train.global_batch) == (1e-4, "y", 60, 8)
+    assert load(file, "train.seed=1 train.seed=2").train.seed == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("model.head.exponent", "14", 14.0),
+        ("model.head.exponent", "2.77e1", 27.7),
+        ("model.head.exponent", "sqrt_dim", "sqrt_dim"),
+        ("model.init_from", "gpt2", "gpt2"),
+        ("model.init_from", "null", None),
+        ("train.compile", "true", True),
+        ("model.bias", "yes", True),
+        ("model.tie_word_embeddings", "False", False),
+        ("optim.lr", "1", 1.0),
+        ("optim.lr", ".5", 0.5),
+        ("optim.betas", "[0.8, 0.99]", (0.8, 0.99)),
+        ("log.trackers", "[]", ()),
+        ("log.trackers", '["tensorboard", "wandb"]', ("tensorboard", "wandb")),
+        ("train.steps", "1_000", 1000),
+        ("name", "1e3", "1e3"),
+        ("name", '"y"', '"y"'),
+        ("data.path", "123", "123"),
+        ("data.path", "null", "null"),
+        ("data.vocab_size", "null", None),
+    ],
+)
+def test_values_on_the_command_line(file, name, text, expected):
+    for arguments in ([f"--{name}", text], [f"--{name}={text}"]):
+        found = settings(load_run_config(["--config", str(file), *arguments])).get(name)
+        assert found == expected and type(found) is type(expected)
+
+
+def test_the_resolved_configuration_reads_back_to_the_same(file, tmp_path, capsys):
+    for config in (
+        load(file),
+        load(file, "log.trackers=[] optim.betas=[0,0.999] optim.eps=1e-20 data.vocab_size=9"),
+        load(file, f"{LORENTZIAN} {OPTIONS}.scale=0.5 model.head.learn_exponent=true"),
+        load(file, SOFTMAX),
+        # A Windows path and other characters that TOML wants escaped.
+        replace(load(file), name="a b é", runs_dir='C:\\x41\\u1F "q" \t\x01\x7f\n😀'),
+    ):
+        write_toml(config, tmp_path / "resolved.toml")
+        assert load(tmp_path / "resolved.toml") == config
+        assert tomllib.loads((tmp_path / "resolved.toml").read_text())["train"]["steps"] == 100
+    with pytest.raises(SystemExit) as done:
+        load_run_config(["--config", str(file), "--print_config"])
+    assert done.value.code == 0
+    assert tomllib.loads(capsys.readouterr().out)["optim"]["lr"] == 3e-3
+
+
+@pytest.mark.parametrize("where", ["toml", "earlier toml", "command line"])
+def test_options_of_a_distance(file, where):
+    if where == "command line":
+        config = load(file, f"model.head.distance=minkowski {OPTIONS}.p=3")
+    else:
+        table = "p = 3" if where == "earlier toml" else "[model.head.distance_options]\np = 3"
+        file.write_text(CONFIG.replace("[train]", f'distance = "minkowski"\n{table}\n\n[train]'))
+        config = load(file)
+        other = "model.head.distance=euclidean"
+        for removal in (f"{OPTIONS}={{}}", f"{OPTIONS}=null", f"{OPTIONS}.p=null", "model.head.p=null"):
+            assert load(file, f"{other} {removal}").model.head.distance_options is None
+    hf = config.model.to_hf(vocab_size=100, seq_len=8)
+    assert (hf.distance, hf.distance_options) == ("minkowski", {"p": 3.0})
+    assert settings(config)[f"{OPTIONS}.p"] == 3
+
+
+def test_settings_that_are_gone_are_read_if_they_say_what_holds_now(file):
+    lines = ["optim.muon_momentum=0.95", "optim.decay_fraction=0.2", "checkpoint.on_interrupt=true", "log.energy=false"]
+    lines += ["model.initializer_range=0.02", "model.pad_vocab_to_multiple_of=64", "train.loss_chunk=null"]
+    assert load(file, " ".join(lines)) == load(file)
+    assert load(file, "log.energy=true log.energy_country=DEU") == load(file, "log.energy_country=DEU")
+    assert not gone({}).keys() & known_settings().keys()
+
+
+def test_help_lists_every_setting_with_its_description(capsys):
+    with pytest.raises(SystemExit) as done:
+        load_run_config(["--help"])
+    assert done.value.code == 0
+    shown = capsys.readouterr().out
+    for name, setting in known_settings().items():
+        assert f"--{name} " in shown and len(setting.doc) > 5, name
+    assert "peak learning rate" in shown and "default 0.0006" in shown and "n on the distance d" in shown
+    assert max(map(len, shown.splitlines())) <= 120
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Refusing. Every check of config.py, settings.py and HGPTConfig: settings of the command line, of which the first is at
+# fault, and what the message says besides its name.
+
+REFUSED = [
+    # No such setting, or no such value.
+    ("train.stepss=1", "train.steps"),
+    ("optim.learning-rate=1", "--help"),
+    ("lr=1", "optim.lr"),
+    ("train.lr=1", "optim.lr"),
+    ("train.seq_len=1", "data.seq_len"),
+    ("exponent=1", "model.head.exponent"),
+    ("model.n_layers=1", "model.n_layer"),
+    (f"{OPTIONS}.a.b=3",),
+    ("zzz=1", "--help"),
+    ("train.steps=1.5", "a whole number"),
+    ("train.steps=100.0", "a whole number"),
+    ("train.steps=1e3", "a whole number"),
+    ("train.steps=true", "a whole number"),
+    ("train.steps=many", "a whole number"),
+    ("train.steps=[1]", "a whole number"),
+    ("train.steps=",),
+    ("train.compile=1", "true or false"),
+    ("train.precision=fp16", '"auto", "bf16", "fp32"'),
+    ("optim.lr=abc", "a number"),
+    ("optim.lr=true", "a number"),
+    ("optim.lr=nan", "a number"),
+    ("optim.lr=inf", "a number"),
+    ("optim.betas=0.9", "a list of 2, each a number"),
+    ("optim.betas=[0.9]", "a list of 2"),
+    ('optim.betas=[0.9,"x"]', "x"),
+    ("optim.algorithm=sgd", '"adamw", "muon"'),
+    ("optim.schedule=step", '"cosine", "linear", "constant", "trapezoidal"'),
+    ("log.trackers=wandb", '"tensorboard", "wandb"'),
+    ('log.trackers=["aim"]', "aim"),
+    ("model.head.type=soft", '"harmonic", "softmax"'),
+    (f"{OPTIONS}=3", "a table"),
+    # Out of range.
+    ("name=",),
+    ("name=.",),
+    ("name=..",),
+    ("name=a/b",),
+    ("name=/a",),
+    ("name=a/",),
+    ("data.seq_len=0",),
+    ("data.vocab_size=0",),
+    ("train.steps=-5",),
+    ("train.global_batch=0",),
+    ("train.micro_batch=0",),
+    ("train.label_smoothing=1",),
+    ("train.label_smoothing=-0.1",),
+    ("train.skip_non_finite=-1",),
+    ("train.hang_timeout=0",),
+    ("train.seed=-1",),
+    ("train.seed=2147483648",),
+    ("optim.lr=0",),
+    ("optim.eps=0",),
+    ("optim.centre_lr_multiplier=-1",),
+    ("optim.final_norm_lr_multiplier=0",),
+    ("optim.metric_lr_multiplier=0",),
+    ("optim.min_lr=-1",),
+    ("optim.min_lr=1", "optim.lr = 0.003"),
+    ("optim.weight_decay=-1",),
+    ("optim.grad_clip=-1",),
+    ("optim.warmup_steps=-1",),
+    ("optim.warmup_steps=100", "train.steps = 100"),
+    ("optim.betas=[0.9,1]", "(0.9, 1.0)"),
+    ("optim.betas=[-0.1,0.9]", "(-0.1, 0.9)"),
+    ("eval.every=0",),
+    ("eval.micro_batch=0",),
+    ("eval.diagnostic_windows=0",),
+    ("checkpoint.every=0",),
+    ("checkpoint.keep_last=-1",),
+    ("checkpoint.keep_every=-1",),
+    ("checkpoint.log_spaced_until=-8",),
+    ("checkpoint.keep_every=15 checkpoint.every=10", "checkpoint.every = 10"),
+    ("checkpoint.keep_every=10 checkpoint.every=10 checkpoint.keep_last=0", "checkpoint.keep_last = 0"),
+    ("log.every=0",),
+    # The model.
+    ("model.n_layer=0",),
+    ("model.n_head=0",),
+    ("model.n_embd=0",),
+    ("model.n_embd=65", "n_head"),
+    ("model.dropout=1",),
+    ("model.dropout=-0.1",),
+    ("model.dropout=nan",),
+    ("model.activation_function=wave",),
+    ("model.head.final_norm_gain=0",),
+    ("model.head.final_norm_gain=inf",),
+    ("model.head.centre_init_std=-1",),
+    ("model.head.exponent=null", "required"),
+    ("model.head.exponent=0",),
+    ("model.head.exponent=-3",),
+    ("model.head.exponent=2*root",),
+    # The distance.
+    ("model.head.distance=cosinus", "euclidean"),
+    ("model.head.distance_file=none.py",),
+    (f"{OPTIONS}={{'scale':2}}", "scale = 2"),
+    ("model.head.p=3", OPTIONS, "p = 3"),
+    (f"{OPTIONS}.p=0.5 model.head.distance=minkowski", "p must be"),
+    (f"{OPTIONS}.temperature=0 model.head.distance=hamming", "temperature must be"),
+    (f"{OPTIONS}.temperature=cold model.head.distance=hamming", "temperature = 'cold'"),
+    (f"{OPTIONS}.metric=round model.head.distance=mahalanobis", "metric must be"),
+    (f"{OPTIONS}.rank=4 model.head.distance=mahalanobis", "rank = 4", '"diagonal"'),
+    (f"{OPTIONS}.rank=1000 {OPTIONS}.metric=low_rank model.head.distance=mahalanobis", "rank must", "64"),
+    ("model.head.distance=minkowski", OPTIONS, "p is required"),
+    (f"{OPTIONS}.metric=low_rank model.head.distance=mahalanobis", "rank is required"),
+    (f"{OPTIONS}.scale=-1 {LORENTZIAN}", "scale must be positive"),
+    (f"{OPTIONS}.unit=2 {LORENTZIAN}", "unit = 2", "which has scale"),
+    # No effect with other settings.
+    ("model.head.exponent=14 model.head.type=softmax", "no effect"),
+    (f"model.head.learn_exponent=true {SOFTMAX}", "no effect"),
+    (f"model.head.distance=cosine {SOFTMAX}", "no effect"),
+    (f"model.head.distance_file=x.py {SOFTMAX}", "no effect"),
+    (f"{OPTIONS}.scale=2 {SOFTMAX}", "no effect"),
+    (f"model.head.p=3 {SOFTMAX}", OPTIONS, "no effect"),
+    ("optim.metric_lr_multiplier=2", "no effect"),
+    (f"optim.metric_lr_multiplier=2 {SOFTMAX}", "no effect"),
+    ("train.compile_loss=true model.head.distance=manhattan", "no effect"),
+    # Gone.
+    ("model.initializer_range=0.1", "0.02"),
+    ("model.pad_vocab_to_multiple_of=1", "64"),
+    ("train.loss_chunk=10",),
+    ("train.distance_memory=0",),
+    ("optim.decay_fraction=0.5 optim.schedule=trapezoidal", "0.2"),
+    ("optim.muon_momentum=0.9 optim.algorithm=muon", "0.95"),
+    ("checkpoint.on_interrupt=false", "Ctrl-C"),
+    ("log.wandb_project=p", "WANDB_PROJECT"),
+    ("log.energy=true", "log.energy_country"),
+    ("log.energy=false log.energy_country=DEU", "log.energy_country"),
+]
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=lambda row: row[0][:60])
+def test_refused(file, row):
+    given, *words = row
+    with pytest.raises(UserError) as error:
+        load(file, given)
+    name = given.split("=")[0]
+    for word in [name] * (not name.startswith("model.head.p") and not name.startswith(OPTIONS)) + words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_every_setting_has_a_row():
+    """Settings that accept every value of their type have no row: whether something is on, and free text."""
+    rows = {setting.split("=")[0] for row in REFUSED for setting in row[0].split()[:1]}
+    free = {name for name, setting in known_settings().items() if setting.kind in (bool, str, str | None)}
+    assert known_settings().keys() - free <= rows | {"model.head.distance_options"}
+
+
+@pytest.mark.parametrize(
+    "line", ["steps = 100.0", "steps = true", "steps = [1]", 'steps = "100"', "step = 100", "lr = 1"]
+)
+def test_refused_in_a_file(file, line):
+    file.write_text(CONFIG.replace("steps = 100", line))
+    assert re.search(rf"train\.{line.split()[0]}\b", refusal(file))
+
+
+def test_files_and_arguments_that_cannot_be_read(file, tmp_path):
+    assert f"--config {tmp_path / 'none.toml'}: cannot read the file" in refusal(tmp_path / "none.toml")
+    assert "Is a directory" in refusal(tmp_path)
+    assert "steps=3" in refusal(file, "steps=3")
+    assert "--train.steps needs a value" in refusal(file, "--train.steps")
+    assert "--train.steps needs a value" in refusal(file, "--train.steps", "--optim.lr", "1")
+    assert "optim is a section" in refusal(file, "--optim", "3")
+    for content in (b"name = x", b'lr: 3\n"', b"optim = 3", b"name = '\xff'", b"[head]\ntype = 'softmax'"):
+        file.write_bytes(content)
+        assert re.search(r"x\.toml: (not valid TOML|cannot read|optim is a section|.*model\.head\.type)", refusal(file))
+    for arguments, message in (
+        [["--config"], "--config needs a file"],
+        [[], "are required: name, data.path, train.steps"],
+    ):
+        with pytest.raises(UserError, match=message):
+            load_run_config(arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The model
+
+
+def test_settings_of_the_model_are_the_fields_of_hgpt_config():
+    known, its_fields = known_settings(), {entry.name: entry for entry in fields(HGPTConfig)}
+    for name in [f"model.{key}" for key in MODEL] + [f"model.head.{key}" for key in HEAD]:
+        entry = its_fields[name.split(".")[-1].replace("type", "head")]
+        assert known[name].kind in (entry.type, entry.type | None)
+        assert known[name].default in (entry.default, None)
+
+
+def test_to_hf():
+    head = HeadConfig(exponent="2*sqrt_dim", final_norm_gain=0.03, centre_init_std=0.5, learn_exponent=True)
+    sizes = {"n_layer": 3, "n_head": 4, "n_embd": 64, "bias": True, "dropout": 0.1, "tie_word_embeddings": False}
+    model = ModelConfig(**sizes, init_from="y", head=head)
+    config = model.to_hf(vocab_size=100, seq_len=32, end_of_text=99)
+    expected = sizes | {
+        "n_positions": 32,
+        "vocab_size": 100,
+        "head": "harmonic",
+        "exponent": 16.0,
+        "learn_exponent": True,
+    }
+    expected |= {"distance": "euclidean", "distance_options": {}, "final_norm_gain": 0.03, "centre_init_std": 0.5}
+    expected |= {"padded_vocab_size": 128, "bos_token_id": 99, "eos_token_id": 99, "pad_token_id": 99}
+    assert {name: getattr(config, name) for name in expected} == expected
+    softmax = replace(model, head=HeadConfig(type="softmax")).to_hf(vocab_size=100, seq_len=32)
+    assert (softmax.head, softmax.final_norm_gain) == ("softmax", 1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Resuming
+
+
+def saved(config: RunConfig, **changed: object) -> dict:
+    """The settings as they come back from a checkpoint's state.json."""
+    return json.loads(json.dumps(settings(config))) | {
+        name.replace("__", "."): value for name, value in changed.items()
+    }
+
+
+def test_resume_of_the_same_configuration(file):
+    config = load(file)
+    assert check_resume(saved(config), config, Path("c")) == []
+    assert check_resume(saved(config), replace(config, resume="auto"), Path("c")) == []
+    gone_now = {"optim__muon_momentum": 0.95, "model__initializer_range": 0.02, "log__energy": False}
+    assert check_resume(saved(config, **gone_now), config, Path("c")) == []
+    minkowski = load(file, f"model.head.distance=minkowski {OPTIONS}.p=3")
+    earlier = saved(load(file), model__head__distance="minkowski", model__head__p=3.0)
+    assert check_resume(earlier, minkowski, Path("c")) == []
+
+
+def test_a_setting_newer_than_the_checkpoint_had_its_default(file):
+    older = {name: value for name, value in saved(load(file)).items() if name != "model.activation_function"}
+    assert check_resume(older, load(file), Path("c")) == []
+    with pytest.raises(UserError, match=r"model\.activation_function: 'gelu' in the checkpoint"):
+        check_resume(older, load(file, "model.activation_function=gelu_pytorch_tanh"), Path("c"))
+
+
+def test_resume_shows_what_may_differ(file):
+    free = "optim.lr=1e-3 train.steps=200 train.micro_batch=2 optim.betas=[0,0.9] data.path=data/moved"
+    now = load(file, f"{free} model.init_from=gpt2")
+    assert check_resume(saved(load(file), optim__muon_momentum=0.9, train__loss_chunk=64), now, Path("c")) == [
+        "data.path: 'data/x' in the checkpoint, 'data/moved' now",
+        "model.init_from: not set in the checkpoint, 'gpt2' now",
+        "optim.betas: [0.9, 0.95] in the checkpoint, (0.0, 0.9) now",
+        "optim.lr: 0.003 in the checkpoint, 0.001 now",
+        "optim.muon_momentum: 0.9 in the checkpoint, 0.95 now",
+        "train.loss_chunk: 64 in the checkpoint, not set now",
+        "train.micro_batch: 4 in the checkpoint, 2 now",
+        "train.steps: 100 in the checkpoint, 200 now",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ("model.n_layer=3", "model.n_layer: 2 in the checkpoint, 3 now"),
+        ("model.head.exponent=14", "model.head.exponent: '2*sqrt_dim' in the checkpoint, 14.0 now"),
+        (f"model.head.distance=minkowski {OPTIONS}.p=3", f"{OPTIONS}.p: not set in the checkpoint, 3 now"),
+        ("model.tie_word_embeddings=false", "model.tie_word_embeddings: True in the checkpoint, False now"),
+        ("model.dropout=0.1", "model.dropout: 0.0 in the checkpoint, 0.1 now"),
+        ("data.seq_len=64", "data.seq_len: 128 in the checkpoint, 64 now"),
+        ("data.vocab_size=9", "data.vocab_size: not set in the checkpoint, 9 now"),
+        ("train.seed=1", "train.seed: 1337 in the checkpoint, 1 now"),
+        ("train.global_batch=16", "train.global_batch: 8 in the checkpoint, 16 now"),
+        ("optim.algorithm=muon", "optim.algorithm: 'adamw' in the checkpoint, 'muon' now"),
+    ],
+)
+def test_resume_refuses_another_model_or_other_data(file, given, line):
+    with pytest.raises(UserError) as error:
+        check_resume(saved(load(file)), load(file, f"{given} optim.lr=1e-3"), Path("runs/x/checkpoints/step_0000005"))
+    message = str(error.value)
+    assert message.startswith("cannot resume from runs/x/checkpoints/step_0000005") and f"\n  {line}\n" in message
+    assert "optim.lr" not in message  # which is allowed
