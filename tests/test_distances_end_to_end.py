@@ -36,14 +36,18 @@ CASES: dict[str, dict[str, Any]] = {
     "euclidean": {"learn_exponent": True},
     "cosine": {"learn_exponent": True},
     "diagonal": {"distance": "mahalanobis"},
-    "low_rank": {"distance": "mahalanobis", "metric": "low_rank", "rank": 4, "learn_exponent": True},
-    "full": {"distance": "mahalanobis", "metric": "full"},
+    "low_rank": {
+        "distance": "mahalanobis",
+        "distance_options": {"metric": "low_rank", "rank": 4},
+        "learn_exponent": True,
+    },
+    "full": {"distance": "mahalanobis", "distance_options": {"metric": "full"}},
     "manhattan": {"learn_exponent": True},
-    "minkowski": {"p": 3.0},
+    "minkowski": {"distance_options": {"p": 3.0}},
     "chebyshev": {},
     "canberra": {},
     "bray_curtis": {},
-    "hamming": {"temperature": 0.1},
+    "hamming": {"distance_options": {"temperature": 0.1}},
     "lorentzian": {"distance_file": LORENTZIAN, "distance_options": {"scale": 0.5}},
 }
 EVERY = pytest.mark.parametrize("case", CASES)
@@ -254,12 +258,15 @@ def test_a_report_on_a_distance_of_ones_own(
 def test_going_on_with_another_distance_is_refused(run: Callable) -> None:
     config, _ = run("minkowski")
     for head, line in (
-        ({"distance": "chebyshev", "p": None}, "model.head.distance: 'minkowski' in the checkpoint, 'chebyshev' now"),
-        ({"p": 4.0}, "model.head.p: 3.0 in the checkpoint, 4.0 now"),
+        (
+            {"distance": "chebyshev", "distance_options": None},
+            "model.head.distance: 'minkowski' in the checkpoint, 'chebyshev' now",
+        ),
+        ({"distance_options": {"p": 4.0}}, "model.head.distance_options.p: 3.0 in the checkpoint, 4.0 now"),
         ({"learn_exponent": True}, "model.head.learn_exponent: False in the checkpoint, True now"),
     ):
         changed = replace(config, resume="auto", model=replace(config.model, head=replace(config.model.head, **head)))
-        with pytest.raises(UserError, match="cannot go on from") as error:
+        with pytest.raises(UserError, match="cannot resume") as error:
             train.main(changed)
         assert line in str(error.value)
 
@@ -268,17 +275,17 @@ def test_starting_from_a_model_with_another_distance(run: Callable) -> None:
     config, _ = run("low_rank")
 
     def start(**head: Any) -> tuple[HGPTForCausalLM, list[str]]:
-        settings = {"metric": None, "rank": None, "learn_exponent": False, "distance": "euclidean"} | head
+        settings = {"distance_options": None, "learn_exponent": False, "distance": "euclidean"} | head
         model_config = replace(config.model, head=replace(config.model.head, **settings))
         model = HGPTForCausalLM(model_config.to_hf(vocab_size=VOCAB, seq_len=16))
         return model, initialize_from(model, str(config.run_folder))
 
     trained = AutoModelForCausalLM.from_pretrained(config.run_folder / "latest" / "model")
-    same, notes = start(distance="mahalanobis", metric="low_rank", rank=4, learn_exponent=True)
+    same, notes = start(distance="mahalanobis", distance_options={"metric": "low_rank", "rank": 4}, learn_exponent=True)
     assert notes == []
     assert all(torch.equal(a, b) for a, b in zip(same.parameters(), trained.parameters(), strict=True))
     learnt = float(trained.lm_head.exponent.detach())
-    other, notes = start(distance="mahalanobis", metric="low_rank", rank=3)
+    other, notes = start(distance="mahalanobis", distance_options={"metric": "low_rank", "rank": 3})
     assert other.lm_head.exponent == pytest.approx(2 * 32**0.5)
     assert notes == [
         f"model.head.exponent is {2 * 32**0.5!r}, the checkpoint was trained with {learnt!r}",

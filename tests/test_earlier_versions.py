@@ -14,7 +14,9 @@ from remote_code import WITHOUT_HGPT
 from small_run import losses, records
 from transformers import AutoModelForCausalLM
 
+import sample
 import train
+from hgpt.model.configuration_hgpt import HGPTConfig
 from hgpt.run.settings import load_run_config
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +53,11 @@ def assert_as_recorded(logits: torch.Tensor, tokens: list[int], name: str) -> No
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_an_exported_model_computes_the_same(folder, name):
-    model = AutoModelForCausalLM.from_pretrained(folder / "runs" / name / MODEL).eval()
+    path = folder / "runs" / name / MODEL
+    written = json.loads((path / "config.json").read_text())
+    again = HGPTConfig.from_pretrained(path).to_diff_dict()
+    assert again | {key: written[key] for key in ("auto_map", "transformers_version")} == written
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
     assert type(model).__module__ == "hgpt.model.modeling_hgpt"
     ids = torch.tensor([EXPECTED[name]["prompt"]])
     with torch.no_grad():
@@ -87,9 +93,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.parametrize("name", ["harmonic", "softmax"])
-def test_sample_py_reads_a_checkpoint(folder, name):
-    command = [sys.executable, "sample.py", "--checkpoint", str(folder / "runs" / name / MODEL), "--prompt", "centre"]
-    command += ["--greedy", "--max-new-tokens", "4"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("centre")
+def test_sample_py_reads_a_checkpoint(folder, capsys, name):
+    checkpoint = str(folder / "runs" / name / MODEL)
+    assert not sample.main(["--checkpoint", checkpoint, "--prompt", "centre", "--greedy", "--max-new-tokens", "4"])
+    assert capsys.readouterr().out.startswith("centre")

@@ -88,7 +88,7 @@ class HGPTConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     head: Literal["harmonic", "softmax"] = "harmonic"
     distance: str = "euclidean"
-    distance_options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    distance_options: dict[str, Any] = field(default_factory=dict)
     exponent: float | str = "2*sqrt_dim"
     learn_exponent: bool = False
     final_norm_gain: float = None  # type: ignore[assignment]  # until __post_init__ chooses a default

@@ -17,10 +17,8 @@ MODEL = (
     *("n_layer", "n_head", "n_embd", "bias", "dropout", "activation_function", "scale_attn_by_inverse_layer_idx"),
     "tie_word_embeddings",
 )
-HEAD = (
-    *("type", "exponent", "learn_exponent", "distance", "distance_options", "final_norm_gain", "centre_init_std"),
-)
-# Refused with softmax. To tell whether they are set, their default is None (False for learn_exponent).
+HEAD = ("type", "exponent", "learn_exponent", "distance", "distance_options", "final_norm_gain", "centre_init_std")
+# Refused with softmax. None (False for learn_exponent) is their default, so that a run knows whether they are set.
 HARMONIC_ONLY = ("exponent", "learn_exponent", "distance", "distance_file", "distance_options")
 
 
@@ -63,11 +61,11 @@ class HeadConfig(_fields_of_hgpt_config(HEAD)):  # type: ignore[misc]  # a base 
     def __post_init__(self) -> None:
         if self.type == "softmax":
             for name in HARMONIC_ONLY:
-                if getattr(self, name) not in (None, False):
+                value = getattr(self, name)
+                if value not in (None, False):
                     raise UserError(
-                        f'model.head.{name} = {getattr(self, name)!r} has no effect with model.head.type = "softmax": '
-                        f"remove it (on the command line: --model.head.{name} null), or set model.head.type = "
-                        '"harmonic"'
+                        f'model.head.{name} = {value!r} has no effect with model.head.type = "softmax": remove it (on '
+                        f"the command line: --model.head.{name} {'false' if value is True else 'null'})"
                     )
         elif self.exponent is None:
             raise UserError(

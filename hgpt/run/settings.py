@@ -6,6 +6,7 @@ Between files, command line, checkpoints and the dataclasses, settings are a fla
 {"train.steps": 800, "model.head.exponent": 14.0, "model.head.distance_options.p": 3}.
 """
 
+import argparse
 import ast
 import difflib
 import functools
@@ -13,7 +14,7 @@ import json
 import math
 import textwrap
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import docstring_parser
 
+from hgpt.cli import Parser
 from hgpt.errors import UserError
 from hgpt.model.configuration_hgpt import HGPTConfig
 from hgpt.run.config import RunConfig
@@ -70,7 +72,7 @@ def gone(settings: dict[str, Any]) -> dict[str, tuple[Any, str]]:
         "optim.muon_momentum": (0.95, "it is always 0.95"),
         "optim.decay_fraction": (0.2, "it is always 0.2"),
         "checkpoint.on_interrupt": (True, "Ctrl-C always saves a checkpoint"),
-        "log.wandb_project": ("hgpt", "the environment variable WANDB_PROJECT has its place"),
+        "log.wandb_project": ("hgpt", "the environment variable WANDB_PROJECT replaces it"),
         "log.energy": (settings.get("log.energy_country") is not None, "log.energy_country alone turns it on"),
     }
 
@@ -79,45 +81,54 @@ def gone(settings: dict[str, Any]) -> dict[str, tuple[Any, str]]:
 # Reading
 
 
-def load_run_config(arguments: Sequence[str]) -> RunConfig:
+def load_run_config(arguments: Sequence[str], shape_of: Callable[..., dict[str, int]] | None = None) -> RunConfig:
     """A run from command-line arguments: `--config FILE.toml`, of several the later wins, and `--section.key VALUE`.
 
     The command line wins over files, wherever it names them. `--help` prints every setting and exits; `--print_config`
-    prints the resolved settings as TOML and exits. Raises UserError for a file that is missing or no TOML, an unknown
-    setting (naming the nearest known ones), a value of the wrong type, and values out of range.
+    prints the resolved settings as TOML and exits. With `shape_of` (hgpt.source), those of n_layer, n_head and n_embd
+    that are not given come from model.init_from.
+
+    Raises UserError for a file that is missing or no TOML, an unknown setting (naming the nearest known ones), a value
+    of the wrong type, and values out of range.
     """
-    options = list(_options(arguments))
-    if ("help", None) in options:
-        print(_help())
-        raise SystemExit(0)
-    files = [text for name, text in options if name == "config" and text is not None]
-    given = [(f"{file}: ", name, value) for file in files for name, value in flatten(_read_toml(file)).items()]
-    given += [
-        ("command line: ", name, _from_text(name, text))
-        for name, text in options
-        if name != "config" and text is not None
-    ]
-    config = _build(RunConfig, _merged(given))
-    if ("print_config", None) in options:
+    parser = Parser(
+        prog="python train.py",
+        description="Train a GPT-2 with a harmonic or a softmax head. Of several files the later wins, and the command "
+        "line wins over files.",
+        epilog=_every_setting(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s --config FILE.toml [--section.key VALUE ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="append", default=[], metavar="FILE.toml", help="settings, as in configs/")
+    parser.add_argument("--print_config", action="store_true", help="print the resolved settings as TOML, and exit")
+    own, others = parser.parse_known_args(arguments)
+    given = [(f"{file}: ", name, value) for file in own.config for name, value in flatten(_read_toml(file)).items()]
+    given += [("command line: ", name, _from_text(name, text)) for name, text in _pairs(others)]
+    values = _merged(given)
+    shape = [name for name in ("n_layer", "n_head", "n_embd") if f"model.{name}" not in values]
+    if shape_of is not None and shape and values.get("model.init_from") is not None:
+        run_folder = Path(values.get("runs_dir", "runs")) / values["name"]
+        found = shape_of(values["model.init_from"], values.get("resume", "never"), run_folder)
+        values |= {f"model.{name}": found[name] for name in shape}
+    config = _build(RunConfig, values)
+    if own.print_config:
         print(to_toml(settings(config)), end="")
         raise SystemExit(0)
     return config
 
 
-def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """(name, text) of `--name text` and `--name=text`; the text of --help and --print_config is None."""
+def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(name, text) of `--name text` and `--name=text`."""
     remaining = iter(arguments)
     for argument in remaining:
-        name, equals, text = argument.removeprefix("--").partition("=")
-        if argument in ("--help", "-h", "--print_config"):
-            yield "print_config" if name == "print_config" else "help", None
-            continue
         if not argument.startswith("--"):
             raise UserError(f"unrecognized arguments: {argument}; settings are given as --section.key VALUE")
+        name, equals, text = argument.removeprefix("--").partition("=")
         if not equals:
             text = next(remaining, "--")
             if text.startswith("--"):
-                raise UserError(f"--{name} needs a {'file: --config FILE.toml' if name == 'config' else 'value'}")
+                raise UserError(f"--{name} needs a value: --{name} VALUE")
         yield name, text
 
 
@@ -219,7 +230,7 @@ def _as(value: Any, kind: Any) -> Any:
     if origin is Literal and value in parts:
         return value
     if origin is dict and isinstance(value, dict):
-        return {key: _as(item, parts[1]) for key, item in value.items()}
+        return value
     if origin is tuple and isinstance(value, list | tuple):
         kinds = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
         if len(kinds) == len(value):
@@ -247,14 +258,9 @@ def _in_words(kind: Any) -> str:
     return " or ".join(_in_words(part) for part in parts if part is not NoneType)
 
 
-def _help() -> str:
-    text = """usage: python train.py --config FILE.toml [--section.key VALUE ...]
-
-Train a GPT-2 with a harmonic or a softmax head. Every setting below is given as --section.key VALUE, or in a TOML file
-as key = VALUE under [section]. --config may be repeated: the later file wins, and the command line wins over files.
---print_config prints the resolved settings as TOML. configs/ holds the files that ship.
-"""
-    section = ""
+def _every_setting() -> str:
+    """What --help says of the settings: name, type, default and description of each."""
+    text, section = "settings, as --section.key VALUE, or in a TOML file as key = VALUE under [section]:\n\n", ""
     for name, (kind, default, doc) in known_settings().items():
         if name.rpartition(".")[0] != section:
             section = name.rpartition(".")[0]
@@ -318,8 +324,7 @@ def check_resume(saved: dict[str, Any], config: RunConfig, checkpoint: Path) -> 
     """
     now = settings(config)
     # A setting that is newer than the checkpoint had the effect of its default.
-    defaults = {name: setting.default for name, setting in known_settings().items()}
-    defaults = {name: value for name, value in defaults.items() if value is not MISSING and value is not None}
+    defaults = {name: kept.default for name, kept in known_settings().items() if kept.default not in (MISSING, None)}
     saved = defaults | {RENAMED.get(name, name): value for name, value in saved.items()}
     now |= {name: fixed for name, (fixed, _) in gone(now).items() if name in saved}
     lines = {
@@ -330,11 +335,9 @@ def check_resume(saved: dict[str, Any], config: RunConfig, checkpoint: Path) -> 
     fixed = [line for name, line in lines.items() if name.startswith(_FIXED_ON_RESUME) and name not in _FREE_ON_RESUME]
     if fixed:
         raise UserError(
-            f"cannot resume from {checkpoint}: the configuration differs in what makes the model, the data or the "
-            "optimiser's state.\n  "
+            f"cannot resume {checkpoint}: these settings belong to the model, the data or the optimiser's state.\n  "
             + "\n  ".join(fixed)
-            + "\nSet these back to resume, or give the run another name to start anew (model.init_from takes the "
-            "weights along)."
+            + "\nSet them back, or start a run with another name (and these weights, by model.init_from)."
         )
     return list(lines.values())
 
