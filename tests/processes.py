@@ -110,7 +110,7 @@ def _train(config: RunConfig, environment: dict[str, str], log: Path | None) -> 
             replace(config.model.head)  # its checks, which load somebody's own distance; pickling leaves them out
             train.main(config)
         except BaseException as error:
-            message, code = train.stopped(error)
+            message, code = train.explain(error)
             print(message, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
