@@ -350,7 +350,7 @@ def test_a_launcher_that_contradicts_the_run_is_refused(refused, tmp_path):
         ({"fp16": {"enabled": True}}, "bf16", "fp16.enabled = true, and the run trains in bf16"),
         ({"bf16": {"enabled": False}}, "bf16", "bf16.enabled = false, and the run trains in bf16"),
     ):
-        file.write_text(json.dumps({"zero_optimization": {"stage": 2}, **section}))
+        file.write_text(json.dumps(STRICT_ZERO3 | section))
         refused({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}, message, train={"precision": precision})
 
 

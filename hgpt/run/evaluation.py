@@ -23,6 +23,7 @@ class Validation(NamedTuple):
     values: dict[str, float]
 
     @property
+    @torch.no_grad()
     def loss(self) -> float:
         return self.values["loss"]
 
@@ -58,7 +59,6 @@ class Evaluation:
         """The validation loss of a unigram model of the training split, None without eval.unigram_baseline."""
         return unigram_loss(self.train_shards, self.shards) if self.config.unigram_baseline else None
 
-    @torch.no_grad()
     def __call__(self, model: nn.Module, step: int, engine: Engine) -> Validation:
         """Evaluate without changing the model, its mode or the random state. Collective."""
         was_training = model.training
@@ -67,6 +67,7 @@ class Evaluation:
         model.train(was_training)
         return Validation(step, values)
 
+    @torch.no_grad()
     def loss(self, model: nn.Module, engine: Engine) -> float:
         """−(1/N) Σ log p(token) over all N targets of the split, in nats; no smoothing, no sampling.
 
@@ -90,6 +91,7 @@ class Evaluation:
         total = engine.accelerator.reduce(total, reduction="sum")
         return float(total[0] / total[1])
 
+    @torch.no_grad()
     def diagnostics(self, model: nn.Module, engine: Engine) -> dict[str, float]:
         """How the head works, on eval.diagnostic_windows sequences spread evenly over the split.
 
