@@ -72,7 +72,7 @@ def main(config: RunConfig) -> dict[str, float]:
     optimizer = build_optimizer(model, config.optim)
     if resumed is not None and not resumed.load_random_state(engine.rank) and config.model.dropout > 0:
         engine.say("the checkpoint has no random state for this process: dropout draws other random numbers")
-    model, optimizer = engine.prepare(model, optimizer, None if resumed is None else resumed.load_optimizer(model))
+    model, optimizer = engine.prepare(model, optimizer, {} if resumed is None else resumed.load_optimizer(model))
     model.train()
 
     # ------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from hgpt.errors import UserError
 from hgpt.interpret.report import summary_measures
 from hgpt.run.config import LogConfig
 from hgpt.run.energy import EnergyMeter, Reading, RunEnergy, check_country, describe, last_record
-from hgpt.run.settings import write_toml
 from hgpt.run.stop import Preempted
 from hgpt.runs import find_runs, read_run, table
 
@@ -385,24 +384,16 @@ def test_a_resumed_run_goes_on_counting(data, tmp_path, tracker):
 def test_the_tracker_is_stopped_whatever_ends_a_run(data, tmp_path, tracker, monkeypatch):
     original = train.learning_rate
 
-    def broken(step, *rest):
-        if step == 4:
-            raise RuntimeError("broken")
-        return original(step, *rest)
-
     def terminated(step, *rest):
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(step, *rest)
 
-    monkeypatch.setattr(train, "learning_rate", broken)
-    with pytest.raises(RuntimeError, match="broken"):
-        train.main(make_config(data, tmp_path, name="broken", log=GERMANY))
     monkeypatch.setattr(train, "learning_rate", terminated)
-    config = make_config(data, tmp_path, name="terminated", log=GERMANY)
+    config = make_config(data, tmp_path, log=GERMANY)
     with pytest.raises(Preempted, match="after step 4"):
         train.main(config)
-    assert [made.stopped for made in tracker.made] == [1, 1]
+    assert [made.stopped for made in tracker.made] == [1]
     assert [step for step, *_ in spent(config)] == [0, 3, 4]
 
 
@@ -413,25 +404,3 @@ def test_a_run_outlives_its_meter(data, tmp_path, tracker, monkeypatch, capsys):
     assert [r["step"] for r in records(config.run_folder, "eval")] == [0, 3, 6]
     assert [step for step, *_ in spent(config)] == [0]
     assert capsys.readouterr().out.count("the meter burnt") == 1
-
-
-@pytest.mark.slow
-def test_two_processes_of_a_machine_measure_once(data, tmp_path):
-    config = make_config(data, tmp_path, train={"micro_batch": 4}, log=GERMANY)
-    path = tmp_path / "two.toml"
-    write_toml(config, path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29741", "train.py"]
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "CODECARBON_FORCE_RAM_POWER": "36",
-    }
-    result = subprocess.run(
-        [*command, "--config", path], cwd=Path(train.__file__).parent, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    lines = records(config.run_folder, "energy")
-    assert [line["step"] for line in lines] == [0, 3, 6] and result.stdout.count("energy: ") == 1
-    seconds = lines[-1]["time"] - lines[0]["time"]
-    joules = 3.6e6 * (lines[-1]["ram_kwh"] - lines[0]["ram_kwh"])
-    assert joules == pytest.approx(36 * seconds, rel=0.05)  # and not twice as much

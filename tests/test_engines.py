@@ -28,7 +28,7 @@ from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run import engines
 from hgpt.run.checkpoint import checkpoints, damage
 from hgpt.run.config import OptimConfig, RunConfig
-from hgpt.run.engines import Engine, collect_state, restore_state, whole
+from hgpt.run.engines import Engine, whole
 from hgpt.run.optim import build_optimizer
 from hgpt.run.stop import EXIT_HUNG, EXIT_PREEMPTED
 
@@ -418,7 +418,14 @@ def _fsdp2(folder: Path) -> None:
     config = HGPTConfig(vocab_size=61, n_positions=8, n_layer=2, n_head=2, n_embd=10, exponent=5.0)
     mesh = init_device_mesh("cpu", (2,))
     rank = torch.distributed.get_rank()
-    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_main_process=rank == 0)
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.FSDP,
+        is_main_process=rank == 0,
+        process_index=rank,
+        num_processes=2,
+        device="cpu",
+        prepare=lambda *prepared: prepared,
+    )
     tokens = torch.arange(16).reshape(2, 8) % 61
 
     def steps(model, optimizer, count: int) -> None:
@@ -442,7 +449,9 @@ def _fsdp2(folder: Path) -> None:
     steps(plain, plain_optimizer, 2)
     model, optimizer = build()
     steps(model, optimizer, 2)
-    collected = [collect_state(model, optimizer, accelerator)]
+    engine = Engine(None, accelerator)
+    engine.prepare(model, optimizer, {})
+    collected = [engine.collect()]
     assert (collected[0] is None) == (rank != 0)
     torch.distributed.broadcast_object_list(collected)
     full = collected[0]
@@ -452,7 +461,7 @@ def _fsdp2(folder: Path) -> None:
             torch.testing.assert_close(full.optimizer[name][kind], value, rtol=1e-4, atol=1e-7)
 
     again, optimizer_again = build(full.weights)
-    restore_state(again, optimizer_again, accelerator, full.weights, full.optimizer)
+    Engine(None, accelerator).prepare(again, optimizer_again, full.optimizer)
     with whole(again.lm_head.weight) as centres:
         assert torch.equal(centres, full.weights["transformer.wte.weight"])
     steps(model, optimizer, 1)
@@ -478,12 +487,10 @@ def test_a_killed_run_resumes_exactly(data, tmp_path):
 @pytest.mark.slow
 def test_killed_twenty_times_it_ends_with_the_same_weights(data, tmp_path):
     sections = {"train": {"steps": 150}, "model": {"dropout": 0.1}, "eval": {"every": 50}, "checkpoint": {"every": 1}}
-    whole = engine_config(data, tmp_path, "whole", **sections)
-    run(whole, 1)
-    killed = engine_config(data, tmp_path, "killed", **sections)
+    whole, killed = (engine_config(data, tmp_path, name, **sections) for name in ("whole", "killed"))
+    train.main(whole)
     rng = np.random.RandomState(0)
-    kills = 0
-    while kills < 20:
+    for _ in range(20):
         (process,) = start([killed], 1, log=tmp_path / "killed.log")
         newest = checkpoints(killed.run_folder)[-1:]
         while process.is_alive() and checkpoints(killed.run_folder)[-1:] == newest:
@@ -492,7 +499,6 @@ def test_killed_twenty_times_it_ends_with_the_same_weights(data, tmp_path):
         assert process.is_alive(), (tmp_path / "killed.0").read_text()[-3000:]
         process.kill()
         process.join()
-        kills += 1
-    run(killed, 1)
+    train.main(killed)
     assert losses(killed.run_folder) == losses(whole.run_folder)
     assert_same_checkpoint(checkpoints(killed.run_folder)[-1], checkpoints(whole.run_folder)[-1])

@@ -206,11 +206,6 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     assert logged == [(1, {"train/loss": 2.0}), (4, {"train/loss": 2.0})]
 
 
-def test_log_every():
-    with pytest.raises(UserError, match=r"log\.every must be at least 1 step; got 0"):
-        LogConfig(every=0)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Phases and spikes
 

@@ -33,7 +33,7 @@ from hgpt.errors import UserError
 from hgpt.model.configuration_hgpt import HGPTConfig
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.config import CheckpointConfig, RunConfig
-from hgpt.run.engines import Engine, FullState, package_versions
+from hgpt.run.engines import Engine, FullState, OptimizerState, package_versions
 from hgpt.run.evaluation import Validation
 from hgpt.run.model_card import model_card
 from hgpt.run.settings import CONFIG_FILE, check_resume, settings, write_toml
@@ -46,6 +46,7 @@ PREEMPTED = "preempted"  # in the folder of a run that a cluster stopped: launch
 MANIFEST = "manifest.json"
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
+RANDOM_STATE = "rng_{:05d}.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,7 +315,7 @@ def save_training_state(
     tensors = {f"{kind}/{name}": value for name, kinds in full.optimizer.items() for kind, value in kinds.items()}
     save_file(tensors, folder / OPTIMIZER)
     for rank, generators in enumerate(random_states):
-        save_file(generators, _random_state_file(folder, rank))
+        save_file(generators, folder / RANDOM_STATE.format(rank))
     (folder / STATE).write_text(json.dumps(asdict(state), indent=1))
 
 
@@ -345,19 +346,19 @@ def random_state() -> dict[str, Tensor]:
 
 
 class Writer:
-    """Writes one checkpoint at a time, in a thread beside the training (`background`) or at once."""
+    """Writes one checkpoint at a time in a thread, while training goes on (`background`) or while `submit` waits."""
 
     def __init__(self, background: bool) -> None:
-        self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._background = background
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
     def submit(self, write: Callable[[], None]) -> None:
         """Start `write` when the one before it has ended; raises what that one raised."""
         self.wait()
-        if self._pool is None:
-            write()
-        else:
-            self._pending = self._pool.submit(write)
+        self._pending = self._pool.submit(write)
+        if not self._background:
+            self.wait()
 
     def wait(self, *, only_look: bool = False) -> None:
         """Until what was submitted is on the disk; raises what it raised. `only_look`: returns if it is at work."""
@@ -376,8 +377,7 @@ class Writer:
             if kind is None:
                 raise
         finally:
-            if self._pool is not None:
-                self._pool.shutdown()
+            self._pool.shutdown()
 
 
 def point_latest(run_folder: Path, checkpoint: Path) -> None:
@@ -428,21 +428,21 @@ class Checkpoint:
             parameter.data = parameter.data.clone()
         return model
 
-    def load_optimizer(self, model: HGPTForCausalLM) -> dict[str, dict[str, Tensor]]:
-        """The optimiser state by parameter name, as in `FullState`; empty if it was saved before the first step.
+    def load_optimizer(self, model: HGPTForCausalLM) -> OptimizerState:
+        """The optimiser state; empty if it was saved before the first step.
 
         Raises UserError if the names or the shapes are not those of the model's parameters.
         """
         file = self.path / OPTIMIZER
         parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        saved: dict[str, dict[str, Tensor]] = {}
+        saved: OptimizerState = {}
         for key, value in load_file(file).items():
             kind, name = key.split("/", 1)
             saved.setdefault(name, {})[kind] = value
+        # Adam's step count is a scalar.
         reshaped = {
             name
             for name in saved.keys() & parameters.keys()
-            # Adam's step count is a scalar.
             if any(value.ndim and value.shape != parameters[name].shape for value in saved[name].values())
         }
         if saved and (saved.keys() != parameters.keys() or reshaped):
@@ -454,7 +454,7 @@ class Checkpoint:
 
     def load_random_state(self, rank: int) -> bool:
         """Set this process's generators; False if there are none for this rank (another number of processes)."""
-        path = _random_state_file(self.path, rank)
+        path = self.path / RANDOM_STATE.format(rank)
         if not path.exists():
             return False
         tensors = load_file(path)
@@ -462,7 +462,3 @@ class Checkpoint:
         if "cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["cuda"])
         return True
-
-
-def _random_state_file(folder: Path, rank: int) -> Path:
-    return folder / f"rng_{rank:05d}.safetensors"

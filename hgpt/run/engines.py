@@ -25,7 +25,6 @@ from accelerate.utils import (
     DeepSpeedPlugin,
     DistributedDataParallelKwargs,
     DistributedType,
-    FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     KwargsHandler,
@@ -42,27 +41,21 @@ from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.config import RunConfig
 from hgpt.run.settings import settings
 
-SUPPORTED = (
-    DistributedType.NO,
-    DistributedType.MULTI_CPU,
-    DistributedType.MULTI_GPU,
-    DistributedType.DEEPSPEED,
-    DistributedType.FSDP,
-)
+SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED", "FSDP")  # Accelerate's distributed types
 _PACKAGES = ("hgpt", "torch", "transformers", "accelerate", "deepspeed", "safetensors", "tokenizers", "numpy")
 _ADAM = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, besides its step count
 
 
+# By parameter name, for AdamW {"step": (), "exp_avg": like the parameter, "exp_avg_sq": like the parameter}.
+OptimizerState = dict[str, dict[str, Tensor]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class FullState:
-    """Whole float32 tensors on the CPU, by parameter name; a tied weight is listed under its first name only.
-
-    `optimizer` maps a parameter's name to its optimiser state, for AdamW {"step": (), "exp_avg": like the parameter,
-    "exp_avg_sq": like the parameter}.
-    """
+    """Whole float32 tensors on the CPU, by parameter name; a tied weight is listed under its first name only."""
 
     weights: dict[str, Tensor]
-    optimizer: dict[str, dict[str, Tensor]]
+    optimizer: OptimizerState
 
 
 class Engine:
@@ -93,13 +86,8 @@ class Engine:
         installed, when the other processes do not answer, and when their settings, packages or code differ.
         """
         engine = cls(config, build_accelerator(config.train.precision, config.train.hang_timeout))
-        engine.check_same_everywhere()
-        return engine
-
-    def check_same_everywhere(self) -> None:
-        """Raise UserError on every process when settings, package versions or code differ. Collective."""
-        mine = settings(self.config) | package_versions() | {"the code of hgpt (SHA-256)": code_fingerprint()}
-        everywhere = self.gather_objects(mine)
+        mine = settings(config) | package_versions() | {"the code of hgpt (SHA-256)": code_fingerprint()}
+        everywhere = engine.gather_objects(mine)
         for rank, theirs in enumerate(everywhere):
             lines = [
                 f"  {name}: {everywhere[0].get(name)!r} on process 0, {theirs.get(name)!r} on process {rank}"
@@ -111,6 +99,7 @@ class Engine:
                     "the processes of this run differ:\n" + "\n".join(lines) + "\nStart every node with the same "
                     "configuration, the same checkout and the same environment."
                 )
+        return engine
 
     @property
     def name(self) -> str:
@@ -160,26 +149,27 @@ class Engine:
             _configure_deepspeed(plugin.deepspeed_config, ours)
 
     def prepare(
-        self,
-        model: HGPTForCausalLM,
-        optimizer: torch.optim.Optimizer,
-        states: dict[str, dict[str, Tensor]] | None,
+        self, model: HGPTForCausalLM, optimizer: torch.optim.Optimizer, states: OptimizerState
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The model and the optimiser as the engine trains them. Collective.
 
         Args:
-            states: the optimiser state of a checkpoint, as in `FullState`; None for a new optimiser.
+            states: the optimiser state of a checkpoint, on every process; empty for an optimiser before its first step.
         """
-        self.model, self.optimizer = model, optimizer
+        self.plain_model, self.plain_optimizer = model, optimizer
         # Copied first: ZeRO-3 leaves empty parameters.
         self.model_config, self.num_parameters = copy.deepcopy(model.config), model.num_parameters()
-        weights = None
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            # Under bf16 DeepSpeed makes its float32 master weights from rounded ones: keep the exact weights.
-            weights = {name: _copy(parameter) for name, parameter in model.named_parameters()}
-        prepared, self.prepared_optimizer = self.accelerator.prepare(model, optimizer)
-        restore_state(model, self.prepared_optimizer, self.accelerator, weights, states)
-        return prepared, self.prepared_optimizer
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        # Under bf16 DeepSpeed makes its float32 master weights from rounded ones: keep the exact weights.
+        weights = {name: _copy(parameter) for name, parameter in model.named_parameters()} if deepspeed else {}
+        prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if deepspeed:
+            _fill_zero(self.optimizer.optimizer, model, weights, states)
+        elif states:
+            for name, parameter in model.named_parameters():
+                state = {kind: _like(value, parameter) for kind, value in states[name].items()}
+                self.optimizer.state[parameter] = state
+        return prepared, self.optimizer
 
     def accumulate(self, model: nn.Module) -> AbstractContextManager:
         """A micro-batch: gradients are synchronised in the last one of a step only."""
@@ -203,12 +193,25 @@ class Engine:
         limit = self.config.optim.grad_clip or float("inf")
         norm = _whole(torch.as_tensor(self.accelerator.clip_grad_norm_(model.parameters(), limit)))
         if self.config.train.skip_non_finite:
-            self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+            self.plain_optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         return norm
 
     def collect(self) -> FullState | None:
         """A copy of the weights and the optimiser state, on the main process; None on the others. Collective."""
-        return collect_state(self.model, self.prepared_optimizer, self.accelerator)
+        engine = self.accelerator.distributed_type
+        if not self.is_main and engine not in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            return None  # nothing is sharded
+        full = FullState(weights={}, optimizer={})
+        for name, parameter in self.plain_model.named_parameters():  # one tensor at a time is whole on the device
+            if engine == DistributedType.DEEPSPEED:
+                weight, state = _gather_zero(parameter, self.optimizer.optimizer)
+            else:
+                weight = _whole(parameter)
+                state = {kind: _whole(value) for kind, value in self.optimizer.state[parameter].items()}
+            if self.is_main:
+                full.weights[name] = _copy(weight)
+                full.optimizer[name] = {kind: _copy(value) for kind, value in state.items()}
+        return full if self.is_main else None
 
     def say(self, line: str) -> None:
         """Print on the main process."""
@@ -246,15 +249,13 @@ def build_accelerator(precision: str, hang_timeout: float) -> Accelerator:
             "the launcher asks for FSDP, which Accelerate runs on GPUs only: use configs/accelerate/multi_cpu.yaml or "
             "zero2.yaml on CPUs"
         )
-    mixed_precision = _mixed_precision(precision, on_gpu)
-    timeout = 1.5 * hang_timeout
+    mixed_precision, timeout = _mixed_precision(precision, on_gpu), 1.5 * hang_timeout
     group: dict[str, Any] = {"timeout": timedelta(seconds=timeout)}
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed, if installed, warns that it guesses so
     plugin = _deepspeed_plugin(mixed_precision) if deepspeed else None
     if deepspeed and not on_gpu:
-        # Accelerate starts DeepSpeed on GPUs only and would see one process: set the backend, and hide that this is a
-        # CPU.
+        # Accelerate starts DeepSpeed on GPUs only: set the backend, and hide that this is a CPU.
         os.environ.pop("ACCELERATE_USE_CPU", None)
         os.environ["DS_ACCELERATOR"] = "cpu"
         group["backend"] = "gloo"
@@ -280,26 +281,21 @@ def build_accelerator(precision: str, hang_timeout: float) -> Accelerator:
             "(train.hang_timeout sets how long they wait)"
         ) from error
     unset_hf_deepspeed_config()  # under ZeRO-3 from_pretrained would shard what it loads, and wait for every process
-    if accelerator.distributed_type not in SUPPORTED:
+    if accelerator.distributed_type.value not in SUPPORTED:
         raise UserError(
             f"the launcher asks for {accelerator.distributed_type.value}, which is not supported; launch one process, "
             "DDP (accelerate's MULTI_GPU or MULTI_CPU), DEEPSPEED or FSDP"
         )
     if accelerator.distributed_type == DistributedType.FSDP:
-        _check_fsdp(accelerator.state.fsdp_plugin)
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise UserError(
+                "the launcher asks for the first version of FSDP, which cannot share the embedding with the head: set "
+                "fsdp_version to 2, as configs/accelerate/fsdp2.yaml does"
+            )
+        if (policy := plugin.mixed_precision_policy) is not None:  # reductions in float32, as under other engines
+            plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
     return accelerator
-
-
-def _check_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
-    """UserError for FSDP's first version; reductions in float32, as under every other engine."""
-    if plugin.fsdp_version != 2:
-        raise UserError(
-            "the launcher asks for the first version of FSDP, which cannot share the embedding with the head: set "
-            "fsdp_version to 2, as configs/accelerate/fsdp2.yaml does"
-        )
-    policy = plugin.mixed_precision_policy
-    if policy is not None:
-        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
 
 def _mixed_precision(precision: str, on_gpu: bool) -> str:
@@ -394,64 +390,6 @@ def whole(parameter: nn.Parameter) -> Iterator[Tensor]:
         yield _whole(parameter)
 
 
-def collect_state(model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> FullState | None:
-    """A copy of the weights and the optimiser state, on the main process; None on the others. Collective.
-
-    Args:
-        model: the plain model, before or after `accelerator.prepare`.
-        optimizer: what `accelerator.prepare` returned of the optimiser.
-    """
-    zero = _zero_optimizer(optimizer, accelerator)
-    sharded = zero is not None or accelerator.distributed_type == DistributedType.FSDP
-    if not (sharded or accelerator.is_main_process):
-        return None
-    full = FullState(weights={}, optimizer={})
-    for name, parameter in model.named_parameters():  # one tensor at a time is whole on the device
-        if zero is None:
-            weight, state = _whole(parameter), {kind: _whole(v) for kind, v in optimizer.state[parameter].items()}
-        else:
-            weight, state = _gather_zero(parameter, zero)
-        if accelerator.is_main_process:
-            full.weights[name] = _copy(weight)
-            full.optimizer[name] = {kind: _copy(value) for kind, value in state.items()}
-    return full if accelerator.is_main_process else None
-
-
-def restore_state(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
-    weights: dict[str, Tensor] | None,
-    states: dict[str, dict[str, Tensor]] | None,
-) -> None:
-    """Give weights and optimiser state to a prepared model. Collective.
-
-    Args:
-        model, optimizer: as of `collect_state`.
-        weights: the exact float32 weights, for DeepSpeed's master weights; other engines have them already.
-        states: as of `FullState`, on every process; None or empty for an optimiser that has not made a step.
-    """
-    zero, states = _zero_optimizer(optimizer, accelerator), states or {}
-    if zero is None:
-        for name, parameter in model.named_parameters() if states else ():
-            optimizer.state[parameter] = {kind: _like(value, parameter) for kind, value in states[name].items()}
-        return
-    # Created for a new optimiser too: with several parameter groups DeepSpeed links the state to the parameters of the
-    # first group only, unless the state is there before the first step.
-    step = float(next(iter(states.values()))["step"]) if states else 0.0
-    on_cpu = type(zero.optimizer).__module__.startswith("deepspeed.")  # its own Adam counts steps in a Python integer
-    for flat, state in _partitions(zero):
-        state["step"] = int(step) if on_cpu else torch.tensor(step, device=flat.device)
-        state.update({kind: torch.zeros_like(flat) for kind in _ADAM})
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # ZeRO-1 and 2
-        zero._lazy_init_hp_params_optimizer_state()
-    for name, parameter in model.named_parameters():
-        if weights is not None:
-            _scatter_zero(parameter, weights[name], None)
-        for kind in _ADAM if states else ():
-            _scatter_zero(parameter, states[name][kind], kind)
-
-
 def _whole(tensor: Tensor) -> Tensor:
     """FSDP2's shards gathered (collective); another tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -465,13 +403,6 @@ def _like(value: Tensor, parameter: nn.Parameter) -> Tensor:
     return copied
 
 
-def _zero_optimizer(optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> Any:
-    """DeepSpeed's optimiser inside the prepared one; None under another engine."""
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        return None
-    return optimizer.optimizer  # type: ignore[attr-defined]
-
-
 def _partitions(zero: Any) -> list[tuple[Tensor, dict[str, Any]]]:
     """The flat float32 shards of the parameters that this process updates, with the optimiser's state of each."""
     for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
@@ -482,8 +413,25 @@ def _partitions(zero: Any) -> list[tuple[Tensor, dict[str, Any]]]:
     )
 
 
+def _fill_zero(zero: Any, model: nn.Module, weights: dict[str, Tensor], states: OptimizerState) -> None:
+    """Give DeepSpeed's optimiser `zero` this process's shards of exact weights and of optimiser states. Collective."""
+    # Created for a new optimiser too: with several parameter groups DeepSpeed links the state to the parameters of the
+    # first group only, unless the state is there before the first step.
+    step = float(next(iter(states.values()))["step"]) if states else 0.0
+    on_cpu = type(zero.optimizer).__module__.startswith("deepspeed.")  # its own Adam counts steps in a Python integer
+    for flat, state in _partitions(zero):
+        state["step"] = int(step) if on_cpu else torch.tensor(step, device=flat.device)
+        state.update({kind: torch.zeros_like(flat) for kind in _ADAM})
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # ZeRO-1 and 2
+        zero._lazy_init_hp_params_optimizer_state()
+    for name, parameter in model.named_parameters():
+        _scatter_zero(parameter, weights[name], None)
+        for kind in _ADAM if states else ():
+            _scatter_zero(parameter, states[name][kind], kind)
+
+
 def _gather_zero(parameter: nn.Parameter, zero: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """The float32 weight and Adam's state of a parameter from DeepSpeed's shards. Collective."""
+    """The float32 weight and Adam's state of a parameter from the shards of DeepSpeed's optimiser. Collective."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     weight = safe_get_full_fp32_param(parameter)

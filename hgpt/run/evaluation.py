@@ -104,7 +104,7 @@ class Evaluation:
         """
         plain: HGPTForCausalLM = engine.accelerator.unwrap_model(model)
         config, head = plain.config, plain.lm_head
-        exponent, learned = config.exponent, head.log_exponent if isinstance(head, HarmonicHead) else None
+        exponent, learned = float(config.exponent), head.log_exponent if isinstance(head, HarmonicHead) else None
         if learned is not None:
             with whole(learned) as log_exponent:
                 exponent = float(log_exponent.exp())

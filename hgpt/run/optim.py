@@ -12,6 +12,9 @@ from hgpt.model.heads import HarmonicHead
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.config import OptimConfig
 
+MUON_MOMENTUM = 0.95  # Nesterov
+DECAY_FRACTION = 0.2  # of all steps, at the end of the trapezoidal schedule
+
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     """The learning rate of step `step`, 0 ≤ step < total_steps.
@@ -26,7 +29,7 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
         return config.lr
     start = config.warmup_steps
     if config.schedule == "trapezoidal":
-        start = max(start, round(total_steps * 0.8) - 1)
+        start = max(start, round(total_steps * (1 - DECAY_FRACTION)) - 1)
     progress = max(0.0, (step - start) / max(1, total_steps - 1 - start))
     remaining = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
     return config.min_lr + (config.lr - config.min_lr) * remaining
@@ -76,7 +79,7 @@ def build_optimizer(model: HGPTForCausalLM, config: OptimConfig) -> torch.optim.
     adamw = torch.optim.AdamW(rest, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
     if config.algorithm == "adamw":
         return adamw
-    muon = torch.optim.Muon(matrices, lr=config.lr, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(matrices, lr=config.lr, momentum=MUON_MOMENTUM, adjust_lr_fn="match_rms_adamw")
     return MuonWithAdamW(muon, adamw)
 
 
