@@ -2,14 +2,13 @@
 
 import copy
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from small_run import Stream
 
 from hgpt.errors import UserError
 from hgpt.model.configuration_hgpt import HGPTConfig
@@ -20,21 +19,6 @@ from hgpt.run.evaluation import Evaluation, evaluation_windows
 
 VOCAB, T = 61, 8
 HEADS = pytest.mark.parametrize("head", ["harmonic", "softmax"])
-
-
-@dataclass
-class Stream:
-    """What an evaluation needs of `TokenShards`."""
-
-    tokens: np.ndarray
-    folder: Path = Path("data/x")
-    split: str = "val"
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        return self.tokens[start:stop]
 
 
 class OneOf:
@@ -67,7 +51,7 @@ def evaluate(model, shards: Stream, **settings) -> dict[str, float]:
 
 
 def stream(tokens: int) -> Stream:
-    return Stream(np.random.RandomState(3).randint(0, VOCAB, tokens).astype(np.uint16))
+    return Stream(np.random.RandomState(3).randint(0, VOCAB, tokens).astype(np.uint16), split="val")
 
 
 def small_model(head: str = "harmonic", **settings) -> HGPTForCausalLM:

@@ -24,6 +24,7 @@ from small_run import (
     SOFTMAX,
     VOCAB,
     assert_same_checkpoint,
+    at_step,
     losses,
     make_config,
     markov_tokens,
@@ -77,16 +78,6 @@ def assert_same_end(config: RunConfig, expected: RunConfig) -> None:
     assert ours == theirs
     assert_same_checkpoint(checkpoints(config.run_folder)[-1], checkpoints(expected.run_folder)[-1])
     assert (config.run_folder / "latest").resolve() == checkpoints(config.run_folder)[-1].resolve()
-
-
-def at_step(monkeypatch, step: int, action) -> None:
-    """Call `action` when the learning rate of `step` is asked for; if it returns a number, that is the rate."""
-    original = train.learning_rate
-
-    def learning_rate(now, *rest):
-        return (action() if now == step else None) or original(now, *rest)
-
-    monkeypatch.setattr(train, "learning_rate", learning_rate)
 
 
 # ---------------------------------------------------------------------------------------------------------------
