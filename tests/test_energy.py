@@ -1,6 +1,5 @@
 """hgpt/run/energy.py: what codecarbon may do, the arithmetic over restarts and machines, and runs that measure."""
 
-import builtins
 import logging
 import math
 import os
@@ -21,6 +20,7 @@ from small_run import SEQ_LEN, at_step, make_config, records
 
 import train
 from hgpt.errors import UserError
+from hgpt.run import energy
 from hgpt.run.config import LogConfig
 from hgpt.run.energy import EnergyMeter, Reading, RunEnergy, check_country, describe, last_record
 from hgpt.run.stop import Preempted
@@ -40,14 +40,7 @@ def test_a_country_that_is_not_known():
 
 
 def test_codecarbon_that_is_not_installed(data, tmp_path, monkeypatch):
-    real_import = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.split(".")[0] == "codecarbon":
-            raise ImportError("No module named 'codecarbon'")
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(energy, "find_spec", lambda name: None)
     config = make_config(data, tmp_path, log=GERMANY)
     with pytest.raises(UserError, match=r'log\.energy_country = "DEU" .*pip install "hgpt\[energy\]"'):
         train.main(config)

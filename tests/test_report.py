@@ -1,6 +1,5 @@
 """hgpt/run/report.py: FLOPs as torch counts them, tokens/s without pauses, metrics.jsonl, trackers, phases, spikes."""
 
-import builtins
 import json
 import sys
 import time
@@ -173,14 +172,7 @@ def test_tensorboard(tmp_path):
 
 def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
     assert build_trackers(LogConfig(trackers=()), tmp_path, "x") == []
-    real_import = builtins.__import__
-
-    def without_wandb(name, *args, **kwargs):
-        if name == "wandb":
-            raise ImportError("No module named 'wandb'")
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_wandb)
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"log\.trackers .*pip install wandb"):
         build_trackers(LogConfig(trackers=("wandb",)), tmp_path, "x")
 
@@ -194,6 +186,7 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     stub.init = lambda **settings: started.append(settings) or run
     stub.config = SimpleNamespace(update=lambda *_, **__: None)
     monkeypatch.setitem(sys.modules, "wandb", stub)
+    monkeypatch.setattr(report, "find_spec", lambda name: stub)
     monkeypatch.setenv("WANDB_PROJECT", "p")
     config = LogConfig(trackers=("wandb",))
     for step in (0, 3):

@@ -19,6 +19,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -47,13 +48,13 @@ def check_country(country: str | None) -> None:
     """
     if country is None:
         return
-    try:
-        from codecarbon.input import DataSource
-    except ImportError as error:
+    if find_spec("codecarbon") is None:
         raise UserError(
             f'log.energy_country = "{country}" needs codecarbon, which is not installed: pip install "hgpt[energy]", '
             "or remove log.energy_country"
-        ) from error
+        )
+    from codecarbon.input import DataSource
+
     known = DataSource().get_global_energy_mix_data()
     if country not in known:  # codecarbon would take the world's average
         near = difflib.get_close_matches(country.upper(), known)
@@ -170,23 +171,21 @@ class EnergyMeter:
 
 def describe(hardware: list[Any]) -> str:
     """How codecarbon measures or estimates the parts of a machine, in words."""
+    meters = {"intel_rapl": "RAPL", "windows_emi": "EMI", "intel_power_gadget": "Power Gadget"}
+    meters |= {"NvidiaGPUDevice": "NVML", "AMDGPUDevice": "AMDSMI"}
     found = {}
     for part in hardware:
         kind = type(part).__name__
-        if kind == "CPU":
-            meters = {"intel_rapl": "RAPL", "windows_emi": "EMI", "intel_power_gadget": "Power Gadget"}
-            if part._mode in meters:
-                found["CPU"] = f"CPU measured by {meters[part._mode]}"
-            elif part._mode == "cpu_load":
-                found["CPU"] = f"CPU estimated from its load and a rated power of {part._tdp:g} W"
-            else:
-                found["CPU"] = f"CPU estimated as half of a rated power of {part._tdp:g} W"
+        if kind == "CPU" and part._mode in meters:
+            found["CPU"] = f"CPU measured by {meters[part._mode]}"
+        elif kind == "CPU":
+            how = "from its load and" if part._mode == "cpu_load" else "as half of"
+            found["CPU"] = f"CPU estimated {how} a rated power of {part._tdp:g} W"
+        elif kind == "RAM" and part._force_ram_power is not None:
+            found["RAM"] = f"RAM taken as {part._force_ram_power:g} W"
         elif kind == "RAM":
             found["RAM"] = f"RAM estimated as {part.total_power().W:g} W from its size"
-            if part._force_ram_power is not None:
-                found["RAM"] = f"RAM taken as {part._force_ram_power:g} W"
         elif kind == "GPU":
-            meters = {"NvidiaGPUDevice": "NVML", "AMDGPUDevice": "AMDSMI"}
             names = {meters.get(type(device).__name__, type(device).__name__) for device in part.devices.devices}
             found["GPU"] = f"{len(part._get_gpu_ids())} GPU measured by {' and '.join(sorted(names))}"
         else:  # an Apple chip or a Raspberry Pi, which have meters
@@ -209,21 +208,20 @@ class RunEnergy:
 
     def __init__(self, country: str, engine: "Engine", *, tokens: int, before: Mapping[str, Any] | None) -> None:
         before = {} if before is None else before
-        self._country = country
-        self._engine = engine
+        self._country, self._engine = country, engine
         self._before = Reading(*(before.get(name, 0.0) for name in Reading._fields))
         self._tokens = before.get("tokens", 0) - tokens
         self._meter: EnergyMeter | None = None
         self._failed = False
-        self.method = ""
 
     def __enter__(self) -> Self:
         """Collective."""
-        self._meter = EnergyMeter(self._country) if self._engine.accelerator.is_local_main_process else None
+        if self._engine.accelerator.is_local_main_process:
+            self._meter = EnergyMeter(self._country)
         try:
             methods = self._engine.gather_objects(self._meter and self._meter.method)
         except BaseException:
-            self.__exit__()
+            self.__exit__()  # the meter's thread would keep the process alive
             raise
         self.method = "; ".join(dict.fromkeys(method for method in methods if method))
         return self
@@ -241,13 +239,11 @@ class RunEnergy:
         if self._failed:
             return None
         found = self._engine.gather_objects(Reading() if self._meter is None else self._meter.read())
-        for rank, reading in enumerate(found):
-            if isinstance(reading, str):
-                self._failed = True
-                self._engine.say(
-                    f"energy can no longer be measured and is not logged from here on (process {rank}: {reading})"
-                )
-                return None
+        faults = [f"process {rank}: {reading}" for rank, reading in enumerate(found) if isinstance(reading, str)]
+        if faults:
+            self._failed = True
+            self._engine.say(f"energy can no longer be measured and is not logged from here on ({faults[0]})")
+            return None
         spent = Reading(*map(sum, zip(self._before, *found, strict=True)))
         energy, tokens = spent.cpu_kwh + spent.gpu_kwh + spent.ram_kwh, self._tokens + tokens
         return {

@@ -7,10 +7,10 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
@@ -44,8 +44,7 @@ def flops_per_token(config: HGPTConfig, seq_len: int) -> float:
     return 6.0 * weights + 12.0 * config.n_layer * config.n_embd * seq_len
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recent:
+class Recent(NamedTuple):
     """The last step, averaged over the processes, and how many steps since the last reading were unusual."""
 
     loss: float
@@ -54,12 +53,11 @@ class Recent:
     skipped: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Speed:
-    """The time since the last log line, and what each process did with it.
+class Speed(NamedTuple):
+    """The steps since the last log line: seconds by phase, of this process, and two lists by rank.
 
-    `seconds` by phase, of this process. By rank: `own`, the seconds outside collectives (data and forward; the rank
-    with the most is the one that the others wait for), and `memory`, the most that was held so far, in GiB.
+    `own` are the seconds outside collectives (data and forward): the rank with the most is the one the others wait for.
+    `memory` is the most that was held so far, in GiB.
     """
 
     tokens_per_second: float
@@ -70,11 +68,7 @@ class Speed:
 
 
 class Report:
-    """What a run says, and what it says it from.
-
-    with Report(config, engine, checkpoints) as report:
-        with report.phase("forward"): ...
-    """
+    """What a run reports, and what it counts for that. `with report.phase("forward"):` times a phase of the step."""
 
     def __init__(self, config: RunConfig, engine: Engine, checkpoints: Checkpoints) -> None:
         self.config, self.engine, self.checkpoints = config, engine, checkpoints
@@ -177,25 +171,21 @@ class Report:
         """
         recent = self.engine.accelerator.reduce(torch.stack(self._pending), reduction="mean").tolist()
         self._pending.clear()
-        bad = [
-            (step - len(recent) + 1 + i, *pair) for i, pair in enumerate(recent) if not all(map(math.isfinite, pair))
-        ]
+        first = step - len(recent) + 1
+        bad = [(at, loss, norm) for at, (loss, norm) in enumerate(recent, first) if not math.isfinite(loss + norm)]
         self._skipped += len(bad)
-        if bad and self.engine.is_main:
+        for at, loss, norm in bad if self.engine.is_main else ():
+            record = {"step": at, "loss": str(loss), "grad_norm": str(norm), "windows": batches.windows_of_step(at - 1)}
             with (self.config.run_folder / NON_FINITE_FILE).open("a") as file:
-                for at, loss, norm in bad:
-                    windows = batches.windows_of_step(at - 1)
-                    record = {"step": at, "loss": str(loss), "grad_norm": str(norm), "windows": windows}
-                    file.write(json.dumps(record) + "\n")
-        allowed = self.config.train.skip_non_finite
-        if self._skipped > allowed and bad:
+                file.write(json.dumps(record) + "\n")
+        if bad and self._skipped > self.config.train.skip_non_finite:
             at, loss, norm = bad[0]
             raise self._not_finite(
                 f"step {at} has loss {loss} and gradient norm {norm} (learning rate {lr:.3g}; {self._skipped} such "
-                f"steps, train.skip_non_finite = {allowed})"
+                f"steps, train.skip_non_finite = {self.config.train.skip_non_finite})"
             )
-        spikes = sum(self._spikes.add(loss) for loss, norm in recent if math.isfinite(loss) and math.isfinite(norm))
-        return Recent(loss=recent[-1][0], grad_norm=recent[-1][1], spikes=spikes, skipped=len(bad))
+        spikes = sum(self._spikes.add(loss) for loss, norm in recent if math.isfinite(loss + norm))
+        return Recent(*recent[-1], spikes, len(bad))
 
     def speed(self) -> Speed:
         """Of the steps since the last call, evaluations and checkpoints left out. Collective."""
@@ -210,7 +200,7 @@ class Report:
         mfu = None
         if peak is not None:
             mfu = rate * flops_per_token(engine.model_config, self.config.data.seq_len) / (peak * engine.world_size)
-        return Speed(tokens_per_second=rate, mfu=mfu, seconds=seconds, own=list(own_by_rank), memory=list(memory))
+        return Speed(rate, mfu, seconds, list(own_by_rank), list(memory))
 
     def log(self, step: int, values: Mapping[str, float | None], speed: Speed) -> None:
         """Write a log line; values that are None are left out."""
@@ -375,13 +365,11 @@ def build_trackers(config: LogConfig, run_folder: Path, run_name: str, step: int
             # TensorBoard drops what was written after the checkpoint.
             trackers.append(TensorBoardTracker("tensorboard", run_folder, purge_step=step + 1))
             continue
-        try:
-            import wandb  # noqa: F401
-        except ImportError as error:
+        if find_spec("wandb") is None:
             raise UserError(
-                'log.trackers names "wandb", which is not installed: pip install wandb, '
-                'or set log.trackers = ["tensorboard"]'
-            ) from error
+                'log.trackers names "wandb", which is not installed: pip install wandb, or set log.trackers = '
+                '["tensorboard"]'
+            )
         wandb_id = run_folder / "wandb_id"  # so that a resumed run is continued there
         if not wandb_id.exists():
             wandb_id.write_text(secrets.token_hex(8))
