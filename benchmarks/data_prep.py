@@ -36,7 +36,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from data_prep.openwebtext import SEED, VAL_FRACTION, prepare_openwebtext
 from data_prep.text_files import find_files, read_documents
-from hgpt.data.batches import DeviceBatches, TrainingBatches, epoch_permutation, num_windows
+from hgpt.data.batches import TrainingBatches, epoch_permutation, num_windows
 from hgpt.data.shards import (
     HEADER_BYTES,
     MAGIC,
@@ -286,23 +286,22 @@ def measure_reading(folder: Path, *, tokens: int, seq_len: int, micro_batch: int
     print(f"an epoch in random order    {line}   (goal: no growth)")
 
     batches = TrainingBatches(
-        shards, seq_len=seq_len, global_batch=micro_batch, micro_batch=micro_batch, world_size=1, rank=0, seed=0
+        shards, seq_len=seq_len, global_batch=micro_batch, micro_batch=micro_batch, seed=0, device=device
     )
-    batches(0, 0)
+    batches.read(0, 0)
     start = time.perf_counter()
     for step in range(500):
-        batches(step, 0)
+        batches.read(step, 0)
     seconds = (time.perf_counter() - start) / 500
     compute = micro_batch * seq_len / H100_TOKENS_PER_SECOND  # seconds
     print(
         f"a micro-batch of {micro_batch} windows  {seconds * 1e6:8.0f} us, {seconds / compute:.2%} of an H100's "
         f"{compute * 1e3:.0f} ms of GPT-2 small for it, if nothing were read ahead   (goal: below 1 %)"
     )
-    ahead = DeviceBatches(batches, device)
     waited = 0.0
     for number in range(50):
         start = time.perf_counter()
-        ahead(number, 0)
+        batches(number, 0)
         if device == "cuda":
             torch.cuda.synchronize()
         waited += (time.perf_counter() - start) * (number > 0)

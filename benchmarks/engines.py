@@ -2,10 +2,10 @@
 
     python -m benchmarks.engines [--steps 20] [--processes 1 2 4] [--engines multi_cpu zero1 zero2 zero3]
 
-Trains the quickstart's model with AdamW for some steps on random tokens on the CPU, launched with the files of
-configs/accelerate, and prints for each engine the largest difference from one process: of the loss and the gradient
-norm over all steps, of the validation loss, of the exported weights and of AdamW's state. Seconds are those of a step
-after the first, with every process on one thread: on a machine with fewer cores than processes they say nothing.
+Trains the quickstart's model with AdamW on random tokens on the CPU, launched with the files of configs/accelerate, and
+prints for each engine the largest difference from one process: of the loss and the gradient norm over all steps, of the
+validation loss, of the exported weights and of AdamW's state. Seconds are the median of a step, with every process on
+one thread: they mean nothing on a machine with fewer cores than processes.
 """
 
 import argparse
@@ -14,75 +14,50 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from hgpt.data.shards import DataMeta, ShardWriter, SplitMeta, write_meta
 from hgpt.history import records
 
-VOCAB = 512
-MEASURED = ("loss", "gradient norm", "validation loss", "weights", "AdamW")
 CONFIGS = {"harmonic": "configs/quickstart.toml", "softmax": "configs/quickstart_softmax.toml"}
+SETTINGS = (
+    "--data.vocab_size=512 --data.seq_len=64 --model.n_embd=64 --train.global_batch=8 --train.micro_batch=2 "
+    "--optim.algorithm=adamw --optim.lr=1e-3 --optim.min_lr=1e-4 --optim.warmup_steps=5 --eval.unigram_baseline=false "
+    "--log.every=1 --log.trackers=[]"
+)
 
 
-def write_data(folder: Path) -> None:
-    """Random tokens: every document is one shard's share of them."""
-    random = np.random.RandomState(0)
-    splits = {}
-    for split, count in (("train", 200_000), ("val", 5_000)):
-        with ShardWriter(folder, split) as writer:
-            writer.write(random.randint(VOCAB, size=count).astype(np.uint16))
-            records = writer.close()
-        splits[split] = SplitMeta(tokens=count, documents=1, bytes=count, shards=records)
-    meta = DataMeta(tokenizer="none", vocab_size=VOCAB, end_of_text=VOCAB - 1, splits=splits, source="random tokens")
-    write_meta(folder, meta)
-
-
-def train(folder: Path, name: str, launcher: str, processes: int, head: str, tied: bool, steps: int) -> Path:
-    """One run under a launcher's file; its folder."""
+def train(folder: Path, launcher: str, processes: int, head: str, tied: bool, steps: int) -> Path:
+    """One run under a launcher's file, on the data in `folder`; its run folder."""
+    name = f"{head}-{tied}-{launcher}-{processes}"
     command = ["accelerate", "launch", "--config_file", f"configs/accelerate/{launcher}.yaml"]
     command += ["--num_processes", str(processes), *(["--main_process_port", "0"] if processes > 1 else [])]
-    command += ["train.py", "--config", CONFIGS[head], "--name", name, "--runs_dir", str(folder / "runs")]
-    settings = {
-        "data.path": folder / "data",
-        "data.seq_len": 64,
-        "model.n_embd": 64,
-        "model.tie_word_embeddings": str(tied).lower(),
-        "train.steps": steps,
-        "train.global_batch": 8,
-        "train.micro_batch": 2,
-        "optim.algorithm": "adamw",
-        "optim.lr": 1e-3,
-        "optim.min_lr": 1e-4,
-        "optim.warmup_steps": 5,
-        "eval.every": steps,
-        "eval.unigram_baseline": "false",
-        "log.every": 1,
-        "log.trackers": "[]",
-    }
-    command += [f"--{name}={value}" for name, value in settings.items()]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    command += ["train.py", "--config", CONFIGS[head], "--name", name, "--runs_dir", str(folder), *SETTINGS.split()]
+    command += [f"--data.path={folder}", f"--train.steps={steps}", f"--eval.every={steps}"]
+    command += [f"--model.tie_word_embeddings={str(tied).lower()}"]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": path}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode or f"{processes} x cpu" not in result.stdout + result.stderr:
         sys.exit(f"{' '.join(command)}\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
-    return folder / "runs" / name
+    return folder / name
 
 
-def difference(run: Path, reference: Path, kind: str, name: str) -> float:
-    """The largest difference of a value of metrics.jsonl."""
-    pairs = zip(records(run, kind), records(reference, kind), strict=True)
-    return max(abs(ours[name] - theirs[name]) for ours, theirs in pairs)
-
-
-def tensor_difference(run: Path, reference: Path, file: str) -> float:
-    ours, theirs = (load_file(folder / "latest" / file) for folder in (run, reference))
-    assert ours.keys() == theirs.keys()
-    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+def differences(run: Path, reference: Path) -> list[float]:
+    """The largest difference of loss, gradient norm, validation loss, weights and AdamW's state."""
+    found = []
+    for kind, value in (("train", "loss"), ("train", "grad_norm"), ("eval", "loss")):
+        pairs = zip(records(run, kind), records(reference, kind), strict=True)
+        found.append(max(abs(ours[value] - theirs[value]) for ours, theirs in pairs))
+    for file in ("model/model.safetensors", "optimizer.safetensors"):
+        ours, theirs = (load_file(folder / "latest" / file) for folder in (run, reference))
+        assert ours.keys() == theirs.keys()
+        found.append(max(float((ours[name] - theirs[name]).abs().max()) for name in ours))
+    return found
 
 
 def main() -> None:
@@ -93,39 +68,22 @@ def main() -> None:
     parser.add_argument("--heads", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--tied", nargs="+", choices=["tied", "untied"], default=["tied", "untied"])
     options = parser.parse_args()
-    print(
-        f"torch {torch.__version__}, {os.cpu_count()} cores, {options.steps} steps; largest difference from one process"
-    )
-    print(
-        "| head | embeddings | engine | processes | loss | gradient norm | validation loss | weights | AdamW | s/step |"
-    )
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, {options.steps} steps; difference from one process\n")
+    print("| head | embeddings | engine | processes | loss | grad norm | validation loss | weights | AdamW | s/step |")
     print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        (folder / "data").mkdir()
-        write_data(folder / "data")
-        for head in options.heads:
-            for embeddings in options.tied:
-                case = (head, embeddings == "tied", options.steps)
-                alone = train(folder, f"{head}-{embeddings}", "cpu", 1, *case)
-                for engine in options.engines:
-                    for processes in options.processes:
-                        name = f"{head}-{embeddings}-{engine}-{processes}"
-                        run = train(folder, name, engine, processes, *case)
-                        times = [record["time"] for record in records(run, "train")]
-                        cells = [
-                            difference(run, alone, "train", "loss"),
-                            difference(run, alone, "train", "grad_norm"),
-                            difference(run, alone, "eval", "loss"),
-                            tensor_difference(run, alone, "model/model.safetensors"),
-                            tensor_difference(run, alone, "optimizer.safetensors"),
-                        ]
-                        seconds = statistics.median(later - earlier for earlier, later in pairwise(times))
-                        figures = " | ".join(f"{cell:.1e}" for cell in cells)
-                        print(
-                            f"| {head} | {embeddings} | {engine} | {processes} | {figures} | {seconds:.3f} |",
-                            flush=True,
-                        )
+        for split, count in (("train", 200_000), ("val", 5_000)):
+            np.random.RandomState(0).randint(512, size=count).astype(np.uint16).tofile(folder / f"{split}.bin")
+        for head, embeddings in product(options.heads, options.tied):
+            case = (head, embeddings == "tied", options.steps)
+            alone = train(folder, "cpu", 1, *case)
+            for engine, processes in product(options.engines, options.processes):
+                run = train(folder, engine, processes, *case)
+                times = [record["time"] for record in records(run, "train")]
+                seconds = statistics.median(later - earlier for earlier, later in pairwise(times))
+                cells = " | ".join(f"{cell:.1e}" for cell in differences(run, alone))
+                print(f"| {head} | {embeddings} | {engine} | {processes} | {cells} | {seconds:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

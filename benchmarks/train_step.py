@@ -4,18 +4,17 @@
     python -m benchmarks.train_step --layers 12 --heads 12 --dim 768 --seq-len 1024 --vocab 50257 --micro-batch 32 \\
         --exponent "2*sqrt_dim" --device cuda --precision bf16 --compile --compile-loss     GPT-2 small on a GPU
 
-Beside them "plain": a GPT-2 with a softmax head written here with nothing but PyTorch, as nanoGPT trains it: dense
-logits and F.cross_entropy, scaled_dot_product_attention, fused AdamW, and with --compile the whole model compiled.
+Also "plain": a GPT-2 with a softmax head in PyTorch alone, as nanoGPT trains it: dense logits and F.cross_entropy,
+scaled_dot_product_attention, fused AdamW, and with --compile the whole model compiled.
 
-They take their steps in turn, so that what else the machine does meets all. Prints tokens per second (median step, with
-quartiles), model FLOPs utilisation where the device's peak is known, and the medians of the ratios within a round.
+They take their steps in turn, so that other load on the machine hits all of them. Prints tokens per second (median
+step, with quartiles), model FLOPs utilisation if the device's peak is known, and median ratios within a round.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -28,16 +27,12 @@ from hgpt.run.config import OptimConfig
 from hgpt.run.optim import build_optimizer
 from hgpt.run.report import flops_per_token
 
-# All orders, so chosen that nobody follows itself from one round to the next, and everybody each of the others equally
-# often: who comes after itself finds its weights in the cache.
-ORDERS = (
-    ("harmonic", "softmax", "plain"),
-    ("harmonic", "plain", "softmax"),
-    ("plain", "softmax", "harmonic"),
-    ("softmax", "harmonic", "plain"),
-    ("softmax", "plain", "harmonic"),
-    ("plain", "harmonic", "softmax"),
-)
+# All orders of the three: nobody follows itself from one round to the next, since who does finds its weights in the
+# cache, and everybody follows each of the others equally often.
+ORDERS = [order.split() for order in (
+    "harmonic softmax plain", "harmonic plain softmax", "plain softmax harmonic",
+    "softmax harmonic plain", "softmax plain harmonic", "plain harmonic softmax",
+)]  # fmt: skip
 
 
 class PlainBlock(nn.Module):
@@ -80,14 +75,13 @@ class PlainGPT(nn.Module):
 def our_model(config: HGPTConfig, options: argparse.Namespace) -> tuple[torch.optim.Optimizer, Callable, nn.Module]:
     model = HGPTForCausalLM(config).to(options.device).train()
     model.lm_head.compiled = options.compile_loss
-    if options.compile:
-        for block in model.transformer.h:
-            block.compile()
-
-    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
-        return model(inputs, shift_labels=targets, use_cache=False).loss
-
-    return build_optimizer(model, OptimConfig()), loss, model
+    for block in model.transformer.h if options.compile else ():
+        block.compile()
+    return (
+        build_optimizer(model, OptimConfig()),
+        lambda inputs, targets: model(inputs, shift_labels=targets, use_cache=False).loss,
+        model,
+    )
 
 
 def plain_model(config: HGPTConfig, options: argparse.Namespace) -> tuple[torch.optim.Optimizer, Callable, nn.Module]:
@@ -101,20 +95,18 @@ def plain_model(config: HGPTConfig, options: argparse.Namespace) -> tuple[torch.
 def training_step(name: str, config: HGPTConfig, options: argparse.Namespace) -> Callable[[], float]:
     """A function that takes one optimiser step on random tokens and returns its seconds."""
     torch.manual_seed(0)
-    device = torch.device(options.device)
     optimizer, loss_of, model = (plain_model if name == "plain" else our_model)(config, options)
-    tokens = torch.randint(config.vocab_size, (options.micro_batch, options.seq_len + 1), device=device)
+    tokens = torch.randint(config.vocab_size, (options.micro_batch, options.seq_len + 1), device=options.device)
 
     def step() -> float:
         start = time.perf_counter()
-        autocast = torch.autocast(device.type, torch.bfloat16) if options.precision == "bf16" else nullcontext()
-        with autocast:
+        with torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16"):
             loss = loss_of(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if device.type == "cuda":
+        if options.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
@@ -151,13 +143,10 @@ def main(arguments: list[str] | None = None) -> None:
             if number >= 3:  # the first compile, and allocate
                 times[name].append(seconds)
 
-    name = device_name(torch.device(options.device))
-    tokens = options.micro_batch * options.seq_len
+    name, tokens = device_name(torch.device(options.device)), options.micro_batch * options.seq_len
+    print(f"{name}, {options.threads} threads, torch {torch.__version__}, {options.precision}, ", end="")
     print(
-        f"{name}, {options.threads} threads, torch {torch.__version__}, {options.precision}, compile {options.compile}"
-    )
-    print(
-        f"{options.layers} blocks, width {options.dim}, vocabulary {options.vocab}, "
+        f"compile {options.compile}\n{options.layers} blocks, width {options.dim}, vocabulary {options.vocab}, "
         f"n = {configs['harmonic'].exponent:.4g}, {tokens} tokens per step\n"
     )
     peak = peak_flops(name) if options.precision == "bf16" else None

@@ -36,16 +36,12 @@ def free_port() -> int:
 
 def start(configs: Sequence[RunConfig], processes: int, engine: str = "ddp", log: Path | None = None, **environment):
     """The processes, started; each trains with the configuration of its rank (with the only one, if there is one)."""
-    shared = {
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-    }
+    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": free_port()}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1}
     started = []
     for rank in range(processes):
-        settings = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | ENGINES[engine] | environment
+        settings = shared | {"RANK": rank, "LOCAL_RANK": rank} | ENGINES[engine] | environment
+        settings = {name: str(value) for name, value in settings.items()}
         config = configs[rank] if len(configs) > 1 else configs[0]
         process = _context.Process(target=_train, args=(config, settings, log and log.with_suffix(f".{rank}")))
         process.start()
@@ -76,32 +72,32 @@ def run(config: RunConfig, processes: int, engine: str = "ddp", log: Path | None
 
 def in_group(function: Callable[[Path], None], processes: int, folder: Path) -> list[int]:
     """Exit codes of processes that form a gloo group and call `function`; they print to folder/log.RANK."""
-    port = free_port()
-    started = []
+    port, started = free_port(), []
     for rank in range(processes):
-        process = _context.Process(target=_in_group, args=(function, rank, processes, port, folder))
-        process.start()
-        started.append(process)
+        started.append(_context.Process(target=_in_group, args=(function, rank, processes, port, folder)))
+        started[-1].start()
     return finish(started)
 
 
 def _in_group(function: Callable[[Path], None], rank: int, processes: int, port: int, folder: Path) -> None:
-    file = os.open(folder / f"log.{rank}", os.O_WRONLY | os.O_CREAT)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    _print_to(folder / f"log.{rank}")
     store = torch.distributed.TCPStore("127.0.0.1", port, processes, is_master=rank == 0)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes)
     function(folder)
     torch.distributed.barrier()
 
 
+def _print_to(log: Path) -> None:
+    """Not only Python's streams: C++ prints too."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+
+
 def _train(config: RunConfig, environment: dict[str, str], log: Path | None) -> None:
     os.environ.update(environment)
     if log is not None:
-        # Not only Python's streams: C++ prints too.
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
+        _print_to(log)
     faulthandler.dump_traceback_later(500)  # says where a process hangs
     torch.set_num_threads(1)
     code = 0
@@ -110,7 +106,7 @@ def _train(config: RunConfig, environment: dict[str, str], log: Path | None) -> 
             replace(config.model.head)  # its checks, which load somebody's own distance; pickling leaves them out
             train.main(config)
         except BaseException as error:
-            message, code = train.stopped(error)
+            message, code = train.explain(error)
             print(message, file=sys.stderr)
     except BaseException:
         traceback.print_exc()

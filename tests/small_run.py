@@ -1,6 +1,6 @@
 """A small run that tests train: its data, its configuration, and what it leaves behind."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -85,3 +85,31 @@ def assert_same_checkpoint(a: Path, b: Path) -> None:
         assert left.keys() == right.keys() and left
         for key in left:
             assert torch.equal(left[key], right[key]), f"{name}: {key}"
+
+
+@dataclass
+class Stream:
+    """What batches and evaluations need of `TokenShards`: a stream of tokens in memory."""
+
+    tokens: np.ndarray
+    split: str = "train"
+    folder: Path = Path("data/x")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        assert 0 <= start <= stop <= len(self.tokens)
+        return self.tokens[start:stop]
+
+
+def at_step(monkeypatch, step: int, action) -> None:
+    """Call `action` when train.py asks for the learning rate of `step`; if it returns a number, that is the rate."""
+    import train  # not at the top: every test imports this module
+
+    original = train.learning_rate
+
+    def learning_rate(now, *rest):
+        return (action() if now == step else None) or original(now, *rest)
+
+    monkeypatch.setattr(train, "learning_rate", learning_rate)

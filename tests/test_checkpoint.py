@@ -1,11 +1,8 @@
 """hgpt/run/checkpoint.py: complete or absent, whatever interrupts a save; found again; bit for bit the same state."""
 
 import json
-import multiprocessing
 import os
-import resource
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -15,24 +12,23 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
+from full_disk import file_size_limit
+from small_run import VOCAB, write_data
 
-from hgpt.data.shards import DataMeta, ShardWriter, SplitMeta, TokenShards, write_meta
+from hgpt.data.shards import TokenShards
 from hgpt.durable import partial_name, whole_folder
 from hgpt.errors import UserError
 from hgpt.model.configuration_hgpt import HGPTConfig
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.checkpoint import (
+    Checkpoint,
     TrainState,
     Writer,
+    checkpoint_folder,
     checkpoint_step,
     checkpoints,
     damage,
     data_fingerprint,
-    load_optimizer,
-    load_random_state,
-    load_state,
     model_folder,
     newest_checkpoint,
     point_latest,
@@ -43,12 +39,29 @@ from hgpt.run.checkpoint import (
     write_manifest,
 )
 from hgpt.run.config import CheckpointConfig, OptimConfig
-from hgpt.run.engines import collect_state, restore_state
+from hgpt.run.engines import Engine, FullState
 from hgpt.run.optim import build_optimizer
 
-# What the engines ask of an Accelerator that has one process.
-ALONE = SimpleNamespace(distributed_type=DistributedType.NO, is_main_process=True)
 FILES = {"manifest.json", "model", "optimizer.safetensors", "rng_00000.safetensors", "state.json"}
+
+
+def alone() -> Engine:
+    """The engine of one process, with what it asks of an Accelerator."""
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.NO,
+        is_main_process=True,
+        process_index=0,
+        num_processes=1,
+        device="cpu",
+        prepare=lambda *prepared: prepared,
+    )
+    return Engine(None, accelerator)
+
+
+def collect(model, optimizer) -> FullState:
+    engine = alone()
+    engine.prepare(model, optimizer, {})
+    return engine.collect()
 
 
 def small_model(**settings) -> HGPTForCausalLM:
@@ -82,9 +95,9 @@ def state(step: int = 3) -> TrainState:
 def save(run_folder: Path, step: int, model=None, optimizer=None) -> Path:
     """A checkpoint as train.py writes it, tokenizer and card aside."""
     model = model or small_model()
-    target = run_folder / "checkpoints" / f"step_{step:07d}"
+    target = checkpoint_folder(run_folder, step)
     with whole_folder(target) as folder:
-        full = collect_state(model, optimizer or trained(model), ALONE)
+        full = collect(model, optimizer or trained(model))
         save_training_state(folder, full, [random_state()], state(step))
         save_model(folder / "model", model.config, full.weights)
         write_manifest(folder)
@@ -96,26 +109,15 @@ def names(run_folder: Path) -> list[str]:
     return sorted(path.name for path in (run_folder / "checkpoints").iterdir())
 
 
-def in_a_process(function, *arguments) -> multiprocessing.Process:
-    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
-    process.start()
-    return process
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Complete or absent
 
 
-def test_a_folder_that_was_written_to_its_end(tmp_path):
-    checkpoint = save(tmp_path, 500)
-    assert {path.name for path in checkpoint.iterdir()} == FILES
-    assert damage(checkpoint) is None
-    assert names(tmp_path) == ["step_0000500"]
-    assert load_state(checkpoint) == state(500)
-
-
-def test_a_checkpoint_of_the_same_step_is_replaced_when_the_new_one_is_complete(tmp_path):
+def test_a_checkpoint_is_whole_and_replaced_when_the_new_one_is(tmp_path):
     first = save(tmp_path, 1)
+    assert {path.name for path in first.iterdir()} == FILES
+    assert damage(first) is None
+    assert Checkpoint(first).state == state(1)
     (first / "model" / "config.json").write_text("{")
     with pytest.raises(ValueError), whole_folder(first):
         raise ValueError
@@ -125,92 +127,46 @@ def test_a_checkpoint_of_the_same_step_is_replaced_when_the_new_one_is_complete(
     assert names(tmp_path) == ["step_0000001"]
 
 
-def _save_on_a_full_disk(run_folder: Path, limit: int, connection) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # Python ignores the signal: writing fails
-    try:
-        save(run_folder, 2)
-        connection.send("saved")
-    except BaseException as error:
-        connection.send((type(error).__name__, str(error)))
-
-
 @pytest.mark.parametrize("limit", [1000, 10_000, 40_000])
 def test_a_disk_that_fills_up(tmp_path, limit):
     """Files stop growing at `limit` bytes: in the random state (5 kB), the optimiser (60 kB), the model (30 kB)."""
     first = save(tmp_path, 1)
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = in_a_process(_save_on_a_full_disk, tmp_path, limit, sender)
-    kind, message = receiver.recv()
-    process.join(30)
-    assert kind == "UserError", message
-    assert message.startswith(f"could not write {tmp_path / 'checkpoints' / 'step_0000002'}: ")
-    assert "--resume auto" in message
+    with file_size_limit(limit), pytest.raises(UserError, match=r"could not write .*step_0000002: .*--resume auto"):
+        save(tmp_path, 2)
     assert names(tmp_path) == ["step_0000001"]
     assert damage(first) is None
     assert (tmp_path / "latest").resolve() == first
     assert newest_checkpoint(tmp_path, pytest.fail) == first
 
 
-@pytest.fixture
-def small_disk(tmp_path):
+def test_a_real_disk_that_fills_up(tmp_path):
     """A file system of 600 kB, where one can be mounted."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if shutil.which("mount") is None or subprocess.call(
-        ["mount", "-t", "tmpfs", "-o", "size=600k", "none", str(disk)], stderr=subprocess.DEVNULL
-    ):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "none", str(disk)]
+    if shutil.which("mount") is None or subprocess.call(mount, stderr=subprocess.DEVNULL):
         pytest.skip("no file system can be mounted here; test_a_disk_that_fills_up tries the same with a limit")
-    yield disk
-    subprocess.check_call(["umount", "-l", str(disk)])
+    try:
+        first, ballast = save(disk, 1), disk / "ballast"
+        for kilobytes_left in (0, 32, 96):
+            ballast.write_bytes(bytes(max(0, shutil.disk_usage(disk).free - kilobytes_left * 1024)))
+            with pytest.raises(UserError, match=r"could not write .*step_0000002.*(No space left|os error 28)"):
+                save(disk, 2)
+            ballast.unlink()
+            assert names(disk) == ["step_0000001"]
+            assert damage(first) is None and (disk / "latest").resolve() == first
+        assert damage(save(disk, 2)) is None
+    finally:
+        subprocess.check_call(["umount", "-l", str(disk)])
 
 
-def test_a_real_disk_that_fills_up(small_disk):
-    first = save(small_disk, 1)
-    ballast = small_disk / "ballast"
-    for kilobytes_left in (0, 8, 32, 64, 96):
-        free = shutil.disk_usage(small_disk).free
-        ballast.write_bytes(bytes(max(0, free - kilobytes_left * 1024)))
-        with pytest.raises(UserError, match=r"could not write .*step_0000002.*(No space left|os error 28)"):
-            save(small_disk, 2)
-        ballast.unlink()
-        assert names(small_disk) == ["step_0000001"]
-        assert damage(first) is None and (small_disk / "latest").resolve() == first
-    tokenizer = Tokenizer(BPE())
-    tokenizer.add_tokens([f"token {i}" for i in range(200)])
-    ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 8192))
-    with (
-        pytest.raises(UserError, match="No space left"),
-        whole_folder(small_disk / "checkpoints" / "step_3") as folder,
-    ):
-        tokenizer.save(str(folder / "tokenizer.json"))  # raises a bare Exception
-    ballast.unlink()
-    assert damage(save(small_disk, 2)) is None
-
-
-def _save_and_hang(run_folder: Path) -> None:
-    model = small_model()
-    with whole_folder(run_folder / "checkpoints" / "step_0000002") as folder:
-        save_training_state(folder, collect_state(model, trained(model), ALONE), [random_state()], state(2))
-        time.sleep(60)
-
-
-def test_kill_in_the_middle_of_a_save(tmp_path):
+def test_what_a_killed_save_left_is_no_checkpoint_and_goes(tmp_path):
     first = save(tmp_path, 1)
-    process = in_a_process(_save_and_hang, tmp_path)
-    partial = partial_name(tmp_path / "checkpoints" / "step_0000002")
-    deadline = time.monotonic() + 30
-    while not (partial / "state.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join(30)
-    assert process.exitcode == -signal.SIGKILL
-    # What is left is under no checkpoint's name ...
-    assert names(tmp_path) == [".step_0000002.partial", "step_0000001"]
+    shutil.copytree(first, partial_name(checkpoint_folder(tmp_path, 2)))
+    (tmp_path / "checkpoints" / ".step_0000000.deleted" / "model").mkdir(parents=True)
     assert checkpoints(tmp_path) == [first]
     assert newest_checkpoint(tmp_path, pytest.fail) == first
-    # ... and the next save, of whatever step, takes it away, with what a broken-off deletion left.
-    (tmp_path / "checkpoints" / ".step_0000000.deleted" / "model").mkdir(parents=True)
-    save(tmp_path, 3)
+    save(tmp_path, 3)  # of whatever step
     assert names(tmp_path) == ["step_0000001", "step_0000003"]
 
 
@@ -248,15 +204,8 @@ def test_damage_is_seen_and_passed_over(tmp_path, harm, fault):
     assert newest_checkpoint(tmp_path, warnings.append) == first
     assert len(warnings) == 1
     assert warnings[0].startswith(f"{second} is damaged and passed over: {fault}")
-
-
-def test_no_checkpoint_is_left(tmp_path):
-    assert newest_checkpoint(tmp_path, pytest.fail) is None
-    checkpoint = save(tmp_path, 1)
-    (checkpoint / "state.json").unlink()
-    warnings = []
+    harm(first)
     assert newest_checkpoint(tmp_path, warnings.append) is None
-    assert len(warnings) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -269,50 +218,48 @@ def empty_checkpoints(run_folder: Path, *steps: int) -> None:
 
 
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    assert checkpoints(tmp_path) == [] and newest_checkpoint(tmp_path, pytest.fail) is None
     empty_checkpoints(tmp_path, 90, 1000, 20_000_000, 5)
     (tmp_path / "checkpoints" / "step_x").mkdir()
     (tmp_path / "checkpoints" / "step_7").write_text("a file")
     assert [checkpoint_step(path) for path in checkpoints(tmp_path)] == [5, 90, 1000, 20_000_000]
 
 
-@pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 4]), (1, [4]), (3, [2, 3, 4]), (9, [1, 2, 3, 4])])
-def test_keep_last(tmp_path, keep, left):
+@pytest.mark.parametrize(
+    ("keep", "latest", "left"),
+    [
+        (0, 4, [1, 2, 3, 4]),
+        (1, 4, [4]),
+        (3, 4, [2, 3, 4]),
+        (9, 4, [1, 2, 3, 4]),
+        (1, 2, [2, 3, 4]),  # the run was set back to step 1, and has just saved step 2
+    ],
+)
+def test_keep_last(tmp_path, keep, latest, left):
     empty_checkpoints(tmp_path, 1, 2, 3, 4)
-    point_latest(tmp_path, tmp_path / "checkpoints" / "step_0000004")
+    point_latest(tmp_path, checkpoint_folder(tmp_path, latest))
     remove_old(tmp_path, CheckpointConfig(keep_last=keep))
     assert [checkpoint_step(path) for path in checkpoints(tmp_path)] == left
     assert len(names(tmp_path)) == len(left)
 
 
-def test_a_run_that_was_set_back_keeps_what_it_has_just_saved(tmp_path):
-    empty_checkpoints(tmp_path, 1, 2, 3, 4, 5)
-    point_latest(tmp_path, tmp_path / "checkpoints" / "step_0000002")  # gone on from step 1, and saved
-    remove_old(tmp_path, CheckpointConfig(keep_last=1))
-    assert [checkpoint_step(path) for path in checkpoints(tmp_path)] == [2, 3, 4, 5]
-
-
-def test_latest_is_a_relative_link(tmp_path):
+def test_latest_is_a_relative_link_and_never_absent(tmp_path, monkeypatch):
     run = tmp_path / "a"
     empty_checkpoints(run, 1, 2)
-    for step in (1, 2):
-        point_latest(run, run / "checkpoints" / f"step_{step:07d}")
-        assert os.readlink(run / "latest") == f"checkpoints/step_{step:07d}"
-    run.rename(tmp_path / "b")  # a run folder may be moved
-    assert (tmp_path / "b" / "latest" / "model").is_dir()
-    (tmp_path / "b" / ".latest.partial").symlink_to("nowhere")  # of a process that was killed
-    point_latest(tmp_path / "b", tmp_path / "b" / "checkpoints" / "step_0000001")
-    assert os.readlink(tmp_path / "b" / "latest") == "checkpoints/step_0000001"
-    assert not (tmp_path / "b" / ".latest.partial").is_symlink()
-
-
-def test_latest_is_never_absent(tmp_path, monkeypatch):
-    empty_checkpoints(tmp_path, 1, 2)
-    point_latest(tmp_path, tmp_path / "checkpoints" / "step_0000001")
+    point_latest(run, checkpoint_folder(run, 1))
     seen = []
     replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: (seen.append(os.readlink(tmp_path / "latest")), replace(a, b)))
-    point_latest(tmp_path, tmp_path / "checkpoints" / "step_0000002")
-    assert seen == ["checkpoints/step_0000001"]  # there until the rename, which is one step
+    monkeypatch.setattr(os, "replace", lambda a, b: (seen.append(os.readlink(run / "latest")), replace(a, b)))
+    point_latest(run, checkpoint_folder(run, 2))
+    assert seen == ["checkpoints/step_0000001"]  # there until the rename, which is atomic
+    assert os.readlink(run / "latest") == "checkpoints/step_0000002"
+    monkeypatch.undo()
+    run = run.rename(tmp_path / "b")  # a run folder may be moved
+    assert (run / "latest" / "model").is_dir()
+    (run / ".latest.partial").symlink_to("nowhere")  # of a process that was killed
+    point_latest(run, checkpoint_folder(run, 1))
+    assert os.readlink(run / "latest") == "checkpoints/step_0000001"
+    assert not (run / ".latest.partial").is_symlink()
 
 
 def test_model_folder(tmp_path):
@@ -324,16 +271,15 @@ def test_model_folder(tmp_path):
 
 
 def test_model_folder_of_something_else(tmp_path):
-    with pytest.raises(UserError) as error:
-        model_folder(tmp_path / "none")
-    assert str(error.value) == (
-        f"{tmp_path / 'none'}: there is no such folder; give a run folder, a checkpoint folder or an exported model"
-    )
-    with pytest.raises(UserError) as error:
-        model_folder(tmp_path)
-    assert str(error.value) == (
-        f"{tmp_path} is no model: a run folder holds latest/, a checkpoint folder model/, an exported model config.json"
-    )
+    for path, message in (
+        (tmp_path / "none", "there is no such folder; give a run folder, a checkpoint folder or an exported model"),
+        (
+            tmp_path,
+            "is no model: a run folder holds latest/, a checkpoint folder model/, an exported model config.json",
+        ),
+    ):
+        with pytest.raises(UserError, match=f"{path}.*{message}"):
+            model_folder(path)
     (tmp_path / "config.toml").write_text("")
     with pytest.raises(UserError, match=r"the run has no checkpoint yet; wait for checkpoint\.every steps or train on"):
         model_folder(tmp_path)
@@ -352,7 +298,7 @@ def test_optimizer_state_comes_back_bit_for_bit(tmp_path, tied, bias):
     checkpoint = save(tmp_path, 3, model, optimizer)
     other = HGPTForCausalLM.from_pretrained(checkpoint / "model")
     restored = build_optimizer(other, OptimConfig())
-    restore_state(other, restored, ALONE, None, load_optimizer(checkpoint, other))
+    alone().prepare(other, restored, Checkpoint(checkpoint).load_optimizer(other))
     assert len(restored.state) == len(list(model.parameters()))
     for (name, parameter), (other_name, twin) in zip(model.named_parameters(), other.named_parameters(), strict=True):
         assert name == other_name and torch.equal(parameter, twin)
@@ -380,9 +326,8 @@ def test_optimizer_state_comes_back_bit_for_bit(tmp_path, tied, bias):
 )
 def test_the_optimizer_of_another_model_is_refused(tmp_path, settings, message):
     checkpoint = save(tmp_path, 1)
-    other = small_model(**settings)
     with pytest.raises(UserError) as error:
-        load_optimizer(checkpoint, other)
+        Checkpoint(checkpoint).load_optimizer(small_model(**settings))
     assert f"{checkpoint / 'optimizer.safetensors'} belongs to another model: " in str(error.value)
     assert message in str(error.value)
 
@@ -393,16 +338,16 @@ def test_random_state_comes_back(tmp_path):
     first = random_state()
     torch.rand(3)
     model = small_model()
-    full, second = collect_state(model, trained(model), ALONE), random_state()
+    full, second = collect(model, trained(model)), random_state()
     save_training_state(tmp_path, full, [first, second], state(1))
+    checkpoint = Checkpoint(tmp_path)
     expected = torch.rand(4)
-    assert load_random_state(tmp_path, 1)
+    assert checkpoint.load_random_state(rank=1)
     assert torch.equal(torch.rand(4), expected)
-    assert load_random_state(tmp_path, 0)
+    assert checkpoint.load_random_state(rank=0)
     assert torch.equal(torch.get_rng_state(), first["torch"])
-    before = torch.get_rng_state()
-    assert not load_random_state(tmp_path, 2)
-    assert torch.equal(torch.get_rng_state(), before)
+    assert not checkpoint.load_random_state(rank=2)
+    assert torch.equal(torch.get_rng_state(), first["torch"])
 
 
 def test_state_of_another_version(tmp_path):
@@ -411,34 +356,18 @@ def test_state_of_another_version(tmp_path):
     assert set(content["packages"]) >= {"python", "torch", "hgpt"}
     (checkpoint / "state.json").write_text(json.dumps(content | {"moon": "full"}))
     with pytest.raises(UserError, match=r"state\.json was written by another version of hgpt \(.*'moon'"):
-        load_state(checkpoint)
+        Checkpoint(checkpoint)
 
 
 def test_data_fingerprint(tmp_path):
     def shards(folder: str, seed: int) -> list[TokenShards]:
-        (tmp_path / folder).mkdir()
-        splits = {}
-        for split in ("train", "val"):
-            with ShardWriter(tmp_path / folder, split) as writer:
-                writer.write(np.random.RandomState(seed).randint(0, 9, 50))
-                splits[split] = SplitMeta(tokens=50, documents=1, bytes=50, shards=writer.close())
-        meta = DataMeta(tokenizer="t", vocab_size=9, end_of_text=8, splits=splits, source=f"in {folder}")
-        write_meta(tmp_path / folder, meta)
-        return [TokenShards.open(tmp_path / folder, split) for split in splits]
+        train, val = (np.random.RandomState(seed + i).randint(0, VOCAB, 50).astype(np.uint16) for i in range(2))
+        write_data(tmp_path / folder, train, val)
+        return [TokenShards.open(tmp_path / folder, split) for split in ("train", "val")]
 
     a, copy, other = shards("a", 0), shards("copy", 0), shards("other", 1)
     assert data_fingerprint(*a) == data_fingerprint(*copy) != data_fingerprint(*other)
     assert data_fingerprint(a[0], other[1]) not in (data_fingerprint(*a), data_fingerprint(*other))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [({"every": 0}, "checkpoint.every must be at least 1 step; got 0"), ({"keep_last": -1}, "checkpoint.keep_last")],
-)
-def test_settings_out_of_range(settings, message):
-    with pytest.raises(UserError) as error:
-        CheckpointConfig(**settings)
-    assert str(error.value).startswith(message)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -451,28 +380,12 @@ def test_log_spaced_checkpoints_and_those_at_multiples_are_kept_for_good(tmp_pat
     assert due == [0, 1, 2, 4, 8, 10, 16, 20, 30, 40, 50, 60]
     for step in due:
         empty_checkpoints(tmp_path, step)
-        point_latest(tmp_path, tmp_path / "checkpoints" / f"step_{step:07d}")
+        point_latest(tmp_path, checkpoint_folder(tmp_path, step))
         remove_old(tmp_path, config)
     assert [checkpoint_step(path) for path in checkpoints(tmp_path)] == [0, 1, 2, 4, 8, 16, 20, 40, 60]
 
-
-def test_without_these_settings_there_is_none_at_step_0():
     assert [step for step in range(9) if CheckpointConfig(every=4).due(step)] == [4, 8]
     assert not any(CheckpointConfig(every=4).for_good(step) for step in range(9))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"keep_every": -1}, r"checkpoint\.keep_every must be 0 \(none\) or more; got -1"),
-        ({"log_spaced_until": -8}, r"checkpoint\.log_spaced_until must be 0 \(none\) or more; got -8"),
-        ({"keep_every": 10, "keep_last": 0, "every": 10}, "has no effect with checkpoint.keep_last = 0"),
-        ({"keep_every": 15, "every": 10}, "must be a multiple of checkpoint.every = 10"),
-    ],
-)
-def test_checkpoint_settings_that_cannot_be(settings, message):
-    with pytest.raises(UserError, match=message):
-        CheckpointConfig(**settings)
 
 
 @pytest.mark.parametrize("background", [True, False])
@@ -492,7 +405,6 @@ def test_the_writer_writes_one_after_the_other(background):
         writer.submit(lambda: write(2))  # waits for the first
         assert order == ([1] if background else [1, 2])
     assert order == [1, 2]
-    assert writer.seconds > 0.3
 
 
 def test_a_failure_in_the_background_is_raised_at_the_next_look():

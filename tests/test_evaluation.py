@@ -2,46 +2,32 @@
 
 import copy
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from small_run import Stream
 
 from hgpt.errors import UserError
 from hgpt.model.configuration_hgpt import HGPTConfig
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.config import EvalConfig
-from hgpt.run.evaluation import evaluation_windows, head_diagnostics, validation_loss
+from hgpt.run.engines import Engine
+from hgpt.run.evaluation import Evaluation, evaluation_windows
 
 VOCAB, T = 61, 8
 HEADS = pytest.mark.parametrize("head", ["harmonic", "softmax"])
 
 
-@dataclass
-class Stream:
-    """What an evaluation needs of `TokenShards`."""
-
-    tokens: np.ndarray
-    folder: Path = Path("data/x")
-    split: str = "val"
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        return self.tokens[start:stop]
-
-
 class OneOf:
-    """One process of several, as `Accelerator` shows it; what it would add up with the others is kept."""
+    """The engine of one process of several; what it would add up with the others is kept."""
 
     device = torch.device("cpu")
 
-    def __init__(self, process_index: int = 0, num_processes: int = 1) -> None:
-        self.process_index, self.num_processes = process_index, num_processes
+    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
+        self.rank, self.world_size, self.accelerator = rank, world_size, self
 
     def autocast(self):
         return nullcontext()
@@ -55,8 +41,17 @@ class OneOf:
         return model
 
 
+def evaluation(shards: Stream, micro_batch: int = 2, windows: int = 100) -> Evaluation:
+    settings = EvalConfig(micro_batch=micro_batch, diagnostic_windows=windows)
+    return Evaluation(shards, shards, SimpleNamespace(eval=settings, data=SimpleNamespace(seq_len=T)))
+
+
+def evaluate(model, shards: Stream, **settings) -> dict[str, float]:
+    return evaluation(shards, **settings)(model, 0, OneOf()).values
+
+
 def stream(tokens: int) -> Stream:
-    return Stream(np.random.RandomState(3).randint(0, VOCAB, tokens).astype(np.uint16))
+    return Stream(np.random.RandomState(3).randint(0, VOCAB, tokens).astype(np.uint16), split="val")
 
 
 def small_model(head: str = "harmonic", **settings) -> HGPTForCausalLM:
@@ -99,7 +94,7 @@ def test_validation_loss_is_the_mean_over_every_token(head, tokens):
     expected = exactly(model, shards)["loss"].item()
     assert expected > 1
     for micro_batch in (1, 3, 6, 100):
-        loss = validation_loss(model, shards, seq_len=T, micro_batch=micro_batch, accelerator=OneOf())
+        loss = evaluate(model, shards, micro_batch=micro_batch, windows=1)["loss"]
         assert loss == pytest.approx(expected, rel=2e-6)
 
 
@@ -110,47 +105,45 @@ def test_validation_loss_is_not_smoothed():
     with torch.no_grad():
         model.lm_head.weight[1] += 100.0
     shards = Stream(np.array([0] + [1] * T, dtype=np.uint16))
-    loss = validation_loss(model, shards, seq_len=T, micro_batch=1, accelerator=OneOf())
+    loss = evaluate(model, shards)["loss"]
     assert loss == pytest.approx(exactly(model, shards)["loss"].item(), rel=1e-5)
     assert loss > np.log(100 * config.vocab_size) + 5
 
 
 @HEADS
-@pytest.mark.parametrize("processes", [2, 3, 4, 9])
-@pytest.mark.parametrize("micro_batch", [1, 2, 5])
+@pytest.mark.parametrize(("processes", "micro_batch"), [(2, 5), (3, 2), (9, 1)])
 def test_validation_loss_does_not_depend_on_the_number_of_processes(head, processes, micro_batch):
     model, shards = small_model(head), stream(6 * T + 4)  # 7 windows, the last one short
-    passes = []
+    exact, passes = exactly(model, shards)["loss"].item(), []
     model.register_forward_hook(lambda *_: passes.append(1))
     shares = torch.zeros(2, dtype=torch.float64)
     forward_passes = set()
     for rank in range(processes):
         process = OneOf(rank, processes)
         passes.clear()
-        validation_loss(model, shards, seq_len=T, micro_batch=micro_batch, accelerator=process)
+        evaluation(shards, micro_batch).loss(model.eval(), process)
         shares += process.share
         forward_passes.add(len(passes))
     assert len(forward_passes) == 1  # or a process waits for the others for ever
     assert shares[1] == len(shards) - 1
-    assert float(shares[0] / shares[1]) == pytest.approx(exactly(model, shards)["loss"].item(), rel=2e-6)
+    assert float(shares[0] / shares[1]) == pytest.approx(exact, rel=2e-6)
 
 
 def test_with_accelerate_itself():
     model, shards = small_model(), stream(3 * T + 5)
-    accelerator = Accelerator(cpu=True)
-    prepared = accelerator.prepare(model)
-    loss = validation_loss(prepared, shards, seq_len=T, micro_batch=2, accelerator=accelerator)
-    assert loss == pytest.approx(exactly(model, shards)["loss"].item(), rel=2e-6)
-    assert head_diagnostics(prepared, shards, seq_len=T, windows=2, accelerator=accelerator)["accuracy"] >= 0
+    engine = Engine(None, Accelerator(cpu=True))
+    found = evaluation(shards)(engine.accelerator.prepare(model), 7, engine)
+    assert found.step == 7 and found.loss == pytest.approx(exactly(model, shards)["loss"].item(), rel=2e-6)
 
 
 @HEADS
 def test_diagnostics(head):
     model, shards = small_model(head), stream(6 * T + 4)
     truth = exactly(model, shards)
-    found = head_diagnostics(model, shards, seq_len=T, windows=100, accelerator=OneOf())  # more than there are: all
+    found = evaluate(model, shards)  # more windows than there are: all
     x, y, d, w = truth["x"], truth["y"], truth["d"], truth["w"]
     expected = {
+        "loss": truth["loss"],
         "accuracy": ((d.argmin(-1) if head == "harmonic" else d.argmax(-1)) == y).double().mean(),
         "x_norm_mean": x.norm(dim=-1).mean(),
         "x_norm_max": x.norm(dim=-1).max(),
@@ -172,10 +165,9 @@ def test_diagnostics_with_a_learnt_exponent():
     learnt.load_state_dict(fixed.state_dict(), strict=False)
     with torch.no_grad():
         learnt.lm_head.log_exponent.fill_(2.0)
-    expected, found = (
-        head_diagnostics(model, shards, seq_len=T, windows=9, accelerator=OneOf()) for model in (fixed, learnt)
-    )
+    expected, found = evaluate(fixed, shards), evaluate(learnt, shards)
     assert found.pop("exponent") == pytest.approx(np.exp(2.0))
+    assert found.pop("loss") != expected.pop("loss")
     assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -183,7 +175,7 @@ def test_diagnostics_take_windows_from_all_over_the_split():
     shards = stream(100 * T + 1)
     read = []
     shards.read = lambda start, stop: read.append(start // T) or shards.tokens[start:stop]
-    head_diagnostics(small_model(), shards, seq_len=T, windows=4, accelerator=OneOf())
+    evaluation(shards, windows=4).diagnostics(small_model(), OneOf())
     assert read == [0, 25, 50, 75]
 
 
@@ -194,9 +186,7 @@ def test_padding_rows_are_in_no_figure():
     weights["lm_head.weight"] = weights["transformer.wte.weight"]
     padded.load_state_dict(weights)
     shards = stream(3 * T)
-    for function, settings in ((validation_loss, {"micro_batch": 2}), (head_diagnostics, {"windows": 9})):
-        one, other = (function(m, shards, seq_len=T, accelerator=OneOf(), **settings) for m in (plain, padded))
-        assert one == pytest.approx(other, rel=1e-6)
+    assert evaluate(plain, shards) == pytest.approx(evaluate(padded, shards), rel=1e-6)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -204,8 +194,7 @@ def test_mode_is_restored_and_nothing_is_learnt(training):
     model, shards = small_model(), stream(3 * T)
     model.train(training)
     generator = torch.get_rng_state()
-    validation_loss(model, shards, seq_len=T, micro_batch=2, accelerator=OneOf())
-    head_diagnostics(model, shards, seq_len=T, windows=2, accelerator=OneOf())
+    evaluate(model, shards)
     assert all(module.training == training for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(torch.get_rng_state(), generator)  # evaluating more often changes no run
@@ -214,10 +203,4 @@ def test_mode_is_restored_and_nothing_is_learnt(training):
 def test_split_shorter_than_a_sequence():
     assert [evaluation_windows(stream(n), T) for n in (9, 10, 17, 18)] == [1, 2, 2, 3]
     with pytest.raises(UserError, match=r"the val split has 8 tokens.*data\.seq_len \+ 1 = 9\. Lower data\.seq_len"):
-        evaluation_windows(stream(8), T)
-
-
-@pytest.mark.parametrize("name", ["every", "micro_batch", "diagnostic_windows"])
-def test_settings_out_of_range(name):
-    with pytest.raises(UserError, match=f"eval.{name} must be at least 1; got 0"):
-        EvalConfig(**{name: 0})
+        evaluation(stream(8))

@@ -10,12 +10,13 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from processes import free_port, run
+from processes import free_port
 from test_engines import curve, engine_config
 
 import train
 from hgpt.run.checkpoint import checkpoints
 from hgpt.run.config import RunConfig
+from hgpt.run.settings import write_toml
 
 ROOT = Path(__file__).parent.parent
 LAUNCHERS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
@@ -50,7 +51,7 @@ def test_the_batch_script_is_shell_and_names_real_options():
 
 def accelerate_launch(config: RunConfig, launcher: str, tmp_path: Path, *options: str) -> subprocess.Popen:
     toml = tmp_path / f"{config.name}.toml"
-    train.write_toml(config, toml)
+    write_toml(config, toml)
     file = ROOT / "configs" / "accelerate" / f"{launcher}.yaml"
     command = ["accelerate", "launch", "--config_file", file, *options, "train.py", "--config", toml]
     return subprocess.Popen(
@@ -76,7 +77,7 @@ def succeeded(*launchers: subprocess.Popen) -> str:
     ("launcher", "processes", "engine"),
     [
         pytest.param("cpu", 1, "one process", marks=pytest.mark.slow),
-        ("multi_cpu", 2, "DDP"),
+        pytest.param("multi_cpu", 2, "DDP", marks=pytest.mark.slow),
         pytest.param("zero1", 2, "DeepSpeed ZeRO-1", marks=pytest.mark.slow),
         ("zero2", 2, "DeepSpeed ZeRO-2"),
         pytest.param("zero3", 2, "DeepSpeed ZeRO-3", marks=pytest.mark.slow),
@@ -85,9 +86,8 @@ def succeeded(*launchers: subprocess.Popen) -> str:
 )
 def test_accelerate_launch(data, tmp_path, launcher, processes, engine):
     """The shipped file and the same TOML, on the CPU: the curve of one process, and it goes on."""
-    alone = engine_config(data, tmp_path, "alone")
-    run(alone, 1)
-    config = engine_config(data, tmp_path, launcher)
+    alone, config = (engine_config(data, tmp_path, name) for name in ("alone", launcher))
+    train.main(alone)
     port = ["--main_process_port", free_port()] if processes > 1 else []
     printed = succeeded(accelerate_launch(config, launcher, tmp_path, "--num_processes", processes, *port))
     assert f"{processes} x cpu, {engine}" in printed
@@ -100,21 +100,11 @@ def test_accelerate_launch(data, tmp_path, launcher, processes, engine):
     "launcher", ["multi_node", pytest.param("multi_node_zero2", marks=pytest.mark.slow)], ids=["ddp", "zero2"]
 )
 def test_two_nodes(data, tmp_path, launcher):
-    """Two launchers, each with the rank of its node, that meet on this machine's loopback; then they go on."""
-    alone = engine_config(data, tmp_path, "alone", train={"micro_batch": 1})
-    run(alone, 1)
-    config = engine_config(data, tmp_path, "nodes", train={"micro_batch": 1})
-
-    def both() -> None:
-        port = free_port()
-        options = ["--num_processes", 2, "--main_process_ip", "127.0.0.1", "--main_process_port", port]
-        nodes = [accelerate_launch(config, launcher, tmp_path, "--machine_rank", rank, *options) for rank in (0, 1)]
-        assert "2 x cpu" in succeeded(*nodes)
-
-    both()
+    """Two launchers, each with the rank of its node, that meet on this machine's loopback."""
+    alone, config = (engine_config(data, tmp_path, name, train={"micro_batch": 1}) for name in ("alone", "nodes"))
+    train.main(alone)
+    options = ["--num_processes", 2, "--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
+    nodes = [accelerate_launch(config, launcher, tmp_path, "--machine_rank", rank, *options) for rank in (0, 1)]
+    assert "2 x cpu" in succeeded(*nodes)
     np.testing.assert_allclose(curve(config), curve(alone), atol=1e-5)
-    newest = checkpoints(config.run_folder)[-1]
-    newest.rename(tmp_path / "expected")
-    both()
-    np.testing.assert_allclose(curve(config), curve(alone), atol=1e-5)
-    assert checkpoints(config.run_folder)[-1].name == newest.name
+    assert len(checkpoints(config.run_folder)) == 2

@@ -12,18 +12,18 @@ from transformers import PreTrainedTokenizerFast
 
 from hgpt.model.configuration_hgpt import HGPTConfig
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
+from hgpt.run.evaluation import Validation
 from hgpt.run.model_card import model_card
 
 
 def card(config: HGPTConfig, **values) -> str:
     settings = {
-        "name": "quickstart",
         "weights": {"lm_head.weight": torch.empty(2000, 1000), "transformer.ln_f.weight": torch.empty(992)},
+        "name": "quickstart",
         "data": "Python's documentation {3.11}",
-        "tokens": 819_200,
         "steps": 400,
-        "validation_loss": 3.21987,
-        "validation_step": 400,
+        "tokens": 819_200,
+        "validation": Validation(400, {"loss": 3.21987}),
     }
     return model_card(config, **(settings | values))
 
@@ -49,7 +49,7 @@ def test_another_distance_and_a_learnt_exponent():
 
 
 def test_softmax():
-    text = card(HGPTConfig(head="softmax"), validation_loss=None, validation_step=None)
+    text = card(HGPTConfig(head="softmax"), validation=None)
     assert "w_i · x" in text and "| validation loss | not measured |" in text
     for word in ("n = ", "Do not serve", "d_i^(−n)"):
         assert word not in text

@@ -6,7 +6,9 @@ permutation(seed, epoch)[g mod W], epoch = g div W, W = ⌊(N − 1) / T⌋; ste
 s·B … s·B + B − 1, whatever the number of processes, the micro-batch or a restart.
 """
 
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -39,87 +41,72 @@ def window_of_sample(sample: int, *, seed: int, windows: int) -> int:
     return int(epoch_permutation(seed, epoch, windows)[position])
 
 
+@dataclass
 class TrainingBatches:
-    """The batches of a run: `batches(step, micro_step)` is this process's share, a pure function.
+    """The batches of a run: `batches(step, micro_step)` is this process's share on its device, a pure function.
 
-    Step s is cut into `accumulation` micro-steps, each into one micro-batch per process, so that every sample
+    Step s is cut into `accumulation` micro-steps, each of one micro-batch per process, so every one of its samples
     s·B … s·B + B − 1 is read by exactly one process.
+
+    While the device works on one micro-batch, a thread reads the next one: neither a slow disk nor the order of the
+    next epoch (0.6 s for OpenWebText) delays the training. For a GPU the thread also copies it into pinned memory, from
+    where it is copied to the device during the computation. An error of the thread is raised where its micro-batch is
+    asked for; a micro-batch other than the next one is read when it is asked for.
+
+    Raises UserError if the data is shorter than one sequence, or if no number of micro-batches makes up a batch.
     """
 
-    def __init__(
-        self,
-        shards: TokenShards,
-        *,
-        seq_len: int,
-        global_batch: int,
-        micro_batch: int,
-        world_size: int,
-        rank: int,
-        seed: int,
-    ) -> None:
-        self.shards = shards
-        self.seq_len = seq_len
-        self.windows = num_windows(len(shards), seq_len)
+    shards: TokenShards
+    _: KW_ONLY
+    seq_len: int
+    global_batch: int
+    micro_batch: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        self.windows = num_windows(len(self.shards), self.seq_len)
         if self.windows == 0:
             raise UserError(
-                f"{shards.folder}: the {shards.split} split has {len(shards):,} tokens, fewer than one sequence of "
-                f"data.seq_len + 1 = {seq_len + 1}. Prepare more text, or lower data.seq_len."
+                f"{self.shards.folder}: the {self.shards.split} split has {len(self.shards):,} tokens, fewer than one "
+                f"sequence of data.seq_len + 1 = {self.seq_len + 1}. Prepare more text, or lower data.seq_len."
             )
-        self.global_batch = global_batch
-        self.micro_batch = micro_batch
-        self.accumulation = accumulation_steps(global_batch, micro_batch, world_size)
-        self.world_size = world_size
-        self.rank = rank
-        self.seed = seed
+        self.accumulation = accumulation_steps(self.global_batch, self.micro_batch, self.world_size)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._ahead: tuple[tuple[int, int], Future[tuple[Tensor, Tensor]]] | None = None
 
     def samples(self, step: int, micro_step: int) -> range:
         """The run's sample numbers in one micro-batch of this process."""
         first = step * self.global_batch + (micro_step * self.world_size + self.rank) * self.micro_batch
         return range(first, first + self.micro_batch)
 
-    def windows_of(self, step: int) -> list[int]:
-        """The windows of a whole step, of all processes, in the order of its samples."""
-        samples = range(step * self.global_batch, (step + 1) * self.global_batch)
+    def windows_of(self, samples: Iterable[int]) -> list[int]:
         return [window_of_sample(g, seed=self.seed, windows=self.windows) for g in samples]
 
-    def __call__(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of one micro-batch, each (micro_batch, seq_len), int64."""
-        windows = [window_of_sample(g, seed=self.seed, windows=self.windows) for g in self.samples(step, micro_step)]
-        return read_windows(self.shards, windows, self.seq_len)
+    def windows_of_step(self, step: int) -> list[int]:
+        """The windows of a whole step, of all processes, in the order of its samples."""
+        return self.windows_of(range(step * self.global_batch, (step + 1) * self.global_batch))
 
-
-class DeviceBatches:
-    """The micro-batches of `TrainingBatches` on a device: `batches(step, micro_step)`, still a pure function.
-
-    While the device works on one micro-batch, a thread reads the next one, so that a slow disk or the order of the
-    next epoch (0.6 s for OpenWebText) keeps nobody waiting. For a GPU it also copies it into pinned memory, from where
-    the copy to the device runs beside the computation. What the thread raises is raised where the micro-batch is
-    asked for; a micro-batch other than the next one is read when it is asked for.
-    """
-
-    def __init__(self, batches: TrainingBatches, device: torch.device | str) -> None:
-        self.batches = batches
-        self.device = torch.device(device)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._ahead: tuple[tuple[int, int], Future[tuple[Tensor, Tensor]]] | None = None
+    def read(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of one micro-batch, each (micro_batch, seq_len), int64, in memory: pinned for a GPU."""
+        inputs, targets = read_windows(self.shards, self.windows_of(self.samples(step, micro_step)), self.seq_len)
+        if torch.device(self.device).type == "cuda":
+            # Contiguous: a copy of a strided tensor would go through pageable memory.
+            return inputs.contiguous().pin_memory(), targets.pin_memory()
+        return inputs, targets
 
     def __call__(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of one micro-batch on the device, each (micro_batch, seq_len), int64."""
         if self._ahead is not None and self._ahead[0] == (step, micro_step):
             inputs, targets = self._ahead[1].result()
         else:
-            inputs, targets = self._read(step, micro_step)
-        following = (step, micro_step + 1) if micro_step + 1 < self.batches.accumulation else (step + 1, 0)
-        self._ahead = following, self._thread.submit(self._read, *following)
-        # PyTorch keeps a pinned tensor from being used again until the copies from it are done.
+            inputs, targets = self.read(step, micro_step)
+        following = (step, micro_step + 1) if micro_step + 1 < self.accumulation else (step + 1, 0)
+        self._ahead = following, self._thread.submit(self.read, *following)
+        # PyTorch does not reuse a pinned tensor before the copies from it are done.
         return inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
-
-    def _read(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
-        inputs, targets = self.batches(step, micro_step)
-        if self.device.type == "cuda":
-            # Contiguous: a copy of a strided tensor would go through pageable memory.
-            return inputs.contiguous().pin_memory(), targets.pin_memory()
-        return inputs, targets
 
 
 def read_windows(shards: TokenShards, windows: list[int], seq_len: int) -> tuple[Tensor, Tensor]:

@@ -1,26 +1,24 @@
-"""Checkpoints: saved atomically, found again, and the Hugging Face model inside each.
+"""The run folder and its checkpoints: found, resumed, saved whole or not at all.
 
     runs/<name>/checkpoints/step_0000500/
       model/                    the exported Hugging Face model: float32 weights, tokenizer, model card
-      optimizer.safetensors     AdamW's state by parameter name: "exp_avg/transformer.wte.weight", ...
+      optimizer.safetensors     optimiser state by parameter name: "exp_avg/transformer.wte.weight", ...
       rng_00000.safetensors     random-number generators of process 0, one such file per process
       state.json                step, tokens, validation loss, settings, data, package versions
       manifest.json             size and SHA-256 of every file above; written last
 
-A checkpoint is written under another name and renamed, so it is complete or absent. The weights are kept once: the
-exported model is what a run goes on from. Nothing in it depends on the engine or the number of processes that wrote it,
-and no file of it can run code when it is read (safetensors and JSON).
+A checkpoint is written under a temporary name and renamed, so it is complete or absent. The weights are stored once: a
+run resumes from the exported model. Nothing in a checkpoint depends on the engine or on the number of processes that
+wrote it, and no file of it can run code when it is read (safetensors and JSON).
 """
 
 import copy
 import hashlib
 import json
-import platform
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +27,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hgpt.data.shards import TokenShards
-from hgpt.durable import remove_folder, sha256, whole_file
-from hgpt.durable import whole_folder as atomic_folder  # noqa: F401 - train.py calls it by this name
+from hgpt.data.tokenizer import hf_tokenizer
+from hgpt.durable import folder_lock, remove_folder, sha256, whole_file, whole_folder
 from hgpt.errors import UserError
 from hgpt.model.configuration_hgpt import HGPTConfig
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
-from hgpt.run.config import CheckpointConfig
-from hgpt.run.engines import FullState
+from hgpt.run.config import CheckpointConfig, RunConfig
+from hgpt.run.engines import Engine, FullState, OptimizerState, package_versions
+from hgpt.run.evaluation import Validation
+from hgpt.run.model_card import model_card
+from hgpt.run.settings import CONFIG_FILE, check_resume, settings, write_toml
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
@@ -45,13 +46,12 @@ PREEMPTED = "preempted"  # in the folder of a run that a cluster stopped: launch
 MANIFEST = "manifest.json"
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
-
-_PACKAGES = ("hgpt", "torch", "transformers", "accelerate", "deepspeed", "safetensors", "tokenizers", "numpy")
+RANDOM_STATE = "rng_{:05d}.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """What a run needs besides tensors to go on, and what a reader wants to know of a checkpoint.
+    """What a run needs besides tensors to resume, and what a reader wants to know of a checkpoint.
 
     `step` counts finished optimiser steps, `tokens` the training tokens they saw; `validation_loss` was measured at
     `validation_step`. `settings` are the resolved settings by dotted name; `data` identifies the token shards
@@ -65,18 +65,14 @@ class TrainState:
     settings: dict[str, Any]
     data: str
     world_size: int
-    packages: dict[str, str] = field(default_factory=lambda: package_versions())
+    packages: dict[str, str] = field(default_factory=package_versions)
 
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what a run computes."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # a source checkout on the path
-            versions[package] = "not installed"
-    return versions
+    @property
+    def validation(self) -> Validation | None:
+        """The last evaluation before the checkpoint."""
+        if self.validation_loss is None or self.validation_step is None:
+            return None
+        return Validation(self.validation_step, {"loss": self.validation_loss})
 
 
 def data_fingerprint(*splits: TokenShards) -> str:
@@ -88,8 +84,140 @@ def data_fingerprint(*splits: TokenShards) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+class Checkpoints:
+    """The run folder of a training run.
+
+    Attributes:
+        resumed: the checkpoint that the run resumes, None for a new run; set by `to_resume`.
+    """
+
+    def __init__(self, config: RunConfig, train_shards: TokenShards, val_shards: TokenShards, engine: Engine) -> None:
+        self.config = config
+        self.engine = engine
+        self.shards = train_shards
+        self.data = data_fingerprint(train_shards, val_shards)
+        self.resumed: Checkpoint | None = None
+        self._writer = Writer(config.checkpoint.background)
+
+    def to_resume(self) -> "Checkpoint | None":
+        """The checkpoint that `resume` asks for, None for a new run. Nothing is written.
+
+        Raises UserError for a run folder that would be overwritten, a damaged checkpoint, other data, settings that may
+        not change, and fewer steps than the checkpoint has.
+        """
+        path = find_checkpoint(self.config, self.engine.say)
+        if path is None:
+            return None
+        found = Checkpoint(path)
+        differences = check_resume(found.state.settings, self.config, path)
+        if found.state.data != self.data:
+            raise UserError(
+                f"cannot resume {path}: the data in {self.config.data.path} is not the data it was trained on (the "
+                "checksums of the shards differ). Point data.path at that data, or give the run another name."
+            )
+        if found.state.step > self.config.train.steps:
+            raise UserError(
+                f"cannot resume {path}: train.steps = {self.config.train.steps} is less than its {found.state.step} "
+                f"steps. Set train.steps to {found.state.step} or more, or resume an earlier checkpoint."
+            )
+        self.engine.say(f"resuming from {path}" + "".join(f"\n  {line}" for line in differences))
+        self.resumed = found
+        return found
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Create the run folder and hold its lock; at the end, wait for the checkpoint that is being written.
+
+        To be entered when all input is checked. Collective. Raises UserError if another process trains in the folder,
+        or if it cannot be written.
+        """
+        self.engine.accelerator.wait_for_everyone()  # until every process has seen whether the folder exists
+        folder = self.config.run_folder
+        with ExitStack() as held:
+            if self.engine.is_main:
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    busy = f"another process is training in {folder}: wait for it, or end it, or choose another --name"
+                    held.enter_context(folder_lock(folder / LOCK, busy))
+                    write_toml(self.config, folder / CONFIG_FILE)
+                    (folder / PREEMPTED).unlink(missing_ok=True)
+                except OSError as error:
+                    raise UserError(
+                        f"the run folder {folder} cannot be written: {error}; choose another --runs_dir"
+                    ) from error
+                if self.resumed is not None and self.resumed.path.parent == folder / CHECKPOINTS:
+                    point_latest(folder, self.resumed.path)  # the run may have crashed before it was linked
+                held.enter_context(self._writer)
+            yield
+
+    def due(self, step: int, *, last: bool = False, stopping: bool = False) -> bool:
+        """Whether to save after `step` steps; not where the run was resumed, since that checkpoint exists."""
+        if self.resumed is not None and step == self.resumed.state.step:
+            return False
+        return last or stopping or self.config.checkpoint.due(step)
+
+    def save(self, step: int, validation: Validation | None) -> None:
+        """Save the model and everything a run needs to resume. Collective; the main process writes."""
+        self._writer.wait()  # before collecting: otherwise two copies of the state are in memory
+        full = self.engine.collect()
+        random_states = self.engine.gather_objects(random_state())
+        if full is not None:
+            state = TrainState(
+                step=step,
+                tokens=step * self.config.train.global_batch * self.config.data.seq_len,
+                validation_loss=None if validation is None else validation.loss,
+                validation_step=None if validation is None else validation.step,
+                settings=settings(self.config),
+                data=self.data,
+                world_size=self.engine.world_size,
+            )
+            self._writer.submit(lambda: self._write(full, random_states, state))
+
+    def _write(self, full: FullState, random_states: list[dict[str, Tensor]], state: TrainState) -> None:
+        """The checkpoint folder, with the Hugging Face model, its tokenizer and its card; then `latest`."""
+        run_folder, config = self.config.run_folder, self.engine.model_config
+        target = checkpoint_folder(run_folder, state.step)
+        with whole_folder(target) as folder:
+            save_training_state(folder, full, random_states, state)
+            save_model(folder / MODEL, config, full.weights)
+            tokenizer = Path(self.config.data.path) / "tokenizer.json"
+            if tokenizer.exists():  # a bare nanoGPT folder has none
+                hf_tokenizer(tokenizer, config.n_positions, self.shards.end_of_text).save_pretrained(folder / MODEL)
+            source = self.config.data.path if self.shards.meta is None else self.shards.meta.source
+            card = model_card(
+                config,
+                full.weights,
+                name=self.config.name,
+                data=source,
+                steps=state.step,
+                tokens=state.tokens,
+                validation=state.validation,
+            )
+            (folder / MODEL / "README.md").write_text(card, encoding="utf-8")
+            write_manifest(folder)
+        point_latest(run_folder, target)
+        remove_old(run_folder, self.config.checkpoint)
+
+    def check(self) -> None:
+        """Raise what writing in the background has raised; does not wait."""
+        self._writer.wait(only_look=True)
+
+    def wait(self) -> None:
+        """Until the checkpoint that was saved last is on the disk; raises what writing it has raised."""
+        self._writer.wait()
+
+    def mark_preempted(self) -> None:
+        """Leave the file that says that a cluster stopped the run."""
+        if self.engine.is_main:
+            (self.config.run_folder / PREEMPTED).touch()
+
+
 # --------------------------------------------------------------------------------------------------------------
 # Finding
+
+
+def checkpoint_folder(run_folder: Path, step: int) -> Path:
+    return run_folder / CHECKPOINTS / f"step_{step:07d}"
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -131,6 +259,33 @@ def newest_checkpoint(run_folder: Path, warn: Callable[[str], None]) -> Path | N
     return None
 
 
+def find_checkpoint(config: RunConfig, warn: Callable[[str], None]) -> Path | None:
+    """The checkpoint that `resume` asks for, None for a new run. UserError rather than overwrite a run folder."""
+    run_folder = config.run_folder
+    occupied = run_folder.exists() and any(run_folder.iterdir())
+    if config.resume == "never":
+        if occupied:
+            raise UserError(
+                f"{run_folder} exists already and is never overwritten: go on with --resume auto, or choose another "
+                "--name"
+            )
+        return None
+    if config.resume == "auto":
+        newest = newest_checkpoint(run_folder, warn)
+        if newest is None and checkpoints(run_folder):
+            raise UserError(f"every checkpoint of {run_folder} is damaged: choose another --name to start anew")
+        return newest
+    checkpoint = Path(config.resume)
+    if not checkpoint.is_dir():
+        raise UserError(f'resume = {config.resume!r}: it must be "never", "auto" or the folder of a checkpoint')
+    if fault := damage(checkpoint):
+        raise UserError(f"{checkpoint} is damaged: {fault}; choose another one, or --resume auto")
+    mine = checkpoint.resolve().parent == (run_folder / CHECKPOINTS).resolve()
+    if occupied and not mine:
+        raise UserError(f"{run_folder} exists already and {checkpoint} is not its checkpoint: choose another --name")
+    return checkpoint
+
+
 def model_folder(path: str | Path) -> Path:
     """The exported model that `path` stands for: a run folder, a checkpoint folder or an exported model folder.
 
@@ -142,7 +297,7 @@ def model_folder(path: str | Path) -> Path:
             return candidate
     if not path.exists():
         raise UserError(f"{path}: there is no such folder; give a run folder, a checkpoint folder or an exported model")
-    if (path / "config.toml").is_file():
+    if (path / CONFIG_FILE).is_file():
         raise UserError(f"{path}: the run has no checkpoint yet; wait for checkpoint.every steps or train on")
     raise UserError(
         f"{path} is no model: a run folder holds {LATEST}/, a checkpoint folder {MODEL}/, an exported model config.json"
@@ -153,15 +308,6 @@ def model_folder(path: str | Path) -> Path:
 # Saving
 
 
-def write_manifest(folder: Path) -> None:
-    """Enter size and SHA-256 of every file of `folder` into its manifest.json."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    entries = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
-    }
-    (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=1))
-
-
 def save_training_state(
     folder: Path, full: FullState, random_states: list[dict[str, Tensor]], state: TrainState
 ) -> None:
@@ -169,7 +315,7 @@ def save_training_state(
     tensors = {f"{kind}/{name}": value for name, kinds in full.optimizer.items() for kind, value in kinds.items()}
     save_file(tensors, folder / OPTIMIZER)
     for rank, generators in enumerate(random_states):
-        save_file(generators, _random_state_file(folder, rank))
+        save_file(generators, folder / RANDOM_STATE.format(rank))
     (folder / STATE).write_text(json.dumps(asdict(state), indent=1))
 
 
@@ -182,6 +328,15 @@ def save_model(folder: Path, config: HGPTConfig, weights: dict[str, Tensor]) -> 
     model.save_pretrained(folder)
 
 
+def write_manifest(folder: Path) -> None:
+    """Enter size and SHA-256 of every file of `folder` into its manifest.json."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
+    }
+    (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=1))
+
+
 def random_state() -> dict[str, Tensor]:
     """This process's generators that training draws from (dropout)."""
     generators = {"torch": torch.get_rng_state()}
@@ -191,51 +346,42 @@ def random_state() -> dict[str, Tensor]:
 
 
 class Writer:
-    """Writes one checkpoint at a time, beside the training or in line with it.
-
-    `seconds` is the time that `submit` and `wait` held up their caller.
-    """
+    """Writes one checkpoint at a time in a thread, while training goes on (`background`) or while `submit` waits."""
 
     def __init__(self, background: bool) -> None:
-        self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._background = background
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
-        self.seconds = 0.0
 
     def submit(self, write: Callable[[], None]) -> None:
         """Start `write` when the one before it has ended; raises what that one raised."""
         self.wait()
-        if self._pool is None:
-            start = time.perf_counter()
-            write()
-            self.seconds += time.perf_counter() - start
-        else:
-            self._pending = self._pool.submit(write)
+        self._pending = self._pool.submit(write)
+        if not self._background:
+            self.wait()
+
+    def wait(self, *, only_look: bool = False) -> None:
+        """Until what was submitted is on the disk; raises what it raised. `only_look`: returns if it is at work."""
+        if self._pending is not None and not (only_look and not self._pending.done()):
+            pending, self._pending = self._pending, None
+            pending.result()
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Whatever ends the run, what was submitted is finished; its own failure counts if nothing else went wrong."""
+        """Finish what was submitted, whatever ends the run; its own failure is raised if nothing else went wrong."""
         try:
             self.wait()
         except UserError:
             if kind is None:
                 raise
         finally:
-            if self._pool is not None:
-                self._pool.shutdown()
-
-    def wait(self, *, only_look: bool = False) -> None:
-        """Until what was submitted is on the disk; raises what it raised. `only_look`: not while it is at work."""
-        start = time.perf_counter()
-        if self._pending is not None and not (only_look and not self._pending.done()):
-            pending, self._pending = self._pending, None
-            pending.result()
-        self.seconds += time.perf_counter() - start
+            self._pool.shutdown()
 
 
 def point_latest(run_folder: Path, checkpoint: Path) -> None:
-    """Make run_folder/latest a link to `checkpoint`, in one step."""
+    """Make run_folder/latest a link to `checkpoint`, atomically."""
     with whole_file(run_folder / LATEST) as link:
         link.symlink_to(checkpoint.relative_to(run_folder))
 
@@ -243,7 +389,7 @@ def point_latest(run_folder: Path, checkpoint: Path) -> None:
 def remove_old(run_folder: Path, config: CheckpointConfig) -> None:
     """Delete all but the newest `keep_last` checkpoints up to `latest`, and those that are kept for good.
 
-    Later ones, from before the run was set back to an older checkpoint, are none of the newest.
+    Checkpoints after `latest`, from before the run was set back to an earlier one, do not count and stay.
     """
     if config.keep_last:
         latest = checkpoint_step((run_folder / LATEST).resolve())
@@ -257,66 +403,62 @@ def remove_old(run_folder: Path, config: CheckpointConfig) -> None:
 # Resuming
 
 
-def load_state(checkpoint: Path) -> TrainState:
-    """The state in a checkpoint. UserError if another version of hgpt wrote other fields."""
-    try:
-        return TrainState(**json.loads((checkpoint / STATE).read_text()))
-    except TypeError as error:
-        raise UserError(
-            f"{checkpoint / STATE} was written by another version of hgpt ({error}); go on with that version, or start "
-            f"a run with model.init_from = {checkpoint}"
-        ) from error
+class Checkpoint:
+    """A checkpoint to resume. Raises UserError if another version of hgpt wrote other fields into its state.json."""
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.state = TrainState(**json.loads((path / STATE).read_text()))
+        except TypeError as error:
+            raise UserError(
+                f"{path / STATE} was written by another version of hgpt ({error}); resume with that version, or start "
+                f"a run with model.init_from = {path}"
+            ) from error
 
-def load_model(checkpoint: Path) -> HGPTForCausalLM:
-    """The model of a checkpoint, in float32.
+    def load_model(self) -> HGPTForCausalLM:
+        """The model, in float32.
 
-    Weights are moved out of the file's mapping, where they lie at addresses that are multiples of 4: some small matrix
-    products round differently there (measured: MKL, 320 × 32 times 32 × 4, at other than multiples of 16), and a run
-    would not go on bit for bit.
-    """
-    model = HGPTForCausalLM.from_pretrained(checkpoint / MODEL, dtype=torch.float32)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model
+        Weights are copied out of the file's mapping, where they lie at addresses that are multiples of 4: some small
+        matrix products round differently there (measured: MKL, 320 × 32 times 32 × 4, at other than multiples of 16),
+        and a run would not resume bit for bit.
+        """
+        model = HGPTForCausalLM.from_pretrained(self.path / MODEL, dtype=torch.float32)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        return model
 
+    def load_optimizer(self, model: HGPTForCausalLM) -> OptimizerState:
+        """The optimiser state; empty if it was saved before the first step.
 
-def load_optimizer(checkpoint: Path, model: HGPTForCausalLM) -> dict[str, dict[str, Tensor]]:
-    """AdamW's state by parameter name; empty if no step had been made when it was saved.
-
-    Raises UserError if the names or the shapes are not those of the model's parameters.
-    """
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    saved: dict[str, dict[str, Tensor]] = {}
-    for key, value in load_file(checkpoint / OPTIMIZER).items():
-        kind, name = key.split("/", 1)
-        saved.setdefault(name, {})[kind] = value
-    reshaped = {
-        name
-        for name in saved.keys() & parameters.keys()
+        Raises UserError if the names or the shapes are not those of the model's parameters.
+        """
+        file = self.path / OPTIMIZER
+        parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        saved: OptimizerState = {}
+        for key, value in load_file(file).items():
+            kind, name = key.split("/", 1)
+            saved.setdefault(name, {})[kind] = value
         # Adam's step count is a scalar.
-        if any(value.ndim and value.shape != parameters[name].shape for value in saved[name].values())
-    }
-    if saved and (saved.keys() != parameters.keys() or reshaped):
-        raise UserError(
-            f"{checkpoint / OPTIMIZER} belongs to another model: not in the model "
-            f"{sorted(saved.keys() - parameters.keys())}, not in the file {sorted(parameters.keys() - saved.keys())}, "
-            f"of another shape {sorted(reshaped)}"
-        )
-    return saved
+        reshaped = {
+            name
+            for name in saved.keys() & parameters.keys()
+            if any(value.ndim and value.shape != parameters[name].shape for value in saved[name].values())
+        }
+        if saved and (saved.keys() != parameters.keys() or reshaped):
+            raise UserError(
+                f"{file} belongs to another model: not in the model {sorted(saved.keys() - parameters.keys())}, not in "
+                f"the file {sorted(parameters.keys() - saved.keys())}, of another shape {sorted(reshaped)}"
+            )
+        return saved
 
-
-def load_random_state(checkpoint: Path, rank: int) -> bool:
-    """Set this process's generators; False if the checkpoint has none for this rank (another number of processes)."""
-    path = _random_state_file(checkpoint, rank)
-    if not path.exists():
-        return False
-    tensors = load_file(path)
-    torch.set_rng_state(tensors["torch"])
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])
-    return True
-
-
-def _random_state_file(folder: Path, rank: int) -> Path:
-    return folder / f"rng_{rank:05d}.safetensors"
+    def load_random_state(self, rank: int) -> bool:
+        """Set this process's generators; False if there are none for this rank (another number of processes)."""
+        path = self.path / RANDOM_STATE.format(rank)
+        if not path.exists():
+            return False
+        tensors = load_file(path)
+        torch.set_rng_state(tensors["torch"])
+        if "cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["cuda"])
+        return True

@@ -4,26 +4,30 @@
     emissions_kg = Σ energy · carbon intensity of the country's electricity               kg CO2eq
     tokens_per_joule = training tokens while energy was measured / (3.6·10⁶ energy_kwh)
 
-What a figure is worth depends on the machine, and `method` says it. Counters measure GPUs (NVML, AMDSMI) and, on Linux
-where /sys/class/powercap can be read, the CPU's package (RAPL). Elsewhere a CPU is estimated from its load, as P (0.1 +
-0.9 load³), with P its rated power if codecarbon knows the model and 4 W a core if not; RAM is always estimated, from
-its size. Whoever knows P sets CODECARBON_FORCE_CPU_POWER to it, in watts, and for RAM CODECARBON_FORCE_RAM_POWER. An
-estimate may be wrong by a factor: it compares runs on one machine, and not machines.
+How exact a figure is depends on the machine, and `method` says so. Counters measure GPUs (NVML, AMDSMI) and, on Linux
+if /sys/class/powercap is readable, the CPU's package (RAPL). Otherwise a CPU is estimated from its load, as
+P (0.1 + 0.9 load³), where P is its rated power if codecarbon knows the model, else 4 W a core; RAM is always estimated,
+from its size. CODECARBON_FORCE_CPU_POWER sets P, in watts, and CODECARBON_FORCE_RAM_POWER the RAM's power. An estimate
+may be wrong by a factor: it compares runs on one machine, not machines.
 
-Whole machines are measured, with all that runs on them, but of their GPUs only those in CUDA_VISIBLE_DEVICES. One
-process of each node measures. Nothing is sent anywhere, and nothing is written but the run's own metrics.
+Whole machines are measured, with every process on them, but only the GPUs in CUDA_VISIBLE_DEVICES. One process of each
+node measures. Nothing is sent anywhere, and nothing is written but the run's own metrics.
 """
 
 import difflib
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from hgpt.errors import UserError
 from hgpt.history import records
+
+if TYPE_CHECKING:  # EnergyMeter is used without torch
+    from hgpt.run.engines import Engine
 
 JOULES_PER_KWH = 3.6e6
 
@@ -37,15 +41,20 @@ class Reading(NamedTuple):
     emissions_kg: float = 0.0
 
 
-def check_country(country: str) -> None:
-    """Raises UserError when codecarbon is not installed, or does not know the country (ISO 3166-1 alpha-3)."""
-    try:
-        from codecarbon.input import DataSource
-    except ImportError as error:
+def check_country(country: str | None) -> None:
+    """Check log.energy_country before the run starts; None: no energy is measured.
+
+    Raises UserError if codecarbon is not installed or does not know the country (ISO 3166-1 alpha-3).
+    """
+    if country is None:
+        return
+    if find_spec("codecarbon") is None:
         raise UserError(
-            'log.energy_country needs codecarbon, which is not installed: pip install "hgpt[energy]", or remove the '
-            "setting"
-        ) from error
+            f'log.energy_country = "{country}" needs codecarbon, which is not installed: pip install "hgpt[energy]", '
+            "or remove log.energy_country"
+        )
+    from codecarbon.input import DataSource
+
     known = DataSource().get_global_energy_mix_data()
     if country not in known:  # codecarbon would take the world's average
         near = difflib.get_close_matches(country.upper(), known)
@@ -57,7 +66,7 @@ def check_country(country: str) -> None:
 
 
 class EnergyMeter:
-    """Measures this machine from its construction to `stop`. Nothing that goes wrong in it is raised.
+    """Measures this machine from its construction to `stop`. It raises nothing: a run goes on when its meter fails.
 
     Attributes:
         method: what the figures come from, in words.
@@ -69,7 +78,7 @@ class EnergyMeter:
         self._tracker: Any = None
         self._latest: Any = None
         self._started = False
-        self._cause: BaseException | None = None  # codecarbon swallows exceptions and tells its log of them
+        self._cause: BaseException | None = None  # codecarbon logs exceptions in place of raising them
         self._said: set[tuple[str, int]] = set()
         logging.getLogger("codecarbon").addFilter(self._hear)
         try:
@@ -88,8 +97,8 @@ class EnergyMeter:
             def out(self, total: Any, delta: Any) -> None:
                 meter._latest = total
 
-        # What is not given here codecarbon takes from ~/.codecarbon.config and the environment. Whatever sends, writes
-        # or would set the country aside is given, so that none of it can come from there.
+        # codecarbon reads what is not given here from ~/.codecarbon.config and the environment: give everything that
+        # sends, writes or replaces the country.
         self._tracker = OfflineEmissionsTracker(
             country_iso_code=country,
             region=None,
@@ -97,14 +106,14 @@ class EnergyMeter:
             cloud_region=None,
             country_2letter_iso_code=None,
             force_carbon_intensity_g_co2e_kwh=None,
-            electricitymaps_api_token="",  # None would let the token's older name in
+            electricitymaps_api_token="",  # with None codecarbon reads the token's older name
             emissions_endpoint=None,
             output_methods=[],
             output_handlers=[Output()],
-            output_dir=os.devnull,  # has to exist; nobody can write into it
-            allow_multiple_runs=True,  # otherwise a lock file, and handlers that take SIGINT and SIGTERM from us
+            output_dir=os.devnull,  # has to exist, and cannot be written into
+            allow_multiple_runs=True,  # otherwise it writes a lock file and replaces our handlers of SIGINT and SIGTERM
             api_call_interval=-1,
-            measure_power_secs=15,  # RAPL's counters start anew after minutes
+            measure_power_secs=15,  # RAPL's counters wrap around after minutes
             tracking_mode="machine",
             gpu_ids=None,
             force_mode_cpu_load=False,
@@ -119,10 +128,10 @@ class EnergyMeter:
             self.method = describe(self._tracker._hardware)
 
     def read(self) -> Reading | str:
-        """What was spent since the start; once something has failed, in words what it was."""
+        """What was spent since the start; after a failure, its description."""
         if self._failure is None:
             try:
-                # It returns the emissions, or None after an exception that it swallowed.
+                # Returns the emissions, or None after an exception that it has logged.
                 if self._tracker.flush() is None:
                     raise self._cause or RuntimeError("codecarbon does not say why")
                 total = self._latest
@@ -145,7 +154,7 @@ class EnergyMeter:
         self._failure = self._failure or f"{type(error).__name__}: {error}"
 
     def _hear(self, record: logging.LogRecord) -> bool:
-        """Instead of codecarbon's log: each warning of a measurement that runs, once; `method` has those of its start.
+        """Print each warning of the measurement once, in place of codecarbon's log. Those of its start are in `method`.
 
         A filter, because codecarbon replaces the handlers of its logger.
         """
@@ -153,7 +162,7 @@ class EnergyMeter:
             self._cause = record.exc_info[1]
         place = (record.pathname, record.lineno)
         measuring = self._started and self._failure is None
-        swallowed = record.module == "util"  # of codecarbon's `suppress`: it becomes the failure
+        swallowed = record.module == "util"  # codecarbon's `suppress`: an exception, which becomes the failure
         if measuring and record.levelno >= logging.WARNING and not swallowed and place not in self._said:
             self._said.add(place)
             print(f"\nenergy: {record.getMessage()}", file=sys.stderr)
@@ -161,24 +170,22 @@ class EnergyMeter:
 
 
 def describe(hardware: list[Any]) -> str:
-    """What codecarbon's parts of a machine are measured by, or how they are estimated."""
+    """How codecarbon measures or estimates the parts of a machine, in words."""
+    meters = {"intel_rapl": "RAPL", "windows_emi": "EMI", "intel_power_gadget": "Power Gadget"}
+    meters |= {"NvidiaGPUDevice": "NVML", "AMDGPUDevice": "AMDSMI"}
     found = {}
     for part in hardware:
         kind = type(part).__name__
-        if kind == "CPU":
-            meters = {"intel_rapl": "RAPL", "windows_emi": "EMI", "intel_power_gadget": "Power Gadget"}
-            if part._mode in meters:
-                found["CPU"] = f"CPU measured by {meters[part._mode]}"
-            elif part._mode == "cpu_load":
-                found["CPU"] = f"CPU estimated from its load and a rated power of {part._tdp:g} W"
-            else:
-                found["CPU"] = f"CPU estimated as half of a rated power of {part._tdp:g} W"
+        if kind == "CPU" and part._mode in meters:
+            found["CPU"] = f"CPU measured by {meters[part._mode]}"
+        elif kind == "CPU":
+            how = "from its load and" if part._mode == "cpu_load" else "as half of"
+            found["CPU"] = f"CPU estimated {how} a rated power of {part._tdp:g} W"
+        elif kind == "RAM" and part._force_ram_power is not None:
+            found["RAM"] = f"RAM taken as {part._force_ram_power:g} W"
         elif kind == "RAM":
             found["RAM"] = f"RAM estimated as {part.total_power().W:g} W from its size"
-            if part._force_ram_power is not None:
-                found["RAM"] = f"RAM taken as {part._force_ram_power:g} W"
         elif kind == "GPU":
-            meters = {"NvidiaGPUDevice": "NVML", "AMDGPUDevice": "AMDSMI"}
             names = {meters.get(type(device).__name__, type(device).__name__) for device in part.devices.devices}
             found["GPU"] = f"{len(part._get_gpu_ids())} GPU measured by {' and '.join(sorted(names))}"
         else:  # an Apple chip or a Raspberry Pi, which have meters
@@ -189,47 +196,32 @@ def describe(hardware: list[Any]) -> str:
 class RunEnergy:
     """Energy and emissions of a run on all of its machines, cumulative over restarts; measures while it is open.
 
-    Every process opens and reads it.
-
     Args:
         country: ISO 3166-1 alpha-3.
-        measures: whether this process measures its machine; one of each machine does.
-        gather: from a list of every process one list, on every process: accelerate's `gather_object`.
-        say: prints on the main process.
+        engine: one process of each machine measures.
         tokens: training tokens of the run so far.
         before: the record to go on counting from, of `last_record`.
 
     Attributes:
-        method: what the figures come from, in words; of several machines each way once.
+        method: what the figures come from, in words; each method of several machines once.
     """
 
-    def __init__(
-        self,
-        *,
-        country: str,
-        measures: bool,
-        gather: Callable[[list[Any]], list[Any]],
-        say: Callable[[str], None],
-        tokens: int,
-        before: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, country: str, engine: "Engine", *, tokens: int, before: Mapping[str, Any] | None) -> None:
         before = {} if before is None else before
-        self._country = country
-        self._measures = measures
-        self._gather = gather
-        self._say = say
+        self._country, self._engine = country, engine
         self._before = Reading(*(before.get(name, 0.0) for name in Reading._fields))
         self._tokens = before.get("tokens", 0) - tokens
         self._meter: EnergyMeter | None = None
         self._failed = False
-        self.method = ""
 
     def __enter__(self) -> Self:
-        self._meter = EnergyMeter(self._country) if self._measures else None
+        """Collective."""
+        if self._engine.accelerator.is_local_main_process:
+            self._meter = EnergyMeter(self._country)
         try:
-            methods = self._gather([self._meter and self._meter.method])
+            methods = self._engine.gather_objects(self._meter and self._meter.method)
         except BaseException:
-            self.__exit__()
+            self.__exit__()  # the meter's thread would keep the process alive
             raise
         self.method = "; ".join(dict.fromkeys(method for method in methods if method))
         return self
@@ -239,21 +231,19 @@ class RunEnergy:
             self._meter.stop()
 
     def read(self, tokens: int) -> dict[str, float] | None:
-        """What the run, which has seen so many training tokens, has spent so far; keys and units as in `metrics.jsonl`.
+        """What the run has spent for its `tokens` training tokens; keys and units as in `metrics.jsonl`. Collective.
 
-        None from the moment on at which one of the machines can no longer be measured, since a part would look like
-        the whole; the main process says so once.
+        None once a machine can no longer be measured, since a part would look like the whole; the main process says so
+        once.
         """
         if self._failed:
             return None
-        found = self._gather([Reading() if self._meter is None else self._meter.read()])
-        for rank, reading in enumerate(found):
-            if isinstance(reading, str):
-                self._failed = True
-                self._say(
-                    f"energy can no longer be measured and is not logged from here on (process {rank}: {reading})"
-                )
-                return None
+        found = self._engine.gather_objects(Reading() if self._meter is None else self._meter.read())
+        faults = [f"process {rank}: {reading}" for rank, reading in enumerate(found) if isinstance(reading, str)]
+        if faults:
+            self._failed = True
+            self._engine.say(f"energy can no longer be measured and is not logged from here on ({faults[0]})")
+            return None
         spent = Reading(*map(sum, zip(self._before, *found, strict=True)))
         energy, tokens = spent.cpu_kwh + spent.gpu_kwh + spent.ram_kwh, self._tokens + tokens
         return {
@@ -264,9 +254,9 @@ class RunEnergy:
         }
 
 
-def last_record(metrics: Path, step: int) -> dict[str, Any] | None:
-    """The last record of energy in a run's `metrics.jsonl` up to this step; None if there is none."""
-    return next((record for record in reversed(records(metrics, "energy")) if record["step"] <= step), None)
+def last_record(run_folder: Path, step: int) -> dict[str, Any] | None:
+    """The last record of energy in a run's metrics.jsonl up to this step; None if there is none."""
+    return next((record for record in reversed(records(run_folder, "energy")) if record["step"] <= step), None)
 
 
 def in_words(record: Mapping[str, float], method: str) -> str:

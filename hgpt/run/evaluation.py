@@ -1,15 +1,31 @@
-"""Validation loss over the whole validation set, and where the hidden states stand among the centres."""
+"""Validation loss over the whole validation set, and how the hidden states lie among the centres."""
+
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
+from hgpt.data.baselines import unigram_loss
 from hgpt.data.batches import read_windows
 from hgpt.data.shards import TokenShards
 from hgpt.errors import UserError
 from hgpt.model.heads import HarmonicHead
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
-from hgpt.run.engines import whole
+from hgpt.run.config import RunConfig
+from hgpt.run.engines import Engine, whole
+
+
+class Validation(NamedTuple):
+    """An evaluation after `step` steps; `values` are as `Evaluation` returns them."""
+
+    step: int
+    values: dict[str, float]
+
+    @property
+    @torch.no_grad()
+    def loss(self) -> float:
+        return self.values["loss"]
 
 
 def evaluation_windows(shards: TokenShards, seq_len: int) -> int:
@@ -25,96 +41,97 @@ def evaluation_windows(shards: TokenShards, seq_len: int) -> int:
     return -(-(len(shards) - 1) // seq_len)
 
 
-@torch.no_grad()
-def validation_loss(
-    model: torch.nn.Module, shards: TokenShards, *, seq_len: int, micro_batch: int, accelerator: Accelerator
-) -> float:
-    """−(1/N) Σ log p(token) over all N targets of the split, in nats; no smoothing, no sampling.
+class Evaluation:
+    """Evaluates a model on the validation split: `evaluation(model, step, engine)`, a `Validation`.
 
-    The windows lie end to end, and the processes take them in turn; the sum and the count of targets are added up in
-    float64, so that a short last window weighs what it holds and the number of processes changes nothing but the order
-    of the sum.
+    Its values are the validation loss, under "loss", and the diagnostics of the head. Raises UserError when the
+    validation split is shorter than one sequence.
     """
-    windows = evaluation_windows(shards, seq_len)
-    mine = list(range(accelerator.process_index, windows, accelerator.num_processes))
-    # Every process makes the same number of forward passes: sharded engines gather parameters in each.
-    passes = _passes(windows, accelerator.num_processes, micro_batch)
-    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # Σ −log p, N
-    was_training = model.training
-    model.eval()
-    for i in range(passes):
-        part = mine[i * micro_batch : (i + 1) * micro_batch]
-        inputs, targets = read_windows(shards, part or [0], seq_len)
-        if not part:
-            targets = torch.full_like(targets, -100)
-        with accelerator.autocast():
-            loss = model(
-                inputs.to(accelerator.device),
-                shift_labels=targets.to(accelerator.device),
-                num_items_in_batch=1,
-                loss_only=True,
-                use_cache=False,
-            ).loss
-        total += torch.stack((loss.double(), (targets != -100).sum().to(loss.device).double()))
-    model.train(was_training)
-    total = accelerator.reduce(total, reduction="sum")
-    return float(total[0] / total[1])
 
+    def __init__(self, train_shards: TokenShards, val_shards: TokenShards, config: RunConfig) -> None:
+        self.train_shards, self.shards = train_shards, val_shards
+        self.config = config.eval
+        self.seq_len = config.data.seq_len
+        self.windows = evaluation_windows(val_shards, self.seq_len)
 
-def _passes(windows: int, processes: int, micro_batch: int) -> int:
-    largest_share = -(-windows // processes)
-    return -(-largest_share // micro_batch)
+    @cached_property
+    def unigram(self) -> float | None:
+        """The validation loss of a unigram model of the training split, None without eval.unigram_baseline."""
+        return unigram_loss(self.train_shards, self.shards) if self.config.unigram_baseline else None
 
+    def __call__(self, model: nn.Module, step: int, engine: Engine) -> Validation:
+        """Evaluate without changing the model, its mode or the random state. Collective."""
+        was_training = model.training
+        model.eval()
+        values = {"loss": self.loss(model, engine)} | self.diagnostics(model, engine)
+        model.train(was_training)
+        return Validation(step, values)
 
-@torch.no_grad()
-def head_diagnostics(
-    model: torch.nn.Module, shards: TokenShards, *, seq_len: int, windows: int, accelerator: Accelerator
-) -> dict[str, float]:
-    """In which regime the head works, on `windows` sequences spread evenly over the split.
+    @torch.no_grad()
+    def loss(self, model: nn.Module, engine: Engine) -> float:
+        """−(1/N) Σ log p(token) over all N targets of the split, in nats; no smoothing, no sampling.
 
-    For every head: `accuracy` (the share of positions whose nearest centre, or largest logit, is the target), the mean
-    and the maximum of |w_i| over the vocabulary and of |x| over the positions. For a harmonic head besides, with d from
-    the logits (d = exp(−z / n), whatever the metric): the means over positions of d to the target and of d to the
-    nearest centre, each over the median of the position's distances. A target ratio near 1 says that distances hardly
-    differ: such a model is a softmax model under another name. Where n is learnt, `exponent` is what it has become.
-    """
-    unwrapped: HGPTForCausalLM = accelerator.unwrap_model(model)
-    config, head = unwrapped.config, unwrapped.lm_head
-    exponent, learnt = float(config.exponent), head.log_exponent if isinstance(head, HarmonicHead) else None
-    if learnt is not None:
-        with whole(learnt) as log_exponent:
-            exponent = float(log_exponent.exp())
-    count = evaluation_windows(shards, seq_len)
-    chosen = sorted({int(i * count / windows) for i in range(windows)})
-    sums: dict[str, float] = {}
-    maximum_x = 0.0
-    positions = 0
-    was_training = model.training
-    model.eval()
-    for window in chosen:
-        inputs, targets = (tensor.to(accelerator.device) for tensor in read_windows(shards, [window], seq_len))
-        with accelerator.autocast():
-            output = model(inputs, output_hidden_states=True, use_cache=False)
-        counted = targets[0] != -100
-        targets = targets[0, counted]  # (T,)
-        logits = output.logits[0, counted]  # (T, V)
-        x_norms = output.hidden_states[-1][0, counted].float().norm(dim=-1)
-        values = {"accuracy": (logits.argmax(-1) == targets).float(), "x_norm_mean": x_norms}
-        if config.head == "harmonic":
-            values |= _distance_ratios(logits, targets, exponent)
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + float(value.sum())
-        maximum_x = max(maximum_x, float(x_norms.max()))
-        positions += len(targets)
-    model.train(was_training)
-    with whole(unwrapped.lm_head.weight) as centres:
-        w_norms = centres[: config.vocab_size].float().norm(dim=-1)
-    return {name: total / positions for name, total in sums.items()} | {
-        "x_norm_max": maximum_x,
-        "w_norm_mean": float(w_norms.mean()),
-        "w_norm_max": float(w_norms.max()),
-        **({} if learnt is None else {"exponent": exponent}),
-    }
+        The windows lie end to end, and each process takes every world_size-th one; the sum and the count of targets are
+        added up in float64, so a short last window has the weight of its targets, and the number of processes changes
+        only the order of the sum.
+        """
+        mine = range(engine.rank, self.windows, engine.world_size)
+        # Every process makes the same number of forward passes: sharded engines gather parameters in each.
+        largest_share = -(-self.windows // engine.world_size)
+        total = torch.zeros(2, dtype=torch.float64, device=engine.device)  # Σ −log p, N
+        for start in range(0, largest_share, self.config.micro_batch):
+            part = list(mine[start : start + self.config.micro_batch])
+            inputs, targets = read_windows(self.shards, part or [0], self.seq_len)
+            if not part:
+                targets = torch.full_like(targets, -100)
+            inputs, targets = inputs.to(engine.device), targets.to(engine.device)
+            with engine.accelerator.autocast():
+                loss = model(inputs, shift_labels=targets, num_items_in_batch=1, loss_only=True, use_cache=False).loss
+            total += torch.stack((loss.double(), (targets != -100).sum().double()))
+        total = engine.accelerator.reduce(total, reduction="sum")
+        return float(total[0] / total[1])
+
+    @torch.no_grad()
+    def diagnostics(self, model: nn.Module, engine: Engine) -> dict[str, float]:
+        """How the head works, on eval.diagnostic_windows sequences spread evenly over the split.
+
+        For every head: `accuracy` (the share of positions whose nearest centre, or largest logit, is the target), the
+        mean and the maximum of |w_i| over the vocabulary and of |x| over the positions. For a harmonic head also, with
+        d from the logits (d = exp(−z / n), whatever the distance): the means over positions of d to the target and of d
+        to the nearest centre, each divided by the median of the position's distances. If the ratio of the target is
+        near 1, distances hardly differ: such a model is a softmax model under another name. If n is learned,
+        `exponent` is its value.
+        """
+        plain: HGPTForCausalLM = engine.accelerator.unwrap_model(model)
+        config, head = plain.config, plain.lm_head
+        exponent, learned = float(config.exponent), head.log_exponent if isinstance(head, HarmonicHead) else None
+        if learned is not None:
+            with whole(learned) as log_exponent:
+                exponent = float(log_exponent.exp())
+        sums: dict[str, float] = {}
+        x_norm_max, positions, count = 0.0, 0, self.config.diagnostic_windows
+        for window in sorted({int(i * self.windows / count) for i in range(count)}):
+            inputs, targets = (t.to(engine.device) for t in read_windows(self.shards, [window], self.seq_len))
+            with engine.accelerator.autocast():
+                output = model(inputs, output_hidden_states=True, use_cache=False)
+            counted = targets[0] != -100
+            targets, logits = targets[0, counted], output.logits[0, counted]  # (T,), (T, V)
+            x_norms = output.hidden_states[-1][0, counted].float().norm(dim=-1)
+            values = {"accuracy": (logits.argmax(-1) == targets).float(), "x_norm_mean": x_norms}
+            if config.head == "harmonic":
+                values |= _distance_ratios(logits, targets, exponent)
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + float(value.sum())
+            x_norm_max = max(x_norm_max, float(x_norms.max()))
+            positions += len(targets)
+        with whole(head.weight) as centres:
+            w_norms = centres[: config.vocab_size].float().norm(dim=-1)
+        return {name: total / positions for name, total in sums.items()} | {
+            "x_norm_max": x_norm_max,
+            "w_norm_mean": float(w_norms.mean()),
+            "w_norm_max": float(w_norms.max()),
+            **({} if learned is None else {"exponent": exponent}),
+        }
 
 
 def _distance_ratios(logits: Tensor, targets: Tensor, exponent: float) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hgpt.model.configuration_hgpt import HGPTConfig
 from hgpt.model.distances import make_distance
+from hgpt.run.evaluation import Validation
 
 _HARMONIC = """\
 The unembedding is a harmonic distance layer (Baek et al., arXiv:2502.01628): with the hidden state x and a centre
@@ -36,13 +37,13 @@ library_name: transformers
 pipeline_tag: text-generation
 tags:
 - hgpt
-- {head}
+- {config.head}
 ---
 
 # {name}
 
-A GPT-2 with a {head} head, trained with hgpt: {parameters:,} parameters, {n_layer} blocks, width {n_embd},
-{n_head} attention heads, context {n_positions}, vocabulary {vocab_size:,}.
+A GPT-2 with a {config.head} head, trained with hgpt: {parameters:,} parameters, {config.n_layer} blocks, width
+{config.n_embd}, {config.n_head} attention heads, context {config.n_positions}, vocabulary {config.vocab_size:,}.
 
 {description}
 | | |
@@ -57,7 +58,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 # The code of the model lies in the folder: trust_remote_code=True runs it. With hgpt installed, `import hgpt` instead.
 model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)
-inputs = tokenizer("{prompt}", return_tensors="pt")
+inputs = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=True)[0]))
 ```
 {warning}"""
@@ -65,40 +66,33 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=Tru
 
 def model_card(
     config: HGPTConfig,
+    weights: Mapping[str, Tensor],
     *,
     name: str,
-    weights: Mapping[str, Tensor],
     data: str,
-    tokens: int,
     steps: int,
-    validation_loss: float | None,
-    validation_step: int | None,
-    prompt: str = "The",
+    tokens: int,
+    validation: Validation | None,
 ) -> str:
-    """Markdown that says what the model is, what it saw, how good it is, how to load it and how not to serve it.
+    """Markdown that says what the model is, what it was trained on, its loss, how to load it and how not to serve it.
 
     Args:
-        weights: the model's parameters by name: they are counted, and the exponent is among them where it is learnt.
+        weights: the model's parameters by name: they are counted, and a learned exponent is one of them.
+        validation: the last evaluation.
     """
     harmonic = config.head == "harmonic"
     loss = "not measured"
-    if validation_loss is not None:
-        loss = f"{validation_loss:.4f} nats per token, unsmoothed, at step {validation_step:,}"
+    if validation is not None:
+        loss = f"{validation.loss:.4f} nats per token, unsmoothed, at step {validation.step:,}"
     return _TEMPLATE.format(
+        config=config,
         name=name,
-        head=config.head,
         parameters=sum(weight.numel() for weight in weights.values()),
-        n_layer=config.n_layer,
-        n_embd=config.n_embd,
-        n_head=config.n_head,
-        n_positions=config.n_positions,
-        vocab_size=config.vocab_size,
         description=_harmonic(config, weights) if harmonic else _SOFTMAX,
         data=data,
         tokens=tokens,
         steps=steps,
         loss=loss,
-        prompt=prompt,
         warning="\n" + _WARNING if harmonic else "",
     )
 
@@ -106,7 +100,7 @@ def model_card(
 def _harmonic(config: HGPTConfig, weights: Mapping[str, Tensor]) -> str:
     distance = "||w_i − x||"
     if config.distance != "euclidean":
-        with torch.device("meta"):  # it may draw initial values, and the generator is the training's
+        with torch.device("meta"):  # without drawing initial values from the training's generator
             metric = make_distance(config.distance, config.n_embd, **config.distance_options)
         options = ", ".join(f"{name} = {value}" for name, value in config.distance_options.items())
         formula = (inspect.getdoc(metric) or "").partition("\n")[0]  # where a distance says what it is

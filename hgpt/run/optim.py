@@ -19,8 +19,9 @@ DECAY_FRACTION = 0.2  # of all steps, at the end of the trapezoidal schedule
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     """The learning rate of step `step`, 0 ≤ step < total_steps.
 
-    Linear from lr / warmup_steps to lr in the warm-up, then from lr to min_lr along half a cosine (or a line, or the
-    two upper sides of a trapezium), which is reached in the last step.
+    The warm-up is linear, from lr / warmup_steps to lr. From its end to the last step the rate falls to min_lr, along
+    half a cosine ("cosine"), a line ("linear"), or constant and then a line over the last fifth of all steps
+    ("trapezoidal"); "constant" stays at lr.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
@@ -35,11 +36,10 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
 
 
 def parameter_groups(model: HGPTForCausalLM, config: OptimConfig) -> list[dict]:
-    """Groups: matrices decay, vectors and the head's distance do not; centres, final norm and distance have their own
-    learning-rate factor.
+    """Every trained parameter in exactly one group, with `weight_decay`, `lr_multiplier` and whether `muon` trains it.
 
-    Each group carries `lr_multiplier`, and `muon` where Muon trains it; every parameter that is trained is in exactly
-    one group.
+    Matrices decay; vectors and the parameters of the head's distance do not. Centres, the final norm and the distance
+    have learning-rate multipliers of their own.
     """
     special = {
         model.lm_head.weight: config.centre_lr_multiplier,
@@ -63,12 +63,9 @@ def parameter_groups(model: HGPTForCausalLM, config: OptimConfig) -> list[dict]:
 
 
 def build_optimizer(model: HGPTForCausalLM, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over `parameter_groups`, in the fused implementation where every parameter's device has one.
+    """AdamW over `parameter_groups`, fused if every parameter's device supports it; `MuonWithAdamW` if the run asks.
 
-    With `algorithm = "muon"` a `MuonWithAdamW`.
-
-    Raises:
-        UserError: Muon, and no matrix in the blocks is trained.
+    Raises UserError for Muon if no matrix of the blocks is trained.
     """
     fused = all(parameter.device.type in ("cpu", "cuda", "xpu", "mps") for parameter in model.parameters())
     groups = parameter_groups(model, config)
@@ -82,40 +79,30 @@ def build_optimizer(model: HGPTForCausalLM, config: OptimConfig) -> torch.optim.
     adamw = torch.optim.AdamW(rest, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
     if config.algorithm == "adamw":
         return adamw
-    muon = torch.optim.Muon(
-        matrices,
-        lr=config.lr,
-        momentum=MUON_MOMENTUM,
-        adjust_lr_fn="match_rms_adamw",
-    )
+    muon = torch.optim.Muon(matrices, lr=config.lr, momentum=MUON_MOMENTUM, adjust_lr_fn="match_rms_adamw")
     return MuonWithAdamW(muon, adamw)
 
 
 class _Float32OnACPU(TorchFunctionMode):
-    """`Tensor.bfloat16`, by which torch's Muon (2.13) casts for its Newton-Schulz iteration, keeps float32 on a CPU.
+    """Torch's Muon (2.13) casts to bfloat16 for its Newton-Schulz iteration; on a CPU this mode keeps float32.
 
-    A CPU without units for bfloat16 takes 20 to 90 times as long for it: 24 s for one matrix of 768 x 3072 on an AMD
-    EPYC with AVX2, 0.3 s in float32.
+    A CPU without bfloat16 units needs 20 to 90 times as long for it: 24 s for one 768 x 3072 matrix on an AMD EPYC with
+    AVX2, 0.3 s in float32.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.Tensor.bfloat16 and args[0].is_cpu:
-            return args[0].clone()  # a copy, as the cast is: it is changed in place
+            return args[0].clone()  # a copy, as the cast makes: Muon changes it in place
         return func(*args, **(kwargs or {}))
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Two optimisers as one: their groups in one list, their states in one dictionary.
-
-    Args:
-        muon: of the matrices that it trains.
-        adamw: of all other parameters.
-    """
+    """Muon for some matrices and AdamW for the rest, with one list of groups and one dictionary of states."""
 
     def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
         super().__init__(muon.param_groups + adamw.param_groups, {})
         self.muon, self.adamw = muon, adamw
-        self.found_inf: torch.Tensor | None = None  # as of the fused AdamW: where it is 1, the step is left out
+        self.found_inf: torch.Tensor | None = None  # as of fused AdamW: 1 skips the step
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -123,7 +110,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if self.found_inf is not None and bool(self.found_inf):
             return
         for optimizer, is_muon in ((self.muon, True), (self.adamw, False)):
-            # Handed over every time: load_state_dict, which Accelerate calls, puts new ones in their place.
+            # Passed on every time: load_state_dict, which Accelerate calls, replaces them.
             optimizer.state = self.state
             optimizer.param_groups = [group for group in self.param_groups if group["muon"] == is_muon]
             with _Float32OnACPU():

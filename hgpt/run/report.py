@@ -1,4 +1,4 @@
-"""What a run reports: tokens/s, model FLOPs utilisation, metrics.jsonl and the trackers."""
+"""What a run reports: progress bar, metrics.jsonl, trackers, phases, loss spikes, non-finite losses, energy."""
 
 import json
 import math
@@ -6,19 +6,31 @@ import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from torch import Tensor
+from tqdm import tqdm
 
+from hgpt.data.batches import TrainingBatches
 from hgpt.durable import whole_file
 from hgpt.errors import UserError
-from hgpt.hardware import device_name, memory_in_use, peak_flops  # noqa: F401 - train.py imports them from here
+from hgpt.hardware import device_name, memory_in_use, peak_flops
 from hgpt.history import METRICS_FILE, records
 from hgpt.model.configuration_hgpt import HGPTConfig
-from hgpt.run.config import LogConfig
+from hgpt.run.checkpoint import LATEST, MODEL, Checkpoints, checkpoints
+from hgpt.run.config import LogConfig, RunConfig
+from hgpt.run.energy import RunEnergy, in_words, last_record
+from hgpt.run.engines import Engine
+from hgpt.run.evaluation import Validation
+from hgpt.run.settings import settings
+
+NON_FINITE_FILE = "non_finite.jsonl"
 
 
 def flops_per_token(config: HGPTConfig, seq_len: int) -> float:
@@ -32,18 +44,217 @@ def flops_per_token(config: HGPTConfig, seq_len: int) -> float:
     return 6.0 * weights + 12.0 * config.n_layer * config.n_embd * seq_len
 
 
+class Recent(NamedTuple):
+    """The last step, averaged over the processes, and how many steps since the last reading were unusual."""
+
+    loss: float
+    grad_norm: float
+    spikes: int
+    skipped: int
+
+
+class Speed(NamedTuple):
+    """The steps since the last log line: seconds by phase, of this process, and two lists by rank.
+
+    `own` are the seconds outside collectives (data and forward): the rank with the most is the one the others wait for.
+    `memory` is the most that was held so far, in GiB.
+    """
+
+    tokens_per_second: float
+    mfu: float | None
+    seconds: dict[str, float]
+    own: list[float]
+    memory: list[float]
+
+
+class Report:
+    """What a run reports, and what it counts for that. `with report.phase("forward"):` times a phase of the step."""
+
+    def __init__(self, config: RunConfig, engine: Engine, checkpoints: Checkpoints) -> None:
+        self.config, self.engine, self.checkpoints = config, engine, checkpoints
+        self.phase = PhaseTimes(engine.device)
+        resumed = checkpoints.resumed
+        self.first_step = 0 if resumed is None else resumed.state.step
+        self.tokens_per_step = config.train.global_batch * config.data.seq_len
+        self._pending: list[Tensor] = []  # (loss, gradient norm) of the steps since the last reading, on the device
+        self._spikes = LossSpikes()
+        self._skipped = 0
+        self._log: MetricsLog | None = None
+        self._energy: RunEnergy | None = None
+        self._spent: dict[str, float] | None = None
+        if config.log.energy_country is not None:
+            self._energy = RunEnergy(
+                config.log.energy_country,
+                engine,
+                tokens=self.first_step * self.tokens_per_step,
+                before=None if resumed is None else last_record(resumed.path.parents[1], self.first_step),
+            )
+
+    def __enter__(self) -> "Report":
+        """Collective."""
+        config = self.config
+        with ExitStack() as held:
+            if self.engine.is_main:
+                trackers = build_trackers(config.log, config.run_folder, config.name, self.first_step)
+                self._log = MetricsLog(config.run_folder, trackers, settings(config), self.first_step)
+                held.callback(self._log.close)
+            # disable=None: no bar where standard error is not a terminal; lines are printed there instead.
+            self._bar = tqdm(
+                total=config.train.steps,
+                initial=self.first_step,
+                unit="step",
+                disable=None if self.engine.is_main else True,
+                dynamic_ncols=True,
+                smoothing=0.05,
+            )
+            held.enter_context(self._bar)
+            if self._energy is not None:
+                held.enter_context(self._energy)
+                self._write_line(f"energy: {self._energy.method}")
+            self._held = held.pop_all()
+        self._since, self._steps = time.perf_counter(), 0
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def _write_line(self, line: str) -> None:
+        """Print above the bar, on the main process."""
+        if self.engine.is_main:
+            self._bar.write(line)
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Evaluations
+
+    def evaluated(self, validation: Validation) -> None:
+        """Log an evaluation. Raises UserError if its loss is not finite."""
+        step, values = validation
+        if not math.isfinite(validation.loss):
+            raise self._not_finite(f"the validation loss after step {step} is {validation.loss}")
+        if self._log is not None:
+            self._log.write("eval", step, values)
+        line = f"step {step:>6}  validation loss {validation.loss:.4f}  accuracy {values['accuracy']:.1%}"
+        if "target_over_median_distance" in values:
+            line += (
+                f"  distance to the target {values['target_over_median_distance']:.2f}, "
+                f"to the nearest centre {values['nearest_over_median_distance']:.2f} of the median"
+            )
+        self._write_line(line)
+
+    def energy(self, step: int) -> None:
+        """Log the energy spent so far, if it is measured. Collective."""
+        if self._energy is None or (step == self.first_step and self.checkpoints.resumed is not None):
+            return  # a resumed run counts from the record of its checkpoint
+        with self.phase("energy"):
+            self._spent = self._energy.read(step * self.tokens_per_step)
+        if self._log is not None and self._spent is not None:
+            self._log.write("energy", step, self._spent, method=self._energy.method)
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Steps
+
+    def stepped(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """A step is done. Its figures stay on the device until `read`."""
+        self._pending.append(torch.stack((loss, grad_norm.to(loss))))
+        self._steps += 1
+        self._bar.update()
+
+    def due(self, step: int) -> bool:
+        """Whether a log line belongs after `step` steps."""
+        return step % self.config.log.every == 0 or step in (self.first_step + 1, self.config.train.steps)
+
+    def read(self, step: int, lr: float, batches: TrainingBatches) -> Recent:
+        """The steps since the last reading; waits for the device. Collective.
+
+        Steps whose loss or gradient is not finite are written to non_finite.jsonl, with the windows that they saw so
+        that they can be replayed. Raises UserError when there are more of them than train.skip_non_finite.
+        """
+        recent = self.engine.accelerator.reduce(torch.stack(self._pending), reduction="mean").tolist()
+        self._pending.clear()
+        first = step - len(recent) + 1
+        bad = [(at, loss, norm) for at, (loss, norm) in enumerate(recent, first) if not math.isfinite(loss + norm)]
+        self._skipped += len(bad)
+        for at, loss, norm in bad if self.engine.is_main else ():
+            record = {"step": at, "loss": str(loss), "grad_norm": str(norm), "windows": batches.windows_of_step(at - 1)}
+            with (self.config.run_folder / NON_FINITE_FILE).open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        if bad and self._skipped > self.config.train.skip_non_finite:
+            at, loss, norm = bad[0]
+            raise self._not_finite(
+                f"step {at} has loss {loss} and gradient norm {norm} (learning rate {lr:.3g}; {self._skipped} such "
+                f"steps, train.skip_non_finite = {self.config.train.skip_non_finite})"
+            )
+        spikes = sum(self._spikes.add(loss) for loss, norm in recent if math.isfinite(loss + norm))
+        return Recent(*recent[-1], spikes, len(bad))
+
+    def speed(self) -> Speed:
+        """Of the steps since the last call, evaluations and checkpoints left out. Collective."""
+        now, seconds, engine = time.perf_counter(), self.phase.read(), self.engine
+        pauses = sum(seconds.get(phase, 0.0) for phase in PhaseTimes.PAUSES)
+        rate = self._steps * self.tokens_per_step / max(now - self._since - pauses, 1e-9)
+        self._since, self._steps = now, 0
+        own = seconds.get("data", 0.0) + seconds.get("forward", 0.0)
+        mine = torch.tensor([[own, memory_in_use(engine.device)]], dtype=torch.float32, device=engine.device)
+        own_by_rank, memory = zip(*engine.accelerator.gather(mine).tolist(), strict=True)
+        peak = peak_flops(device_name(engine.device)) if engine.precision == "bf16" else None
+        mfu = None
+        if peak is not None:
+            mfu = rate * flops_per_token(engine.model_config, self.config.data.seq_len) / (peak * engine.world_size)
+        return Speed(rate, mfu, seconds, list(own_by_rank), list(memory))
+
+    def log(self, step: int, values: Mapping[str, float | None], speed: Speed) -> None:
+        """Write a log line; values that are None are left out."""
+        known = {name: value for name, value in values.items() if value is not None}
+        if self._log is not None:
+            self._log.write("train", step, known)
+            if self.engine.world_size > 1:
+                lists = {"seconds_data_forward": speed.own, "memory_gib": speed.memory}
+                self._log.write("processes", step, lists, track=False)
+        shown = {"loss": f"{known['loss']:.3f}", "tok/s": f"{speed.tokens_per_second:,.0f}"}
+        if speed.mfu is not None:
+            shown["mfu"] = f"{speed.mfu:.1%}"
+        self._bar.set_postfix(shown)
+        if self._bar.disable:
+            steps = self.config.train.steps
+            left = timedelta(seconds=round((steps - step) * self.tokens_per_step / speed.tokens_per_second))
+            said = "  ".join(f"{name} {value}" for name, value in shown.items())
+            self.engine.say(f"step {step:>6}/{steps}  {said}  {left} left")
+
+    # ------------------------------------------------------------------------------------------------------------
+    # The end
+
+    def finished(self, validation: Validation, unigram: float | None) -> None:
+        """Print the result. `unigram`: the loss of a unigram model, if it was asked for."""
+        self._bar.close()
+        say = self.engine.say
+        beside = "" if unigram is None else f", of a unigram model {unigram:.4f}"
+        say(f"\nvalidation loss {validation.loss:.4f}{beside}")
+        if self._energy is not None and self._spent is not None:
+            say(in_words(self._spent, self._energy.method))
+        run_folder = self.config.run_folder
+        say(f"the model is in {run_folder / LATEST / MODEL}; python sample.py --checkpoint {run_folder}")
+
+    def _not_finite(self, what: str) -> UserError:
+        self.checkpoints.wait()  # so that the message names the checkpoint that is being written
+        last = checkpoints(self.config.run_folder)[-1:]
+        return UserError(
+            f"{what}. Nothing was saved after it; last checkpoint: {last[0] if last else 'none'}. Lower optim.lr or "
+            "lengthen optim.warmup_steps, then go on with --resume auto or start under another name."
+        )
+
+
 class PhaseTimes:
     """Seconds spent in each phase of the steps since the last reading.
 
         with phases("forward"):
             ...
 
-    On a CUDA device the phases are timed by events in its stream, which are read only when asked for: work is queued,
-    so that a clock on the host would measure nothing, and waiting for it would slow it down. Phases that are the
-    host's own ("data", "save", "evaluation") are timed by the host's clock everywhere.
+    On a CUDA device the phases of the device are timed by events in its stream, which are read only when asked for: its
+    work is queued, so the host's clock would not measure it, and waiting for it would slow it down.
     """
 
-    HOST = ("data", "save", "evaluation")
+    PAUSES = ("save", "evaluation", "energy")
+    HOST = ("data", *PAUSES)  # timed by the host's clock everywhere
 
     def __init__(self, device: torch.device) -> None:
         self._events = device.type == "cuda"
@@ -64,7 +275,7 @@ class PhaseTimes:
             self._add(phase, time.perf_counter() - begin)
 
     def read(self) -> dict[str, float]:
-        """Seconds by phase since the last call (or since construction), and start anew."""
+        """Seconds by phase since the last call (or since construction)."""
         if self._recorded:
             self._recorded[-1][2].synchronize()
         for phase, start, end in self._recorded:
@@ -87,7 +298,6 @@ class LossSpikes:
 
     def __init__(self, deviations: float = 6.0) -> None:
         self.deviations = deviations
-        self.count = 0
         self._seen = 0
         self._mean = self._variance = 0.0
 
@@ -96,7 +306,6 @@ class LossSpikes:
         self._seen += 1
         away = loss - self._mean
         if self._seen > self._STEPS and away > self.deviations * self._variance**0.5:
-            self.count += 1
             return True
         weight = max(1 / self._seen, 1 / self._STEPS)  # a plain mean of the first hundred
         self._mean += weight * away
@@ -104,34 +313,11 @@ class LossSpikes:
         return False
 
 
-class Throughput:
-    """Tokens per second since the last reading, with pauses (evaluations, checkpoints) taken out."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._paused = 0.0
-        self._tokens = 0
-
-    def add(self, tokens: int) -> None:
-        self._tokens += tokens
-
-    def pause(self, seconds: float) -> None:
-        """Time that was not spent on training."""
-        self._paused += seconds
-
-    def read(self) -> float:
-        """Tokens per second since the last call (or since construction), and start anew."""
-        now = time.perf_counter()
-        rate = self._tokens / max(now - self._start - self._paused, 1e-9)
-        self._start, self._paused, self._tokens = now, 0.0, 0
-        return rate
-
-
 class MetricsLog:
-    """`metrics.jsonl`, one object per line, and beside it whatever trackers the run asked for.
+    """`metrics.jsonl`, one object per line, and the trackers that the run asked for.
 
-    The file is the run's own record: a resumed run drops the lines after the step it goes on from, so every step stands
-    once in it. Values that are not finite are written as null, since JSON has no NaN.
+    The file is the run's own record: a resumed run drops the lines after the step of its checkpoint, so every step is
+    in it once. Values that are not finite are written as null, since JSON has no NaN.
     """
 
     def __init__(
@@ -140,33 +326,27 @@ class MetricsLog:
         self._path = run_folder / METRICS_FILE
         self._trackers = trackers
         if self._path.exists():
-            kept = [record for record in records(self._path) if _is_before(record, step)]
-            with whole_file(self._path) as path:
-                path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            # An evaluation at step s is made before step s is trained, and repeated by the run that resumes there.
+            kept = [r for r in records(self._path) if r["step"] < step or (r["step"] == step and r["kind"] != "eval")]
+            with whole_file(self._path) as partial:
+                partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._file = self._path.open("a", buffering=1)
         plain = {name: v if isinstance(v, int | float | str) else str(v) for name, v in settings.items()}
         for tracker in trackers:
             tracker.start()
             tracker.store_init_configuration(plain)
 
-    def write(self, kind: str, step: int, values: Mapping[str, float], **words: str) -> None:
-        """One line {"kind", "step", "time", values…, words…}; the trackers get the values as kind/name."""
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._write_line({"kind": kind, "step": step, "time": time.time(), **finite, **words})
-        for tracker in self._trackers:
-            tracker.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
-
-    def write_processes(self, step: int, values: Mapping[str, list[float]]) -> None:
-        """One line {"kind": "processes", …}, a list over the processes for each value; not for the trackers."""
-        self._write_line({"kind": "processes", "step": step, "time": time.time(), **values})
-
-    def _write_line(self, record: Mapping[str, Any]) -> None:
+    def write(self, kind: str, step: int, values: Mapping[str, Any], *, track: bool = True, **words: str) -> None:
+        """One line {"kind", "step", "time", values…, words…}; the trackers get the values as kind/name if `track`."""
+        finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
         try:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json.dumps({"kind": kind, "step": step, "time": time.time(), **finite, **words}) + "\n")
         except OSError as error:
             raise UserError(
                 f"could not write {self._path}: {error}; make room, then go on with --resume auto"
             ) from error
+        for tracker in self._trackers if track else ():
+            tracker.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
     def close(self) -> None:
         self._file.close()
@@ -174,40 +354,32 @@ class MetricsLog:
             tracker.finish()
 
 
-def _is_before(record: Mapping[str, Any], step: int) -> bool:
-    """Whether a record belongs to the run up to `step`, from which it is resumed."""
-    # An evaluation at step s is made before step s is trained, and repeated by the run that is resumed there.
-    return record["step"] < step or (record["kind"] != "eval" and record["step"] == step)
-
-
 def build_trackers(config: LogConfig, run_folder: Path, run_name: str, step: int = 0) -> list[GeneralTracker]:
-    """Accelerate's trackers for `log.trackers`, of a run that starts or goes on at `step`.
+    """Accelerate's trackers for `log.trackers`, of a run that starts or resumes at `step`.
 
     Raises UserError when the package of one is not installed.
     """
     trackers: list[GeneralTracker] = []
     for name in config.trackers:
         if name == "tensorboard":
-            # TensorBoard drops what a run that broke off had written beyond the checkpoint.
+            # TensorBoard drops what was written after the checkpoint.
             trackers.append(TensorBoardTracker("tensorboard", run_folder, purge_step=step + 1))
-        else:
-            try:
-                import wandb  # noqa: F401
-            except ImportError as error:
-                raise UserError(
-                    'log.trackers names "wandb", which is not installed: pip install wandb, '
-                    'or set log.trackers = ["tensorboard"]'
-                ) from error
-            wandb_id = run_folder / "wandb_id"  # under which a resumed run is continued there
-            if not wandb_id.exists():
-                wandb_id.write_text(secrets.token_hex(8))
-            trackers.append(
-                WandBTracker(
-                    os.environ.get("WANDB_PROJECT", "hgpt"),
-                    name=run_name,
-                    dir=str(run_folder),
-                    id=wandb_id.read_text(),
-                    resume="allow",
-                )
+            continue
+        if find_spec("wandb") is None:
+            raise UserError(
+                'log.trackers names "wandb", which is not installed: pip install wandb, or set log.trackers = '
+                '["tensorboard"]'
             )
+        wandb_id = run_folder / "wandb_id"  # so that a resumed run is continued there
+        if not wandb_id.exists():
+            wandb_id.write_text(secrets.token_hex(8))
+        trackers.append(
+            WandBTracker(
+                os.environ.get("WANDB_PROJECT", "hgpt"),
+                name=run_name,
+                dir=str(run_folder),
+                id=wandb_id.read_text(),
+                resume="allow",
+            )
+        )
     return trackers

@@ -1,29 +1,116 @@
-"""Ends a run whose processes wait for each other, and says for whom they wait."""
+"""How a run stops before its end: signals, a watchdog for hanging processes, exit codes and their messages."""
 
 import json
 import os
+import signal
 import threading
 import time
 from contextlib import suppress
 
+import torch
 import torch.distributed as dist
 
+from hgpt.errors import UserError
+from hgpt.run.checkpoint import Checkpoints, checkpoint_folder
+from hgpt.run.engines import Engine
+
 EXIT_HUNG = 70  # EX_SOFTWARE of sysexits.h
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+class Preempted(Exception):
+    """A cluster asked for the machine (SIGTERM, SIGUSR1), and a checkpoint was saved."""
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """The message and the exit code of a run that did not finish; an unexpected error is raised again."""
+    if isinstance(error, UserError):
+        return f"error: {error}", 2
+    first_line = (str(error).splitlines() or [""])[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"error: {first_line} Lower train.micro_batch (and eval.micro_batch), or set "
+            "train.activation_checkpointing = true; neither changes what is computed."
+        ), 2
+    if isinstance(error, Preempted):
+        return str(error), EXIT_PREEMPTED
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+        return (
+            f"error: process {os.environ.get('RANK', '0')} lost contact with another one: {first_line} The cause is in "
+            "the output of the process that ended first. Go on with --resume auto."
+        ), EXIT_HUNG
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or "interrupted; go on from the last checkpoint with --resume auto", 130
+    raise error
+
+
+class StopSignals:
+    """Ctrl-C, and a cluster's SIGTERM or SIGUSR1: finish the step, save a checkpoint, stop. A second one stops at once.
+
+        with StopSignals(engine) as signals:
+            ...
+
+    Attributes:
+        seen: the signal that came, 0 for none, as of the last `ask`.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.seen = 0
+        self._engine = engine
+        self._received, self._when = 0, 0.0
+
+    def __enter__(self) -> "StopSignals":
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        self._previous = {number: signal.signal(number, self._receive) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        if not self._received:
+            self._received, self._when = number, time.monotonic()
+            os.write(2, b"\nstopping after this step with a checkpoint; once more to stop at once\n")
+        elif time.monotonic() - self._when > 2:  # a cluster and its launcher may both pass on one signal
+            raise KeyboardInterrupt
+
+    def ask(self, *, together: bool) -> int:
+        """Look for a signal; returns `seen`. Collective if `together`.
+
+        Several processes receive a signal at different moments and have to stop after the same step: they see it only
+        where they ask together.
+        """
+        if self._engine.world_size == 1:
+            self.seen = self._received
+        elif together:
+            received = torch.tensor([self._received], device=self._engine.device)
+            self.seen = int(self._engine.accelerator.gather(received).max())
+        return self.seen
+
+    def leave_if_seen(self, step: int, checkpoints: Checkpoints) -> None:
+        """Raise KeyboardInterrupt for Ctrl-C, Preempted for a cluster's signal, once the checkpoint is on the disk."""
+        if not self.seen:
+            return
+        checkpoints.wait()
+        saved = checkpoint_folder(checkpoints.config.run_folder, step)
+        message = f"after step {step}, saved {saved}; go on with --resume auto"
+        if self.seen == signal.SIGINT:
+            raise KeyboardInterrupt(f"interrupted {message}")
+        checkpoints.mark_preempted()
+        raise Preempted(f"stopped by {signal.Signals(self.seen).name} {message}")
 
 
 class Watchdog:
-    """Watches that this process goes on; when it has not for `timeout` seconds, ends it with exit code 70.
+    """Ends this process with exit code 70 if it makes no progress for `timeout` seconds, and says for whom it waits.
 
-    A process that hangs is stuck in a collective operation and cannot look around itself, so a thread does. Every
-    process tells the others, through the key-value store that started them, which step it is in; the message on
-    standard error names the step, and the processes that are behind or silent.
+    A process that hangs is stuck in a collective and cannot look around itself, so a thread does. Every process writes
+    the step it is in to the key-value store that started the group; the message on standard error names the step, and
+    the processes that are behind or silent. A single process is not watched.
 
         with Watchdog(timeout=1800) as watchdog:
             for step in range(steps):
                 watchdog.beat(step, "training")
-
-    Args:
-        timeout: seconds without a beat.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -31,47 +118,41 @@ class Watchdog:
         self._interval = min(5.0, timeout / 10)
         self._beat = (0, "starting", time.time())
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         several = dist.is_initialized() and dist.get_world_size() > 1
-        self._rank = dist.get_rank() if several else 0
-        self._processes = dist.get_world_size() if several else 1
+        self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
         self._store = dist.PrefixStore("hgpt_watchdog", dist.distributed_c10d._get_default_store()) if several else None
 
     def beat(self, step: int, doing: str) -> None:
-        """This process goes on: it now does `doing` of `step`."""
+        """This process makes progress: it now does `doing` of `step`."""
         self._beat = (step, doing, time.time())
 
     def __enter__(self) -> "Watchdog":
-        if self._store is not None:  # a process alone waits for nobody
-            self._thread.start()
+        if self._store is not None:
+            threading.Thread(target=self._watch, args=(self._store,), name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._end.set()
 
-    def _watch(self) -> None:
-        assert self._store is not None
+    def _watch(self, store: dist.Store) -> None:
         while not self._end.is_set():
             step, doing, since = self._beat
-            with suppress(RuntimeError):  # the process that holds the store has gone: the others will be silent
-                self._store.set(str(self._rank), json.dumps([step, doing, time.time()]))
+            with suppress(RuntimeError):  # the process that holds the store has ended: the others will be silent
+                store.set(str(self._rank), json.dumps([step, doing, time.time()]))
             if time.time() - since > self.timeout:
                 lines = [f"process {self._rank} has waited for {self.timeout:g} s in step {step} ({doing})"]
-                lines += self._others(step)
+                lines += self._others(store, step)
                 os.write(2, ("\nerror: " + "; ".join(lines) + ". Go on with --resume auto.\n").encode())
-                os._exit(EXIT_HUNG)  # the main thread would never come back from the operation it waits in
+                os._exit(EXIT_HUNG)  # the main thread would never return from the collective
             self._end.wait(self._interval)
 
-    def _others(self, step: int) -> list[str]:
+    def _others(self, store: dist.Store, step: int) -> list[str]:
         """One phrase for each process that is behind or silent."""
-        assert self._store is not None
         phrases = []
-        for rank in range(self._processes):
-            if rank == self._rank:
-                continue
+        for rank in set(range(self._world_size)) - {self._rank}:
             try:
-                known = self._store.check([str(rank)])
-                their_step, doing, heard = json.loads(self._store.get(str(rank))) if known else (0, "", 0.0)
+                known = store.check([str(rank)])
+                their_step, doing, heard = json.loads(store.get(str(rank))) if known else (0, "", 0.0)
             except RuntimeError as error:
                 return [f"the other processes cannot be asked ({str(error).splitlines()[0]})"]
             silent = time.time() - heard

@@ -1,0 +1,88 @@
+"""hgpt/run/stop.py: signals, the watchdog, and the end of a run that did not finish."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import in_group
+
+from hgpt.errors import UserError
+from hgpt.run.stop import EXIT_HUNG, EXIT_PREEMPTED, Preempted, StopSignals, Watchdog, explain
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_the_first_signal_is_seen_when_asked_for_and_a_later_one_stops_at_once(number, monkeypatch):
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), StopSignals(SimpleNamespace(world_size=1)) as signals:
+        assert signals.ask(together=False) == 0
+        os.kill(os.getpid(), number)
+        assert signals.seen == 0 and signals.ask(together=False) == number
+        os.kill(os.getpid(), number)  # a cluster and its launcher may both pass on one signal
+        later = time.monotonic() + 3
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        os.kill(os.getpid(), number)
+    assert signal.getsignal(number) == before
+
+
+def test_several_processes_see_a_signal_only_where_all_ask():
+    """The other process of two received SIGTERM."""
+    others = torch.tensor([signal.SIGTERM])
+    accelerator = SimpleNamespace(gather=lambda mine: torch.cat([mine, others]))
+    engine = SimpleNamespace(world_size=2, device="cpu", accelerator=accelerator)
+    with StopSignals(engine) as signals:
+        assert signals.ask(together=False) == 0
+        assert signals.ask(together=True) == signal.SIGTERM
+
+
+def test_what_a_run_that_did_not_finish_says(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    for error, message, code in (
+        (UserError("no such file"), "error: no such file", 2),
+        (torch.OutOfMemoryError("CUDA out of memory.\nMore"), "error: CUDA out of memory. Lower train.micro_batch", 2),
+        (Preempted("stopped by SIGTERM"), "stopped by SIGTERM", EXIT_PREEMPTED),
+        (dist.DistBackendError("NCCL\nmore"), "error: process 3 lost contact with another one: NCCL The", EXIT_HUNG),
+        (RuntimeError("[gloo] connection closed"), "error: process 3 lost contact", EXIT_HUNG),
+        (KeyboardInterrupt(), "interrupted; go on from the last checkpoint with --resume auto", 130),
+        (KeyboardInterrupt("interrupted after step 4"), "interrupted after step 4", 130),
+    ):
+        said, status = explain(error)
+        assert said.startswith(message) and status == code
+    with pytest.raises(ZeroDivisionError):
+        explain(ZeroDivisionError())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The watchdog; tests/test_engines.py stops a process of a real run
+
+
+def test_a_process_alone_is_not_watched():
+    with Watchdog(timeout=0.1) as watchdog:
+        watchdog.beat(1, "training")
+        time.sleep(0.3)
+
+
+def _one_falls_behind(folder: Path) -> None:
+    with Watchdog(timeout=1.5) as watchdog:
+        for step in range(1, 5):  # slow, but nobody is ended: 2 s in all
+            watchdog.beat(step, "training")
+            time.sleep(0.5)
+            dist.barrier()
+        if dist.get_rank() == 1:  # busy with something else, and making progress
+            for _ in range(100):
+                watchdog.beat(4, "saving a checkpoint")
+                time.sleep(0.1)
+        watchdog.beat(5, "training")
+        dist.barrier()
+
+
+def test_the_message_names_the_step_and_the_process_that_is_behind(tmp_path):
+    codes = in_group(_one_falls_behind, 2, tmp_path)
+    assert codes[0] == EXIT_HUNG and codes[1] != 0
+    message = (tmp_path / "log.0").read_text()
+    assert "error: process 0 has waited for 1.5 s in step 5 (training)" in message
+    assert "process 1 is still in step 4 (saving a checkpoint)" in message
