@@ -73,8 +73,7 @@ def main(arguments: Sequence[str]) -> None:
         print()
         if options.show_distances:
             tokens = measure(model, prompt_ids, new_ids, options.nearest or MOST_NEAREST)
-            fit = sys.stdout.isatty() and options.nearest is None
-            columns = shutil.get_terminal_size().columns if fit else None
+            columns = shutil.get_terminal_size().columns if sys.stdout.isatty() and not options.nearest else None
             print("\n" + distance_table(tokens, tokenizer, exponent, columns))
     if options.show_distances:
         print("\n" + LEGEND.format(exponent=exponent, distance=model.config.distance))
@@ -86,12 +85,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options, checked as far as that is possible without the model."""
-    parser = cli.Parser(
-        prog="sample.py",
-        description="Write text with a trained model. Text goes to standard output, notes to standard error.",
-        epilog="The seed is printed: with it the same command writes the same text on the same kind of device.",
-        allow_abbrev=False,
-    )
+    parser = cli.Parser(prog="sample.py", description=str(__doc__).split("\n")[0], allow_abbrev=False)
     add = parser.add_argument_group("model").add_argument
     add("--checkpoint", required=True, metavar="PATH", help="run folder (its latest checkpoint), checkpoint folder, "
         "exported model folder, or the id of a causal language model on the Hugging Face hub")  # fmt: skip
@@ -108,7 +102,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--num-samples", type=count, default=1, metavar="N", help="number of texts (default: 1)")
     add("--max-new-tokens", type=count, default=200, metavar="N", help="longest text (default: 200)")
     add("--seed", type=checked(int, "lie between 0 and 2^63 - 1", lambda n: 0 <= n < 2**63),
-        default=secrets.randbelow(2**31), help="of the random numbers (default: another one each time)")  # fmt: skip
+        default=secrets.randbelow(2**31), help="of the random numbers; with it the same command writes the same text on "
+        "the same kind of device (default: another one each time, which is printed)")  # fmt: skip
     add("--stream", action=argparse.BooleanOptionalAction, default=sys.stdout.isatty(),
         help="print tokens as they come; of several samples the first (default: on a terminal)")  # fmt: skip
 
@@ -128,9 +123,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="only tokens with at least P times the probability of the most probable one (default: all)")  # fmt: skip
 
     add = parser.add_argument_group("distances").add_argument
-    add(
-        "--show-distances", action="store_true", help="print the distances behind each new token (harmonic models only)"
-    )
+    add("--show-distances", action="store_true", help="print the distances behind each token (harmonic models only)")
     add("--nearest", type=count, metavar="K",
         help=f"centres to print for each token (default: {MOST_NEAREST}, fewer on a narrow terminal)")  # fmt: skip
     options = parser.parse_args(arguments)
@@ -203,8 +196,8 @@ def describe(model: PreTrainedModel, exponent: float | None, context: int | None
     head = "softmax head" if exponent is None else f"harmonic head, {model.config.distance}, n = {exponent:.4g}"
     length = f"context {context}, " if context else ""
     count = sum(parameter.numel() for parameter in model.parameters())
-    size = f"{count / 1e6:.3g}M parameters" if count < 1e9 else f"{count / 1e9:.3g}B parameters"
-    return f"{head}, {size}, {length}{model.device} {str(model.dtype).removeprefix('torch.')}"
+    size = f"{count / 1e6:.3g}M" if count < 1e9 else f"{count / 1e9:.3g}B"
+    return f"{head}, {size} parameters, {length}{model.device} {str(model.dtype).removeprefix('torch.')}"
 
 
 # ------------------------------------------------------------------------------------------------------------
