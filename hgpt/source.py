@@ -185,8 +185,15 @@ _CONV1D = re.compile(r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight
 _MASKS, _PREFIXES = re.compile(r"\.attn\.(bias|masked_bias)$"), re.compile(r"^(_orig_mod\.|module\.)+")
 
 
-def shape_of(init_from: str) -> dict[str, int]:
-    """n_layer, n_head and n_embd of the model that a run starts from. Raises UserError as `initialize_from` does."""
+def shape_of(init_from: str, resume: str = "never", run_folder: Path | None = None) -> dict[str, int]:
+    """n_layer, n_head and n_embd of the model that a run starts from. Raises UserError as `initialize_from` does.
+
+    A run that is resumed (the setting `resume`) starts from its own checkpoint: `init_from` may be gone by then.
+    """
+    if resume not in ("never", "auto"):
+        init_from = resume
+    elif resume == "auto" and run_folder is not None and (run_folder / LATEST).exists():
+        init_from = str(run_folder)
     if Path(init_from).is_file():
         return _nanogpt(Path(init_from)).shape
     with _naming_the_setting(init_from):
