@@ -102,7 +102,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--num-samples", type=count, default=1, metavar="N", help="number of texts (default: 1)")
     add("--max-new-tokens", type=count, default=200, metavar="N", help="longest text (default: 200)")
     add("--seed", type=checked(int, "lie between 0 and 2^63 - 1", lambda n: 0 <= n < 2**63),
-        default=secrets.randbelow(2**31), help="of the random numbers; with the same one a command writes the same text on "
+        default=secrets.randbelow(2**31), help="of the random numbers; the same one writes the same text on "
         "the same kind of device (default: another one each time, which is printed)")  # fmt: skip
     add("--stream", action=argparse.BooleanOptionalAction, default=sys.stdout.isatty(),
         help="print tokens as they come; of several samples the first (default: on a terminal)")  # fmt: skip
