@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
@@ -21,12 +21,14 @@ from hgpt.run.config import OWN_OPTIONS, RunConfig
 CONFIG_FILE = "config.toml"
 
 
-def load_run_config(arguments: Sequence[str]) -> RunConfig:
+def load_run_config(arguments: Sequence[str], shape_of: Callable[..., dict[str, int]] | None = None) -> RunConfig:
     """A run from command-line arguments: `--config FILE.toml`, of several the later wins, and `--section.key value`.
 
     The command line wins over files, wherever it names them. Raises UserError for a file that is missing or no TOML,
     an unknown key (naming the nearest known ones), a value of the wrong type, and values out of range. `--help` prints
     every setting and exits.
+
+    With `shape_of` (hgpt.source), those of n_layer, n_head and n_embd that are not given come from model.init_from.
     """
     known = known_settings(RunConfig)
     files, others = _files_and_others(arguments)
@@ -41,7 +43,16 @@ def load_run_config(arguments: Sequence[str]) -> RunConfig:
     parser.add_argument("--config", action="config", help="a TOML file; configs/ holds those that ship")
     parser.add_class_arguments(RunConfig, sub_configs=False)
     try:
-        parsed = parser.parse_args([*(f"--config={file}" for file in files), *others])
+        texts = [*(f"--config={file}" for file in files), *others]
+        parsed = parser.parse_args(texts)
+        if shape_of is not None and parsed["model.init_from"] is not None:
+            given = parser.parse_args(texts, defaults=False)
+            missing = [name for name in ("model.n_layer", "model.n_head", "model.n_embd") if name not in given]
+            if missing:
+                run_folder = Path(parsed["runs_dir"]) / parsed["name"]
+                shape = shape_of(parsed["model.init_from"], parsed["resume"], run_folder)
+                for name in missing:
+                    parsed[name] = shape[name.removeprefix("model.")]
         sections = parser.instantiate(parsed)
     except ArgumentError as error:
         raise UserError(_readable(str(error), known)) from error
