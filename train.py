@@ -66,7 +66,7 @@ from hgpt.run.report import (
 )
 from hgpt.run.settings import CONFIG_FILE, check_resume, load_run_config, settings, write_toml
 from hgpt.run.stop import EXIT_HUNG, Watchdog
-from hgpt.source import initialize_from
+from hgpt.source import check_tokenizer, initialize_from, shape_of
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 NON_FINITE_FILE = "non_finite.jsonl"
@@ -151,8 +151,9 @@ def _train(config: RunConfig, held: ExitStack) -> dict[str, float]:
     else:
         model = HGPTForCausalLM(model_config)
         if config.model.init_from is not None:
-            for note in initialize_from(model, config.model.init_from):
-                say(f"{config.model.init_from}: {note}")
+            same_tokenizer = check_tokenizer(config.model.init_from, train_shards)
+            for note in [same_tokenizer, *initialize_from(model, config.model.init_from)]:
+                say(f"model.init_from: {note}")
     model.lm_head.label_smoothing = config.train.label_smoothing  # in training mode only, and not exported
     model.lm_head.chunk, model.lm_head.compiled = config.train.loss_chunk, config.train.compile_loss
     if config.train.distance_memory is not None:
@@ -582,7 +583,7 @@ if __name__ == "__main__":
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
-        main(load_run_config(sys.argv[1:]))
+        main(load_run_config(sys.argv[1:], shape_of))
     except BaseException as error:
         message, code = stopped(error)
         print(message, file=sys.stderr)
