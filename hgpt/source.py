@@ -151,7 +151,8 @@ def _loading(folder: str) -> Iterator[None]:
     huggingface_hub.utils.logging.set_verbosity_error()
     try:
         yield
-    except (OSError, ValueError, RuntimeError, MemoryError, SafetensorError, StrictDataclassError) as error:
+    # TypeError: a configuration with a value of the wrong type.
+    except (OSError, ValueError, TypeError, RuntimeError, MemoryError, SafetensorError, StrictDataclassError) as error:
         if out_of_memory(error):
             raise UserError(
                 f"this machine ran out of memory with {folder}: close other programs, or use a machine with more memory"
