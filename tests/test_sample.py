@@ -141,7 +141,7 @@ def test_table_columns_are_aligned_and_fit_the_terminal(loaded) -> None:
     (whole,) = {width(row) for row in rows}
     end = width(head[: head.index("d/d_min") + len("d/d_min")])
     assert all(row[end - 4] == "." for row in rows if width(row) == len(row))
-    for columns, centres in ((whole, 4), (whole - 1, 3), (40, 0)):
+    for columns, centres in ((whole, 4), (whole - 1, 3), (45, 0)):
         _, *rows = distance_table(positions, tokenizer, model.config.exponent, columns).splitlines()
         assert max(map(width, rows)) <= columns
         assert len(re.findall(r" \d+\.\d{3}(?= |$)", rows[0])) == 1 + centres
