@@ -29,7 +29,7 @@ from hgpt.run.optim import build_optimizer, learning_rate, set_learning_rate
 from hgpt.run.report import Recent, Report, Speed
 from hgpt.run.settings import load_run_config
 from hgpt.run.stop import StopSignals, Watchdog, explain
-from hgpt.source import initialize_from
+from hgpt.source import check_tokenizer, initialize_from, shape_of
 
 
 def main(config: RunConfig) -> dict[str, float]:
@@ -104,8 +104,9 @@ def build_model(config: RunConfig, shards: TokenShards, resumed: Checkpoint | No
     else:
         model = HGPTForCausalLM(model_config)
         if config.model.init_from is not None:
-            for note in initialize_from(model, config.model.init_from):
-                engine.say(f"{config.model.init_from}: {note}")
+            same_tokenizer = check_tokenizer(config.model.init_from, shards)
+            for note in [same_tokenizer, *initialize_from(model, config.model.init_from)]:
+                engine.say(f"model.init_from: {note}")
     model.lm_head.label_smoothing = config.train.label_smoothing  # in training mode only, and not exported
     model.lm_head.compiled = config.train.compile_loss
     if config.train.activation_checkpointing:
@@ -228,7 +229,7 @@ if __name__ == "__main__":
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
-        main(load_run_config(sys.argv[1:]))
+        main(load_run_config(sys.argv[1:], shape_of))
     except BaseException as error:
         message, code = explain(error)
         print(message, file=sys.stderr)

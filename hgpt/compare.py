@@ -42,6 +42,7 @@ from hgpt.interpret.statistics import holm
 from hgpt.run.checkpoint import LATEST, MODEL
 from hgpt.run.config import RunConfig
 from hgpt.run.settings import CONFIG_FILE, load_run_config, settings, write_toml
+from hgpt.source import shape_of
 
 TRAIN = Path(hgpt.__file__).parent.parent / "train.py"
 RESULT_FILE = "comparison.json"
@@ -262,7 +263,7 @@ def run_name(arm: Arm, point: dict[str, str], seed: int) -> str:
 def run_config(arm: Arm, point: dict[str, str], seed: int, out: Path) -> RunConfig:
     """The configuration of one run; seed counts from 0 above the configuration's own train.seed."""
     chosen = arm.fixed | point
-    base = load_run_config(["--config", arm.file, *(f"--{key}={value}" for key, value in arm.fixed.items())])
+    base = load_run_config(["--config", arm.file, *(f"--{key}={value}" for key, value in arm.fixed.items())], shape_of)
     if "optim.lr" in point and "optim.min_lr" not in chosen:
         chosen["optim.min_lr"] = repr(float(point["optim.lr"]) * base.optim.min_lr / base.optim.lr)
     chosen |= {
@@ -271,7 +272,7 @@ def run_config(arm: Arm, point: dict[str, str], seed: int, out: Path) -> RunConf
         "runs_dir": str(out / "runs"),
         "resume": "auto",
     }
-    return load_run_config(["--config", arm.file, *(f"--{key}={value}" for key, value in chosen.items())])
+    return load_run_config(["--config", arm.file, *(f"--{key}={value}" for key, value in chosen.items())], shape_of)
 
 
 def check_matched(configs: dict[str, RunConfig]) -> None:

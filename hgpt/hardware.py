@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from hgpt.errors import UserError
+
 
 class Device(NamedTuple):
     """Figures of a GPU from its vendor's data sheet; None where the name leaves open which of two sizes it is."""
@@ -65,3 +67,15 @@ def memory_in_use(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of this name, by default a GPU if there is one. Raises UserError if it cannot be used."""
+    if name is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if accelerator is None else accelerator
+    try:
+        return torch.empty(1, device=name).device  # torch.device(name) accepts a device that is not there
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error

@@ -64,6 +64,7 @@ from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.config import RunConfig
 from hgpt.run.report import flops_per_token
 from hgpt.run.settings import load_run_config
+from hgpt.source import shape_of
 
 ENGINES = ("ddp", "zero1", "zero2", "zero2_offload", "zero3", "fsdp2")
 GPT2_VOCAB_SIZE = 50257
@@ -697,8 +698,10 @@ def main(arguments: Sequence[str]) -> str:
     files = known.table
     launch = Launch(**{name: value for name, value in vars(known).items() if name != "table"})
     if files is None:
-        return report(make_plan(load_run_config(settings), launch))
-    return markdown_table([make_plan(load_run_config([*settings, "--config", file]), launch) for file in files])
+        return report(make_plan(load_run_config(settings, shape_of), launch))
+    return markdown_table(
+        [make_plan(load_run_config([*settings, "--config", file], shape_of), launch) for file in files]
+    )
 
 
 if __name__ == "__main__":

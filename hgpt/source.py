@@ -1,56 +1,264 @@
-"""Initial weights from elsewhere: a Hugging Face GPT-2, an hgpt model, or a nanoGPT checkpoint."""
+"""A model by the name that somebody gives: where it lies, what it is, and its weights as the start of a run.
 
+A name is a run folder (its latest checkpoint), a checkpoint folder, an exported model or an id on the Hugging Face hub:
+
+    model, tokenizer = find_source("runs/quickstart").load()
+
+Code that lies beside a model is never executed (trust_remote_code=False), and pickles are loaded with
+weights_only=True.
+"""
+
+import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import huggingface_hub.utils.logging
 import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import hgpt  # noqa: F401  (registers the model with transformers)
+from hgpt.data.shards import TokenShards
+from hgpt.data.tokenizer import TOKENIZER_FILE, hf_tokenizer, load_tokenizer
 from hgpt.errors import UserError
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
-from hgpt.run.checkpoint import model_folder
+from hgpt.run.checkpoint import LATEST, MODEL, STATE, checkpoint_step
 
-# GPT-2's Conv1D keeps (in, out) where nn.Linear keeps (out, in).
-_CONV1D = re.compile(r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
-# Causal masks that older checkpoints of both kinds hold as buffers.
-_MASKS = re.compile(r"\.attn\.(bias|masked_bias)$")
-_TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # one function, three names
-_TOKENS, _HEAD, _POSITIONS = "transformer.wte.weight", "lm_head.weight", "transformer.wpe.weight"
-_EXPONENT, _METRIC = "lm_head.log_exponent", "lm_head.metric."
-_HEAD_SETTINGS = ("exponent", "learn_exponent", "distance", "distance_options")
-_MOST_PADDING = 127  # rows that a checkpoint's embedding may have beyond the vocabulary: multiples of up to 128
+GPT2_KINDS = ("gpt2", "hgpt")  # the values of model_type that share GPT-2's blocks and their names
+GPT2_TOKENS = 50_257
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A model by name
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Source:
-    """A checkpoint in this model's names and layouts, and what is known of the model it came from."""
+class Source:
+    """Where a model lies, and what its folder says about it.
 
-    weights: dict[str, Tensor]
-    shape: dict[str, int]  # must be the same: n_layer, n_head, n_embd
-    behaviour: dict[str, Any]  # should be the same: what the model computes with those weights
+    Attributes:
+        label: what a report calls it.
+        folder: the exported model, or the id on the hub: what transformers loads.
+        run: the run folder that the checkpoint belongs to, if any.
+        step, tokens_seen: of the checkpoint, where its state.json says so.
+    """
+
+    label: str
+    folder: str
+    run: Path | None = None
+    step: int | None = None
+    tokens_seen: int | None = None
+
+    # Any: transformers' annotations name every kind of model and tokenizer at once.
+    def load_config(self) -> Any:
+        """The configuration; from the hub a small download. Raises UserError unless it can be read."""
+        with _loading(self.folder):
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+
+    def load_model(self, dtype: str | torch.dtype = "auto") -> Any:
+        """The model. Raises UserError if it cannot be loaded or a weight is missing."""
+        load: Any = AutoModelForCausalLM.from_pretrained  # with output_loading_info it returns a pair
+        with _loading(self.folder):
+            model, loading = load(self.folder, dtype=dtype, trust_remote_code=False, output_loading_info=True)
+        if missing := loading["missing_keys"]:
+            raise UserError(
+                f"the weights in {self.folder} are incomplete, without {', '.join(sorted(missing))}; copy or export "
+                "the model again"
+            )
+        return model
+
+    def load(self, dtype: str | torch.dtype = "auto") -> tuple[Any, Any]:
+        """The model and its tokenizer. Raises UserError too if they do not belong together."""
+        model, tokenizer = self.load_model(dtype), self.load_tokenizer()
+        tokens, vocab_size = max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size
+        # Other models than hgpt's count rows of padding in vocab_size.
+        if tokens > vocab_size or (tokens < vocab_size and model.config.model_type == "hgpt"):
+            raise UserError(
+                f"the tokenizer in {self.folder} has {tokens} tokens, but the model's vocab_size is {vocab_size}: they "
+                "do not belong together. Put the tokenizer that the model was trained with (tokenizer.json of its data "
+                "folder) beside the model"
+            )
+        return model, tokenizer
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer saved beside the model. Raises UserError if there is none."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+            found = tokenizer.vocab_size > 0  # some classes start empty where they find no file
+        except (OSError, ValueError, RuntimeError):
+            found = False
+        if not found:
+            raise UserError(
+                f"no tokenizer can be loaded from {self.folder}; put the tokenizer.json and tokenizer_config.json that "
+                "the model was trained with beside its config.json"
+            )
+        return tokenizer
 
 
-def initialize_from(model: HGPTForCausalLM, source: str) -> list[str]:
-    """Copy the weights of `source` into `model`.
+def find_source(name: str) -> Source:
+    """The model that `name` stands for. Raises UserError for a path that is no model; a hub id is not looked up."""
+    if is_hub_id(name):
+        return Source(label=name, folder=name)
+    folder = model_folder(name)
+    inside = folder.resolve()
+    checkpoint = inside.parent
+    run = checkpoint.parents[1] if inside.name == MODEL and checkpoint.name.startswith("step_") else None
+    try:
+        state = json.loads((checkpoint / STATE).read_bytes())
+    except (OSError, ValueError):
+        state = {}
+    label = inside.name if run is None else run.name
+    if run is not None and Path(name).resolve() not in (run, (run / LATEST).resolve()):
+        label += f" step {checkpoint_step(checkpoint)}"
+    return Source(label=label, folder=str(folder), run=run, step=state.get("step"), tokens_seen=state.get("tokens"))
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` can only be an id on the hub: of the form owner/name or name, and no path on this machine."""
+    owner = name.split("/")[0]
+    # train.py writes to runs/: a mistyped run must not become the download of a stranger's model.
+    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None and owner != "runs" and not Path(owner).exists()
+
+
+def model_folder(path: str | Path) -> Path:
+    """The exported model in a run folder, a checkpoint folder or an exported model's folder, else a UserError."""
+    path = Path(path)
+    for candidate in (path, path / MODEL, path / LATEST / MODEL):
+        if (candidate / "config.json").is_file():
+            return candidate
+    if not path.exists():
+        raise UserError(f"{path}: there is no such folder; give a run folder, a checkpoint folder or an exported model")
+    if (path / "config.toml").is_file():
+        raise UserError(f"{path}: the run has no checkpoint yet; wait for checkpoint.every steps or train on")
+    raise UserError(
+        f"{path} is no model: a run folder holds {LATEST}/, a checkpoint folder {MODEL}/, an exported model config.json"
+    )
+
+
+@contextmanager
+def _loading(folder: str) -> Iterator[None]:
+    """Keep transformers quiet, and turn what it raises for a missing or damaged model into a UserError."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    try:
+        yield
+    # TypeError: a configuration with a value of the wrong type.
+    except (OSError, ValueError, TypeError, RuntimeError, MemoryError, SafetensorError, StrictDataclassError) as error:
+        if out_of_memory(error):
+            raise UserError(
+                f"this machine ran out of memory with {folder}: close other programs, or use a machine with more memory"
+            ) from error
+        raise UserError(f"no model can be loaded from {folder}: {first_line(error)}") from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out. On a CPU torch says so in a plain RuntimeError, numpy in a MemoryError."""
+    words = r"out of memory|not enough memory|(can't|cannot) allocate memory"
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or re.search(words, str(error), re.I) is not None
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of a message that may go on for a page."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The start of a run: model.init_from, which may also be nanoGPT's ckpt.pt
+
+_SHAPE = ("n_layer", "n_head", "n_embd")
+_HEAD_SETTINGS = ("exponent", "learn_exponent", "distance", "distance_options")
+_TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # three names of one function
+_TOKENS, _HEAD, _POSITIONS = "transformer.wte.weight", "lm_head.weight", "transformer.wpe.weight"
+_EXPONENT, _METRIC = "lm_head.log_exponent", "lm_head.metric."
+_MOST_PADDING = 127  # rows that an embedding may have beyond the vocabulary: it is padded to multiples of up to 128
+# GPT-2's Conv1D stores (in, out) where nn.Linear stores (out, in).
+_CONV1D = re.compile(r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
+# Causal masks, which older checkpoints hold as buffers, and the prefixes that torch.compile and DDP add to names.
+_MASKS, _PREFIXES = re.compile(r"\.attn\.(bias|masked_bias)$"), re.compile(r"^(_orig_mod\.|module\.)+")
+
+
+def shape_of(init_from: str, resume: str = "never", run_folder: Path | None = None) -> dict[str, int]:
+    """n_layer, n_head and n_embd of the model that a run starts from. Raises UserError as `initialize_from` does.
+
+    A run that is resumed (the setting `resume`) starts from its own checkpoint: `init_from` may be gone by then.
+    """
+    if resume not in ("never", "auto"):
+        init_from = resume
+    elif resume == "auto" and run_folder is not None and (run_folder / LATEST).exists():
+        init_from = str(run_folder)
+    if Path(init_from).is_file():
+        return _nanogpt(Path(init_from)).shape
+    with _naming_the_setting(init_from):
+        return _shape(_gpt2_config(find_source(init_from)))
+
+
+def check_tokenizer(init_from: str, data: TokenShards) -> str:
+    """Compare the tokenizer of the model that a run starts from with the tokenizer of its data.
+
+    They are the same if each token of the data has the same id in the model's vocabulary, and if both encode the text
+    of all tokens, one after the other, to the same ids. Their files may differ.
+
+    Returns:
+        A line for the user: that they are the same, or why they could not be compared.
+
+    Raises:
+        UserError: they differ. The message gives the command that prepares data with the model's tokenizer.
+    """
+    if Path(init_from).is_file():
+        return "nanoGPT's ckpt.pt holds no tokenizer to compare: make sure that it is the one of the data"
+    with _naming_the_setting(init_from):
+        source = find_source(init_from)
+        source.load_config()  # so that a model that is not there is not taken for one without a tokenizer
+    try:
+        of_model = source.load_tokenizer()
+    except UserError:
+        return f"no tokenizer lies in {source.folder} to compare: make sure that it is the one of the data"
+    of_data = _tokenizer_of(data)
+    if of_data is None:
+        return f"no tokenizer lies in {data.folder} to compare: make sure that it is the one of the model"
+    difference = _difference(of_data, of_model)
+    if difference is None:
+        return "the model and the data have the same tokenizer"
+    folder, save = source.folder, ""
+    if not (Path(folder) / TOKENIZER_FILE).is_file():
+        code = (
+            f"from transformers import AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('tokenizer')"
+        )
+        folder, save = "tokenizer", f'python -c "{code}"\n  '
+    raise UserError(
+        f"model.init_from = {init_from}: its tokenizer is not the tokenizer of {data.folder}: {difference}. Prepare "
+        f"data with the model's:\n  {save}python -m data_prep.documents --tokenizer {folder} --out DIR FILES"
+    )
+
+
+def initialize_from(model: HGPTForCausalLM, init_from: str) -> list[str]:
+    """Copy the weights of `init_from` into `model`.
 
     Args:
         model: freshly initialised; what the source does not hold keeps its initial value.
-        source: a Hugging Face id or folder of a GPT-2, an hgpt model (also a run or a checkpoint folder), or nanoGPT's
-            ckpt.pt. Pickled files are loaded with weights_only=True.
+        init_from: a name as `find_source` takes it, of a GPT-2 or an hgpt model, or nanoGPT's ckpt.pt.
 
     Returns:
-        Lines for the user: every parameter that did not fit, on either side, and every setting in which the run
-        differs from the source. Vocabulary padding is not a difference, and a longer context is cropped.
+        Lines for the user: whose weights they are; every parameter that did not fit, on either side; every setting in
+        which the run differs from the source. Vocabulary padding is not a difference, and a longer context is cropped.
 
     Raises:
         UserError: an unreadable source, another n_layer, n_head or n_embd, another vocabulary, a shorter context.
     """
-    path = Path(source)
-    found = _nanogpt(path) if path.is_file() else _hugging_face(str(model_folder(path)) if path.is_dir() else source)
+    if Path(init_from).is_file():
+        found = _nanogpt(Path(init_from))
+    else:
+        with _naming_the_setting(init_from):
+            found = _gpt2(find_source(init_from))
     config = model.config
     wrong = [
         f"model.{name} = {value} (it is {getattr(config, name)})"
@@ -58,15 +266,17 @@ def initialize_from(model: HGPTForCausalLM, source: str) -> list[str]:
         if getattr(config, name) != value
     ]
     if wrong:
-        raise UserError(f"model.init_from = {source} has another shape than the model: set {', '.join(wrong)}")
-    weights, parameters, notes = dict(found.weights), dict(model.named_parameters()), _differences(found, config)
+        raise UserError(f"model.init_from = {init_from} has another shape than the model: set {', '.join(wrong)}")
+    weights, parameters = dict(found.weights), dict(model.named_parameters())
+    notes = [f"weights of {found.what}", *_differences(found, config)]
     if _HEAD in parameters and _TOKENS in weights:
         weights.setdefault(_HEAD, weights[_TOKENS])
-    elif _HEAD in weights:  # the model's is tied: named once, as the embedding
+    elif _HEAD in weights:  # the model is tied and names these rows once, as the embedding
         head = weights.pop(_HEAD)
         if not torch.equal(head, weights.get(_TOKENS, head)):
             notes.append(f"not used from the checkpoint: {_HEAD} (its embeddings are not tied, the run's are)")
 
+    # The weights of a metric mean something to their own distance only.
     same_distance = all(found.behaviour.get(name) == getattr(config, name) for name in ("distance", "distance_options"))
     shared = sorted(
         name for name in parameters.keys() & weights.keys() if same_distance or not name.startswith(_METRIC)
@@ -78,7 +288,7 @@ def initialize_from(model: HGPTForCausalLM, source: str) -> list[str]:
     ]
     if unfit:
         raise UserError(
-            f"model.init_from = {source}: these parameters do not fit\n  " + "\n  ".join(unfit) + "\nUse data "
+            f"model.init_from = {init_from}: these parameters do not fit\n  " + "\n  ".join(unfit) + "\nUse data "
             "with the checkpoint's tokenizer, and a data.seq_len no longer than its context."
         )
     with torch.no_grad():
@@ -92,64 +302,48 @@ def initialize_from(model: HGPTForCausalLM, source: str) -> list[str]:
     return notes
 
 
-def _fits(name: str, value: Tensor, parameter: Tensor, vocab_size: int) -> bool:
-    """Whether all of `parameter` that is ever used can be taken from `value`."""
-    if value.ndim != parameter.ndim or value.shape[1:] != parameter.shape[1:]:
-        return False
-    if name == _POSITIONS:
-        return len(value) >= len(parameter)
-    if name in (_TOKENS, _HEAD):  # far more rows would mean another tokenizer
-        return vocab_size <= len(value) <= vocab_size + _MOST_PADDING
-    return len(value) == len(parameter)
+@dataclass(frozen=True, kw_only=True)
+class _Weights:
+    """Weights in hgpt's names and layouts, and what is known of the model they come from.
+
+    `shape` has to be the run's; where `behaviour` (what the model computes with the weights) is not, the user is told.
+    """
+
+    what: str
+    weights: dict[str, Tensor]
+    shape: dict[str, int]
+    behaviour: dict[str, Any]
 
 
-def _differences(found: _Source, config: Any) -> list[str]:
-    """A line for each setting in which the run computes something else than the checkpoint's model did."""
-    now = {name: getattr(config, name) for name in found.behaviour}
-    if now.get("learn_exponent") and _EXPONENT in found.weights:
-        now["exponent"] = found.behaviour["exponent"]  # which is taken over
-    return [
-        f"model.{'head.' if name in _HEAD_SETTINGS else ''}{name} is {now[name]!r}, the checkpoint was "
-        f"trained with {value!r}"
-        for name, value in found.behaviour.items()
-        if now[name] != value and not (now[name] in _TANH_GELUS and value in _TANH_GELUS)
-    ]
-
-
-def _hugging_face(source: str) -> _Source:
-    try:
-        config = AutoConfig.from_pretrained(source)
-        if config.model_type not in ("gpt2", "hgpt"):
-            raise UserError(f"model.init_from = {source} is a {config.model_type} model; it must be a gpt2 or an hgpt")
-        weights = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).state_dict()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"model.init_from = {source} cannot be loaded; it must be a folder that exists, the id of a model on the "
-            f"Hugging Face hub, or nanoGPT's ckpt.pt: {' '.join(str(error).split())}"
-        ) from error
-    behaviour = {
-        "activation_function": config.activation_function,
-        "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
-        "layer_norm_epsilon": config.layer_norm_epsilon,
-    }
+def _gpt2(source: Source) -> _Weights:
+    """The weights of a GPT-2 of transformers or of an hgpt model."""
+    config = _gpt2_config(source)
+    weights = source.load_model(torch.float32).state_dict()
+    behaviour = {"bias": True, "head": "softmax"}
+    names = ["activation_function", "scale_attn_by_inverse_layer_idx", "layer_norm_epsilon"]
     if config.model_type == "gpt2":
         weights = {name: value.T if _CONV1D.search(name) else value for name, value in weights.items()}
-        behaviour |= {"bias": True, "head": "softmax"}
     else:
-        behaviour |= {"bias": config.bias, "head": config.head}
-        if config.head == "harmonic":
-            behaviour |= {name: getattr(config, name) for name in _HEAD_SETTINGS}
-            if _EXPONENT in weights:
-                behaviour["exponent"] = float(weights[_EXPONENT].exp())
-    return _Source(
-        weights=_clean(weights), shape=_shape(config.n_layer, config.n_head, config.n_embd), behaviour=behaviour
-    )
+        names += ["bias", "head", *(_HEAD_SETTINGS if config.head == "harmonic" else ())]
+    behaviour |= {name: getattr(config, name) for name in names}
+    if _EXPONENT in weights:
+        behaviour["exponent"] = float(weights[_EXPONENT].exp())
+    step = "" if source.step is None else f", step {source.step:,}"
+    what = f"{source.folder} ({config.model_type}, {behaviour['head']} head{step})"
+    return _Weights(what=what, weights=_clean(weights), shape=_shape(config), behaviour=behaviour)
 
 
-def _nanogpt(path: Path) -> _Source:
+def _gpt2_config(source: Source) -> Any:
+    config = source.load_config()
+    if config.model_type not in GPT2_KINDS:
+        raise UserError(f"{source.folder} is a {config.model_type} model; it must be a gpt2 or an hgpt")
+    return config
+
+
+def _nanogpt(path: Path) -> _Weights:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is no pickle breaks the unpickler in every way there is
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a file that is no pickle makes the unpickler raise anything
         raise UserError(
             f"model.init_from = {path} is no checkpoint of tensors and plain values, which is all that is loaded "
             f"(weights_only=True): {' '.join(str(error).split())[:300]}"
@@ -160,7 +354,7 @@ def _nanogpt(path: Path) -> _Source:
             f"model.init_from = {path}: nanoGPT's ckpt.pt holds 'model' and 'model_args'; this holds {keys}"
         )
     arguments = content["model_args"]
-    if absent := {"n_layer", "n_head", "n_embd"} - arguments.keys():
+    if absent := set(_SHAPE) - arguments.keys():
         raise UserError(f"model.init_from = {path}: its model_args lack {', '.join(sorted(absent))}")
     # nanoGPT's block is fixed, but for the bias. The code of the first harmonic paper comes from an older nanoGPT, with
     # GPT-2's GELU, and records one setting more.
@@ -170,18 +364,75 @@ def _nanogpt(path: Path) -> _Source:
         "activation_function": "gelu_pytorch_tanh" if older else "gelu",
         "scale_attn_by_inverse_layer_idx": arguments.get("scale_attn_by_inverse_layer_idx", False),
     }
-    return _Source(
-        weights=_clean(content["model"]),
-        shape=_shape(arguments["n_layer"], arguments["n_head"], arguments["n_embd"]),
-        behaviour=behaviour,
-    )
+    iteration = content.get("iter_num")
+    what = f"{path} (nanoGPT{f', iteration {iteration:,}' if isinstance(iteration, int) else ''})"
+    shape = {name: arguments[name] for name in _SHAPE}
+    return _Weights(what=what, weights=_clean(content["model"]), shape=shape, behaviour=behaviour)
 
 
-def _shape(n_layer: int, n_head: int, n_embd: int) -> dict[str, int]:
-    return {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+def _shape(config: Any) -> dict[str, int]:
+    return {name: getattr(config, name) for name in _SHAPE}
 
 
 def _clean(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefixes that torch.compile and DDP add, and without mask buffers."""
-    cleaned = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): value for name, value in weights.items()}
-    return {name: value for name, value in cleaned.items() if not _MASKS.search(name)}
+    """`weights` without mask buffers, and their names without the prefixes of torch.compile and DDP."""
+    return {_PREFIXES.sub("", name): value for name, value in weights.items() if not _MASKS.search(name)}
+
+
+def _fits(name: str, value: Tensor, parameter: Tensor, vocab_size: int) -> bool:
+    """Whether `value` has every entry of `parameter` that is ever used."""
+    if value.ndim != parameter.ndim or value.shape[1:] != parameter.shape[1:]:
+        return False
+    if name == _POSITIONS:
+        return len(value) >= len(parameter)
+    if name in (_TOKENS, _HEAD):  # far more rows would mean another tokenizer
+        return vocab_size <= len(value) <= vocab_size + _MOST_PADDING
+    return len(value) == len(parameter)
+
+
+def _differences(found: _Weights, config: Any) -> list[str]:
+    """A line for each setting in which the run computes something else than the source."""
+    now = {name: getattr(config, name) for name in found.behaviour}
+    if now.get("learn_exponent") and _EXPONENT in found.weights:
+        now["exponent"] = found.behaviour["exponent"]  # which is among the weights
+    return [
+        f"model.{'head.' if name in _HEAD_SETTINGS else ''}{name} is {now[name]!r}, the checkpoint was "
+        f"trained with {value!r}"
+        for name, value in found.behaviour.items()
+        if now[name] != value and not (now[name] in _TANH_GELUS and value in _TANH_GELUS)
+    ]
+
+
+@contextmanager
+def _naming_the_setting(init_from: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(
+            f"model.init_from = {init_from}: {error} (the setting takes the folder of a model, an id on the Hugging "
+            "Face hub, or nanoGPT's ckpt.pt)"
+        ) from error
+
+
+def _tokenizer_of(data: TokenShards) -> Any:
+    """The tokenizer of a data folder. A folder of nanoGPT's or llm.c's has none; of GPT-2's size, it is GPT-2's BPE."""
+    file = data.folder / TOKENIZER_FILE
+    if file.is_file():
+        return hf_tokenizer(file, 1, data.end_of_text)
+    if data.vocab_size != GPT2_TOKENS:
+        return None
+    with TemporaryDirectory() as folder:
+        return hf_tokenizer(load_tokenizer("gpt2").save(folder), 1)
+
+
+def _difference(of_data: Any, of_model: Any) -> str | None:
+    """A sentence on the first difference between two tokenizers of transformers, None if they are the same."""
+    vocabulary, of_both = of_data.get_vocab(), of_model.get_vocab()
+    for token, number in sorted(vocabulary.items(), key=lambda item: item[1]):
+        if of_both.get(token) != number:
+            return f"token {number} of the data is {token!r}, of the model {of_model.convert_ids_to_tokens(number)!r}"
+    special = {*of_data.all_special_ids, *of_model.all_special_ids}
+    texts = of_data.batch_decode([[number] for number in sorted(vocabulary.values()) if number not in special])
+    probe = "".join(texts)
+    of_data, of_model = (tokenizer(probe, add_special_tokens=False).input_ids for tokenizer in (of_data, of_model))
+    return None if of_data == of_model else "they share a vocabulary, but encode the same text differently"

@@ -1,99 +1,47 @@
-"""Any checkpoint as an object to be measured: harmonic, softmax, or a plain Hugging Face GPT-2."""
+"""Models to be measured: harmonic, softmax, or a GPT-2 of transformers, all asked in the same way."""
 
 import copy
 import json
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import huggingface_hub.utils.logging
 import numpy as np
 import psutil
 import torch
-import transformers
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-import hgpt  # noqa: F401  (registers the model with transformers)
 from hgpt.errors import UserError
 from hgpt.model.harmax import squared_distances
 from hgpt.model.heads import HarmonicHead
-from hgpt.run.checkpoint import LATEST, MODEL, STATE, checkpoint_step, checkpoints, model_folder
+from hgpt.run.checkpoint import MODEL, checkpoint_step, checkpoints
+from hgpt.source import GPT2_KINDS, Source, find_source, first_line, out_of_memory
 
-# Working memory beside the weights: chunks of logits, the vectors of a vocabulary, figures.
+# Memory to work in beside the weights: chunks of logits, the vectors of a vocabulary, figures.
 WORKING_BYTES = 1_000_000_000
-# Others have an ln_f too (GPT-Neo, Bloom, Falcon), and other trunks, heads and names for the same settings.
-MODEL_TYPES = ("gpt2", "hgpt")
+_BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where a model is, and what its report calls it.
+def find_sources(names: list[str]) -> list[Source]:
+    """The models of these names, each with a label of its own.
 
-    `folder` is the exported model, or the id of one on the hub; `run` the run folder it belongs to and `step` its step,
-    where they are known.
+    Raises UserError for a name that is no model and for a model that is named twice.
     """
-
-    label: str
-    folder: str
-    run: Path | None = None
-    step: int | None = None
-    tokens_seen: int | None = None
-
-
-def find_sources(paths: list[str]) -> list[Source]:
-    """The models that the arguments of the command line name, each with a label of its own.
-
-    Raises UserError for a path that is no model and for one that is named twice.
-    """
-    found = [_find(path) for path in paths]
-    folders = [source.folder for source in found]
+    found = [find_source(name) for name in names]
+    folders, labels = [source.folder for source in found], [source.label for source in found]
     for folder in folders:
         if folders.count(folder) > 1:
             raise UserError(f"{folder} is named twice; name each model once")
-    labels = [source.label for source in found]
     return [
-        source
-        if labels.count(source.label) == 1
-        else Source(**{**source.__dict__, "label": f"{source.label} ({path.rstrip('/')})"})
-        for source, path in zip(found, paths, strict=True)
+        source if labels.count(source.label) == 1 else replace(source, label=f"{source.label} ({name.rstrip('/')})")
+        for source, name in zip(found, names, strict=True)
     ]
-
-
-def _find(path: str) -> Source:
-    owner = path.split("/")[0]
-    # A name on the hub is owner/name or name. runs/ is where train.py writes: a mistyped run must not become the
-    # download of a stranger's model.
-    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path) and owner != "runs" and not Path(owner).exists():
-        return Source(label=path, folder=path)
-    folder = model_folder(path)
-    inside = folder.resolve()
-    run = inside.parents[2] if inside.name == MODEL and inside.parent.name.startswith("step_") else None
-    state = _state(inside.parent)
-    name = run.name if run is not None else inside.name
-    is_run = run is not None and Path(path).resolve() in (run, run / LATEST, (run / LATEST).resolve())
-    return Source(
-        label=name if is_run or run is None else f"{name} step {checkpoint_step(inside.parent)}",
-        folder=str(folder),
-        run=run,
-        step=state.get("step"),
-        tokens_seen=state.get("tokens"),
-    )
-
-
-def _state(checkpoint: Path) -> dict[str, Any]:
-    try:
-        return json.loads((checkpoint / STATE).read_bytes())
-    except (OSError, ValueError):
-        return {}
 
 
 def run_checkpoints(source: Source) -> list[Source]:
@@ -101,13 +49,7 @@ def run_checkpoints(source: Source) -> list[Source]:
     if source.run is None or source.step is None:
         return []
     return [
-        Source(
-            label=f"{source.label} step {checkpoint_step(folder)}",
-            folder=str(folder / MODEL),
-            run=source.run,
-            step=checkpoint_step(folder),
-            tokens_seen=_state(folder).get("tokens"),
-        )
+        replace(find_source(str(folder)), label=f"{source.label} step {checkpoint_step(folder)}")
         for folder in checkpoints(source.run)
         if checkpoint_step(folder) <= source.step and (folder / MODEL / "config.json").is_file()
     ]
@@ -115,7 +57,7 @@ def run_checkpoints(source: Source) -> list[Source]:
 
 @dataclass(frozen=True, kw_only=True)
 class Outline:
-    """What is known of a model without its weights: the longest sequence, and the tokens that can be predicted.
+    """What is known of a model without its weights: its longest sequence, and the tokens that it can predict.
 
     `words` are the (token, id) of its tokenizer.
     """
@@ -135,7 +77,7 @@ def outlines(sources: Sequence[Source]) -> list[Outline]:
     found = []
     for source in tqdm(sources, desc="configurations", unit="model", disable=None, leave=False):
         config = read_config(source)
-        words = frozenset(read_tokenizer(source).get_vocab().items())
+        words = frozenset(source.load_tokenizer().get_vocab().items())
         found.append(
             Outline(
                 source=source,
@@ -254,17 +196,13 @@ class LoadedModel:
         return 1 - torch.nn.functional.cosine_similarity(w, w[token : token + 1], dim=-1)
 
     def token_text(self, token: int) -> str:
-        """A token as it reads in text, bytes that are no character of their own escaped."""
-        text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        if "\ufffd" in text and self.byte_level and (piece := self._piece_bytes(token)) is not None:
-            return piece.decode("utf-8", "backslashreplace")
-        return text
+        return token_text(self.tokenizer, token)
 
     @cached_property
     def byte_level(self) -> bool:
-        """Whether tokens are pieces of UTF-8, one after the other, as GPT-2's are.
+        """Whether tokens are pieces of UTF-8, as GPT-2's are.
 
-        Those of WordPiece ("##ing") and SentencePiece ("▁the") are not: what a token stands for depends on its place.
+        Those of WordPiece ("##ing") and SentencePiece ("▁the") are not: their text depends on the tokens around them.
         """
         if not self.tokenizer.is_fast:
             return False
@@ -272,7 +210,7 @@ class LoadedModel:
         return "ByteLevel" in [decoder.get("type"), *(part["type"] for part in decoder.get("decoders", []))]
 
     def token_bytes(self) -> np.ndarray | None:
-        """Bytes of UTF-8 that each token stands for, (V,), int64; 0 for special tokens, which are no text.
+        """The number of bytes of UTF-8 of each token, (V,), int64; 0 for special tokens, which are no text.
 
         None unless the tokenizer is `byte_level`.
         """
@@ -282,16 +220,9 @@ class LoadedModel:
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
         for token in range(min(self.vocab_size, len(self.tokenizer))):
             if token not in special:
-                piece = self._piece_bytes(token)
+                piece = _piece_bytes(self.tokenizer, token)
                 sizes[token] = len(piece if piece is not None else self.tokenizer.decode([token]).encode())
         return sizes
-
-    def _piece_bytes(self, token: int) -> bytes | None:
-        """The bytes of a token whose vocabulary is written in GPT-2's way, a character for each byte."""
-        piece = self.tokenizer.convert_ids_to_tokens(token)
-        if piece is None or not all(character in _BYTE_OF for character in piece):
-            return None
-        return bytes(_BYTE_OF[character] for character in piece)
 
     @property
     def unknown(self) -> int | None:
@@ -305,22 +236,35 @@ class LoadedModel:
         return self.tokenizer.get_vocab()
 
 
-_BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
+def token_text(tokenizer: Any, token: int) -> str:
+    r"""A token as it reads in text; bytes that are not a whole character are written as \xe2."""
+    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    if "\ufffd" in text and (piece := _piece_bytes(tokenizer, token)) is not None:
+        return piece.decode("utf-8", "backslashreplace")
+    return text
+
+
+def _piece_bytes(tokenizer: Any, token: int) -> bytes | None:
+    """The bytes of a token of a vocabulary like GPT-2's, which has a character for each byte; else None."""
+    piece = tokenizer.convert_ids_to_tokens(token)
+    if piece is None or not all(character in _BYTE_OF for character in piece):
+        return None
+    return bytes(_BYTE_OF[character] for character in piece)
 
 
 @contextmanager
 def loaded(source: Source, device: torch.device) -> Iterator[LoadedModel]:
     """The model of `source`, in memory while the block lasts.
 
-    Raises UserError for a folder that holds no model or no tokenizer, and when the memory is not enough: before the
-    weights are loaded where that can be foreseen, otherwise when it runs out, inside the block too.
+    Raises UserError for a folder without a model or a tokenizer, and for too little memory: before the weights are
+    loaded where that can be foreseen, otherwise when memory runs out, in the block too.
     """
     check_memory(source, read_config(source))
     try:
-        model = _read_model(source)
-        yield LoadedModel(source, model, read_tokenizer(source), device)
+        model, tokenizer = source.load(torch.float32)
+        yield LoadedModel(source, model, tokenizer, device)
     except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         if device.type == "cpu":
             raise UserError(
@@ -331,87 +275,36 @@ def loaded(source: Source, device: torch.device) -> Iterator[LoadedModel]:
 
 
 def read_config(source: Source) -> Any:
-    """The configuration of `source`; from the hub it is a small download. Raises UserError unless it can be read."""
-    _quieten()
-    try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
-        raise UserError(f"no model can be loaded from {source.folder}: {_first_line(error)}") from error
+    """The configuration of `source`. Raises UserError unless it can be read and is one of hgpt or GPT-2."""
+    config = source.load_config()
     _check_kind(source, config.model_type, (config.architectures or [config.model_type])[0])
     return config
 
 
-def read_tokenizer(source: Source) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
-        known = tokenizer.vocab_size > 0  # some classes start empty where they find no file
-    except (OSError, ValueError, RuntimeError):
-        known = False
-    if not known:
-        raise UserError(
-            f"no tokenizer can be loaded from {source.folder}; put the tokenizer.json and tokenizer_config.json that "
-            "the model was trained with beside its config.json"
-        )
-    return tokenizer
-
-
-def _read_model(source: Source) -> Any:
-    _quieten()
-    load: Any = AutoModelForCausalLM.from_pretrained  # with output_loading_info it returns a pair
-    try:
-        model, loading = load(source.folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if _out_of_memory(error):
-            raise
-        raise UserError(f"no model can be loaded from {source.folder}: {_first_line(error)}") from error
-    if loading["missing_keys"]:
-        raise UserError(
-            f"the weights in {source.folder} are incomplete, without {', '.join(sorted(loading['missing_keys']))}; "
-            "copy or export the model again"
-        )
-    return model
-
-
-def _quieten() -> None:
-    """transformers' own messages and progress bars, which would break into ours."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()
-
-
 def _check_kind(source: Source, model_type: str, name: str) -> None:
-    if model_type not in MODEL_TYPES:
+    # Others have an ln_f too (GPT-Neo, Bloom, Falcon), but other trunks, heads and names of settings.
+    if model_type not in GPT2_KINDS:
         raise UserError(
             f"{source.folder} is a {name}; hgpt.interpret reads models of hgpt and GPT-2 models of transformers"
         )
 
 
 def check_memory(source: Source, config: Any) -> None:
-    """Raises UserError when the weights in float32, and room to work, are more than the memory that is free.
+    """Raises UserError when the weights in float32 and room to work need more memory than is free.
 
-    By `config`, so that a model on the hub is refused before it is downloaded.
+    It needs no more than `config`: a model on the hub is refused before it is downloaded.
     """
     make: Any = AutoModelForCausalLM.from_config  # it writes into the configuration
     try:
         with torch.device("meta"):
             weights = 4 * make(copy.deepcopy(config), trust_remote_code=False).num_parameters()
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"no model can be loaded from {source.folder}: {_first_line(error)}") from error
+        raise UserError(f"no model can be loaded from {source.folder}: {first_line(error)}") from error
     needed = weights + WORKING_BYTES
     available = psutil.virtual_memory().available
     if needed > available:
         raise UserError(
             f"{source.folder} needs about {needed / 1e9:.1f} GB of memory (its weights in float32 and "
-            f"{WORKING_BYTES / 1e9:.0f} GB to work with), and {available / 1e9:.1f} GB are free: close other programs, "
+            f"{WORKING_BYTES / 1e9:.0f} GB to work in), and {available / 1e9:.1f} GB are free: close other programs, "
             "or use a machine with more memory"
         )
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out. On a CPU torch says so in a plain RuntimeError, numpy in a MemoryError."""
-    words = r"out of memory|not enough memory|(can't|cannot) allocate memory"
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or re.search(words, str(error), re.I) is not None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

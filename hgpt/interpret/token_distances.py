@@ -1,0 +1,106 @@
+"""The distances behind each token of a text: the table of sample.py --show-distances."""
+
+import math
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hgpt.interpret.models import token_text
+from hgpt.model.harmax import relative_distances
+
+TOKEN_WIDTH = 16  # the most columns of the terminal that the table gives a token
+
+LEGEND = """\
+p        the model's own probability of the token: HarMax with n = {exponent:.4g}
+         at temperature 1, without top-k, top-p and min-p
+d/d_min  {distance} distance from the hidden state to the token's centre,
+         divided by the distance to the nearest centre: (p_max / p)^(1/n)
+rank     1 if the token's own centre is the nearest"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenDistances:
+    """A generated token and the centres, as the hidden state before it sees them.
+
+    `probability` is HarMax's, `ratio` is d/d_min of the token's centre, `rank` is 1 + the number of centres that are
+    nearer, `nearest` holds pairs of token and d/d_min, the nearest first.
+    """
+
+    token: int
+    probability: float
+    ratio: float
+    rank: int
+    nearest: list[tuple[int, float]]
+
+
+@torch.inference_mode()
+def measure(model: PreTrainedModel, prompt_ids: list[int], new_ids: list[int], nearest: int) -> list[TokenDistances]:
+    """p, d_i/d_min = (p_max/p_i)^(1/n) and the `nearest` centres for each of `new_ids`, by one pass over the text."""
+    ids = torch.tensor([prompt_ids + new_ids[:-1]], device=model.device)
+    logits = model(ids, use_cache=False, logits_to_keep=len(new_ids)).logits[0]  # (T, V): −n log d
+    log_p = logits.float().cpu().log_softmax(-1)
+    ratios = relative_distances(log_p, float(model.get_output_embeddings().exponent))
+    near = ratios.topk(min(nearest, ratios.shape[-1]), largest=False)  # (T, nearest)
+    return [
+        TokenDistances(
+            token=token,
+            probability=log_p[t, token].exp().item(),
+            ratio=ratios[t, token].item(),
+            rank=1 + int((log_p[t] > log_p[t, token]).sum()),
+            nearest=list(zip(near.indices[t].tolist(), near.values[t].tolist(), strict=True)),
+        )
+        for t, token in enumerate(new_ids)
+    ]
+
+
+def distance_table(
+    tokens: Sequence[TokenDistances], tokenizer: PreTrainedTokenizerBase, exponent: float, columns: int | None = None
+) -> str:
+    """A line for each token. With `columns`, only as many of the nearest centres as fit into that width."""
+    # Enough decimals to tell two centres apart whose probabilities differ by a few percent.
+    decimals = max(3, 1 + math.ceil(math.log10(exponent)))
+    probabilities = [f"{p:.4f}" if p >= 1e-3 else f"{p:.1e}" for p in (token.probability for token in tokens)]
+    parts = (
+        aligned(["", *map(str, range(1, len(tokens) + 1))]),
+        aligned(["token", *(visible(tokenizer, token.token) for token in tokens)], left=True),
+        aligned(["p", *probabilities]),
+        aligned(["d/d_min", *(f"{token.ratio:.{decimals}f}" for token in tokens)]),
+        aligned(["rank", *(str(token.rank) for token in tokens)]),
+    )
+    head, *lines = ("  ".join(cells) for cells in zip(*parts, strict=True))
+    for centres in zip(*(token.nearest for token in tokens), strict=True):  # first all nearest, then all second, ...
+        names = aligned([visible(tokenizer, token) for token, _ in centres], left=True)
+        ratios = aligned([f"{ratio:.{decimals}f}" for _, ratio in centres])
+        longer = [f"{line}  {name} {ratio}" for line, name, ratio in zip(lines, names, ratios, strict=True)]
+        if columns is not None and width(longer[0]) > columns:
+            break
+        lines = longer
+    return "\n".join([f"{head}  nearest centres and their d/d_min", *lines])
+
+
+def aligned(cells: list[str], left: bool = False) -> list[str]:
+    """Cells of one column, padded to the same width."""
+    widest = max(map(width, cells))
+    padding = [" " * (widest - width(cell)) for cell in cells]
+    return [cell + pad if left else pad + cell for cell, pad in zip(cells, padding, strict=True)]
+
+
+def visible(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """A token on one line: spaces as ␣, runs of a character counted, control characters and broken UTF-8 escaped."""
+    text = token_text(tokenizer, token)
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    text = re.sub(r"(.)\1{4,}", lambda run: f"{run[1]}×{len(run[0])}", text).replace(" ", "␣")
+    if width(text) <= TOKEN_WIDTH:
+        return text
+    while width(text) >= TOKEN_WIDTH:
+        text = text[:-1]
+    return text + "…"
+
+
+def width(text: str) -> int:
+    """Columns of a terminal that `text` takes."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
