@@ -98,6 +98,17 @@ def token_pairs(
     )
 
 
+def distinct(pairs: TokenPairs) -> TokenPairs:
+    """Without pairs whose two tokens are the same, and with each pair of tokens once: its first."""
+    first = np.sort(np.unique(pairs.ids, axis=0, return_index=True)[1])
+    kept = first[pairs.ids[first, 0] != pairs.ids[first, 1]]
+    return TokenPairs(
+        words=tuple(pairs.words[index] for index in kept),
+        ids=pairs.ids[kept],
+        dropped=pairs.dropped + len(pairs.ids) - len(kept),
+    )
+
+
 def spellings(relations: Sequence[Relation]) -> list[str]:
     """Every text that `token_pairs` asks the tokens of, whatever the form: words, without and with a space before."""
     words = dict.fromkeys(word for relation in relations for pair in relation.pairs for word in pair)
