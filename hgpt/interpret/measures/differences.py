@@ -281,7 +281,7 @@ def variants(analysis: Analysis) -> Drawing | None:
 
 MEASURE = Measure(
     name=NAME,
-    title="What the scores say, and what they do not",
+    title="Differences between models",
     compare=compare,
     overall=lambda analysis: {"comparisons": [t for tests in analysis.compared.get(NAME, {}).values() for t in tests]},
     files=lambda analysis: {SCORES: scores_table(analysis)},

@@ -113,7 +113,7 @@ def section(analysis: Analysis) -> list[Block]:
         sign(
             figure,
             name="cka",
-            title="Similarity of hidden states",
+            title="Debiased CKA, block by block",
             caption="Debiased linear CKA between the layers of the first model and those of each other one on the same "
             "text: 1 means the same representation up to rotation and scale, 0 an unrelated one.",
             models=models,
