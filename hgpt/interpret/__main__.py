@@ -55,11 +55,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--distance-file", metavar="FILE", help="a Python file that registers a model's own distance; it is executed")
     add("--seed", type=int, default=defaults.seed, help="of every random choice (default: %(default)s)")
     add("--device", default=defaults.device, help="cpu, cuda, cuda:1, mps, ... (default: %(default)s)")
-    add(
-        "--final-only",
-        action="store_true",
-        help="do not measure the earlier checkpoints that run folders have kept",
-    )
+    add("--final-only", action="store_true", help="do not measure the earlier checkpoints that run folders have kept")
     return parser.parse_args(argv)
 
 

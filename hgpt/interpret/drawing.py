@@ -151,13 +151,7 @@ def _grow(figure: Figure, inches: float) -> None:
 
 
 def draw_intervals(
-    panel: Axes,
-    found: Sequence[Estimate],
-    places: np.ndarray,
-    index: int,
-    label: str,
-    *,
-    across: bool = True,
+    panel: Axes, found: Sequence[Estimate], places: np.ndarray, index: int, label: str, *, across: bool = True
 ) -> None:
     """A marker at each value and a line over its interval, with the look of model `index`.
 

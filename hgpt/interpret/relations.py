@@ -92,9 +92,7 @@ def token_pairs(
             words.append(pair)
             ids.append(tokens)
     return TokenPairs(
-        words=tuple(words),
-        ids=np.array(ids, dtype=np.int64).reshape(-1, 2),
-        dropped=len(relation.pairs) - len(words),
+        words=tuple(words), ids=np.array(ids, dtype=np.int64).reshape(-1, 2), dropped=len(relation.pairs) - len(words)
     )
 
 

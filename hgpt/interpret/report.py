@@ -18,17 +18,7 @@ from tqdm import tqdm
 from hgpt.errors import UserError
 from hgpt.interpret.corpus import data_of_runs, open_text
 from hgpt.interpret.drawing import STYLE, headings, save_figure, swatch
-from hgpt.interpret.measure import (
-    Analysis,
-    Block,
-    Cell,
-    Details,
-    Drawing,
-    Html,
-    ModelResult,
-    counts_text,
-    tokens_read,
-)
+from hgpt.interpret.measure import Analysis, Block, Cell, Details, Drawing, Html, ModelResult, counts_text, tokens_read
 from hgpt.interpret.measures import MEASURES
 from hgpt.interpret.models import LoadedModel, find_sources, loaded, outlines, run_checkpoints
 from hgpt.interpret.relations import load_relations

@@ -139,11 +139,9 @@ def project(relation: RelationVectors, settings: ScoreSettings) -> Projection:
         """Mean ‖E‖² inside the plane of vectors of this covariance: the trace of Aᵀ C A."""
         return float(np.trace(matrix) if axes is None else np.sum(axes * (matrix @ axes)))
 
-    scale = {
-        "vocabulary": inside(vocabulary),
-        "relation": inside(words),
-        "full_space": float(np.trace(vocabulary)),
-    }[settings.normalisation]
+    scale = {"vocabulary": inside(vocabulary), "relation": inside(words), "full_space": float(np.trace(vocabulary))}[
+        settings.normalisation
+    ]
     pairs = relation.pairs if axes is None else relation.pairs @ axes
     return Projection(
         inputs=pairs[:, 0],

@@ -162,9 +162,5 @@ def visible(token: str) -> Markup:
 
 
 MEASURE = Measure(
-    name=NAME,
-    title="Centres to read",
-    compute=compute,
-    rows=lambda model: {"centres": of(model)},
-    section=section,
+    name=NAME, title="Centres to read", compute=compute, rows=lambda model: {"centres": of(model)}, section=section
 )

@@ -8,18 +8,7 @@ from typing import Any
 import numpy as np
 
 from hgpt.interpret.drawing import GREY, draw_intervals, headings, listed, new_figure, sign
-from hgpt.interpret.measure import (
-    Analysis,
-    Block,
-    Cell,
-    Drawing,
-    Measure,
-    ModelResult,
-    Prose,
-    Table,
-    bold,
-    paragraph,
-)
+from hgpt.interpret.measure import Analysis, Block, Cell, Drawing, Measure, ModelResult, Prose, Table, bold, paragraph
 from hgpt.interpret.measures.parallelograms import PRESET, Scores, of, preset, without_power
 from hgpt.interpret.statistics import (
     SIGNIFICANT,
