@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from hgpt import cli
+from hgpt.cli import Parser, run
 from hgpt.errors import UserError
 from hgpt.interpret.report import PAGE, interpret
 from hgpt.interpret.subject import AnalysisSettings
@@ -14,10 +14,10 @@ from hgpt.model.distances import load_distances
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     defaults = AnalysisSettings()
-    parser = cli.Parser(
+    parser = Parser(
         prog="python -m hgpt.interpret",
         description="Measure what can be read in one model or several, and write a report.",
-        epilog="The other models are compared with the first one.",
+        epilog="The first model is the one that the others are compared with.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -35,14 +35,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         type=int,
         default=defaults.tokens,
         metavar="N",
-        help="validation tokens to predict, spread over the split; 0: all of them (default: %(default)s)",
+        help=f"validation tokens to predict, spread over the split; 0: all of them (default: {defaults.tokens})",
     )
     add(
         "--bootstrap",
         type=int,
         default=defaults.bootstrap,
         metavar="N",
-        help="resamples behind every interval (default: %(default)s)",
+        help=f"resamples behind every interval (default: {defaults.bootstrap})",
     )
     add("--text", metavar="FILE", help="text to show token by token (default: the beginning of the validation text)")
     add(
@@ -50,17 +50,21 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="WORD",
-        help="tokens whose centres to show, a leading space in quotes: ' the' (default: the most frequent words)",
+        help="tokens whose centres to read, a leading space in quotes: ' the' (default: the commonest words)",
     )
     add("--distance-file", metavar="FILE", help="a Python file that registers a model's own distance; it is executed")
-    add("--seed", type=int, default=defaults.seed, help="of every random choice (default: %(default)s)")
-    add("--device", default=defaults.device, help="cpu, cuda, cuda:1, mps, ... (default: %(default)s)")
-    add("--final-only", action="store_true", help="do not measure the earlier checkpoints that run folders have kept")
+    add("--seed", type=int, default=defaults.seed, help=f"of every random choice (default: {defaults.seed})")
+    add("--device", default=defaults.device, help=f"cpu, cuda, cuda:1, mps, ... (default: {defaults.device})")
+    add(
+        "--final-only",
+        action="store_true",
+        help="do not measure the earlier checkpoints that run folders have kept",
+    )
     return parser.parse_args(argv)
 
 
-def report(argv: Sequence[str]) -> str:
-    """Write the report that the arguments ask for; returns the line that names it."""
+def main(argv: Sequence[str]) -> str:
+    """Measure and write the report; returns where it is."""
     start = time.perf_counter()
     options = parse_arguments(argv)
     if options.distance_file is not None:
@@ -87,10 +91,5 @@ def report(argv: Sequence[str]) -> str:
     return f"{options.out.rstrip('/')}/{PAGE} ({time.perf_counter() - start:.0f} s)"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return cli.run(report, argv, interrupted="interrupted; nothing was written")
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main, interrupted="interrupted; nothing was written"))

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
 from matplotlib.transforms import Affine2D
 
-from hgpt.interpret.measure import Drawing, ModelResult
+from hgpt.interpret.blocks import Drawing
+from hgpt.interpret.measure import ModelResult
 from hgpt.interpret.statistics import Estimate
 
 # Okabe & Ito's colours, which colour-blind readers can tell apart, without the yellow, which is faint on white. Line
@@ -103,9 +104,9 @@ def grid(count: int, columns: int, *, row_height: float, extra: float, **options
 
 def sign(
     figure: Figure,
-    *,
     name: str,
     title: str,
+    *,
     caption: str,
     models: Sequence[ModelResult],
     source: str,

@@ -6,14 +6,11 @@ as rows of the summary, as a section of the page with tables and figures, and as
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
-from markupsafe import Markup
-from matplotlib.figure import Figure
-
+from hgpt.interpret.blocks import Block, Cell
 from hgpt.interpret.models import LoadedModel, Source
 from hgpt.interpret.positions import TextMeasures
-from hgpt.interpret.statistics import Estimate
 from hgpt.interpret.subject import AnalysisSettings, Subject
 
 # ------------------------------------------------------------------------------------------------------------
@@ -121,89 +118,22 @@ def counts_text(counts: Mapping[str, int]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What the page shows. page/report.html has a macro for each kind.
-
-Cell = Estimate | float | str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prose:
-    """A paragraph, or a list where there are several items. `quiet` is small print."""
-
-    kind: ClassVar[str] = "prose"
-    items: Sequence[str]
-    quiet: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Rows are a heading and cells; numbers get `digits` behind the point."""
-
-    kind: ClassVar[str] = "table"
-    head: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[Cell]]]
-    digits: int = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """A figure with its file name, heading, what to see in it (and what was left out), and what it was measured on."""
-
-    kind: ClassVar[str] = "drawing"
-    name: str
-    title: str
-    caption: str
-    source: str
-    figure: Figure
-
-
-@dataclass(frozen=True, kw_only=True)
-class Details:
-    """Blocks that are folded away under `title`."""
-
-    kind: ClassVar[str] = "details"
-    title: str
-    blocks: "Sequence[Block]"
-    open: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Html:
-    """A piece of page of the measure's own: a Jinja template with its values, which are escaped."""
-
-    kind: ClassVar[str] = "html"
-    template: str
-    values: dict[str, Any]
-
-
-Block = Prose | Table | Drawing | Details | Html
-
-
-def paragraph(text: str, *, quiet: bool = False) -> Prose:
-    return Prose(items=[text], quiet=quiet)
-
-
-def bold(label: str) -> Markup:
-    return Markup("<b>{}</b>").format(label)
-
-
-# ------------------------------------------------------------------------------------------------------------
 # The protocol
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Quantity:
     """One number of a model, in the summary, in hgpt.compare, or in both.
 
     Attributes:
-        value: the number; None where it is not known.
         label: heading of its row in the summary; "" for none.
+        value: the number; None where it is not known.
         better: "lower", "higher", or "" where neither is.
         key, axis: column in hgpt.compare's readability.csv and axis label in its figure; "" for none.
     """
 
+    label: str
     value: Callable[[ModelResult], Cell]
-    label: str = ""
     better: str = ""
     key: str = ""
     axis: str = ""
@@ -238,7 +168,8 @@ class Measure:
         compute: what is found of a model in memory; None where nothing can be.
         checkpoint: numbers of one kept checkpoint, by the keys of `curves`.
         compare: another model against the first, with the same tokenizer, neither in memory; None where nothing can be.
-        rows: entries of a model's object in results.json; those of several measures are merged.
+        rows: entries of a model's object in results.json, in which dataclasses and arrays may be. Objects of one name
+            from several measures are merged.
         overall: entries of results.json beside "models".
         files: further files beside the page, by name, as text.
         section: the blocks of its section; none for no section.

@@ -3,8 +3,8 @@
 import base64
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from importlib.resources import files
+from dataclasses import asdict, fields, is_dataclass, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from markupsafe import Markup
 from tqdm import tqdm
 
 from hgpt.errors import UserError
+from hgpt.interpret.blocks import Block, Cell, Details, Drawing, Html
 from hgpt.interpret.corpus import data_of_runs, open_text
 from hgpt.interpret.drawing import STYLE, headings, save_figure, swatch
-from hgpt.interpret.measure import Analysis, Block, Cell, Details, Drawing, Html, ModelResult, counts_text, tokens_read
+from hgpt.interpret.measure import Analysis, ModelResult, counts_text, tokens_read
 from hgpt.interpret.measures import MEASURES
 from hgpt.interpret.models import LoadedModel, find_sources, loaded, outlines, run_checkpoints
 from hgpt.interpret.relations import load_relations
@@ -160,7 +161,7 @@ def write_report(analysis: Analysis, folder: Path) -> Path:
     """index.html, results.json, figures/ and the measures' own files in `folder`; returns the page."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        results = json.dumps(_finite(to_json(analysis)), indent=1, ensure_ascii=False)
+        results = json.dumps(_plain(to_json(analysis)), indent=1, ensure_ascii=False)
         (folder / RESULTS).write_text(results, encoding="utf-8")
         for measure in MEASURES:
             for name, content in measure.files(analysis).items():
@@ -179,7 +180,7 @@ def write_report(analysis: Analysis, folder: Path) -> Path:
 def to_json(analysis: Analysis) -> dict[str, Any]:
     """results.json: everything but the arrays that only figures need."""
     whole: dict[str, Any] = {
-        "settings": asdict(analysis.settings),
+        "settings": analysis.settings,
         "data": {
             "folder": analysis.data,
             "source": analysis.data_source,
@@ -211,15 +212,17 @@ def _model_json(model: ModelResult) -> dict[str, Any]:
     return whole
 
 
-def _finite(value: Any) -> Any:
-    """The same with null for nan and infinity, which JSON does not have."""
+def _plain(value: Any) -> Any:
+    """As JSON has it: dataclasses as objects, arrays as lists, null for nan and infinity."""
     if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    if isinstance(value, float | np.floating):
-        return float(value) if np.isfinite(value) else None
-    return value
+        return {key: _plain(entry) for key, entry in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    return value if not isinstance(value, float) or np.isfinite(value) else None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -243,8 +246,8 @@ def drawings(blocks: Any) -> list[Drawing]:
 
 def page(analysis: Analysis, sections: Sequence[Section], images: dict[str, str]) -> str:
     """The whole page; style, script, data and images (name → base64) are inside it, and nothing is fetched."""
-    resources = files("hgpt.interpret") / "page"
-    text = {name: (resources / name).read_text(encoding="utf-8") for name in ("report.html", "style.css", "browser.js")}
+    folder = resources.files("hgpt.interpret") / "page"
+    text = {name: (folder / name).read_text(encoding="utf-8") for name in ("report.html", "style.css", "browser.js")}
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )

@@ -1,6 +1,6 @@
 """Relations between words without a plane: do all offsets point one way, and are analogies answered?"""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -139,19 +139,14 @@ def mean_of(vectors: str, what: str) -> Any:
 
 
 def rows(model: ModelResult) -> dict[str, Any]:
-    return {
-        "words": {
-            vectors: {
-                name: {
-                    "consistency": asdict(measures.consistency),
-                    "analogies": {method: asdict(value) for method, value in measures.accuracy.items()},
-                    "questions": measures.questions,
-                }
-                for name, measures in by_relation.items()
-            }
-            for vectors, by_relation in model.found.get(NAME, {}).items()
+    words = {
+        vectors: {
+            name: {"consistency": found.consistency, "analogies": found.accuracy, "questions": found.questions}
+            for name, found in by_relation.items()
         }
+        for vectors, by_relation in model.found.get(NAME, {}).items()
     }
+    return {"words": words}
 
 
 MEASURE = Measure(
@@ -159,28 +154,28 @@ MEASURE = Measure(
     compute=compute,
     rows=rows,
     quantities=(
-        Quantity(label="offset consistency, input embedding", better="higher", value=mean_of("input", "consistency")),
+        Quantity("offset consistency, input embedding", mean_of("input", "consistency"), "higher"),
         Quantity(
-            label="offset consistency, centres",
-            better="higher",
+            "offset consistency, centres",
+            mean_of("centres", "consistency"),
+            "higher",
             key="consistency_centres",
             axis="offset consistency, centres",
-            value=mean_of("centres", "consistency"),
         ),
         Quantity(
-            label="analogy accuracy 3CosAdd, input embedding",
-            better="higher",
+            "analogy accuracy 3CosAdd, input embedding",
+            mean_of("input", "3CosAdd"),
+            "higher",
             key="analogies_input",
             axis="analogy accuracy 3CosAdd,\ninput embedding",
-            value=mean_of("input", "3CosAdd"),
         ),
-        Quantity(label="analogy accuracy 3CosMul, input embedding", better="higher", value=mean_of("input", "3CosMul")),
+        Quantity("analogy accuracy 3CosMul, input embedding", mean_of("input", "3CosMul"), "higher"),
         Quantity(
-            label="analogy accuracy 3CosAdd, centres",
-            better="higher",
+            "analogy accuracy 3CosAdd, centres",
+            mean_of("centres", "3CosAdd"),
+            "higher",
             key="analogies_centres",
             axis="analogy accuracy 3CosAdd,\ncentres",
-            value=mean_of("centres", "3CosAdd"),
         ),
     ),
 )

@@ -1,13 +1,14 @@
 """Whether confidence can be taken at its word: the reliability curve and the expected calibration error."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
+from hgpt.interpret.blocks import Block
 from hgpt.interpret.drawing import GREY, look, new_figure, sign
-from hgpt.interpret.measure import Analysis, Block, Measure, ModelResult, Quantity, counts_text, tokens_read
+from hgpt.interpret.measure import Analysis, Measure, ModelResult, Quantity, counts_text, tokens_read
 from hgpt.interpret.positions import Positions
 from hgpt.interpret.statistics import CONFIDENCE, Estimate
 from hgpt.interpret.subject import Subject
@@ -126,10 +127,7 @@ def compute(subject: Subject) -> Calibration | None:
 
 def rows(model: ModelResult) -> dict[str, Any]:
     found = of(model)
-    if found is None:
-        return {"reliability": None}
-    curve = {name: values.tolist() for name, values in asdict(found.reliability).items()}
-    return {"quality": {"ece": asdict(found.ece)}, "reliability": curve}
+    return {"reliability": None} if found is None else {"quality": {"ece": found.ece}, "reliability": found.reliability}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -163,8 +161,8 @@ def section(analysis: Analysis) -> list[Block]:
     return [
         sign(
             figure,
-            name="reliability",
-            title="Reliability",
+            "reliability",
+            "Reliability",
             caption="Accuracy against confidence in 15 bins of equal width; on the diagonal confidence can be taken at "
             "its word. Bars: Wilson's 95 % interval of a share, as if the positions of a bin were independent. Those "
             "of one window are not, so the bars are rather too short; the interval of the ECE is over windows.",
@@ -175,19 +173,15 @@ def section(analysis: Analysis) -> list[Block]:
     ]
 
 
+def _ece(model: ModelResult) -> Estimate | None:
+    return None if (found := of(model)) is None else found.ece
+
+
 MEASURE = Measure(
     name=NAME,
     title="Calibration",
     compute=compute,
     rows=rows,
     section=section,
-    quantities=(
-        Quantity(
-            label="expected calibration error",
-            better="lower",
-            key="ece",
-            axis="expected calibration error",
-            value=lambda model: None if (found := of(model)) is None else found.ece,
-        ),
-    ),
+    quantities=(Quantity("expected calibration error", _ece, "lower", key="ece", axis="expected calibration error"),),
 )

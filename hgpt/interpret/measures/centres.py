@@ -7,20 +7,8 @@ import torch
 from markupsafe import Markup
 
 from hgpt.errors import UserError
-from hgpt.interpret.measure import (
-    Analysis,
-    Block,
-    Cell,
-    Details,
-    Html,
-    Measure,
-    ModelResult,
-    Table,
-    bold,
-    counts_text,
-    paragraph,
-    states_sampled,
-)
+from hgpt.interpret.blocks import Block, Cell, Details, Html, Table, bold, paragraph
+from hgpt.interpret.measure import Analysis, Measure, ModelResult, counts_text, states_sampled
 from hgpt.interpret.models import LoadedModel
 from hgpt.interpret.positions import CHUNK
 from hgpt.interpret.subject import Read, Subject

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from hgpt.interpret.blocks import Block, Cell, Drawing, Prose, Table, bold, paragraph
 from hgpt.interpret.drawing import GREY, draw_intervals, headings, listed, new_figure, sign
-from hgpt.interpret.measure import Analysis, Block, Cell, Drawing, Measure, ModelResult, Prose, Table, bold, paragraph
+from hgpt.interpret.measure import Analysis, Measure, ModelResult
 from hgpt.interpret.measures.parallelograms import PRESET, Scores, of, preset, without_power
 from hgpt.interpret.statistics import (
     SIGNIFICANT,
@@ -254,8 +255,8 @@ def variants(analysis: Analysis) -> Drawing | None:
     same_numbers = "; ".join(f"{text} ({', '.join(labels)})" for text, labels in drawn_once.items())
     return sign(
         figure,
-        name="variants",
-        title="Does the difference survive other ways to measure it?",
+        "variants",
+        "Does the difference survive other ways to measure it?",
         caption="The mean difference over relations under each variant of the score, with intervals over pairs. A "
         "difference that changes its sign with the plane, the scale or the tokens is one of the method. Variants have "
         "different scales: compare signs and intervals, not lengths.",

@@ -4,19 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from hgpt.interpret.blocks import Block, Cell, paragraph
 from hgpt.interpret.drawing import line_look, new_figure, sign
-from hgpt.interpret.measure import (
-    Analysis,
-    Block,
-    Cell,
-    Curve,
-    Measure,
-    ModelResult,
-    Quantity,
-    counts_text,
-    paragraph,
-    states_sampled,
-)
+from hgpt.interpret.measure import Analysis, Curve, Measure, ModelResult, Quantity, counts_text, states_sampled
 from hgpt.interpret.subject import Subject
 from hgpt.interpret.vectors import CHUNK, Matrix
 
@@ -162,8 +152,8 @@ def section(analysis: Analysis) -> list[Block]:
         ),
         sign(
             figure,
-            name="explained_variance",
-            title="Explained variance",
+            "explained_variance",
+            "Explained variance",
             caption="The share of the variance in the first components. A curve that rises early means few directions "
             "in use.",
             models=analysis.models,
@@ -189,22 +179,22 @@ MEASURE = Measure(
     section=section,
     quantities=(
         Quantity(
-            label="effective rank of the centres",
+            "effective rank of the centres",
+            _value("centres", "effective_rank"),
             key="effective_rank_centres",
             axis="effective rank of the centres",
-            value=_value("centres", "effective_rank"),
         ),
-        Quantity(label="participation ratio of the centres", value=_value("centres", "participation_ratio")),
+        Quantity("participation ratio of the centres", _value("centres", "participation_ratio")),
         Quantity(
-            label="share of the centres' variance in two components",
+            "share of the centres' variance in two components",
+            lambda model: model.found[NAME]["centres"]["explained_variance"][1],
             key="explained_2_centres",
             axis="share of the centres' variance\nin two components",
-            value=lambda model: model.found[NAME]["centres"]["explained_variance"][1],
         ),
-        Quantity(label="isotropy of the centres", value=_value("centres", "isotropy")),
-        Quantity(label="mean cosine of two centres", value=_value("centres", "mean_cosine")),
-        Quantity(label="effective rank of hidden states", value=_value("hidden", "effective_rank")),
-        Quantity(label="mean norm of the centres", value=lambda model: model.found[NAME]["centres"]["norms"]["mean"]),
+        Quantity("isotropy of the centres", _value("centres", "isotropy")),
+        Quantity("mean cosine of two centres", _value("centres", "mean_cosine")),
+        Quantity("effective rank of hidden states", _value("hidden", "effective_rank")),
+        Quantity("mean norm of the centres", lambda model: model.found[NAME]["centres"]["norms"]["mean"]),
     ),
     curves=(
         Curve(key="centre_norm", logged="w_norm_mean", axis="mean norm of the centres", log_scale=True),

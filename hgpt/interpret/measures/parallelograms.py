@@ -13,30 +13,16 @@ offsets o_i = E(b_i) − E(a_i), the score of the parallelogram of pairs i and j
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from hgpt.interpret.blocks import Block, Cell, Details, Drawing, Prose, Table, bold, paragraph
 from hgpt.interpret.drawing import GREY, draw_intervals, grid, headings, line_look, listed, look, new_figure, sign
-from hgpt.interpret.measure import (
-    Analysis,
-    Block,
-    Cell,
-    Curve,
-    Details,
-    Drawing,
-    Measure,
-    ModelResult,
-    Prose,
-    Quantity,
-    Table,
-    bold,
-    counts_text,
-    paragraph,
-)
+from hgpt.interpret.measure import Analysis, Curve, Measure, ModelResult, Quantity, counts_text
 from hgpt.interpret.relations import SMALLEST_RELATION, TokenPairs, WordForm, distinct
 from hgpt.interpret.statistics import SIGNIFICANT, Estimate, estimate, smallest_shuffle_p
 from hgpt.interpret.subject import Subject
@@ -293,13 +279,13 @@ def rows(model: ModelResult) -> dict[str, Any]:
     for variant, results in of(model).items():
         relations = {}
         for name, result in results.items():
-            relations[name] = {"score": asdict(result.score)} | {key: getattr(result, key) for key in shown}
+            relations[name] = {"score": result.score} | {key: getattr(result, key) for key in shown}
             if len(result.sampled):
                 relations[name] |= {
                     "sampled_mean": float(result.sampled.mean()),
                     "sampled_median": float(np.median(result.sampled)),
                 }
-        found[variant] = {"mean": asdict(mean_over_relations(results)), "relations": relations}
+        found[variant] = {"mean": mean_over_relations(results), "relations": relations}
     return {"parallelograms": found}
 
 
@@ -484,8 +470,8 @@ def scores_by_relation(analysis: Analysis, names: Sequence[str]) -> Drawing:
     panel.set_xlim(left=0)
     return sign(
         figure,
-        name="scores_by_relation",
-        title="Parallelogram score of each relation",
+        "scores_by_relation",
+        "Parallelogram score of each relation",
         caption="Lower is better. The vertical bars show what the same words score when they are paired at random: a "
         "score that is low, but no lower than its bar, says where the words lie and nothing about the relation.",
         models=[model for _, model in models],
@@ -524,8 +510,8 @@ def score_distributions(analysis: Analysis, names: Sequence[str]) -> Drawing:
     drawn = counts_text({model.label: len(r.sampled) for _, model in models for r in preset(model).values()})
     return sign(
         figure,
-        name="score_cdfs",
-        title="Distribution of the parallelogram score",
+        "score_cdfs",
+        "Distribution of the parallelogram score",
         caption=f"Each curve is the share of {drawn} random pairs of pairs, drawn with replacement, that score below. "
         "Further left is better.",
         models=[model for _, model in models],
@@ -549,38 +535,38 @@ MEASURE = Measure(
     compute=compute,
     checkpoint=checkpoint,
     rows=rows,
-    overall=lambda analysis: {"variants": {name: asdict(settings) for name, settings in VARIANTS.items()}},
+    overall=lambda analysis: {"variants": VARIANTS},
     section=section,
     quantities=(
         Quantity(
-            label=f"parallelogram score, {PRESET}",
-            better="lower",
+            f"parallelogram score, {PRESET}",
+            _score(PRESET),
+            "lower",
             key="preset_score",
             axis=f"parallelogram score, {PRESET}",
-            value=_score(PRESET),
         ),
         Quantity(
-            label="… over that of the same words paired at random",
-            better="lower",
+            "… over that of the same words paired at random",
+            _relative(PRESET),
+            "lower",
             key="preset_relative",
             axis="the same over random pairs\nof the same words",
-            value=_relative(PRESET),
         ),
         Quantity(
-            label=f"parallelogram score, {OWN_SCALE}",
-            better="lower",
+            f"parallelogram score, {OWN_SCALE}",
+            _score(OWN_SCALE),
+            "lower",
             key="own_scale_score",
             axis="parallelogram score, full space,\nscale of the relation, distinct",
-            value=_score(OWN_SCALE),
         ),
-        Quantity(label="… over that of the same words paired at random", better="lower", value=_relative(OWN_SCALE)),
-        Quantity(label="… of the centres", better="lower", value=_score(f"{OWN_SCALE}, centres")),
+        Quantity("… over that of the same words paired at random", _relative(OWN_SCALE), "lower"),
+        Quantity("… of the centres", _score(f"{OWN_SCALE}, centres"), "lower"),
         Quantity(
-            label="… of the centres, over that of random pairs",
-            better="lower",
+            "… of the centres, over that of random pairs",
+            _relative(f"{OWN_SCALE}, centres"),
+            "lower",
             key="own_scale_relative_centres",
             axis="the same of the centres, over\nrandom pairs of the same words",
-            value=_relative(f"{OWN_SCALE}, centres"),
         ),
     ),
     curves=(Curve(key="parallelogram_score", axis=f"parallelogram score ({PRESET}),\nmean over relations"),),

@@ -7,8 +7,9 @@ from typing import Literal
 import numpy as np
 from matplotlib.axes import Axes
 
+from hgpt.interpret.blocks import Block, Drawing
 from hgpt.interpret.drawing import listed, look, new_figure, sign
-from hgpt.interpret.measure import Analysis, Block, Drawing, Measure, ModelResult
+from hgpt.interpret.measure import Analysis, Measure, ModelResult
 from hgpt.interpret.measures.parallelograms import PRESET
 from hgpt.interpret.relations import SMALLEST_RELATION
 from hgpt.interpret.subject import Subject

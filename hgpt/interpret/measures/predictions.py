@@ -1,22 +1,12 @@
 """How well a model predicts: loss, accuracy and entropy, and how far the target's centre is."""
 
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from hgpt.interpret.blocks import Block, paragraph
 from hgpt.interpret.drawing import draw_intervals, new_figure, sign
-from hgpt.interpret.measure import (
-    Analysis,
-    Block,
-    Curve,
-    Measure,
-    ModelResult,
-    Quantity,
-    counts_text,
-    paragraph,
-    tokens_read,
-)
+from hgpt.interpret.measure import Analysis, Curve, Measure, ModelResult, Quantity, counts_text, tokens_read
 from hgpt.interpret.measures.calibration import expected_calibration_error
 from hgpt.interpret.measures.geometry import norm_summary
 from hgpt.interpret.statistics import Estimate, bootstrap_ratio, estimate
@@ -27,26 +17,9 @@ NAME = "predictions"
 BANDS = ((1, 10), (11, 100), (101, 1_000), (1_001, 10_000), (10_001, None))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Band:
-    """Means over the targets of one band of frequency: name → estimate, and the ECE without an interval."""
-
-    name: str
-    positions: int
-    ece: float
-    means: dict[str, Estimate]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Predictions:
-    """Means over positions, and the same by frequency of the target (none where the tokens are not the data's)."""
-
-    quality: dict[str, Estimate]
-    bands: list[Band]
-
-
-def of(model: ModelResult) -> Predictions | None:
-    return model.found.get(NAME)
+def of(model: ModelResult) -> dict[str, Any]:
+    """ "quality": name → mean over positions; "bands": the same by frequency of the target. Empty without text."""
+    return model.found.get(NAME) or {"quality": {}, "bands": []}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -79,7 +52,7 @@ def band_name(band: int) -> str:
     return f"rank {first:,}–{last:,}" if last is not None else f"rank above {first - 1:,}"
 
 
-def compute(subject: Subject) -> Predictions | None:
+def compute(subject: Subject) -> dict[str, Any] | None:
     read = subject.read
     if read is None:
         return None
@@ -103,20 +76,17 @@ def compute(subject: Subject) -> Predictions | None:
         assert subject.text is not None
         band_of = frequency_bands(subject.text.corpus.counts(subject.model.vocab_size))[positions.target]
         bands = [_band(read, band, band_of == band) for band in range(len(BANDS)) if (band_of == band).any()]
-    return Predictions(quality=quality, bands=bands)
+    return {"quality": quality, "bands": bands}
 
 
-def _band(read: Read, band: int, inside: np.ndarray) -> Band:
+def _band(read: Read, band: int, inside: np.ndarray) -> dict[str, Any]:
     positions = read.measures.positions
-    return Band(
-        name=band_name(band),
-        positions=int(inside.sum()),
-        ece=expected_calibration_error(positions.confidence[inside], positions.correct[inside]),
-        means={
-            name: read.mean(getattr(positions, name), inside)
-            for name in ("loss", "correct", "top5", "entropy", "target_ratio")
-        },
-    )
+    names = ("loss", "correct", "top5", "entropy", "target_ratio")
+    return {
+        "band": band_name(band),
+        "positions": int(inside.sum()),
+        "ece": expected_calibration_error(positions.confidence[inside], positions.correct[inside]),
+    } | {name: read.mean(getattr(positions, name), inside) for name in names}
 
 
 def checkpoint(subject: Subject) -> dict[str, float]:
@@ -130,44 +100,31 @@ def checkpoint(subject: Subject) -> dict[str, float]:
     }
 
 
-def rows(model: ModelResult) -> dict[str, Any]:
-    found = of(model)
-    if found is None:
-        return {"quality": {}, "bands": []}
-    bands = [
-        {"band": band.name, "positions": band.positions, "ece": band.ece}
-        | {name: asdict(value) for name, value in band.means.items()}
-        for band in found.bands
-    ]
-    return {"quality": {name: asdict(value) for name, value in found.quality.items()}, "bands": bands}
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The page
 
 
 def section(analysis: Analysis) -> list[Block]:
-    shown = [(index, found.bands) for index, model in enumerate(analysis.models) if (found := of(model))]
-    shown = [(index, bands) for index, bands in shown if bands]
+    shown = [(index, of(model)["bands"]) for index, model in enumerate(analysis.models) if of(model)["bands"]]
     if not shown:
         return []
     figure, axes = new_figure(1, 3)
-    names = [band.name for band in shown[0][1]]
+    names = [band["band"] for band in shown[0][1]]
     step = 0.6 / len(shown)
     panels = (("loss", "loss (nats per token)"), ("correct", "accuracy"), ("entropy", "entropy (nats)"))
     for panel, (name, label) in zip(axes[0], panels, strict=True):
         for place, (index, all_bands) in enumerate(shown):
-            bands = [band for band in all_bands if band.name in names]
-            places = np.array([names.index(band.name) for band in bands]) - 0.3 + step * (place + 0.5)
-            means = [band.means[name] for band in bands]
+            bands = [band for band in all_bands if band["band"] in names]
+            places = np.array([names.index(band["band"]) for band in bands]) - 0.3 + step * (place + 0.5)
+            means = [band[name] for band in bands]
             draw_intervals(panel, means, places, index, analysis.models[index].label, across=False)
         panel.set_xticks(range(len(names)), [name.replace("rank ", "") for name in names], rotation=30, ha="right")
         panel.set(xlabel="frequency rank of the target", ylabel=label)
     models = [analysis.models[index] for index, _ in shown]
     drawing = sign(
         figure,
-        name="frequency_bands",
-        title="By frequency of the target",
+        "frequency_bands",
+        "By frequency of the target",
         caption="Targets grouped by how often they occur in the training data, the most frequent on the left.",
         models=models,
         source=f"Measured on {counts_text(tokens_read(models))} validation tokens of: {analysis.data_source}. 95 % "
@@ -177,11 +134,11 @@ def section(analysis: Analysis) -> list[Block]:
 
 
 def _mean(name: str) -> Any:
-    return lambda model: None if (found := of(model)) is None else found.quality.get(name)
+    return lambda model: of(model)["quality"].get(name)
 
 
-def _harmonic_ratio(model: ModelResult) -> float | None:
-    return None if (found := of(model)) is None or not model.harmonic else found.quality["target_ratio"].value
+def _harmonic_ratio(model: ModelResult) -> Estimate | None:
+    return of(model)["quality"].get("target_ratio") if model.harmonic else None
 
 
 MEASURE = Measure(
@@ -189,20 +146,18 @@ MEASURE = Measure(
     title="Predictions",
     compute=compute,
     checkpoint=checkpoint,
-    rows=rows,
+    rows=of,
     section=section,
     quantities=(
-        Quantity(label="validation loss, nats per token, unsmoothed", better="lower", value=_mean("loss")),
-        Quantity(label="bits per byte", better="lower", value=_mean("bits_per_byte")),
-        Quantity(label="accuracy", better="higher", value=_mean("accuracy")),
-        Quantity(label="top-5 accuracy", better="higher", value=_mean("top5")),
-        Quantity(label="entropy of predictions, nats", value=_mean("entropy")),
-        Quantity(label="nearest-centre accuracy", better="higher", value=_mean("nearest_accuracy")),
-        Quantity(
-            label="margin log(d of the nearest other / d of the target)", better="higher", value=_mean("log_margin")
-        ),
-        Quantity(label="distance to the target over the median distance", better="lower", value=_mean("target_ratio")),
-        Quantity(key="target_ratio", axis="distance to the target over\nthe median distance", value=_harmonic_ratio),
+        Quantity("validation loss, nats per token, unsmoothed", _mean("loss"), "lower"),
+        Quantity("bits per byte", _mean("bits_per_byte"), "lower"),
+        Quantity("accuracy", _mean("accuracy"), "higher"),
+        Quantity("top-5 accuracy", _mean("top5"), "higher"),
+        Quantity("entropy of predictions, nats", _mean("entropy")),
+        Quantity("nearest-centre accuracy", _mean("nearest_accuracy"), "higher"),
+        Quantity("margin log(d of the nearest other / d of the target)", _mean("log_margin"), "higher"),
+        Quantity("distance to the target over the median distance", _mean("target_ratio"), "lower"),
+        Quantity("", _harmonic_ratio, key="target_ratio", axis="distance to the target over\nthe median distance"),
     ),
     curves=(
         Curve(key="hidden_norm", logged="x_norm_mean", axis="mean norm of hidden states", on_text=True, log_scale=True),

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hgpt.errors import UserError
-from hgpt.interpret.measure import Analysis, Block, Html, Measure, ModelResult, paragraph
+from hgpt.interpret.blocks import Block, Html, paragraph
+from hgpt.interpret.measure import Analysis, Measure, ModelResult
 from hgpt.interpret.models import LoadedModel
 from hgpt.interpret.subject import Subject
 
@@ -158,6 +159,6 @@ MEASURE = Measure(
     name=NAME,
     title="Text browser",
     compute=compute,
-    rows=lambda model: {"reading": [asdict(seen) for seen in of(model)]},
+    rows=lambda model: {"reading": of(model)},
     section=section,
 )

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from hgpt.interpret.blocks import Block
 from hgpt.interpret.drawing import grid, sign
-from hgpt.interpret.measure import Analysis, Block, Measure, ModelResult, counts_text, states_sampled
+from hgpt.interpret.measure import Analysis, Measure, ModelResult, counts_text, states_sampled
 
 NAME = "similarity"
 
@@ -82,7 +83,7 @@ def compare(first: ModelResult, other: ModelResult) -> Similarity | None:
 def overall(analysis: Analysis) -> dict[str, Any]:
     found: dict[str, Similarity] = analysis.compared.get(NAME, {})
     return {
-        "cka_with_the_first": {label: entry.debiased.tolist() for label, entry in found.items()},
+        "cka_with_the_first": {label: entry.debiased for label, entry in found.items()},
         "linear_cka_of_the_last_layer": {label: entry.last_layer for label, entry in found.items()},
     }
 
@@ -112,8 +113,8 @@ def section(analysis: Analysis) -> list[Block]:
     return [
         sign(
             figure,
-            name="cka",
-            title="Debiased CKA, block by block",
+            "cka",
+            "Debiased CKA, block by block",
             caption="Debiased linear CKA between the layers of the first model and those of each other one on the same "
             "text: 1 means the same representation up to rotation and scale, 0 an unrelated one.",
             models=models,

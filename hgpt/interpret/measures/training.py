@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 
 from hgpt.history import records
+from hgpt.interpret.blocks import Block, Drawing, paragraph
 from hgpt.interpret.drawing import grid, listed, look, new_figure, sign
-from hgpt.interpret.measure import Analysis, Block, Curve, Drawing, Measure, ModelResult, Quantity, paragraph
+from hgpt.interpret.measure import Analysis, Curve, Measure, ModelResult, Quantity
 from hgpt.interpret.subject import CHECKPOINT_SAMPLE, CHECKPOINT_TOKENS, CHECKPOINT_WINDOW, Subject
 
 NAME = "training"
@@ -59,8 +60,8 @@ def loss_curves(analysis: Analysis) -> Drawing | None:
     panel.set(xlabel="optimiser step", ylabel="loss (nats per token)")
     return sign(
         figure,
-        name="loss_curves",
-        title="Loss over training",
+        "loss_curves",
+        "Loss over training",
         caption="Faint: training batches. Marked: validation loss as logged, unsmoothed, over the whole validation "
         "set.",
         models=models,
@@ -95,8 +96,8 @@ def over_training(analysis: Analysis) -> Drawing | None:
     shown = sorted({index for _, found in known for index, _ in found})
     return sign(
         figure,
-        name="over_training",
-        title="Norms, distances and ranks over training",
+        "over_training",
+        "Norms, distances and ranks over training",
         caption="From the run's own evaluations where it logged them, and from the checkpoints that it kept.",
         models=[analysis.models[index] for index in shown],
         source="From metrics.jsonl and the checkpoints in each run folder.",
@@ -145,8 +146,8 @@ MEASURE = Measure(
     rows=lambda model: {"energy": energy(model), "checkpoints": model.checkpoints},
     section=section,
     quantities=(
-        Quantity(label="energy of the training, kWh", better="lower", value=_energy("energy_kwh")),
-        Quantity(label="training tokens per joule", better="higher", value=_energy("tokens_per_joule")),
-        Quantity(label="emissions of the training, kg CO2eq", better="lower", value=_energy("emissions_kg")),
+        Quantity("energy of the training, kWh", _energy("energy_kwh"), "lower"),
+        Quantity("training tokens per joule", _energy("tokens_per_joule"), "higher"),
+        Quantity("emissions of the training, kg CO2eq", _energy("emissions_kg"), "lower"),
     ),
 )
