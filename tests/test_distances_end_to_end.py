@@ -22,8 +22,8 @@ import hgpt
 import sample
 import train
 from hgpt.errors import UserError
-from hgpt.interpret import centres
 from hgpt.interpret.__main__ import main as report
+from hgpt.interpret.measures import centres
 from hgpt.interpret.models import find_sources, loaded
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.checkpoint import CHECKPOINTS
