@@ -1,45 +1,44 @@
-"""What a run needs, worked out before it is started: parameters, memory per GPU, tokens, FLOPs and time.
+"""What a run needs, computed before it is started: parameters, memory per GPU, tokens, FLOPs and time.
 
     python -m hgpt.plan --config configs/gpt2_small_harmonic.toml --gpus 8 [--section.key value ...]
     python -m hgpt.plan --gpus 8 --table configs/gpt2_*_harmonic.toml
 
-Nothing is trained, and no GPU is needed. Parameters are counted in the model itself, built without memory for its
-weights; the rest is arithmetic, of the peak of a step, in bytes:
+Nothing is trained, and no GPU is needed. Parameters are counted in the model, which is built without memory for its
+weights. Memory is computed by the formulas below: bytes at the peak of a training step, on one GPU.
 
     engine          parameters   gradients   optimiser   buckets and gathered weights
     ddp             4 P          4 P         8 P         - (its buckets are the gradients)
     zero1           c P          6 P         12 P/W      4 min(P, R)
     zero2           c P          4 P/W       12 P/W      c R + 4 min(P, R)
-    zero2_offload   c P          -           -           c R + 4 min(P, R), and 16 P/W in the host's memory
+    zero2_offload   c P          -           -           c R + 4 min(P, R), and 16 P/W of host memory
     zero3           c P/W        4 P/W       12 P/W      4 R + c min(P, 10⁹)
     fsdp2           4 P/W        4 P/W       8 P/W       c (2 E + 3 B)
 
-P parameters, of which B in each block and E outside the blocks; W processes; R = 5·10⁸, DeepSpeed's reduce bucket; c
-bytes for an element of matrix products, 2 under bf16 and 4 under fp32. AdamW keeps two float32 numbers a parameter,
-Muon (ddp only) one for the blocks' matrices. ZeRO adds float32 masters of its weights, and ZeRO-1 accumulates float32
-gradients beside the bf16 ones (under fp32 it has 4 P of them, and ZeRO-2 a bucket without a copy). A ZeRO engine
-allocates whole buckets, however small the model.
+P: parameters, B of them in each block and E outside the blocks. W: processes (world size). R = 5·10⁸: DeepSpeed's
+reduce bucket. c: bytes of an operand of a matrix product, 2 in bf16 and 4 in fp32. AdamW keeps two float32 numbers per
+parameter; Muon (ddp only) keeps one for the matrices of the blocks. ZeRO keeps float32 master weights. ZeRO-1 also
+accumulates float32 gradients beside the bf16 ones; in fp32 it has 4 P of gradients, and ZeRO-2's bucket has no copy.
+ZeRO engines allocate whole buckets, even for a small model.
 
     activations            L N (D (2 r + 14 c) + 4 H + 16) + N (D r + 16)
       with checkpointing   L N D r + N (D r + 16)
-      with dropout         1 byte for each of the masks' elements, N D after the embedding and 2 N D in a block
-      under ddp in bf16    2 bytes for each weight of the blocks' matrices: the copies that autocast makes
-    a block's backward     N D (3 r + 4 c), with checkpointing and its activations, which are computed again
+      with dropout         1 byte per element of a mask: N D after the embedding, 2 N D in each block
+      ddp in bf16          2 bytes per weight of the blocks' matrices: the copies that autocast makes
+    a block's backward     N D (3 r + 4 c); with checkpointing also its activations, which are recomputed
 
-L blocks, N = micro_batch · seq_len tokens, D the width, H heads; r bytes for an element of the residual stream: 4 where
-bf16 is autocast (ddp, fsdp2), otherwise c. A block keeps the inputs of its two norms (r each), their outputs, q, k, v
-and the attention's output (c each), the input and the output of the activation function (4 c each), and per token the
-norms' statistics and the attention's log-sum-exp. Other activation functions than gelu and gelu_pytorch_tanh may keep
-more; torch.compile usually keeps less.
+L: blocks. N = micro_batch · seq_len: tokens. D: width. H: heads. r: bytes of an element of the residual stream, 4 where
+autocast is used (ddp, fsdp2), otherwise c. A block keeps the inputs of its two norms (r each), their outputs, q, k, v
+and the output of attention (c each), input and output of the activation function (4 c each), and for each token the
+statistics of the norms and the log-sum-exp of attention. An activation function other than gelu and gelu_pytorch_tanh
+may keep more; torch.compile usually keeps less.
 
-A distance that is no matrix product takes time that MFU says nothing of (`distance_seconds`).
+`head_memory` has the formula of the head's loss. The loss has its peak when all activations exist; the backward pass of
+the last block comes after it, so the larger of the two counts. Gradients exist by then, because they are accumulated
+over micro-batches. Not counted: the CUDA context, workspaces of kernels and fragmentation, often 1 to 3 GiB together.
 
-The head's loss (`head_memory`) has its peak when all activations are there, and the backward pass of the last block
-comes after it: the larger of the two counts. Gradients are there at that time because they are accumulated over
-micro-batches. Not counted: CUDA's context, workspaces of kernels and the allocator's fragmentation, together often 1 to
-3 GiB. Tests hold activations, head and the row of ddp to what the code allocates, as far as that can be seen without a
-GPU. Parameters, gradients and optimiser state of ZeRO were counted once in two CPU processes (DeepSpeed 0.19.8), to
-0.2 %; buckets and gathered weights, and all of fsdp2 (torch 2.13), follow the sources.
+The tests compare activations, the loss and the row of ddp with what the code allocates, without a GPU. Parameters,
+gradients and optimiser state of ZeRO agreed to 0.2 % with two CPU processes (DeepSpeed 0.19.8). Buckets, gathered
+weights and fsdp2 (torch 2.13) follow the source code of the libraries and were not measured.
 """
 
 import sys
@@ -58,7 +57,7 @@ from hgpt.data.shards import TokenShards
 from hgpt.errors import UserError
 from hgpt.hardware import known_device, peak_flops
 from hgpt.model.configuration_hgpt import HGPTConfig
-from hgpt.model.distances import Distance, make_distance, memory_of, score_chunk
+from hgpt.model.distances import Distance, make_distance, memory_of
 from hgpt.model.loss import chunk_positions
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.config import RunConfig
@@ -70,25 +69,25 @@ ENGINES = ("ddp", "zero1", "zero2", "zero2_offload", "zero3", "fsdp2")
 GPT2_VOCAB_SIZE = 50257
 GIB = 2**30
 
-# DeepSpeed's defaults: zero_optimization.reduce_bucket_size and stage3_max_live_parameters, in elements.
+# DeepSpeed's defaults of zero_optimization.reduce_bucket_size and stage3_max_live_parameters, in elements.
 _REDUCE_BUCKET, _MAX_LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 
-# Bytes/s that a distance in blocks reads and writes on a CPU; its blocks stay in the caches. In GB/s on two idle cores
-# of an AMD EPYC (Zen 3), by python -m benchmarks.head_loss --shape 64x768x50304 --distances ...: 22 (chebyshev),
-# 43 (hamming), 58 (bray_curtis), 61 (manhattan), 72 (canberra), 81 (minkowski); beside another process a quarter of it.
+# Bytes/s of a distance in blocks on a CPU; the blocks stay in the caches. Measured in GB/s on two idle cores of an AMD
+# EPYC (Zen 3) with `python -m benchmarks.head_loss --shape 64x768x50304 --distances ...`: 22 (chebyshev), 43 (hamming),
+# 58 (bray_curtis), 61 (manhattan), 72 (canberra), 81 (minkowski); a quarter of it beside another process.
 _CPU_BANDWIDTH = 60e9
 _H100_BANDWIDTH = 3350e9
 _DAY = 86400
 
 
 # --------------------------------------------------------------------------------------------------------------
-# Counting
+# Parameters and bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Parameters by part. `head` is 0 where the centres are the token embedding; `matrices` are the weights of the
-    blocks' linear layers, which are part of `blocks`."""
+    """Numbers of parameters. `head` is 0 where the centres are the token embedding; `matrices` (the weights of the
+    blocks' linear layers) are part of `blocks`."""
 
     token_embedding: int
     positions: int
@@ -103,29 +102,29 @@ class Parameters:
 
 
 def count_parameters(config: HGPTConfig) -> Parameters:
-    """The parameters of the model that `config` describes, counted in the model itself, which takes no memory."""
+    """Build the model that `config` describes, without memory for its weights, and count its parameters."""
+
+    def size(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
     with torch.device("meta"):
         model = HGPTForCausalLM(config)
     trunk = model.transformer
     tied = model.lm_head.weight is trunk.wte.weight
     counts = Parameters(
-        token_embedding=_size(trunk.wte),
-        positions=_size(trunk.wpe),
-        blocks=_size(trunk.h),
-        final_norm=_size(trunk.ln_f),
-        head=_size(model.lm_head) - (trunk.wte.weight.numel() if tied else 0),
+        token_embedding=size(trunk.wte),
+        positions=size(trunk.wpe),
+        blocks=size(trunk.h),
+        final_norm=size(trunk.ln_f),
+        head=size(model.lm_head) - (trunk.wte.weight.numel() if tied else 0),
         matrices=sum(module.weight.numel() for module in trunk.h.modules() if isinstance(module, nn.Linear)),
     )
     assert counts.total == model.num_parameters(), "a part of the model is not counted"
     return counts
 
 
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 class Precision(NamedTuple):
-    """The dtype of matrix products, and that of the residual stream between them."""
+    """The dtype of matrix products and the dtype of the residual stream."""
 
     compute: torch.dtype
     residual: torch.dtype
@@ -136,97 +135,78 @@ class Precision(NamedTuple):
 
 
 def precision_of(engine: str, precision: str) -> Precision:
-    """The dtypes under an engine for `train.precision` on a GPU, where "auto" is bf16."""
+    """The dtypes under an engine on a GPU, for a value of train.precision ("auto" is bf16 there)."""
     if precision == "fp32":
         return Precision(torch.float32, torch.float32)
     return Precision(torch.bfloat16, torch.bfloat16 if engine.startswith("zero") else torch.float32)
 
 
 class Activations(NamedTuple):
-    """Bytes: those kept from the forward to the backward pass, and what the backward pass of a block adds to them."""
+    """Bytes that the forward pass keeps, and bytes that the backward pass of one block needs in addition."""
 
     kept: int
     block: int
 
 
 def activation_memory(config: HGPTConfig, tokens: int, precision: Precision, *, checkpointing: bool) -> Activations:
-    """What the trunk keeps of a micro-batch of `tokens` positions, without the head; the formula of this module.
+    """Activations of the trunk for a micro-batch of `tokens`, by the formula of this module.
 
-    Copies of weights that autocast makes are not among them.
+    Without the head, and without the copies of weights that autocast makes.
     """
     c, r = precision.compute.itemsize, precision.residual.itemsize
     width, layers, mask = config.n_embd, config.n_layer, 1 if config.dropout > 0 else 0
     block = tokens * (width * (2 * r + 14 * c + 2 * mask) + 4 * config.n_head + 16)
     block_input = tokens * width * r
     gradients = tokens * width * (3 * r + 4 * c)  # of the residual stream and of the inner layer of the MLP
-    ends = tokens * (width * (r + mask) + 16)  # the final norm's input and statistics, the token numbers
+    ends = tokens * (width * (r + mask) + 16)  # input and statistics of the final norm, token indices
     if checkpointing:
         return Activations(layers * block_input + ends, block - block_input + gradients)
     return Activations(layers * block + ends, gradients)
 
 
 class HeadMemory(NamedTuple):
-    """Bytes at the peak of the head's loss: operands and gradients, and one chunk of scores; of the dense head."""
+    """Bytes at the peak of the head's loss: operands with gradients, and one chunk; all of it for a dense head.
+
+    `chunk_positions` is None for a distance in blocks.
+    """
 
     operands: int
     chunk: int
     dense: int
-    chunk_positions: int
+    chunk_positions: int | None
 
     @property
     def peak(self) -> int:
         return self.operands + self.chunk
 
 
-def head_memory(
-    config: HGPTConfig,
-    tokens: int,
-    precision: Precision,
-    *,
-    loss_chunk: int | None = None,
-    distance_memory: float | None = None,
-) -> HeadMemory:
-    """What `hgpt.model.loss` needs on a GPU for `tokens` positions, and the dense head instead.
+def head_memory(config: HGPTConfig, tokens: int, precision: Precision) -> HeadMemory:
+    """Memory of `hgpt.model.loss` on a GPU for N = `tokens` positions and V rows of the unembedding.
 
     operands: x and its gradient, (N, D); under autocast x in both dtypes and a bf16 copy of w; the gradient of w in
-        float32, (V, D); the norms and column sums, (V,).
-    chunk: C positions · V times 4 bytes of products and, harmonic, 4 of scores and 1 of mask, or 2 of G (bf16) and the
-        chunk's share of the gradient of w; C is `loss_chunk`, by default `loss.chunk_positions`.
-    dense: (N, V) times 17 bytes in the backward pass of `harmax.harmonic_loss`, 12 in that of the softmax twin, and the
-        same operands.
+        float32, (V, D); norms and column sums, (V,).
+    chunk: C positions · V · 4 bytes of products, 4 of scores, 1 of a mask (harmonic), 2 of G (bf16), with
+        C = `loss.chunk_positions`.
+    dense: N · V · 17 bytes in the backward pass of `harmax.harmonic_loss`, 12 in that of softmax, and the operands.
 
-    A distance with operands of its own has them and their gradients in float32 besides. One in blocks works in float32,
-    with the operands and their gradients, and in `distance_memory` MiB (train.distance_memory).
+    A distance that transforms its operands adds the transformed ones and their gradients in float32. A distance in
+    blocks needs its operands and their gradients in float32, and `distances.memory_of` in place of the chunk.
     """
-    rows, width = config.padded_vocab_size, config.n_embd
-    c = precision.compute.itemsize
-    metric = distance_of(config)
+    rows, width, metric = config.padded_vocab_size, config.n_embd, distance_of(config)
+    transformed = (tokens + rows) * width * 8 if metric is not None and metric.transforms else 0
     if metric is not None and metric.power is None:
-        memory = memory_of("cuda") if distance_memory is None else int(distance_memory * 2**20)
-        operands = (tokens + rows) * width * (8 + (8 if metric.transforms else 0))
-        return HeadMemory(
-            operands=operands,
-            chunk=memory,
-            dense=operands + tokens * rows * 17,
-            chunk_positions=min(tokens, score_chunk(config.vocab_size, 4, "cuda")),
-        )
-    harmonic = config.head == "harmonic"
-    chunk = min(tokens, loss_chunk or chunk_positions(rows, precision.compute, "cuda"))
-    operands = tokens * width * 2 * c + rows * width * 4 + 8 * rows + 20 * tokens
+        operands = (tokens + rows) * width * 8 + transformed
+        return HeadMemory(operands, memory_of("cuda"), operands + tokens * rows * 17, None)
+    c, harmonic = precision.compute.itemsize, config.head == "harmonic"
+    operands = tokens * width * 2 * c + rows * width * 4 + 8 * rows + 20 * tokens + transformed
     if precision.autocast:
         operands += tokens * width * precision.residual.itemsize + rows * width * c
-    if metric is not None and metric.transforms:
-        operands += (tokens + rows) * width * 8
-    scores = chunk * rows
-    elementwise = scores * (9 if harmonic else 4)
-    # With bf16 operands a chunk's share of the gradient of w comes as a float32 tensor of its own.
-    product = scores * 6 + rows * width * 4 if c == 2 else 0
-    return HeadMemory(
-        operands=operands,
-        chunk=max(elementwise, product) + chunk * width * 4,
-        dense=operands + tokens * rows * (17 if harmonic else 12),
-        chunk_positions=chunk,
-    )
+    positions = min(tokens, chunk_positions(rows, precision.compute, "cuda"))
+    chunk = positions * rows * (8 + (1 if harmonic else 0) + (2 if c == 2 else 0))
+    if c == 2:  # a chunk's share of the gradient of w is a float32 tensor of its own
+        chunk = max(chunk, positions * rows * 6 + rows * width * 4)
+    dense = operands + tokens * rows * (17 if harmonic else 12)
+    return HeadMemory(operands, chunk + positions * width * 4, dense, positions)
 
 
 def distance_of(config: HGPTConfig) -> Distance | None:
@@ -238,104 +218,20 @@ def distance_of(config: HGPTConfig) -> Distance | None:
 
 
 def distance_seconds(config: HGPTConfig, tokens: float, device: str) -> float:
-    """About how long a device takes for loss and gradients of `tokens` positions with a distance in blocks, else 0.
+    """Seconds that one device needs for loss and gradients of a distance in blocks, 0 for any other distance.
 
         tokens · V · D · traffic · 4 bytes / bandwidth
 
-    `traffic` is how often the blocks' operations read or write an element (`Distance.traffic`, counted in the code).
-    For a GPU this is computed, not measured: each operation on its own is bound by memory; caches may help, and a fused
-    kernel would. A GPU whose bandwidth is not known counts as an H100. "cpu" is two cores, measured (`_CPU_BANDWIDTH`).
+    `Distance.traffic` is how often the operations of the blocks read or write an element. The time of a GPU is
+    computed, not measured: each operation alone is bound by memory bandwidth. Caches and a fused kernel may be faster.
+    A GPU of unknown bandwidth counts as an H100. "cpu" is two cores, measured (`_CPU_BANDWIDTH`).
     """
     metric = distance_of(config)
     if metric is None or metric.power is not None:
         return 0.0
-    if device.lower() == "cpu":
-        bandwidth = _CPU_BANDWIDTH
-    else:
-        known = known_device(device)
-        bandwidth = (known and known.bandwidth) or _H100_BANDWIDTH
+    known = known_device(device)
+    bandwidth = _CPU_BANDWIDTH if device.lower() == "cpu" else (known and known.bandwidth) or _H100_BANDWIDTH
     return tokens * config.vocab_size * config.n_embd * metric.traffic * 4 / bandwidth
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes per GPU, and beside them those in the host's memory per process."""
-
-    parameters: int
-    gradients: int
-    optimiser: int
-    buckets: int
-    activations: int
-    block: int
-    head: int
-    host: int
-
-    @property
-    def transient(self) -> int:
-        """The larger of the head's loss and a block's backward pass: one comes after the other."""
-        return max(self.head, self.block)
-
-    @property
-    def total(self) -> int:
-        return self.parameters + self.gradients + self.optimiser + self.buckets + self.activations + self.transient
-
-
-def memory_per_gpu(
-    engine: str,
-    config: HGPTConfig,
-    parameters: Parameters,
-    *,
-    processes: int,
-    tokens: int,
-    precision: str,
-    checkpointing: bool,
-    muon: bool = False,
-    loss_chunk: int | None = None,
-    distance_memory: float | None = None,
-) -> Memory:
-    """The peak of a training step on one GPU, by the table of this module.
-
-    Args:
-        engine: one of `ENGINES`.
-        processes: W, over all nodes.
-        tokens: N, of a micro-batch.
-        precision: as `train.precision`, "auto" being bf16.
-        checkpointing: as `train.activation_checkpointing`.
-        muon: whether Muon trains the blocks' matrices.
-        loss_chunk, distance_memory: as in `train`.
-    """
-    numbers = precision_of(engine, precision)
-    total, share, c = parameters.total, -(-parameters.total // processes), numbers.compute.itemsize
-    bucket = min(total, _REDUCE_BUCKET)
-    reduced = c * _REDUCE_BUCKET + (4 * bucket if c != 4 else 0)
-    host = 0
-    if engine == "ddp":
-        static = (4 * total, 4 * total, 8 * total - (4 * parameters.matrices if muon else 0), 0)
-    elif engine == "zero1":
-        static = (c * total, (4 if c == 4 else 6) * total, 12 * share, 4 * bucket)
-    elif engine == "zero2":
-        static = (c * total, 4 * share, 12 * share, reduced)
-    elif engine == "zero2_offload":
-        static, host = (c * total, 0, 0, reduced), 16 * share
-    elif engine == "zero3":
-        static = (c * share, 4 * share, 12 * share, 4 * _REDUCE_BUCKET + c * min(total, _MAX_LIVE_PARAMETERS))
-    elif engine == "fsdp2":
-        block = parameters.blocks // config.n_layer
-        static = (4 * share, 4 * share, 8 * share, c * (2 * (total - parameters.blocks) + 3 * block))
-    else:
-        raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
-    activations = activation_memory(config, tokens, numbers, checkpointing=checkpointing)
-    copies = 2 * parameters.matrices if numbers.autocast and engine == "ddp" else 0
-    return Memory(
-        parameters=static[0],
-        gradients=static[1],
-        optimiser=static[2],
-        buckets=static[3],
-        activations=activations.kept + copies,
-        block=activations.block,
-        head=head_memory(config, tokens, numbers, loss_chunk=loss_chunk, distance_memory=distance_memory).peak,
-        host=host,
-    )
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -344,7 +240,7 @@ def memory_per_gpu(
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """On what a run is to be trained: `gpus` on each of `nodes`, and what share of the peak it is thought to reach."""
+    """The machine: `gpus` on each of `nodes`, an engine, and the share of the peak FLOP/s that the run is to reach."""
 
     gpus: int = 1
     nodes: int = 1
@@ -368,7 +264,7 @@ class Launch:
 
     @property
     def capacity(self) -> float | None:
-        """Bytes of memory of a GPU; None if unknown."""
+        """Memory of a GPU in bytes; None if unknown."""
         if self.memory is not None:
             return self.memory * GIB
         known = known_device(self.device)
@@ -376,8 +272,31 @@ class Launch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes per GPU at the peak of a training step; `host` is host memory per process."""
+
+    parameters: int
+    gradients: int
+    optimiser: int
+    buckets: int
+    activations: int
+    block: int
+    head: int
+    host: int
+
+    @property
+    def transient(self) -> int:
+        """The larger of the head's loss and a block's backward pass, which comes after it."""
+        return max(self.head, self.block)
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimiser + self.buckets + self.activations + self.transient
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run on a machine: the model, what it takes, and what is known of the data."""
+    """A run on a machine, with its model and what is known about its data."""
 
     run: RunConfig
     launch: Launch
@@ -391,36 +310,60 @@ class Plan:
     def micro_tokens(self) -> int:
         return self.run.train.micro_batch * self.run.data.seq_len
 
-    def memory(self, engine: str, *, checkpointing: bool | None = None) -> Memory:
-        """Per GPU under an engine, as the run has it or with `checkpointing` as said."""
-        train = self.run.train
-        return memory_per_gpu(
-            engine,
-            self.config,
-            self.parameters,
-            processes=self.launch.processes,
-            tokens=self.micro_tokens,
-            precision=train.precision,
-            checkpointing=train.activation_checkpointing if checkpointing is None else checkpointing,
-            muon=self.run.optim.algorithm == "muon",
-        )
-
     @property
     def tokens(self) -> int:
-        """That the run trains on."""
+        """Training tokens of the whole run."""
         return self.run.train.steps * self.run.train.global_batch * self.run.data.seq_len
 
     @property
     def distance_seconds(self) -> float:
-        """About how long the run takes for a distance in blocks alone."""
+        """Seconds that the run needs in addition for a distance in blocks."""
         return distance_seconds(self.config, self.tokens, self.launch.device) / self.launch.processes
+
+    def memory(self, engine: str, *, checkpointing: bool | None = None) -> Memory:
+        """Memory under one of `ENGINES`, by the formulas of this module; `checkpointing`: None is the run's setting."""
+        train = self.run.train
+        precision = precision_of(engine, train.precision)
+        if checkpointing is None:
+            checkpointing = train.activation_checkpointing
+        parameters, gradients, optimiser, buckets, host = self._static_memory(engine, precision.compute.itemsize)
+        activations = activation_memory(self.config, self.micro_tokens, precision, checkpointing=checkpointing)
+        copies = 2 * self.parameters.matrices if precision.autocast and engine == "ddp" else 0
+        return Memory(
+            parameters=parameters,
+            gradients=gradients,
+            optimiser=optimiser,
+            buckets=buckets,
+            activations=activations.kept + copies,
+            block=activations.block,
+            head=head_memory(self.config, self.micro_tokens, precision).peak,
+            host=host,
+        )
+
+    def _static_memory(self, engine: str, c: int) -> tuple[int, int, int, int, int]:
+        """Bytes of parameters, gradients, optimiser state and buckets, and of host memory; c as in this module."""
+        total, blocks = self.parameters.total, self.parameters.blocks
+        share = -(-total // self.launch.processes)
+        bucket = min(total, _REDUCE_BUCKET)
+        reduced = c * _REDUCE_BUCKET + (4 * bucket if c != 4 else 0)
+        muon = 4 * self.parameters.matrices if self.run.optim.algorithm == "muon" else 0
+        gathered = c * (2 * (total - blocks) + 3 * blocks // self.config.n_layer)
+        table = {
+            "ddp": (4 * total, 4 * total, 8 * total - muon, 0, 0),
+            "zero1": (c * total, (4 if c == 4 else 6) * total, 12 * share, 4 * bucket, 0),
+            "zero2": (c * total, 4 * share, 12 * share, reduced, 0),
+            "zero2_offload": (c * total, 0, 0, reduced, 16 * share),
+            "zero3": (c * share, 4 * share, 12 * share, 4 * _REDUCE_BUCKET + c * min(total, _MAX_LIVE_PARAMETERS), 0),
+            "fsdp2": (4 * share, 4 * share, 8 * share, gathered, 0),
+        }
+        return table[engine]
 
 
 def make_plan(run: RunConfig, launch: Launch) -> Plan:
-    """The plan of a run.
+    """The plan of a run. A data folder that does not exist is noted; its vocabulary is taken to be GPT-2's.
 
-    Raises UserError as train.py would: a batch that cannot be reached, data that are damaged or too short, a model that
-    cannot be built. A data folder that is not there yet is none: its vocabulary is taken to be GPT-2's, which is noted.
+    Raises UserError where train.py would: a batch that cannot be reached, data that are damaged or too short, a model
+    that cannot be built.
     """
     data, train = run.data, run.train
     notes, shards = [], None
@@ -439,7 +382,7 @@ def make_plan(run: RunConfig, launch: Launch) -> Plan:
         ).accumulation
     else:
         origin = "data.vocab_size" if data.vocab_size else "GPT-2's"
-        notes.append(f"{data.path} is not there (yet): vocabulary of {vocab_size:,} ({origin}), epochs unknown")
+        notes.append(f"{data.path} does not exist (yet): vocabulary of {vocab_size:,} ({origin}), epochs unknown")
         accumulation = accumulation_steps(train.global_batch, train.micro_batch, launch.processes)
     config = run.model.to_hf(vocab_size=vocab_size, seq_len=data.seq_len, end_of_text=end_of_text)
     return Plan(
@@ -454,7 +397,7 @@ def make_plan(run: RunConfig, launch: Launch) -> Plan:
 
 
 def warnings(plan: Plan) -> list[str]:
-    """What would go wrong, or is near to it, and the way out."""
+    """What goes wrong, or is close to it, each with the way out."""
     found = []
     run, launch = plan.run, plan.launch
     need, capacity = plan.memory(launch.engine).total, launch.capacity
@@ -463,13 +406,12 @@ def warnings(plan: Plan) -> list[str]:
     elif need > 0.9 * capacity:
         fits = [engine for engine in ENGINES if plan.memory(engine).total <= 0.9 * capacity]
         ways = [f"--engine {', '.join(fits)}"] if fits else []
-        if not run.train.activation_checkpointing:
-            smaller = plan.memory(launch.engine, checkpointing=True).total
-            if smaller <= 0.9 * capacity:
-                ways.append(f"train.activation_checkpointing = true ({_gib(smaller)} GiB)")
+        smaller = plan.memory(launch.engine, checkpointing=True).total
+        if not run.train.activation_checkpointing and smaller <= 0.9 * capacity:
+            ways.append(f"train.activation_checkpointing = true ({_gib(smaller)} GiB)")
         if run.train.micro_batch > 1:
             ways.append("a smaller train.micro_batch")
-        state = "does not fit" if need > capacity else "is tight, with CUDA's own needs and fragmentation"
+        state = "does not fit" if need > capacity else "is tight: CUDA and fragmentation need memory too"
         found.append(
             f"{_gib(need)} GiB in the {_gib(capacity)} GiB of {launch.device} {state}"
             + (f"; what helps: {' or '.join(ways)}" if ways else "")
@@ -478,8 +420,8 @@ def warnings(plan: Plan) -> list[str]:
         found.append(
             f'model.head.distance = "{plan.config.distance}" visits every coordinate of every pair of a token and a '
             f"centre: about {_duration(plan.distance_seconds)} for {_short(plan.tokens)} tokens and "
-            f"{plan.config.vocab_size:,} centres, by bandwidth. What helps: cosine, mahalanobis or "
-            "euclidean, which are matrix products, a smaller vocabulary, or fewer tokens"
+            f"{plan.config.vocab_size:,} centres, estimated from the memory bandwidth. What helps: cosine, mahalanobis "
+            "or euclidean, which are matrix products, a smaller vocabulary, or fewer tokens"
         )
     if launch.engine != "ddp" and run.optim.algorithm == "muon":
         found.append(f'{launch.engine} does not work with optim.algorithm = "muon": set it to "adamw"')
@@ -513,7 +455,7 @@ def _introduction(plan: Plan) -> list[str]:
         f"{plan.run.name}: {config.head_in_words}, "
         f"vocabulary {config.vocab_size:,} in {config.padded_vocab_size:,} rows",
         f"on {nodes} x {launch.device}, {launch.engine}, {precision}, activation checkpointing "
-        f"{'on' if train.activation_checkpointing else 'off'}",
+        f"{_on(train.activation_checkpointing)}",
         *(f"note: {note}" for note in plan.notes),
     ]
 
@@ -521,62 +463,44 @@ def _introduction(plan: Plan) -> list[str]:
 def _parameter_lines(plan: Plan) -> list[str]:
     counts = plan.parameters
     tied = counts.head == 0
-    return _aligned(
-        [
-            ("parameters", f"{counts.total:,}", ""),
-            ("  token embedding", f"{counts.token_embedding:,}", "also the head's centres" if tied else ""),
-            ("  positions", f"{counts.positions:,}", ""),
-            (f"  {plan.config.n_layer} blocks", f"{counts.blocks:,}", ""),
-            ("  final norm", f"{counts.final_norm:,}", ""),
-            ("  head", f"{counts.head:,}", "the token embedding" if tied else ""),
-        ]
-    )
+    rows = [
+        ("parameters", counts.total, ""),
+        ("  token embedding", counts.token_embedding, "also the head's centres" if tied else ""),
+        ("  positions", counts.positions, ""),
+        (f"  {plan.config.n_layer} blocks", counts.blocks, ""),
+        ("  final norm", counts.final_norm, ""),
+        ("  head", counts.head, "the token embedding" if tied else ""),
+    ]
+    return _with_remarks([(title, f"{count:,}", remark) for title, count, remark in rows])
 
 
 def _memory_lines(plan: Plan) -> list[str]:
     run, engine, config = plan.run, plan.launch.engine, plan.config
-    memory = plan.memory(engine)
     precision = precision_of(engine, run.train.precision)
-    head = head_memory(
-        config,
-        plan.micro_tokens,
-        precision,
-    )
+    memory, head = plan.memory(engine), head_memory(config, plan.micro_tokens, precision)
     off, on = (plan.memory(engine, checkpointing=value) for value in (False, True))
+    positions = "the blocks" if head.chunk_positions is None else f"a chunk of {head.chunk_positions:,} positions"
+    batch = f"for {run.train.micro_batch} x {run.data.seq_len:,} tokens, checkpointing "
     rows = [
-        (f"memory per GPU, {engine}", "GiB", ""),
-        ("  parameters", _gib(memory.parameters), ""),
-        ("  gradients", _gib(memory.gradients), ""),
-        ("  optimiser state", _gib(memory.optimiser), "in the host's memory" if memory.host else ""),
-        ("  buckets, gathered weights", _gib(memory.buckets), ""),
-        (
-            "  activations",
-            _gib(memory.activations),
-            f"of {run.train.micro_batch} x {run.data.seq_len:,} tokens, checkpointing "
-            f"{'on' if run.train.activation_checkpointing else 'off'}",
-        ),
-        ("    checkpointing off", _gib(off.activations), f"and {_gib(off.block)} in the backward pass of a block"),
-        ("    checkpointing on", _gib(on.activations), f"and {_gib(on.block)} in the backward pass of a block"),
-        (
-            "  head's loss",
-            _gib(memory.head),
-            f"of that {_gib(head.chunk)} for a chunk of {head.chunk_positions:,} positions; the dense head would need "
-            f"{_gib(head.dense)}",
-        ),
-        (
-            "  total",
-            _gib(memory.total),
-            "a block's backward pass in the head's place" if memory.block > memory.head else "",
-        ),
+        ("  parameters", memory.parameters, ""),
+        ("  gradients", memory.gradients, ""),
+        ("  optimiser state", memory.optimiser, "in host memory" if memory.host else ""),
+        ("  buckets, gathered weights", memory.buckets, ""),
+        ("  activations", memory.activations, batch + _on(run.train.activation_checkpointing)),
+        ("    checkpointing off", off.activations, f"and {_gib(off.block)} in the backward pass of a block"),
+        ("    checkpointing on", on.activations, f"and {_gib(on.block)} in the backward pass of a block"),
+        ("  head's loss", memory.head, f"{_gib(head.chunk)} for {positions}; a dense head: {_gib(head.dense)}"),
+        ("  total", memory.total, "with a block's backward pass instead of the loss" * (memory.block > memory.head)),
     ]
     if memory.host:
-        rows.append(("host memory per process", _gib(memory.host), "gradients, masters and optimiser state"))
+        rows.append(("host memory per process", memory.host, "gradients, master weights and optimiser state"))
+    lines = [(title, _gib(size), remark) for title, size, remark in rows]
     formula = (
         f"  (bytes of a block's activations: N (D (2 r + 14 c) + 4 H + 16), N = {plan.micro_tokens:,}, "
         f"D = {config.n_embd}, H = {config.n_head}, r = {precision.residual.itemsize}, "
         f"c = {precision.compute.itemsize})"
     )
-    return [*_aligned(rows), formula]
+    return [*_with_remarks([(f"memory per GPU, {engine}", "GiB", ""), *lines]), formula]
 
 
 def _engine_lines(plan: Plan) -> list[str]:
@@ -586,41 +510,38 @@ def _engine_lines(plan: Plan) -> list[str]:
         m = plan.memory(engine)
         values = (m.parameters, m.gradients, m.optimiser, m.buckets, m.activations, m.transient, m.total, m.host)
         rows.append((engine, *map(_gib, values)))
-    lines = [f"GiB per GPU under each engine, {plan.launch.processes} processes", *_aligned(rows)]
-    return [lines[0], *(f"  {line}" for line in lines[1:])]
+    title = f"GiB per GPU under each engine, {plan.launch.processes} processes"
+    return [title, *(f"  {line}" for line in _aligned(rows))]
 
 
 def _training_lines(plan: Plan) -> list[str]:
-    run, launch = plan.run, plan.launch
+    run, launch, tokens = plan.run, plan.launch, plan.tokens
     step_tokens = run.train.global_batch * run.data.seq_len
-    tokens = plan.tokens
     flops = flops_per_token(plan.config, run.data.seq_len)
+    peak, epochs = peak_flops(launch.device), ""
+    if plan.training_tokens is not None:
+        epochs = f", {tokens / plan.training_tokens:.2f} epochs of {plan.training_tokens:,}"
+    if run.train.precision == "fp32":
+        time = "not estimated: peaks are known for bf16, and train.precision is fp32"
+    elif peak is None:
+        time = f"not estimated: the bf16 peak of {launch.device!r} is not known"
+    else:
+        rate = launch.mfu * peak * launch.processes / flops
+        time = (
+            f"{_duration(tokens / rate)} at {launch.mfu:.0%} MFU of {peak / 1e12:g} TFLOP/s a GPU: {rate:,.0f} "
+            f"tokens/s, {step_tokens / rate:.3g} s a step; without evaluations and checkpoints"
+        )
     lines = [
         f"tokens per step  {step_tokens:,} = {run.train.global_batch} x {run.data.seq_len:,}; accumulation "
         f"{plan.accumulation} x {run.train.micro_batch} sequences on each of {launch.processes}",
-        f"steps            {run.train.steps:,}, {_short(tokens)} tokens"
-        + (
-            f", {tokens / plan.training_tokens:.2f} epochs of {plan.training_tokens:,}"
-            if plan.training_tokens is not None
-            else ""
-        ),
+        f"steps            {run.train.steps:,}, {_short(tokens)} tokens{epochs}",
         f"FLOPs            {_short(flops)} a token, {_short(flops * step_tokens)} a step, "
         f"{_short(flops * tokens)} a run",
+        f"time             {time}",
     ]
-    peak = peak_flops(launch.device)
-    if run.train.precision == "fp32":
-        lines.append("time             not estimated: peaks are known for bf16, and train.precision is fp32")
-    elif peak is None:
-        lines.append(f"time             not estimated: the bf16 peak of {launch.device!r} is not known")
-    else:
-        rate = launch.mfu * peak * launch.processes / flops
-        lines.append(
-            f"time             {_duration(tokens / rate)} at {launch.mfu:.0%} MFU of {peak / 1e12:g} TFLOP/s a GPU: "
-            f"{rate:,.0f} tokens/s, {step_tokens / rate:.3g} s a step; without evaluations and checkpoints"
-        )
     if plan.distance_seconds:
         lines.append(
-            f"distance         about {_duration(plan.distance_seconds)} besides for {plan.config.distance}, which is "
+            f"distance         about {_duration(plan.distance_seconds)} more for {plan.config.distance}, which is "
             "no matrix product"
         )
     return lines
@@ -634,25 +555,29 @@ def markdown_table(plans: Sequence[Plan]) -> str:
     ]
     for plan in sorted(plans, key=lambda plan: plan.parameters.total):
         train = plan.run.train
-        checkpointing = "on" if train.activation_checkpointing else "off"
         totals = [f"{plan.memory(engine).total / GIB:.1f}" for engine in ENGINES]
-        rows.append([plan.run.name, _short(plan.parameters.total), str(train.micro_batch), checkpointing, *totals])
+        model = [plan.run.name, _short(plan.parameters.total), str(train.micro_batch)]
+        rows.append([*model, _on(train.activation_checkpointing), *totals])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows as lines: the first column to the left, numbers to the right, a last column of remarks as it is."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    remarks = len(rows[0]) == 3
-    lines = []
-    for row in rows:
-        numbers = row[1:-1] if remarks else row[1:]
-        cells = [
-            row[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=False)),
-        ]
-        lines.append("  ".join([*cells, row[-1]] if remarks else cells).rstrip())
-    return lines
+    """Rows of a table as lines: the first column to the left, all others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+
+
+def _with_remarks(rows: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Rows of a title, a number and a remark as lines."""
+    lines = _aligned([row[:2] for row in rows])
+    return [f"{line}  {remark}".rstrip() for line, (_, _, remark) in zip(lines, rows, strict=True)]
+
+
+def _on(value: bool) -> str:
+    return "on" if value else "off"
 
 
 def _gib(size: float) -> str:
@@ -668,8 +593,8 @@ def _short(number: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    if seconds >= 2 * 86400:
-        return f"{seconds / 86400:.1f} days"
+    if seconds >= 2 * _DAY:
+        return f"{seconds / _DAY:.1f} days"
     return f"{seconds / 3600:.1f} hours" if seconds >= 7200 else str(timedelta(seconds=round(seconds)))
 
 

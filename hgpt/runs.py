@@ -1,18 +1,18 @@
-"""The runs in a folder: how far they are, how well they do, how fast they go; and their losses as a plot.
+"""Runs in a folder: progress, losses, speed and state as a table, and loss curves as a plot.
 
     python -m hgpt.runs runs/ [--sort validation] [--plot losses.png] [--terminal]
 
-Everything comes from what a run writes: metrics.jsonl, config.toml and its checkpoints. A folder that holds none of
-these is searched for runs in it. Of metrics.jsonl only the end is read, unless its curves are wanted.
+Everything is read from the files of a run: metrics.jsonl, config.toml and checkpoints/. A folder with none of these is
+searched for runs. The table needs only the end of metrics.jsonl; a plot needs all of it.
 
 The states:
 
     finished        the newest checkpoint is that of the last step
-    running         the last line of metrics.jsonl is younger than two minutes, or than three times the longest pause
-                    between the last lines, if that is less than half an hour
-    preempted       a cluster took the machine away, and there is a checkpoint to go on from
-    stopped         none of these; --resume auto goes on
-    no checkpoint   the same, with nothing to go on from
+    running         the last record of metrics.jsonl is younger than two minutes, or than three times the longest pause
+                    between the last records if that is more; never older than half an hour
+    preempted       a cluster took the machine away, and there is a checkpoint to resume from
+    stopped         none of these; --resume auto resumes it
+    no checkpoint   the same, without a checkpoint
     damaged         a file of the newest checkpoint is missing or has another size than its manifest says
 """
 
@@ -37,15 +37,15 @@ from hgpt.run.settings import CONFIG_FILE
 
 LINE_WIDTH = 100
 
-_LARGEST = 1e300  # a number beyond it is damage: a float does not hold every integer that JSON does
+_LARGEST = 1e300  # larger numbers are damage; JSON integers can exceed the range of a float
 _RECENT_LINES = 8
-_DEPTH = 3  # folders in folders in which runs are looked for
-_POINTS = 2000  # training losses of a curve; more than a plot has pixels
+_DEPTH = 3  # levels of folders that are searched for runs
+_POINTS = 2000  # training losses of a curve; a plot has fewer pixels
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, without their yellow, which is faint on white; then
-# the same with other signs.
+# Okabe and Ito's colours, which colour-blind people can tell apart, without their yellow, which is faint on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_SIGNS = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"))  # of a line and of a point
+_MARKERS = "osD^vPX"
+_LINES = ("-", "--", "-.", ":")
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -55,7 +55,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What is known of a run; None where nothing is. `age` is in seconds."""
+    """What the table shows of a run; None where it is unknown. `age`: seconds since the last record."""
 
     name: str
     folder: Path
@@ -86,7 +86,7 @@ def _is_run(folder: Path) -> bool:
 def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
     try:
         entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    except OSError:  # somebody else's, which cannot be looked into
+    except OSError:  # no permission to list it
         return
     for path in entries:
         if path.is_symlink() or not path.is_dir():
@@ -98,7 +98,7 @@ def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def read_run(name: str, folder: Path, now: float) -> Run:
-    """The run in `folder` at the time `now`, in seconds since 1970; what cannot be read is left out."""
+    """The run in `folder` at the time `now` (seconds since 1970). What cannot be read is None."""
     recent, last = _last_records(folder)
     train, evaluation = last.get("train", {}), last.get("eval", {})
     steps = _number(_settings(folder).get("train", {}), "steps")
@@ -130,7 +130,7 @@ def _state(folder: Path, steps: float | None, age: float | None, times: list[flo
     if (folder / PREEMPTED).exists() and found and not fault:
         return "preempted"
     pauses = [later - earlier for earlier, later in pairwise(times)]
-    # A pause between two lines is also what lies between a crash and the restart: hence the upper bound.
+    # The time between a crash and the restart is a pause too; hence the upper bound.
     if age is not None and age <= min(max(120.0, 3 * max(pauses, default=0.0)), 1800.0):
         return "running"
     if fault:
@@ -139,7 +139,7 @@ def _state(folder: Path, steps: float | None, age: float | None, times: list[flo
 
 
 def _is_damaged(checkpoint: Path) -> bool:
-    """Whether a file is missing or has another size than the manifest says; checksums would take long."""
+    """Whether a file is missing or differs in size from the manifest. Checksums would take too long here."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
         return any((checkpoint / name).stat().st_size != entry["bytes"] for name, entry in files.items())
@@ -148,7 +148,7 @@ def _is_damaged(checkpoint: Path) -> bool:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """The tables of the run's config.toml; none if there is none to read."""
+    """The tables of the run's config.toml, empty if the file cannot be read."""
     try:
         settings = tomllib.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -157,9 +157,10 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _last_records(folder: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """The last few records, the oldest first, and the last record of each kind, read from the end of metrics.jsonl.
+    """The last few records, the oldest first, and the last record of each kind.
 
-    Reading stops as soon as an evaluation and a training step are found; a record of energy follows its evaluation.
+    Reads from the end of metrics.jsonl until a training step and an evaluation are found. The record of energy follows
+    its evaluation, so it is found too.
     """
     recent: list[dict[str, Any]] = []
     last: dict[str, dict[str, Any]] = {}
@@ -173,11 +174,11 @@ def _last_records(folder: Path) -> tuple[list[dict[str, Any]], dict[str, dict[st
 
 
 def _number(record: Any, name: str) -> float | None:
-    """A finite number of that name in a table."""
+    """A finite number with this name in a table, otherwise None."""
     value = record.get(name) if isinstance(record, dict) else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if abs(value) < _LARGEST else None  # false for a NaN
+    return value if abs(value) < _LARGEST else None  # False for NaN
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -185,7 +186,7 @@ def _number(record: Any, name: str) -> float | None:
 
 
 def sort_runs(runs: Sequence[Run], by: str) -> list[Run]:
-    """By "name", by "age" (the youngest first) or by "validation" loss (the lowest first); unknown ones last."""
+    """By "name", "age" (youngest first) or "validation" loss (lowest first); runs without one come last."""
     keys = {
         "name": lambda run: (False, 0.0),
         "age": lambda run: (run.age is None, run.age or 0.0),
@@ -195,7 +196,7 @@ def sort_runs(runs: Sequence[Run], by: str) -> list[Run]:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """One line a run, in `LINE_WIDTH` columns; a name that is too long loses its middle."""
+    """One line per run, at most `LINE_WIDTH` columns wide; the middle of a long name is left out."""
     rows = [["run", "step", "train", "val", "tok/s", "tokens", "kWh", "age", "state"], *map(_cells, runs)]
     if all(run.energy_kwh is None for run in runs):
         rows = [row[:6] + row[7:] for row in rows]
@@ -260,10 +261,7 @@ class Curves:
 
 
 def read_curves(run: Run, axis: str) -> Curves:
-    """The losses of a run over "tokens" or "steps".
-
-    Of a long run every k-th training loss is taken, so that about 2000 are left.
-    """
+    """The losses of a run over "tokens" or "steps"; of a long run every k-th training loss, about 2000 in all."""
     found = records(run.folder)
     every = max(1, len(found) // _POINTS)
     chosen = [record for number, record in enumerate(found) if number % every == 0 or record["kind"] == "eval"]
@@ -277,7 +275,7 @@ def read_curves(run: Run, axis: str) -> Curves:
 
 
 def _tokens_per_step(run: Run, found: list[dict[str, Any]]) -> float | None:
-    """Tokens of a step: as logged, otherwise by the configuration; evaluations do not say how many were seen."""
+    """Tokens per step: from the log, otherwise from config.toml. Records of evaluations have no number of tokens."""
     for record in reversed(found):
         if (tokens := _number(record, "tokens")) and record["step"] > 0:
             return tokens / record["step"]
@@ -288,10 +286,7 @@ def _tokens_per_step(run: Run, found: list[dict[str, Any]]) -> float | None:
 
 
 def _ranges(curves: Sequence[Curves]) -> tuple[float, tuple[float, float]]:
-    """The largest x, and the losses from the lowest to the highest after the first twentieth of the axis.
-
-    The first losses would flatten all the rest.
-    """
+    """The largest x, and the range of losses after the first twentieth of the axis (the first losses are far above)."""
     points = [point for curve in curves for point in (*curve.training, *curve.validation)]
     last = max(x for x, _ in points)
     losses = [loss for x, loss in points if x >= last / 20]
@@ -300,7 +295,7 @@ def _ranges(curves: Sequence[Curves]) -> tuple[float, tuple[float, float]]:
 
 
 def plot(curves: Sequence[Curves], axis: str, target: Path) -> None:
-    """Training losses as thin lines and validation losses as points on a line, one colour a run, into `target`.
+    """Draw smoothed training losses as lines and validation losses as points, with one colour per run.
 
     Raises UserError when matplotlib is not installed or `target` cannot be written.
     """
@@ -310,42 +305,50 @@ def plot(curves: Sequence[Curves], axis: str, target: Path) -> None:
         raise UserError(
             "--plot needs matplotlib, which is not installed: pip install matplotlib, or use --terminal"
         ) from error
-    many = len(curves) > 6  # then the legend would lie over the curves
+    many = len(curves) > 6  # the legend would lie over the curves
     height = max(4.5, 0.21 * len(curves) + 0.8)
     figure = Figure(figsize=(11.5 if many else 8, height), dpi=120, layout="constrained")
     axes = figure.subplots()
     for number, curve in enumerate(curves):
-        colour = _COLOURS[number % len(_COLOURS)]
-        line, sign = _SIGNS[number // len(_COLOURS) % len(_SIGNS)]
-        style: dict[str, Any] = {"color": colour, "linestyle": line, "marker": sign, "markersize": 4}
+        colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+        line = _LINES[number // len(_COLOURS) % len(_LINES)]
+        last = f", validation {curve.validation[-1][1]:.3f}" if curve.validation else ""
+        # Hollow, so that the points of two runs can be told apart where they lie over each other.
+        points: dict[str, Any] = {"color": colour, "marker": marker, "markerfacecolor": "none", "markeredgewidth": 1.6}
+        axes.plot([], [], linestyle=line, label=curve.name + last, **points)
         if curve.training:
-            axes.plot(*zip(*curve.training, strict=True), color=colour, alpha=0.3, linewidth=0.8)
+            steps, losses = zip(*curve.training, strict=True)
+            if not many:
+                axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, _smoothed(losses), color=colour, linestyle=line, linewidth=1.6)
         if curve.validation:
-            # A straight line from before the first step would say what nobody has measured.
-            (x, loss), *later = curve.validation
-            axes.plot([x], [loss], **style)
-            axes.plot([x for x, _ in later], [loss for _, loss in later], **style)
-        last = f"  {curve.validation[-1][1]:.3f}" if curve.validation else ""
-        axes.plot([], [], **style, label=curve.name + last)
-    axes.set(xlabel="training tokens" if axis == "tokens" else "optimiser step", ylabel="loss (nats per token)")
+            axes.plot(*zip(*curve.validation, strict=True), linestyle="", **points)
+    axes.set(xlabel="training tokens" if axis == "tokens" else "optimiser steps", ylabel="loss (nats per token)")
     axes.set_ylim(*_ranges(curves)[1])
-    axes.set_title("training (thin) and validation (points; the last one in the legend)", fontsize=9, loc="left")
+    axes.set_title("line: training loss, smoothed; points: validation loss", fontsize=9, loc="left")
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     if axis == "tokens":
         axes.xaxis.set_major_formatter(lambda value, position: _short(value))
-    if many:
-        axes.legend(frameon=False, fontsize=7.5, loc="upper left", bbox_to_anchor=(1, 1))
-    else:
-        axes.legend(frameon=False, fontsize=8)
+    beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if many else {}
+    axes.legend(frameon=False, fontsize=7.5 if many else 9, **beside)
     try:
         figure.savefig(target)
     except (OSError, ValueError) as error:  # ValueError: a format that matplotlib does not know
         raise UserError(f"--plot {target} cannot be written: {error}; give a file such as losses.png") from error
 
 
+def _smoothed(losses: Sequence[float]) -> np.ndarray:
+    """Means over about √n of n losses: centred, but near the start over fewer, and near the end over earlier ones."""
+    place = np.arange(len(losses))
+    before = np.minimum(round(len(losses) ** 0.5 / 2), place)
+    after = np.minimum(before, place[::-1])
+    sums = np.concatenate([[0.0], np.cumsum(losses)])
+    return (sums[place + after + 1] - sums[place - before]) / (before + after + 1)
+
+
 def terminal_plot(curves: Sequence[Curves], axis: str, width: int = LINE_WIDTH, height: int = 22) -> str:
-    """The losses in characters: a small letter for a run's training loss, a capital for its validation loss."""
+    """The curves as text: a small letter for a run's training loss, a capital for its validation loss."""
     last, (low, high) = _ranges(curves)
     columns = width - 8
     canvas = [[" "] * columns for _ in range(height)]
@@ -373,7 +376,7 @@ def terminal_plot(curves: Sequence[Curves], axis: str, width: int = LINE_WIDTH, 
 
 
 def _at_columns(points: list[tuple[float, float]], last: float, columns: int) -> list[tuple[float, float]]:
-    """A curve as one point for each of the columns 0 … `last` that it reaches over, on the lines between its points."""
+    """A curve interpolated at the columns, from x = 0 to `last`, that lie between its first and its last point."""
     if len(points) < 2:
         return points
     xs, losses = zip(*points, strict=True)
@@ -386,18 +389,18 @@ def _at_columns(points: list[tuple[float, float]], last: float, columns: int) ->
 
 
 def main(arguments: Sequence[str]) -> str:
-    """The text that the command line asks for; writes the plot. Raises UserError."""
+    """The table and plots that the command line asks for. Raises UserError."""
     parser = Parser(prog="python -m hgpt.runs", description="Runs, their states and their losses.")
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders of runs")
     parser.add_argument("--sort", choices=("name", "age", "validation"), default="name", help="(%(default)s)")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="the losses as a .png, .svg or .pdf")
-    parser.add_argument("--terminal", action="store_true", help="the losses as text")
-    parser.add_argument("--x", choices=("tokens", "steps"), default="tokens", help="axis of the plots (%(default)s)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the loss curves as a .png, .svg or .pdf")
+    parser.add_argument("--terminal", action="store_true", help="print the loss curves as text")
+    parser.add_argument("--x", choices=("tokens", "steps"), default="tokens", help="horizontal axis (%(default)s)")
     known = parser.parse_args(arguments)
     found = dict.fromkeys(entry for folder in known.folders for entry in find_runs(folder))
     if not found:
         raise UserError(
-            f"{', '.join(map(str, known.folders))}: there are no runs in there; a run is a folder with "
+            f"{', '.join(map(str, known.folders))}: no runs were found; a run is a folder with "
             f"{METRICS_FILE}, {CONFIG_FILE} or {CHECKPOINTS}/"
         )
     now = time.time()
@@ -410,7 +413,7 @@ def main(arguments: Sequence[str]) -> str:
         if known.terminal:
             if len(curves) > len(_LETTERS):
                 raise UserError(
-                    f"--terminal shows at most {len(_LETTERS)} runs, and these are {len(curves)}: name fewer folders, "
+                    f"--terminal shows at most {len(_LETTERS)} runs; got {len(curves)}: name fewer folders, "
                     "or use --plot"
                 )
             parts.append(terminal_plot(curves, known.x))
