@@ -322,15 +322,15 @@ def check_resume(saved: dict[str, Any], config: RunConfig, checkpoint: Path) -> 
     Returns the differences that are allowed, one line each, to be shown. Raises UserError with the differences that
     change the model, the data or the optimiser's state.
     """
-    now = settings(config)
+    now = json.loads(json.dumps(settings(config)))  # with lists for tuples, as in a checkpoint
     # A setting that is newer than the checkpoint had the effect of its default.
     defaults = {name: kept.default for name, kept in known_settings().items() if kept.default not in (MISSING, None)}
-    saved = defaults | {RENAMED.get(name, name): value for name, value in saved.items()}
+    saved = json.loads(json.dumps(defaults)) | {RENAMED.get(name, name): value for name, value in saved.items()}
     now |= {name: fixed for name, (fixed, _) in gone(now).items() if name in saved}
     lines = {
         name: f"{name}: {_shown(saved.get(name))} in the checkpoint, {_shown(now.get(name))} now"
         for name in sorted(saved.keys() | now.keys())
-        if _plain(saved.get(name)) != _plain(now.get(name)) and name != "resume"
+        if saved.get(name) != now.get(name) and name != "resume"
     }
     fixed = [line for name, line in lines.items() if name.startswith(_FIXED_ON_RESUME) and name not in _FREE_ON_RESUME]
     if fixed:
@@ -340,10 +340,6 @@ def check_resume(saved: dict[str, Any], config: RunConfig, checkpoint: Path) -> 
             + "\nSet them back, or start a run with another name (and these weights, by model.init_from)."
         )
     return list(lines.values())
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _shown(value: Any) -> str:
