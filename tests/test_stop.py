@@ -3,13 +3,11 @@
 import os
 import signal
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from processes import in_group
 
 from hgpt.errors import UserError
 from hgpt.run.stop import EXIT_HUNG, EXIT_PREEMPTED, Preempted, StopSignals, Watchdog, explain
@@ -66,23 +64,29 @@ def test_a_process_alone_is_not_watched():
         time.sleep(0.3)
 
 
-def _one_falls_behind(folder: Path) -> None:
-    with Watchdog(timeout=1.5) as watchdog:
-        for step in range(1, 5):  # slow, but nobody is ended: 2 s in all
-            watchdog.beat(step, "training")
-            time.sleep(0.5)
-            dist.barrier()
-        if dist.get_rank() == 1:  # busy with something else, and making progress
-            for _ in range(100):
-                watchdog.beat(4, "saving a checkpoint")
-                time.sleep(0.1)
-        watchdog.beat(5, "training")
-        dist.barrier()
-
-
-def test_the_message_names_the_step_and_the_process_that_is_behind(tmp_path):
-    codes = in_group(_one_falls_behind, 2, tmp_path)
-    assert codes[0] == EXIT_HUNG and codes[1] != 0
-    message = (tmp_path / "log.0").read_text()
-    assert "error: process 0 has waited for 1.5 s in step 5 (training)" in message
-    assert "process 1 is still in step 4 (saving a checkpoint)" in message
+def test_the_message_names_the_step_and_the_processes_that_are_behind(monkeypatch, capfd):
+    """Processes 0 and 1 of three as two watchdogs on one store; process 2 never starts."""
+    codes, store = [], dist.HashStore()
+    monkeypatch.setattr(os, "_exit", lambda code: (codes.append(code), watchdogs[0]._end.set()))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    watchdogs = []
+    for rank in range(2):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        watchdogs.append(Watchdog(timeout=1.0))
+    with watchdogs[0], watchdogs[1]:
+        for step in range(1, 9):  # slow, but making progress: 1.6 s in all
+            for watchdog in watchdogs:
+                watchdog.beat(step, "training")
+            time.sleep(0.2)
+        assert codes == []
+        watchdogs[0].beat(9, "training")
+        deadline = time.monotonic() + 20
+        while not codes and time.monotonic() < deadline:
+            watchdogs[1].beat(8, "saving a checkpoint")  # busy with something else
+            time.sleep(0.1)
+    assert codes == [EXIT_HUNG]
+    message = capfd.readouterr().err
+    assert "error: process 0 has waited for 1 s in step 9 (training)" in message
+    assert "process 1 is still in step 8 (saving a checkpoint); process 2 was never heard of" in message

@@ -92,7 +92,7 @@ def test_overfits_one_batch(tmp_path, head):
         tmp_path,
         head,
         model={"dropout": 0.0},
-        train={"steps": 120, "global_batch": 4, "micro_batch": 4},
+        train={"steps": 80, "global_batch": 4, "micro_batch": 4},
         optim={"lr": 1e-2, "min_lr": 1e-3, "weight_decay": 0.0},
         eval={"every": 1000},
         checkpoint={"every": 1000},
