@@ -236,7 +236,8 @@ def check_tokenizer(init_from: str, data: TokenShards) -> str:
         folder, save = "tokenizer", f'python -c "{code}"\n  '
     raise UserError(
         f"model.init_from = {init_from}: its tokenizer is not the tokenizer of {data.folder}: {difference}. Prepare "
-        f"data with the model's:\n  {save}python -m data_prep.documents --tokenizer {folder} --out DIR FILES"
+        "the data with the model's tokenizer:\n  "
+        f"{save}python -m data_prep.documents --tokenizer {folder} --out DIR FILES"
     )
 
 
