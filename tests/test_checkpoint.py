@@ -33,7 +33,6 @@ from hgpt.run.checkpoint import (
     load_optimizer,
     load_random_state,
     load_state,
-    model_folder,
     newest_checkpoint,
     point_latest,
     random_state,
@@ -313,30 +312,6 @@ def test_latest_is_never_absent(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda a, b: (seen.append(os.readlink(tmp_path / "latest")), replace(a, b)))
     point_latest(tmp_path, tmp_path / "checkpoints" / "step_0000002")
     assert seen == ["checkpoints/step_0000001"]  # there until the rename, which is one step
-
-
-def test_model_folder(tmp_path):
-    run = tmp_path / "run"
-    checkpoint = save(run, 1)
-    (run / "config.toml").write_text("")
-    for path in (run, str(run), run / "latest", checkpoint, checkpoint / "model"):
-        assert (model_folder(path) / "config.json").samefile(checkpoint / "model" / "config.json")
-
-
-def test_model_folder_of_something_else(tmp_path):
-    with pytest.raises(UserError) as error:
-        model_folder(tmp_path / "none")
-    assert str(error.value) == (
-        f"{tmp_path / 'none'}: there is no such folder; give a run folder, a checkpoint folder or an exported model"
-    )
-    with pytest.raises(UserError) as error:
-        model_folder(tmp_path)
-    assert str(error.value) == (
-        f"{tmp_path} is no model: a run folder holds latest/, a checkpoint folder model/, an exported model config.json"
-    )
-    (tmp_path / "config.toml").write_text("")
-    with pytest.raises(UserError, match=r"the run has no checkpoint yet; wait for checkpoint\.every steps or train on"):
-        model_folder(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------
