@@ -214,17 +214,17 @@ def check_tokenizer(init_from: str, data: TokenShards) -> str:
         UserError: they differ. The message gives the command that prepares data with the model's tokenizer.
     """
     if Path(init_from).is_file():
-        return "nanoGPT's ckpt.pt holds no tokenizer to compare: make sure that it is the one of the data"
+        return "nanoGPT's ckpt.pt holds no tokenizer to compare: make sure that the data has the model's tokens"
     with _naming_the_setting(init_from):
         source = find_source(init_from)
         source.load_config()  # so that a model that is not there is not taken for one without a tokenizer
     try:
         of_model = source.load_tokenizer()
     except UserError:
-        return f"no tokenizer lies in {source.folder} to compare: make sure that it is the one of the data"
+        return f"no tokenizer lies in {source.folder} to compare: make sure that the data has the model's tokens"
     of_data = _tokenizer_of(data)
     if of_data is None:
-        return f"no tokenizer lies in {data.folder} to compare: make sure that it is the one of the model"
+        return f"no tokenizer lies in {data.folder} to compare: make sure that its tokens are those of the model"
     difference = _difference(of_data, of_model)
     if difference is None:
         return "the model and the data have the same tokenizer"
@@ -236,7 +236,8 @@ def check_tokenizer(init_from: str, data: TokenShards) -> str:
         folder, save = "tokenizer", f'python -c "{code}"\n  '
     raise UserError(
         f"model.init_from = {init_from}: its tokenizer is not the tokenizer of {data.folder}: {difference}. Prepare "
-        f"data with the model's:\n  {save}python -m data_prep.documents --tokenizer {folder} --out DIR FILES"
+        "the data with the model's tokenizer:\n  "
+        f"{save}python -m data_prep.documents --tokenizer {folder} --out DIR FILES"
     )
 
 
@@ -415,24 +416,29 @@ def _naming_the_setting(init_from: str) -> Iterator[None]:
 
 
 def _tokenizer_of(data: TokenShards) -> Any:
-    """The tokenizer of a data folder. A folder of nanoGPT's or llm.c's has none; of GPT-2's size, it is GPT-2's BPE."""
+    """The tokenizer of a data folder, None if it is not known.
+
+    A folder of nanoGPT or llm.c holds no tokenizer; tokens of GPT-2's vocabulary size are taken to be GPT-2's.
+    """
     file = data.folder / TOKENIZER_FILE
     if file.is_file():
         return hf_tokenizer(file, 1, data.end_of_text)
     if data.vocab_size != GPT2_TOKENS:
         return None
-    with TemporaryDirectory() as folder:
-        return hf_tokenizer(load_tokenizer("gpt2").save(folder), 1)
+    try:
+        with TemporaryDirectory() as folder:
+            return hf_tokenizer(load_tokenizer("gpt2").save(folder), 1)
+    except UserError:  # GPT-2's files are not on this machine and cannot be downloaded
+        return None
 
 
 def _difference(of_data: Any, of_model: Any) -> str | None:
     """A sentence on the first difference between two tokenizers of transformers, None if they are the same."""
-    vocabulary, of_both = of_data.get_vocab(), of_model.get_vocab()
-    for token, number in sorted(vocabulary.items(), key=lambda item: item[1]):
-        if of_both.get(token) != number:
+    in_data, in_model = of_data.get_vocab(), of_model.get_vocab()
+    for token, number in sorted(in_data.items(), key=lambda item: item[1]):
+        if in_model.get(token) != number:
             return f"token {number} of the data is {token!r}, of the model {of_model.convert_ids_to_tokens(number)!r}"
     special = {*of_data.all_special_ids, *of_model.all_special_ids}
-    texts = of_data.batch_decode([[number] for number in sorted(vocabulary.values()) if number not in special])
-    probe = "".join(texts)
-    of_data, of_model = (tokenizer(probe, add_special_tokens=False).input_ids for tokenizer in (of_data, of_model))
-    return None if of_data == of_model else "they share a vocabulary, but encode the same text differently"
+    probe = "".join(of_data.batch_decode([[number] for number in sorted(in_data.values()) if number not in special]))
+    first, second = (tokenizer(probe, add_special_tokens=False).input_ids for tokenizer in (of_data, of_model))
+    return None if first == second else "they share a vocabulary, but encode the same text differently"

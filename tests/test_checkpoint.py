@@ -29,7 +29,6 @@ from hgpt.run.checkpoint import (
     checkpoints,
     damage,
     data_fingerprint,
-    model_folder,
     newest_checkpoint,
     point_latest,
     random_state,
@@ -260,29 +259,6 @@ def test_latest_is_a_relative_link_and_never_absent(tmp_path, monkeypatch):
     point_latest(run, checkpoint_folder(run, 1))
     assert os.readlink(run / "latest") == "checkpoints/step_0000001"
     assert not (run / ".latest.partial").is_symlink()
-
-
-def test_model_folder(tmp_path):
-    run = tmp_path / "run"
-    checkpoint = save(run, 1)
-    (run / "config.toml").write_text("")
-    for path in (run, str(run), run / "latest", checkpoint, checkpoint / "model"):
-        assert (model_folder(path) / "config.json").samefile(checkpoint / "model" / "config.json")
-
-
-def test_model_folder_of_something_else(tmp_path):
-    for path, message in (
-        (tmp_path / "none", "there is no such folder; give a run folder, a checkpoint folder or an exported model"),
-        (
-            tmp_path,
-            "is no model: a run folder holds latest/, a checkpoint folder model/, an exported model config.json",
-        ),
-    ):
-        with pytest.raises(UserError, match=f"{path}.*{message}"):
-            model_folder(path)
-    (tmp_path / "config.toml").write_text("")
-    with pytest.raises(UserError, match=r"the run has no checkpoint yet; wait for checkpoint\.every steps or train on"):
-        model_folder(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from data_prep import documents
+from hgpt import source
 from hgpt.data.shards import TokenShards
 from hgpt.data.tokenizer import load_tokenizer
 from hgpt.errors import UserError
@@ -77,10 +78,10 @@ def test_a_run_a_checkpoint_and_an_export(tmp_path):
         (old / "model", "first step 3", 3),
         (tmp_path / "exported", "exported", None),
     ):
-        source = find_source(str(name))
-        assert (source.label, source.step, source.run) == (label, step, None if step is None else run)
-        assert source.tokens_seen == (None if step is None else 128 * step)
-        assert source.load_config().n_embd == D
+        found = find_source(str(name))
+        assert (found.label, found.step, found.run) == (label, step, None if step is None else run)
+        assert found.tokens_seen == (None if step is None else 128 * step)
+        assert found.load_config().n_embd == D
 
 
 @pytest.mark.parametrize(
@@ -432,12 +433,18 @@ def test_one_vocabulary_with_other_merges_is_refused(models, tmp_path):
         check_tokenizer(str(folder), TokenShards.open(models / "data_one", "train"))
 
 
-def test_what_cannot_be_compared_is_said(models, tmp_path):
+def test_what_cannot_be_compared_is_said(models, tmp_path, monkeypatch):
+    def out_of_reach(name: str) -> None:
+        raise UserError(name)
+
     data = TokenShards.open(models / "data_one", "train")
     assert "ckpt.pt holds no tokenizer" in check_tokenizer(str(save_nanogpt(tmp_path / "ckpt.pt", {})), data)
     save_gpt2(tmp_path / "without")
     assert f"no tokenizer lies in {tmp_path / 'without'}" in check_tokenizer(str(tmp_path / "without"), data)
     nameless = TokenShards.open(bare(tmp_path / "bare", encode(byte_pairs(300), TEXT)), "train", 300)
+    assert f"no tokenizer lies in {tmp_path / 'bare'}" in check_tokenizer(str(models / "one"), nameless)
+    nameless.vocab_size = source.GPT2_TOKENS  # GPT-2's, whose files are out of reach
+    monkeypatch.setattr(source, "load_tokenizer", out_of_reach)
     assert f"no tokenizer lies in {tmp_path / 'bare'}" in check_tokenizer(str(models / "one"), nameless)
     with pytest.raises(UserError, match="init_from = nobody/such-a-model"):
         check_tokenizer("nobody/such-a-model", data)

@@ -286,24 +286,6 @@ def find_checkpoint(config: RunConfig, warn: Callable[[str], None]) -> Path | No
     return checkpoint
 
 
-def model_folder(path: str | Path) -> Path:
-    """The exported model that `path` stands for: a run folder, a checkpoint folder or an exported model folder.
-
-    Raises UserError when it is none of them.
-    """
-    path = Path(path)
-    for candidate in (path, path / MODEL, path / LATEST / MODEL):
-        if (candidate / "config.json").is_file():
-            return candidate
-    if not path.exists():
-        raise UserError(f"{path}: there is no such folder; give a run folder, a checkpoint folder or an exported model")
-    if (path / CONFIG_FILE).is_file():
-        raise UserError(f"{path}: the run has no checkpoint yet; wait for checkpoint.every steps or train on")
-    raise UserError(
-        f"{path} is no model: a run folder holds {LATEST}/, a checkpoint folder {MODEL}/, an exported model config.json"
-    )
-
-
 # --------------------------------------------------------------------------------------------------------------
 # Saving
 
