@@ -24,10 +24,6 @@ def of(model: ModelResult) -> list[dict[str, Any]]:
     return model.found.get(NAME) or []
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Numbers
-
-
 def neighbours(loaded: LoadedModel, token: int, k: int) -> list[tuple[str, float]]:
     """The `k` centres nearest to the centre of `token`, itself left out, with their distances.
 

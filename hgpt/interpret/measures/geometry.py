@@ -19,10 +19,6 @@ def of(model: ModelResult, cloud: str) -> dict[str, Any] | None:
     return model.found.get(NAME, {}).get(cloud)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Numbers
-
-
 def explained_variance(eigenvalues: np.ndarray) -> np.ndarray:
     """Cumulated share of the variance, Σ_{i ≤ k} λ_i / Σ λ_i for k = 1 … D, of eigenvalues in falling order, (D,)."""
     return np.cumsum(eigenvalues) / np.sum(eigenvalues)
