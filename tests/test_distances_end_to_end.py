@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 import hgpt
 import sample
 import train
+from hgpt import cli
 from hgpt.errors import UserError
 from hgpt.interpret.__main__ import main as report
 from hgpt.interpret.measures import centres
@@ -243,11 +244,11 @@ def test_a_report_on_a_distance_of_ones_own(
     monkeypatch.delitem(hgpt.model.distances._REGISTRY, "lorentzian")
     hgpt.model.distances._load_distances.cache_clear()
     options = [str(folder), "--out", str(tmp_path / "out"), "--bootstrap", "100", "--final-only"]
-    assert report(options) == 2
+    assert cli.run(report, options) == 2
     assert "got 'lorentzian'" in capsys.readouterr().err
-    assert report([*options, "--distance-file", str(tmp_path / "none.py")]) == 2
+    assert cli.run(report, [*options, "--distance-file", str(tmp_path / "none.py")]) == 2
     assert "--distance-file: " in capsys.readouterr().err
-    assert report([*options, "--distance-file", LORENTZIAN]) == 0
+    assert cli.run(report, [*options, "--distance-file", LORENTZIAN]) == 0
     assert (tmp_path / "out" / "index.html").exists()
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from hgpt.interpret.blocks import Drawing
+from hgpt.interpret import report
+from hgpt.interpret.blocks import Details, Drawing, Prose, paragraph
 from hgpt.interpret.drawing import look, measure_against_loss, save_figure, swatch
-from hgpt.interpret.measure import Analysis, ModelResult, counts_text
+from hgpt.interpret.measure import Analysis, Measure, ModelResult, Quantity, counts_text
 from hgpt.interpret.measures import MEASURES, calibration, lens, parallelograms, planes
 from hgpt.interpret.measures.differences import duplicate_variants, variant_signs, variants
 from hgpt.interpret.measures.parallelograms import PRESET, RelationScore, scores_by_relation
@@ -292,3 +294,29 @@ def test_ten_arms_can_be_told_apart_and_nothing_is_cut_off(tmp_path: Path):
 def test_arms_without_exponents_keep_their_names():
     figure = measure_against_loss([{"arm": "a", "loss": 4.0, "m": 1.0}], {"m": "m"}, "one run")
     assert legend(figure) == ["a"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The protocol
+
+
+def test_a_new_measure_is_one_entry(monkeypatch):
+    """Its numbers are in the JSON, in the summary, in hgpt.compare's columns and in a section that is escaped."""
+    new = Measure(
+        name="answer",
+        title="The <answer>",
+        rows=lambda model: {"answer": model.found["answer"], "quality": {"answer": np.float32(0.5)}},
+        section=lambda found: [Prose(items=["one", "<two>"]), Details(title="more", blocks=[paragraph("folded")])],
+        quantities=(Quantity("the answer", lambda model: model.found["answer"], "higher", key="answer", axis="a"),),
+    )
+    monkeypatch.setattr(report, "MEASURES", (*MEASURES, new))
+    first = model("a", {PRESET: {"x": relation(1.0)}})
+    first.found["answer"] = Estimate(value=42.0, low=41.0, high=float("nan"))
+    found = analysis(first)
+    (entry,) = report._plain(report.to_json(found))["models"]
+    assert entry["answer"] == {"value": 42.0, "low": 41.0, "high": None} and entry["quality"] == {"answer": 0.5}
+    assert report.summary([first])[-1] == ("the answer ↑", [first.found["answer"]])
+    assert report.readability(first)["answer"] == 42.0
+    page = report.page(found, report.page_sections(found), defaultdict(str))
+    assert '<section id="answer"><h2>The &lt;answer&gt;</h2>' in page and '<a href="#answer">' in page
+    assert "<li>one</li><li>&lt;two&gt;</li>" in page and "<p>folded</p>" in page
