@@ -21,7 +21,6 @@ class Covariance:
 
     mean: np.ndarray
     matrix: np.ndarray
-    count: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,7 @@ def covariance(x: np.ndarray) -> Covariance:
     for start in range(0, len(x), CHUNK):
         part = x[start : start + CHUNK] - mean
         matrix += part.T @ part
-    return Covariance(mean=mean, matrix=matrix / len(x), count=len(x))
+    return Covariance(mean=mean, matrix=matrix / len(x))
 
 
 def principal_axes(matrix: np.ndarray, components: int | None = None) -> PrincipalAxes:
@@ -79,8 +78,8 @@ class ScoreSettings:
             inside the plane ("relation"), or of the vocabulary in the full space, whatever the plane ("full_space").
         words: which token stands for a word.
         vectors: rows of the input embedding, or the centres (rows of the unembedding).
-        distinct: leave out pairs whose two words have the same token and pairs of tokens that occurred before. Where
-            a word is its last token there may be many of them, and their parallelograms are perfect for no reason.
+        distinct: leave out pairs whose two words have the same token, and pairs of tokens that occurred before. Where
+            a word is its last token there may be many of them, and the tokens alone make their parallelograms perfect.
     """
 
     components: int | None = 2

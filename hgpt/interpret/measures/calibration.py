@@ -37,10 +37,6 @@ def of(model: ModelResult) -> Calibration | None:
     return model.found.get(NAME)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Numbers
-
-
 def confidence_bins(confidence: np.ndarray, bins: int = BINS) -> np.ndarray:
     """The bin of each position, (N,), in 0 … bins − 1: bin m holds the confidences in (m / M, (m + 1) / M]."""
     return np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)

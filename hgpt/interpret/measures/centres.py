@@ -24,15 +24,11 @@ def of(model: ModelResult) -> list[dict[str, Any]]:
     return model.found.get(NAME) or []
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Numbers
-
-
 def neighbours(loaded: LoadedModel, token: int, k: int) -> list[tuple[str, float]]:
     """The `k` centres nearest to the centre of `token`, itself left out, with their distances.
 
-    By the metric of a harmonic head; by 1 − cosine for a softmax head, whose rows differ in length for reasons of
-    frequency.
+    By the metric of a harmonic head; by 1 − cosine for a softmax head, in which the length of a row depends on the
+    token's frequency.
     """
     values, tokens = loaded.distances_from_centre(token).topk(min(k + 1, loaded.vocab_size), largest=False)
     found = zip(tokens.tolist(), values.tolist(), strict=True)

@@ -19,10 +19,6 @@ def of(model: ModelResult, cloud: str) -> dict[str, Any] | None:
     return model.found.get(NAME, {}).get(cloud)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Numbers
-
-
 def explained_variance(eigenvalues: np.ndarray) -> np.ndarray:
     """Cumulated share of the variance, Σ_{i ≤ k} λ_i / Σ λ_i for k = 1 … D, of eigenvalues in falling order, (D,)."""
     return np.cumsum(eigenvalues) / np.sum(eigenvalues)
@@ -145,9 +141,8 @@ def section(analysis: Analysis) -> list[Block]:
     hidden = f"; hidden states: a sample of {sampled} validation positions of: {analysis.data_source}"
     return [
         paragraph(
-            "Ranks, participation ratio, isotropy, mean cosine and norms are in the summary. Those of the centres are "
-            "computed from all the weights, exactly: they have no interval, and vary over seeds only. They are "
-            "Euclidean, whatever the head's distance."
+            "Ranks, participation ratio, isotropy, mean cosine and norms are in the summary. Those of the centres have "
+            "no interval: they are computed from all the weights, and vary over seeds only."
             + (f" The rank of hidden states is that of a sample of {sampled} positions." if "hidden" in clouds else "")
         ),
         sign(

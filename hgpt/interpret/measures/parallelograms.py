@@ -110,10 +110,6 @@ def preset(model: ModelResult) -> Scores:
     return of(model).get(PRESET, {})
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Numbers
-
-
 def pairs_of_pairs(pairs: int, count: int, seed: int) -> np.ndarray:
     """`count` random pairs (i, j) of different pairs, (count, 2), drawn with replacement."""
     rng = np.random.default_rng(seed)

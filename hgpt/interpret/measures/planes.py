@@ -25,7 +25,7 @@ FIGURES: dict[PlaneOf, dict[str, str]] = {
         "name": "planes_of_relations",
         "title": "Words in the plane of their relation",
         "caption": "Arrows go from input to output; parallel arrows of one length are parallelograms. The plane is "
-        "fitted to the relation's words, which makes it look as regular as it can; mind the share of the variance. "
+        "fitted to the relation's words, so it looks as regular as possible; mind the share of the variance. "
         "Each word stands where its last token does, which several words may share. Of each relation pairs that lie "
         f"far apart are drawn, at most {PAIRS}.",
         "axes": "the relation's words",

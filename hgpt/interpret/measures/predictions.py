@@ -22,10 +22,6 @@ def of(model: ModelResult) -> dict[str, Any]:
     return model.found.get(NAME) or {"quality": {}, "bands": []}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Numbers
-
-
 def bits_per_byte(losses: np.ndarray, text_bytes: np.ndarray) -> float:
     """Σ loss / (ln 2 · Σ bytes): losses of targets in nats, and the bytes of UTF-8 that these stand for, in any parts.
 

@@ -39,10 +39,6 @@ def of(model: ModelResult) -> list[Reading]:
     return model.found.get(NAME) or []
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Numbers
-
-
 @torch.inference_mode()
 def read_text(loaded: LoadedModel, inputs: np.ndarray, targets: np.ndarray, k: int) -> list[Reading]:
     """For each position of `inputs`, (T,), its target and its `k` most probable tokens with their distance ratios.

@@ -24,10 +24,6 @@ class Similarity:
     last_layer: float
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Numbers
-
-
 def centred_gram(x: np.ndarray) -> np.ndarray:
     """K̃ of the linear kernel K = X Xᵀ, (N, N), U-centred: off its diagonal
 
