@@ -30,8 +30,9 @@ from tqdm import tqdm
 
 from hgpt.data.baselines import unigram_loss
 from hgpt.data.batches import DeviceBatches, TrainingBatches
-from hgpt.data.shards import TokenShards, verify
+from hgpt.data.shards import TokenShards
 from hgpt.data.tokenizer import hf_tokenizer
+from hgpt.data.verify import verify
 from hgpt.durable import folder_lock
 from hgpt.errors import UserError
 from hgpt.model.configuration_hgpt import HGPTConfig
