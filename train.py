@@ -17,7 +17,8 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from hgpt.data.batches import TrainingBatches
-from hgpt.data.shards import TokenShards, verify
+from hgpt.data.shards import TokenShards
+from hgpt.data.verify import verify
 from hgpt.hardware import device_name
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.checkpoint import Checkpoint, Checkpoints

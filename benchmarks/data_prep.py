@@ -34,20 +34,21 @@ import tiktoken
 import torch
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from data_prep.openwebtext import SEED, VAL_FRACTION, prepare_openwebtext
-from data_prep.text_files import find_files, read_documents
+from data_prep.encoding import decode_utf8, read_documents
+from data_prep.engine import prepare
+from data_prep.openwebtext import SEED, VAL_FRACTION, OpenWebText
+from data_prep.text_files import Fields, find_files, find_sections
 from hgpt.data.batches import TrainingBatches, epoch_permutation, num_windows
 from hgpt.data.shards import (
     HEADER_BYTES,
-    MAGIC,
     TOKEN,
     TOKENS_PER_SHARD,
-    VERSION,
     DataMeta,
     ShardRecord,
     SplitMeta,
     TokenShards,
     read_meta,
+    shard_header,
     shard_name,
     write_meta,
 )
@@ -69,6 +70,11 @@ class Timing(NamedTuple):
     tokens: int
 
 
+def read_texts(files: list[Path]) -> list[str]:
+    sections, _ = find_sections(files, Fields())
+    return [decode_utf8(document or b"")[0] for document in read_documents(sections, Fields(), [])]
+
+
 def tiktokens_own() -> tiktoken.Encoding:
     """What tiktoken.get_encoding("gpt2") returns, without its download."""
     tokenizer = load_tokenizer("gpt2")
@@ -84,7 +90,8 @@ def tiktokens_own() -> tiktoken.Encoding:
 def ours(files: list[Path], folder: Path, workers: int) -> Timing:
     """The shards of the documents in `files`, which lie in one folder."""
     start = time.perf_counter()
-    prepare_openwebtext(folder / "ours", source=str(files[0].parent), workers=workers)
+    recipe = OpenWebText(tokenizer="gpt2", val_fraction=VAL_FRACTION, seed=SEED, source=str(files[0].parent))
+    prepare(folder / "ours", recipe, workers=workers)
     seconds = time.perf_counter() - start
     splits = read_meta(folder / "ours").splits
     return Timing(seconds, sum(split.tokens for split in splits.values()))
@@ -126,7 +133,7 @@ def nanogpts_way(files: list[Path], folder: Path, workers: int) -> Timing:
 def bare(files: list[Path], folder: Path, workers: int, barrier: Barrier | None = None) -> Timing:
     """`encode_ordinary` of all documents, one after the other in this process."""
     encoding = tiktokens_own()
-    texts = [document.decode() for document in read_documents(files)]
+    texts = read_texts(files)
     if barrier is not None:
         barrier.wait()
     start = time.perf_counter()
@@ -137,7 +144,7 @@ def bare(files: list[Path], folder: Path, workers: int, barrier: Barrier | None 
 def our_pattern(files: list[Path], folder: Path, workers: int) -> Timing:
     """All documents, one after the other, by the tokenizer that encodes in `ours`."""
     tokenizer = load_tokenizer("gpt2")
-    texts = [document.decode() for document in read_documents(files)]
+    texts = read_texts(files)
     start = time.perf_counter()
     tokens = sum(tokenizer.encode_batch([text])[0].size for text in texts)
     return Timing(time.perf_counter() - start, tokens + len(texts))
@@ -180,7 +187,7 @@ def _timed(way: str, files: list[Path], folder: Path, workers: int, connection: 
 
 def measure_preparation(source: str, folder: Path, *, workers: int, copies: int, rounds: int) -> None:
     originals, _ = find_files([source])
-    size = sum(len(document) for document in read_documents(originals))
+    size = sum(len(text.encode()) for text in read_texts(originals))
     inputs = folder / "input"
     inputs.mkdir()
     for copy in range(copies):
@@ -239,11 +246,9 @@ def sparse_data_set(folder: Path, tokens: int) -> None:
         records: list[ShardRecord] = []
         for first in range(0, count, TOKENS_PER_SHARD):
             length = min(TOKENS_PER_SHARD, count - first)
-            header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
-            header[:3] = MAGIC, VERSION, length
             name = shard_name(split, len(records))
             with open(folder / name, "wb") as file:
-                file.write(header.data)
+                file.write(shard_header(length))
                 file.truncate(HEADER_BYTES + length * TOKEN.itemsize)
             records.append(ShardRecord(file=name, tokens=length, sha256="0" * 64))
         splits[split] = SplitMeta(tokens=count, documents=1, bytes=4 * count, shards=tuple(records))

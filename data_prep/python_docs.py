@@ -8,17 +8,26 @@ and on nothing else: neither on the file system's order nor on installed package
 """
 
 import ast
+import json
 import os
 import platform
 import re
 import sys
 import sysconfig
+import tempfile
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from data_prep.documents import add_options, core_settings, prepare, summary
+from data_prep.documents import Documents
+from data_prep.encoding import Tally
+from data_prep.engine import INTERRUPTED, prepare
+from data_prep.parts import Record
+from data_prep.recipe import Source, add_options
+from data_prep.state import Preparation
 from hgpt.cli import Parser, run
 from hgpt.data.baselines import unigram_loss
 from hgpt.data.shards import SPLITS, TokenShards
@@ -116,8 +125,23 @@ def _is_prose(docstring: str) -> bool:
     return len(re.findall(r"[A-Za-z]{2,}", docstring)) >= 4 and letters >= 0.7 * len(docstring)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PythonDocs(Documents):
+    """The documents of `python_docs`, in a file made for the purpose."""
+
+    @property
+    def source_name(self) -> str:
+        return "documentation of Python: pydoc_data.topics and the docstrings of the standard library"
+
+    def find_source(self, preparation: Preparation) -> Source:
+        return replace(super().find_source(preparation), revision=f"Python {platform.python_version()}")
+
+    def describe(self, record: Record, tally: Tally) -> dict[str, Any]:
+        described = super().describe(record, tally)
+        return {name: value for name, value in described.items() if name not in ("text_column", "separator")}
+
+
 def main(arguments: Sequence[str]) -> str:
-    """Prepare the documentation; returns the summary."""
     parser = Parser(
         prog="python -m data_prep.python_docs",
         description="Turn the documentation of this Python (help topics and docstrings of the standard "
@@ -126,24 +150,19 @@ def main(arguments: Sequence[str]) -> str:
     parser.add_argument(
         "--out",
         default="data/python_docs",
+        type=Path,
         metavar="FOLDER",
         help="data folder to write, new or empty (default: %(default)s)",
     )
     add_options(parser, tokenizer="bpe:2048", val_fraction=0.05)
     options = parser.parse_args(arguments)
-    documents = python_docs()
-    prepared = prepare(
-        lambda: (document.encode() for document in documents),
-        options.out,
-        source="documentation of Python: pydoc_data.topics and the docstrings of the standard library",
-        source_revision=f"Python {platform.python_version()}",
-        total=len(documents),
-        **core_settings(options),
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "python_docs.jsonl")
+        file.write_text("".join(json.dumps({"text": document}) + "\n" for document in python_docs()))
+        summary = prepare(options.out, PythonDocs.of(options, files=[str(file)]), workers=options.workers)
     train, val = (TokenShards.open(options.out, split) for split in SPLITS)
-    unigram = f"unigram model     {unigram_loss(train, val):.4f} nats/token on val: what a model has to beat"
-    return f"{summary(prepared)}\n{unigram}"
+    return f"{summary}\nunigram model     {unigram_loss(train, val):.4f} nats/token on val: what a model has to beat"
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, interrupted="interrupted: what was written so far was removed again"))
+    sys.exit(run(main, interrupted=INTERRUPTED))

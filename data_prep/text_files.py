@@ -1,59 +1,56 @@
 """Text files to documents: .txt, .jsonl and .parquet, the first two also compressed by gzip or zstd.
 
-A document is the bytes of UTF-8 text, possibly invalid: the decoding is left to whoever encodes it, in parallel.
-`read_documents` reads files from the first to the last document, and holds each as a whole.
-
-`find_sections` cuts the files into sections, which several processes read at once with `read_section`. There a document
-of more than LONG_DOCUMENT bytes is a `LongDocument`, to be read a piece at a time, and of a .txt or .jsonl file no more
-than a piece is ever held: some 20 MB of memory while it is decoded. Not so of a Parquet file, for pyarrow reads whole
-values: it takes up to four times the size of the largest one (compressed, decompressed, as a value, and what its memory
-pool holds back), or of BATCH_ROWS_OF_LARGE neighbours; of all values in a row group of up to LARGE_ROW_GROUP bytes.
+`find_files` finds the files, `find_sections` cuts them into sections of a few megabytes, and several processes read
+sections at once with `read_section`. A document is the bytes of UTF-8 text; whoever decodes it meets invalid bytes.
+Only one document is in memory at a time, and none may be larger than LARGEST_DOCUMENT. (pyarrow reads whole values: it
+holds up to BATCH_ROWS of them.)
 """
 
+import codecs
 import gzip
 import io
+import json
 import os
+import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from math import ceil
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep import long_documents
-from data_prep.jsonl import BadLine, pieces_of_line, text_of_line, text_of_long_line, without_mark
-from data_prep.long_documents import LongDocument, spool
 from hgpt.errors import UserError
 
 COMPRESSED = (".gz", ".zst")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 READ_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException)
 
-SECTION_BYTES = 4 << 20  # of text: some 0.4 s of work with tiktoken, so that many processes end together
-# What stands before a section in its row group is decompressed for it once more, and what stands before it in its
-# compressed file once for every process that reads sections of it. So these have few sections, of any size up to this,
-# which is no more than a shard of text: a byte is one token at most.
+LARGEST_DOCUMENT = 64 << 20  # bytes of a text file, of a line of JSON, of a value in a Parquet file
+SECTION_BYTES = 4 << 20  # of text: about 0.4 s of work with tiktoken, so that the processes finish together
+# A row group is decompressed from its beginning for each of its sections, a compressed file for each process that reads
+# sections of it. So these have few sections, and larger ones.
 SECTIONS_PER_ROW_GROUP = 4
-LARGEST_SECTION = 100_000_000
-BATCH_BYTES = 1 << 20  # of a Parquet file at once, if all its rows are of average size
-BATCH_ROWS = 64
-# Where more than this can stand in a few rows, fewer are read at once. That takes longer: 12 us instead of 9 for a row
-# of 5 kB, of which encoding takes 500.
-LARGE_ROW_GROUP = 64_000_000
-BATCH_ROWS_OF_LARGE = 8
+LARGEST_SECTION = 32 << 20
+BLOCK = 1 << 20  # bytes that are read from a file at a time
+BATCH_ROWS = 16  # rows that are read from a Parquet file at a time
+
+
+class BadDocument(UserError):
+    """A document that cannot be used; the documents behind it can be read."""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files
 
 
 def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
-    """The text files named by `paths`, folders searched in full, sorted; and the files of folders left out.
+    """The text files named by `paths`, sorted, and the other files in the folders among them, which are left out.
 
-    A file that is named itself must be of a kind that can be read; in a folder, others (a README, say) are
-    left out, hidden ones silently.
+    Folders are searched in full, linked folders too; hidden files and folders are left out without a word. A file that
+    is named itself must be of a kind that can be read. A file that is found twice is taken once. Raises UserError.
     """
     found: list[Path] = []
     ignored: list[Path] = []
@@ -87,57 +84,21 @@ def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """The files in a folder and its folders, but for hidden ones. Raises OSError for a folder that cannot be read."""
-
     def fail(error: OSError) -> NoReturn:
         raise error
 
     found = []
-    for parent, folders, files in os.walk(folder, onerror=fail):  # Path.rglob leaves out what it cannot read
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    seen = {os.path.realpath(folder)}  # a link may lead back to a folder above it
+    for parent, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        wanted = []
+        for name in sorted(folders):
+            real = os.path.realpath(os.path.join(parent, name))
+            if not name.startswith(".") and real not in seen:
+                seen.add(real)
+                wanted.append(name)
+        folders[:] = wanted
         found += [Path(parent, name) for name in files if not name.startswith(".")]
     return [file for file in found if file.is_file()]
-
-
-def read_documents(files: Sequence[Path], text_column: str = "text", separator: str | None = None) -> Iterator[bytes]:
-    """The documents of the files, in order, as bytes of UTF-8 text, possibly invalid; one is held at a time.
-
-    A .txt file is one document, or several with `separator` between them; a .jsonl file has one per line and a .parquet
-    file one per row, in the field or column `text_column`; a null there is an empty document. Raises UserError with
-    file and line or column.
-    """
-    for file in files:
-        kind = kind_of(file)
-        try:
-            if kind == ".parquet":
-                yield from _read_parquet(file, text_column)
-            else:
-                with _open(file) as stream:
-                    if kind == ".txt":
-                        content = without_mark(stream.read(), file)
-                        yield from [content] if separator is None else content.split(separator.encode())
-                    else:
-                        yield from _read_jsonl(stream, file, text_column)
-        except READ_ERRORS as error:
-            raise _unreadable(file, error) from error
-
-
-def count_documents(files: Sequence[Path]) -> int | None:
-    """The number of documents if it can be had without reading them, which .jsonl does not allow."""
-    total = 0
-    for file in files:
-        kind = kind_of(file)
-        if kind == ".jsonl":
-            return None
-        try:
-            total += pq.read_metadata(file).num_rows if kind == ".parquet" else 1
-        except READ_ERRORS as error:
-            raise _unreadable(file, error) from error
-    return total
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} cannot be read: {error}. Is it complete? Copy it again.")
 
 
 def kind_of(path: Path) -> str | None:
@@ -152,166 +113,78 @@ def is_compressed(path: Path) -> bool:
     return path.suffix.lower() in COMPRESSED
 
 
-def _open(path: Path) -> io.BufferedIOBase | IO[bytes]:
+def _open(path: Path) -> IO[bytes]:
     suffix = path.suffix.lower()
     if suffix == ".gz":
-        return gzip.open(path, "rb")
+        return io.BufferedReader(gzip.open(path, "rb"))
     if suffix == ".zst":
         # By pyarrow, because the reader of the package zstandard takes a truncated file for a whole one.
-        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"), 1 << 20)
+        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"), BLOCK)
     return open(path, "rb")
 
 
-def _read_jsonl(stream: Iterable[bytes], path: Path, text_column: str) -> Iterator[bytes]:
-    for number, line in enumerate(stream, start=1):
-        if number == 1:
-            line = without_mark(line, path)
-        if line.strip():
-            yield text_of_line(line, path, number, text_column) or b""
-
-
-def _read_parquet(path: Path, text_column: str) -> Iterator[bytes]:
-    with _open_parquet(path) as file:
-        wrong = _wrong_column(file.schema_arrow, text_column)
-        if wrong is not None:
-            raise UserError(f"{path}{wrong}")
-        for row_group in range(file.num_row_groups):
-            rows = _row_group(file, row_group, text_column)
-            yield from (b"" if row is None else bytes(row) for row in rows)
-
-
-def _open_parquet(path: Path) -> pq.ParquetFile:
-    # Without pre_buffer a row group is read a megabyte at a time and not as a whole.
-    return pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
-
-
-def _wrong_column(schema: pa.Schema, text_column: str) -> str | None:
-    """Why `text_column` of a Parquet file holds no text, to stand behind the name of the file; None if it does."""
-    if text_column not in schema.names:
-        return (
-            f" has no column {text_column!r}; its columns are {', '.join(schema.names) or 'none'}. Name the one that "
-            "holds the text with --text-column."
-        )
-    kind = schema.field(text_column).type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    text = (
-        pa.types.is_string,
-        pa.types.is_large_string,
-        pa.types.is_string_view,
-        pa.types.is_binary,
-        pa.types.is_large_binary,
-    )
-    if any(test(kind) for test in text):
-        return None
-    return (
-        f": the column {text_column!r} holds {kind}, not text. Its columns are {', '.join(schema.names)}: name the "
-        "one that holds the text with --text-column."
-    )
-
-
-def _row_group(
-    file: pq.ParquetFile, row_group: int, text_column: str, first: int = 0, number: int | None = None
-) -> Iterator[memoryview | None]:
-    """`number` rows of a row group, or all, from row `first` on; null is None.
-
-    As bytes: pyarrow makes no str of invalid UTF-8. They lie in a batch of pyarrow's: of BATCH_BYTES if its rows are of
-    average size. How large they are, only reading them tells, so that it never has many rows.
-    """
-    rows = file.metadata.row_group(row_group).num_rows
-    end = rows if number is None else first + number
-    size = _text_bytes(file.metadata, row_group, text_column)
-    most_rows = BATCH_ROWS if size <= LARGE_ROW_GROUP else BATCH_ROWS_OF_LARGE
-    batch_size = max(1, min(most_rows, BATCH_BYTES * rows // max(1, size)))
-    position = 0
-    for batch in file.iter_batches(batch_size, row_groups=[row_group], columns=[text_column], use_threads=False):
-        column = batch.column(0)
-        wanted = column[max(0, first - position) : max(0, end - position)]
-        position += len(column)
-        if len(wanted):
-            if pa.types.is_dictionary(wanted.type):
-                wanted = wanted.dictionary_decode()
-            yield from _values(wanted.cast(pa.large_binary()))
-        if position >= end:
-            break
-
-
-def _values(texts: pa.LargeBinaryArray) -> Iterator[memoryview | None]:
-    """The values one by one, where they lie: a pyarrow scalar would be a copy of each."""
-    _, offsets, content = texts.buffers()
-    ends = np.frombuffer(offsets, dtype=np.int64)[texts.offset :]
-    view = memoryview(content) if content is not None else memoryview(b"")
-    for index, valid in enumerate(texts.is_valid().to_pylist()):
-        yield view[ends[index] : ends[index + 1]] if valid else None
-
-
-def _text_bytes(metadata: pq.FileMetaData, row_group: int, text_column: str) -> int:
-    """The size of the text column in a row group before compression."""
-    columns = metadata.row_group(row_group)
-    for index in range(columns.num_columns):
-        if columns.column(index).path_in_schema == text_column:
-            return columns.column(index).total_uncompressed_size
-    raise UserError(f"no column {text_column!r}")
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} cannot be read: {error}. Is it complete? Copy it again.")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Sections: what one process reads without reading what stands before it
+# Sections: what a process reads without reading what stands before it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fields:
+    """Where the documents are in a file.
+
+    `column` is the field of a line of JSON or the column of a Parquet file that holds the text; `separator` stands
+    between the documents of a .txt file, which without one is a single document.
+    """
+
+    column: str = "text"
+    separator: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
     """Consecutive documents of one file.
 
-    Of a Parquet file `documents` rows from row `first` of row group `row_group`; of a .jsonl file as many lines that
-    are not blank, from byte `offset` of what is decompressed, before which there are `first` lines; a .txt file is one
-    document. `bytes` is about the size of the text, `longest` that of the longest document if that has to be copied to
-    be read in pieces, which one in a Parquet file has not.
+    Of a Parquet file: `documents` rows of row group `row_group` from row `first` on. Of a text file: `documents`
+    documents from byte `offset` of the decompressed content on, before which there are `first` lines or documents.
+    `bytes` is about the size of their text.
     """
 
     path: Path
     documents: int
     bytes: int
-    longest: int = 0
     row_group: int = 0
     first: int = 0
     offset: int = 0
 
 
 def find_sections(
-    files: Sequence[Path], text_column: str, *, skip_bad: bool, largest: int = LARGEST_SECTION
+    files: Sequence[Path], fields: Fields, *, skip_bad: bool = False, refuse_empty: bool = False
 ) -> tuple[list[Section], list[str]]:
     """The sections of all files, in order, and what is wrong with the files that `skip_bad` leaves out.
 
-    No section is to have more than `largest` bytes of text, or LARGEST_SECTION, and one document more.
-    Of a Parquet file only the footer is read; a .jsonl file is read once, to count its lines, and a compressed .txt
-    file for its size. Raises UserError for files that cannot be read (unless `skip_bad`), of different kinds, or whose
-    schemas do not fit together.
+    Of a Parquet file only the footer is read; any other file is read once, to count its documents. Raises UserError
+    for files that cannot be read (unless `skip_bad`) and for Parquet files without the column. A file of 0 bytes cannot
+    be read if `refuse_empty`.
     """
-    kinds = sorted({kind for kind in map(kind_of, files) if kind is not None})
-    if len(kinds) > 1:
-        raise UserError(
-            f"The source holds {' and '.join(kinds)} files, and it cannot be told whether they are the same documents "
-            "twice, nor in which order they come. Give a folder with files of one kind."
-        )
     sections: list[Section] = []
     bad: list[str] = []
     wrong: list[str] = []
     for path in files:
         try:
-            if path.stat().st_size == 0:
+            if refuse_empty and path.stat().st_size == 0:
                 raise OSError("it is empty, 0 bytes")
-            if kinds == [".parquet"]:
-                with _open_parquet(path) as file:
-                    reason = _wrong_column(file.schema_arrow, text_column)
-                    if reason is None:
-                        sections += _parquet_sections(path, file.metadata, text_column, largest)
-                    else:
-                        wrong.append(f"{path}{reason}")
-            elif kinds == [".jsonl"]:
-                sections += _jsonl_sections(path, largest)
-            else:
-                size = _size_of_text(path)
-                sections.append(Section(path=path, documents=1, bytes=size, longest=size))
+            if kind_of(path) != ".parquet":
+                sections += _text_sections(path, fields)
+                continue
+            with _open_parquet(path) as file:
+                reason = _wrong_column(file.schema_arrow, fields.column)
+                if reason is None:
+                    sections += _parquet_sections(path, file.metadata, fields.column)
+                else:
+                    wrong.append(f"{path}{reason}")
         except READ_ERRORS as error:
             message = str(_unreadable(path, error))
             if not skip_bad:
@@ -324,81 +197,24 @@ def find_sections(
     return sections, bad
 
 
-def _parquet_sections(path: Path, metadata: pq.FileMetaData, text_column: str, largest: int) -> Iterator[Section]:
-    for row_group in range(metadata.num_row_groups):
-        rows = metadata.row_group(row_group).num_rows
-        size = _text_bytes(metadata, row_group, text_column)
-        number = max(
-            min(SECTIONS_PER_ROW_GROUP, round(size / SECTION_BYTES)), ceil(size / min(LARGEST_SECTION, largest)), 1
-        )
-        number = min(number, max(1, rows))
-        for index in range(number):
-            first, end = rows * index // number, rows * (index + 1) // number
-            if end > first:
-                share = size * (end - first) // rows
-                yield Section(path=path, documents=end - first, bytes=share, row_group=row_group, first=first)
-
-
-def _jsonl_sections(path: Path, largest: int) -> Iterator[Section]:
-    """A section for every SECTION_BYTES, of a compressed file for every LARGEST_SECTION."""
-    enough = min(LARGEST_SECTION if is_compressed(path) else SECTION_BYTES, largest)
-    documents = first = lines = offset = position = longest = 0
-    with _open(path) as stream:
-        while True:
-            size, blank = 0, True
-            for piece in pieces_of_line(stream):
-                blank = blank and not (piece if position or size else without_mark(piece, path)).strip()
-                size += len(piece)
-            if size:
-                documents += not blank
-                lines += 1
-                position += size
-                longest = max(longest, size)
-            if documents and (position - offset >= enough or not size):
-                yield Section(
-                    path=path,
-                    documents=documents,
-                    bytes=position - offset,
-                    longest=longest,
-                    first=first,
-                    offset=offset,
-                )
-                documents, longest, first, offset = 0, 0, lines, position
-            if not size:
-                return
-
-
-def _size_of_text(path: Path) -> int:
-    if not is_compressed(path):
-        return path.stat().st_size
-    with _open(path) as stream:
-        return sum(len(block) for block in iter(lambda: stream.read(1 << 20), b""))
-
-
 def read_section(
-    section: Section,
-    text_column: str,
-    on_bad: Callable[[str], None] | None = None,
-    folder: Path | None = None,
-) -> Iterator[bytes | LongDocument | None]:
+    section: Section, fields: Fields, on_bad: Callable[[str], None] | None = None
+) -> Iterator[bytes | None]:
     """The documents of a section, exactly `section.documents`; None for one that is null.
 
-    One of more than LONG_DOCUMENT bytes is a `LongDocument`, to be read before the next one is asked for. `folder` is
-    for those that must be copied to be read in pieces (`spool`). What cannot be read is a UserError; with `on_bad` it
-    is None too, and `on_bad` is told what was wrong: a line of a .jsonl file, all that follows the damage in a section
-    of a Parquet file.
+    What cannot be read is a UserError. With `on_bad` it is None instead, and `on_bad` is told what is wrong: of a
+    single document, or of all documents behind the damage in a file that cannot be read on.
     """
-    kind = kind_of(section.path)
-    if kind == ".parquet":
-        documents = _documents_of_parquet(section, text_column)
-    elif kind == ".txt":
-        documents = _document_of_txt(section.path, folder)
-    else:
-        documents = _documents_of_jsonl(section, text_column, on_bad, folder)
+    documents = _parquet_documents if kind_of(section.path) == ".parquet" else _text_documents
     found = 0
     try:
-        for document in documents:
+        for document in documents(section, fields):
             found += 1
+            if isinstance(document, BadDocument):
+                if on_bad is None:
+                    raise document
+                on_bad(str(document))
+                document = None
             yield document
         if found < section.documents:
             raise OSError(f"{found} documents instead of {section.documents}: it was changed meanwhile")
@@ -412,108 +228,243 @@ def read_section(
         yield from [None] * (section.documents - found)
 
 
-def _documents_of_parquet(section: Section, text_column: str) -> Iterator[bytes | LongDocument | None]:
-    with _open_parquet(section.path) as file:
-        for row in _row_group(file, section.row_group, text_column, section.first, section.documents):
-            if row is None:
-                yield None
-            elif len(row) > long_documents.LONG_DOCUMENT:
-                yield LongDocument(pa.BufferReader(row))
-            else:
-                yield bytes(row)
+def _too_large(where: str) -> BadDocument:
+    return BadDocument(
+        f"{where}: a document of more than {LARGEST_DOCUMENT >> 20} MB. Cut it into several; of a .txt file, "
+        "--separator says what stands between its documents. With --skip-bad it is left out."
+    )
 
 
-def _document_of_txt(path: Path, folder: Path | None) -> Iterator[bytes | LongDocument]:
-    with _open(path) as stream:
-        head = stream.read(long_documents.LONG_DOCUMENT + 1)
-        text = without_mark(head, path)
-        if len(head) <= long_documents.LONG_DOCUMENT:
-            yield text
-        else:  # copied, to find damage before the first piece is encoded
-            pieces = iter(lambda: stream.read(long_documents.LONG_DOCUMENT), b"")
-            yield spool(chain([text], pieces), folder)
+# ------------------------------------------------------------------------------------------------------------
+# .txt and .jsonl
 
 
-def _documents_of_jsonl(
-    section: Section, text_column: str, on_bad: Callable[[str], None] | None, folder: Path | None
-) -> Iterator[bytes | LongDocument | None]:
-    path = section.path
-    with _stream_at(path, section.offset) as stream:
-        found = 0
-        number = section.first
-        while found < section.documents:
-            pieces = pieces_of_line(stream)
-            line = next(pieces, b"")
-            if not line:
-                return
-            number += 1
-            whole = len(line) < long_documents.LONG_DOCUMENT or line.endswith(b"\n")
-            if number == 1:
-                line = without_mark(line, path)
-            while line and not line.strip():
-                line = next(pieces, b"")
-            if not line:
-                continue
-            try:
-                text: bytes | LongDocument | None
-                if whole:
-                    text = text_of_line(line, path, number, text_column)
-                else:
-                    text = text_of_long_line(chain([line], pieces), path, number, text_column, folder)
-            except BadLine as error:
-                if on_bad is None:
-                    raise
-                on_bad(str(error))
-                text = None
-            found += 1
-            yield text
+class _Reader:
+    """Reads a text file piece by piece: a line of a .jsonl file, what stands between separators of a .txt file.
 
+    `position` is that of the next piece in the decompressed content.
+    """
 
-class _Decompressed:
-    """A compressed file while it is decompressed, and how far that is."""
-
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fields: Fields) -> None:
+        self.position = 0
+        self._path = path
         self._stream = _open(path)
-        self._position = 0
-        self.close = self._stream.close
+        self._held = b""  # what was read, from byte `position - _start` on
+        self._start = 0  # of the next piece in `_held`
+        self._ended = False
+        separator = b"\n" if kind_of(path) == ".jsonl" else (fields.separator or "").encode()
+        # A line break in the separator also matches that of Windows, \r\n.
+        pattern = rb"\r?\n".join(map(re.escape, separator.split(b"\n")))
+        self._separator = re.compile(pattern) if separator else None
+        self._overlap = 2 * len(separator)  # no separator is longer
 
-    def readline(self, size: int) -> bytes:
-        line = self._stream.readline(size)
-        self._position += len(line)
-        return line
+    def skip_to(self, offset: int) -> None:
+        if not is_compressed(self._path) and not self._held:
+            self._stream.seek(offset)
+            self.position = offset
+        while self.position < offset and (len(self._held) > self._start or self._read_block()):
+            skipped = min(offset - self.position, len(self._held) - self._start)
+            self._start += skipped
+            self.position += skipped
 
-    def go_to(self, offset: int) -> bool:
-        """Whether `offset` is now next: what lies behind is not reached again."""
-        while self._position < offset and (skipped := len(self._stream.read(min(offset - self._position, 1 << 20)))):
-            self._position += skipped
-        return self._position == offset
+    def pieces(self) -> Iterator[bytes | None]:
+        """What is between separators, without them, to the end of the file; None for more than LARGEST_DOCUMENT."""
+        while not self._ended:
+            piece: bytes | None = None
+            too_large = False
+            searched = self._start
+            while (match := self._separator and self._separator.search(self._held, searched)) is None:
+                if len(self._held) - self._start > LARGEST_DOCUMENT:
+                    too_large = True
+                    self._drop(len(self._held) - self._start - self._overlap)
+                if not self._read_block():
+                    self._ended = True
+                    break
+                searched = max(0, len(self._held) - BLOCK - self._overlap)
+            start, end = match.span() if match else (len(self._held), len(self._held))
+            if not too_large and start - self._start <= LARGEST_DOCUMENT:
+                piece = self._held[self._start : start]
+            self._drop(end - self._start)
+            yield piece
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _drop(self, size: int) -> None:
+        self._start += size
+        self.position += size
+
+    def _read_block(self) -> bool:
+        block = self._stream.read(BLOCK)
+        if self.position == 0 and not self._held:
+            if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise UserError(f"{self._path} is UTF-16, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8 {self._path}")
+            if block.startswith(codecs.BOM_UTF8):
+                self._held = codecs.BOM_UTF8
+                self._drop(3)
+                block = block[3:]
+        self._held = self._held[self._start :] + block
+        self._start = 0
+        return bool(block)
 
 
-# The compressed file that this process read last, by what it was then: the next section of it is not far.
-_read_last: dict[tuple[Path, int, int, int], _Decompressed] = {}
-
-
-@contextmanager
-def _stream_at(path: Path, offset: int) -> Iterator[IO[bytes] | _Decompressed]:
-    """The file from byte `offset` of what is decompressed on."""
-    if not is_compressed(path):
-        with open(path, "rb") as file:
-            file.seek(offset)
-            yield file
+def _text_sections(path: Path, fields: Fields) -> Iterator[Section]:
+    if kind_of(path) == ".txt" and fields.separator is None:
+        yield Section(path=path, documents=1, bytes=_size_of_text(path))
         return
+    enough = LARGEST_SECTION if is_compressed(path) else SECTION_BYTES
+    documents = first = offset = 0
+    reader = _Reader(path, fields)
+    for number, piece in enumerate(reader.pieces(), start=1):
+        documents += _is_document(piece, path)
+        if documents and reader.position - offset >= enough:
+            size = reader.position - offset
+            yield Section(path=path, documents=documents, bytes=size, first=first, offset=offset)
+            documents, first, offset = 0, number, reader.position
+    if documents:
+        yield Section(path=path, documents=documents, bytes=reader.position - offset, first=first, offset=offset)
+    reader.close()
+
+
+def _size_of_text(path: Path) -> int:
+    if not is_compressed(path):
+        return path.stat().st_size
+    with _open(path) as stream:
+        return sum(len(block) for block in iter(lambda: stream.read(BLOCK), b""))
+
+
+def _is_document(piece: bytes | None, path: Path) -> bool:
+    """A blank line of a .jsonl file holds no document."""
+    return piece is None or kind_of(path) == ".txt" or bool(piece.strip())
+
+
+# The reader of the compressed file that this process read last: the next section of it is not far.
+_kept: dict[Any, _Reader] = {}
+
+
+def _text_documents(section: Section, fields: Fields) -> Iterator[bytes | BadDocument | None]:
+    path = section.path
     state = path.stat()
-    this = (path, state.st_ino, state.st_size, state.st_mtime_ns)
-    stream = _read_last.pop(this, None)
-    try:
-        if stream is None or not stream.go_to(offset):
-            stream = _Decompressed(path)
-            stream.go_to(offset)
-        yield stream
-    except BaseException:
-        if stream is not None:
-            stream.close()
-        raise
-    for other in _read_last.values():
+    file = (path, fields, state.st_ino, state.st_size, state.st_mtime_ns)
+    reader = _kept.pop(file, None)
+    if reader is None or reader.position > section.offset:
+        reader = _Reader(path, fields)
+    reader.skip_to(section.offset)
+    found = 0
+    for number, piece in enumerate(reader.pieces(), start=section.first + 1):
+        if not _is_document(piece, path):
+            continue
+        found += 1
+        if kind_of(path) == ".jsonl":
+            yield _text_of_line(piece, f"{path}, line {number}", fields.column)
+        else:
+            yield _too_large(str(path)) if piece is None else piece
+        if found == section.documents:
+            break
+    if not is_compressed(path):
+        reader.close()
+        return
+    for other in _kept.values():
         other.close()
-    _read_last.clear()
-    _read_last[this] = stream
+    _kept.clear()
+    _kept[file] = reader
+
+
+def _text_of_line(line: bytes | None, where: str, column: str) -> bytes | BadDocument | None:
+    """The text in a line of JSON, as UTF-8, invalid where the text is; None for null."""
+    if line is None:
+        return _too_large(where)
+    reason = ""
+    try:
+        # Invalid bytes become surrogates here, and the same bytes again below: whoever decodes them counts them.
+        row = json.loads(line.decode(errors="surrogateescape"))
+    except ValueError as error:
+        reason = str(error)
+    except RecursionError:
+        reason = "nested too deep"
+    if reason:
+        return BadDocument(
+            f"{where}: cannot be read as JSON ({reason}). Every line must be one JSON object; mend or delete the line."
+        )
+    if not isinstance(row, dict) or column not in row:
+        found = f"has the keys {', '.join(sorted(row)) or 'none'}" if isinstance(row, dict) else "is none"
+        return BadDocument(
+            f"{where}: no JSON object with a field {column!r}; this one {found}. Name the field that holds the text "
+            "with --text-column."
+        )
+    text = row[column]
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        return BadDocument(
+            f"{where}: the field {column!r} must be a string, not {type(text).__name__}. Name the field that holds the "
+            "text with --text-column."
+        )
+    try:
+        return text.encode(errors="surrogateescape")
+    except UnicodeEncodeError:  # lone surrogates, written as escapes
+        return b"".join(
+            character.encode(errors="surrogateescape" if "\udc80" <= character <= "\udcff" else "surrogatepass")
+            for character in text
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# .parquet
+
+
+def _open_parquet(path: Path) -> pq.ParquetFile:
+    # Without pre_buffer a row group is read a block at a time and not as a whole.
+    return pq.ParquetFile(path, pre_buffer=False, buffer_size=BLOCK, page_checksum_verification=True)
+
+
+def _wrong_column(schema: pa.Schema, column: str) -> str | None:
+    """Why `column` of a Parquet file holds no text, to stand behind the name of the file; None if it does."""
+    names = ", ".join(schema.names) or "none"
+    if column not in schema.names:
+        return (
+            f" has no column {column!r}; its columns are {names}. Name the one that holds the text with --text-column."
+        )
+    kind = schema.field(column).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if kind in (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary()):
+        return None
+    return (
+        f": the column {column!r} holds {kind}, not text. Its columns are {names}: name the one that holds the text "
+        "with --text-column."
+    )
+
+
+def _parquet_sections(path: Path, metadata: pq.FileMetaData, column: str) -> Iterator[Section]:
+    for row_group in range(metadata.num_row_groups):
+        group = metadata.row_group(row_group)
+        chunks = map(group.column, range(group.num_columns))
+        size = next(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
+        wanted = max(1, min(SECTIONS_PER_ROW_GROUP, round(size / SECTION_BYTES)), ceil(size / LARGEST_SECTION))
+        number = min(wanted, group.num_rows)
+        for index in range(number):
+            first, end = (group.num_rows * edge // number for edge in (index, index + 1))
+            share = size * (end - first) // group.num_rows
+            yield Section(path=path, documents=end - first, bytes=share, row_group=row_group, first=first)
+
+
+def _parquet_documents(section: Section, fields: Fields) -> Iterator[bytes | BadDocument | None]:
+    end = section.first + section.documents
+    position = 0
+    with _open_parquet(section.path) as file:
+        for batch in file.iter_batches(
+            BATCH_ROWS, row_groups=[section.row_group], columns=[fields.column], use_threads=False
+        ):
+            texts = batch.column(0)
+            wanted = texts[max(0, section.first - position) : max(0, end - position)]
+            position += len(texts)
+            if pa.types.is_dictionary(wanted.type):
+                wanted = wanted.dictionary_decode()
+            for value in wanted.cast(pa.large_binary()):  # bytes: pyarrow makes no str of invalid UTF-8
+                document = value.as_py()
+                if document is not None and len(document) > LARGEST_DOCUMENT:
+                    document = _too_large(f"{section.path}, row group {section.row_group}")
+                yield document
+            if position >= end:
+                return

@@ -7,7 +7,7 @@ import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, SpawnContext
@@ -17,16 +17,16 @@ State = TypeVar("State")
 
 
 def start_imports() -> ForkServerContext | SpawnContext:
-    """Begin to import, in the background, what workers need: some seconds that a caller may use for something else."""
+    """Begin to import, in the background, what workers need; this takes seconds, which a caller may use."""
     # Not a plain fork: tokenizers and pyarrow have threads by now, whose locks a forked child would inherit.
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    # Imported once and not by every worker. Not the caller's module: it may be __main__, and would come twice.
-    context.set_forkserver_preload(["hgpt.data.tokenizer", "pyarrow.parquet", "tqdm"])
-    resource_tracker.ensure_running()  # it lets SIGINT through again at the end, so it comes before
-    # Ctrl-C reaches every process of the terminal. Blocked from its first moment on in the server, and so in all that
-    # it forks, it makes none of them print a traceback out of an import.
+    # Imported once and not by every worker. Not the module of the command: it is __main__, and would be imported twice.
+    context.set_forkserver_preload(["data_prep.encoding"])
+    resource_tracker.ensure_running()  # it unblocks SIGINT when it has started, so it comes first
+    # Ctrl-C reaches every process of the terminal. The server and all processes that it forks inherit the blocked
+    # signal, so none of them prints a traceback.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
@@ -35,37 +35,17 @@ def start_imports() -> ForkServerContext | SpawnContext:
     return context
 
 
-def finished_imports() -> Future[None]:
-    """Done when what `start_imports` begins is: until then, the start of a process blocks for seconds."""
-    finished: Future[None] = Future()
-
-    def wait() -> None:
-        try:
-            start_imports().Process(target=_nothing).start()  # returns when the server has forked it
-            finished.set_result(None)
-        except BaseException as error:
-            finished.set_exception(error)
-
-    # A daemon: a main process that ends meanwhile (Ctrl-C) does not wait for it.
-    threading.Thread(target=wait, daemon=True).start()
-    return finished
-
-
-def _nothing() -> None:
-    pass
-
-
 @contextmanager
 def worker_pool(workers: int, start: Callable[[State], None], state: State) -> Iterator[ProcessPoolExecutor]:
     """A pool of `workers` processes, each of which begins with `start(state)`; `state` is pickled once.
 
-    Leaving the context by an exception ends the workers at once, in the middle of their work. They also end when this
-    process is killed, and ignore Ctrl-C, which is this process's to handle.
+    If the context ends by an exception, the workers end at once, in the middle of their work. They also end when this
+    process is killed, and they ignore Ctrl-C, which this process handles.
     """
     context = start_imports()
     others = set(multiprocessing.active_children())
-    # As bytes: the start of a process blocks until that has read all of them, which making a tokenizer out of them in
-    # between would hold up.
+    # As bytes: starting a process blocks until the process has read its arguments, and unpickling a tokenizer takes
+    # time.
     pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(start, pickle.dumps(state)))
     try:
         yield pool
@@ -84,7 +64,7 @@ def _start(start: Callable[[State], None], state: bytes) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker would otherwise wait for ever for work from a process that was killed."""
+    """Without this, a worker would wait forever for work from a process that was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])

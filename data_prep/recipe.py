@@ -1,0 +1,126 @@
+"""What a command prepares: its options, where its documents come from, and how they are split."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from data_prep.encoding import Split, Tally
+from data_prep.parts import Record
+from data_prep.state import Preparation
+from data_prep.text_files import Fields, Section
+from hgpt.data.shards import TOKENS_PER_SHARD
+from hgpt.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The files that hold the documents, in order.
+
+    `name` and `revision` go into meta.json. `asked` is what was asked of the Hugging Face hub: whoever goes on with the
+    preparation must ask the same.
+    """
+
+    files: Sequence[Path]
+    name: str
+    revision: str | None = None
+    asked: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The options that all commands share. Each command has a subclass with the methods."""
+
+    tokenizer: str
+    val_fraction: float
+    seed: int
+    tokens_per_shard: int = TOKENS_PER_SHARD
+    text_column: str = "text"
+    separator: str | None = None
+    skip_bad: bool = False
+
+    keep_empty: ClassVar[bool]  # whether documents of white space alone are documents
+    training_bytes: ClassVar[float]  # of text, about, on which a tokenizer of one's own is trained
+    missing: ClassVar[str]  # what the summary calls documents without text
+    packages: ClassVar[tuple[str, ...]]  # whose versions meta.json records, beside those of the tokenizer
+
+    def check(self) -> None:
+        """Raise UserError for options that are wrong whatever the documents are."""
+        if self.tokens_per_shard < 1:
+            raise UserError(f"--tokens-per-shard must be at least 1, not {self.tokens_per_shard}.")
+
+    @property
+    def source_name(self) -> str:
+        """`source` of meta.json, found without the hub."""
+        raise NotImplementedError
+
+    def find_source(self, preparation: Preparation) -> Source:
+        """Find, and download if need be, the files. Raises UserError."""
+        raise NotImplementedError
+
+    def split(self, documents: int) -> Split:
+        """How to split that many documents. Raises UserError if a side would be empty."""
+        raise NotImplementedError
+
+    def check_sides(self, tally: Tally, sections: Sequence[Section]) -> None:
+        """Raise UserError if a side of the split has got no documents; `sections` hold all documents."""
+
+    def remarks(self, record: Record, tally: Tally) -> list[str]:
+        """Lines to print at the end, behind the summary."""
+        return []
+
+    def describe(self, record: Record, tally: Tally) -> dict[str, Any]:
+        """`preparation` of meta.json."""
+        raise NotImplementedError
+
+    def notes(self, documents: int) -> list[str]:
+        """Lines to print before the work begins."""
+        return []
+
+    @property
+    def fields(self) -> Fields:
+        return Fields(column=self.text_column, separator=self.separator)
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, **others: Any) -> "Recipe":
+        """The recipe of a command line; `others` are fields that are no options."""
+        names = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in vars(options).items() if name in names}, **others)
+
+
+def add_options(parser: argparse.ArgumentParser, *, tokenizer: str, val_fraction: float, seed: int = 0) -> None:
+    """The options that every command has, with its defaults."""
+    parser.add_argument(
+        "--tokenizer",
+        default=tokenizer,
+        help="gpt2, bpe:N (byte-level BPE of N tokens, trained on this text), or the path of a Hugging Face "
+        "tokenizer folder or tokenizer.json (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--val-fraction",
+        type=float,
+        default=val_fraction,
+        help="share of the documents kept for validation (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=seed, help="of the split (default: %(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        help="processes that encode (default: the number of processors, here %(default)s)",
+    )
+    parser.add_argument(
+        "--tokens-per-shard", type=int, default=TOKENS_PER_SHARD, help="tokens in a file (default: %(default)s)"
+    )
+
+
+def add_text_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the commands that read files."""
+    parser.add_argument(
+        "--text-column", default="text", help="field or column that holds the text (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave out, count and name what cannot be read, instead of stopping"
+    )

@@ -1,0 +1,77 @@
+"""Which documents are for training and which for validation.
+
+A split says the side of a document from its text and from its place in the source, which starts at 0:
+
+    HashSplit    by the words of the document, for own texts
+    PlaceSplit   by the place of the document, for OpenWebText: the places that nanoGPT's split picks
+"""
+
+import hashlib
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+
+from hgpt.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class HashSplit:
+    """The side is a function of the seed and of the words of the document, and of nothing else.
+
+        hash = BLAKE2b(words joined by single spaces; key = seed) / 2^64 ∈ [0, 1)
+        val ⟺ hash < val_fraction
+
+    So the split depends neither on the order of the documents nor on the tokenizer, and a document that is added
+    later moves no other one. Texts that are equal up to white space fall on the same side: no copy of a training
+    document is validated on.
+    """
+
+    seed: int = 0
+    val_fraction: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 < self.val_fraction < 1:
+            raise UserError(
+                f"--val-fraction must lie between 0 and 1, not {self.val_fraction}: both sides need documents. 0.01 "
+                "keeps one document in a hundred for validation."
+            )
+        if not 0 <= self.seed < 1 << 64:
+            raise UserError(f"--seed must be from 0 to 2^64 - 1, not {self.seed}.")
+
+    def hash(self, text: str) -> float:
+        words = " ".join(text.split()).encode(errors="surrogatepass")
+        digest = hashlib.blake2b(words, digest_size=8, key=self.seed.to_bytes(8, "little")).digest()
+        return int.from_bytes(digest, "little") / 2.0**64
+
+    def side(self, place: int, text: str) -> str:
+        return "val" if self.hash(text) < self.val_fraction else "train"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceSplit:
+    """The documents at the places `val` (sorted) are for validation."""
+
+    val: np.ndarray
+
+    def side(self, place: int, text: str) -> str:
+        index = np.searchsorted(self.val, place)
+        return "val" if index < len(self.val) and self.val[index] == place else "train"
+
+
+def nanogpt_places(documents: int, val_fraction: float, seed: int) -> np.ndarray:
+    """The places of the validation documents, sorted, as Hugging Face's datasets picks them.
+
+    `train_test_split(test_size=val_fraction, seed=seed, shuffle=True)` takes the first ⌈val_fraction · documents⌉ of
+    `numpy.random.default_rng(seed).permutation(documents)`. A test compares the two. Raises UserError if one side
+    would be empty.
+    """
+    val = ceil(val_fraction * documents) if 0 < val_fraction < 1 else 0
+    if not 0 < val < documents:
+        raise UserError(
+            f"--val-fraction {val_fraction} of {documents} documents leaves train or val without any: it must lie "
+            "between 0 and 1 and leave a document for each. nanoGPT's is 0.0005."
+        )
+    if seed < 0:
+        raise UserError(f"--seed must be at least 0, not {seed}.")
+    return np.sort(np.random.default_rng(seed).permutation(documents)[:val])

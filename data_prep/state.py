@@ -1,0 +1,158 @@
+"""A data folder while it is being prepared, so that a preparation that was stopped can go on.
+
+The hidden folder `.preparation` of the data folder holds
+
+    lock             held while a process works on the folder
+    settings.json    what decides the bytes of the shards; whoever goes on must have the same
+    progress.json    how far the shards are (`Progress`); saved when what it counts has been flushed to the disk
+    tokenizer.json   until the shards are whole
+
+All of them are whole or absent. To go on, the shards are cut back to what progress.json says.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from data_prep.encoding import Tally
+from hgpt.data.shards import META_FILE, PART_FILE, SPLITS, UNFINISHED_FOLDER, ShardRecord
+from hgpt.durable import folder_lock, whole_file
+from hgpt.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """The units whose tokens are in the shards: their number, their tally, and per split the shards that are whole
+    and the number of tokens in the one that is not."""
+
+    units: int = 0
+    tally: Tally = field(default_factory=Tally)
+    shards: dict[str, list[ShardRecord]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    unfinished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+
+
+class Preparation(AbstractContextManager["Preparation"]):
+    """The data folder `out`; as a context it holds the folder's lock.
+
+    `out` is made if it does not exist. Else it must be empty, but for names that `may_hold` accepts, or hold a
+    preparation to go on with. When the context ends before the first progress was saved, everything that was made is
+    removed again. Raises UserError for any other folder, for one that another process is preparing, for one that is
+    finished, and for an OSError that leaves the context. `complete` says that an earlier run was killed when all but
+    `finish` was done.
+    """
+
+    def __init__(self, out: Path, may_hold: Callable[[str], bool] = lambda name: False) -> None:
+        self.out = out
+        self.folder = out / UNFINISHED_FOLDER
+        self._may_hold = may_hold
+        self._settings = self.folder / "settings.json"
+        self._progress = self.folder / "progress.json"
+        self._made: list[Path] = []
+        self._lock = ExitStack()
+
+    def __enter__(self) -> "Preparation":
+        try:
+            self._check_content()
+            self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            busy = (
+                f"--out {self.out}: another process is preparing data in this folder. Wait for it, or end it; what it "
+                "has finished stays."
+            )
+            self._lock.enter_context(folder_lock(self.folder / "lock", busy))
+            if not (self.folder / "lock").exists():  # the process that held it has finished, and removed it
+                raise UserError(busy)
+        except OSError as error:
+            self._remove_made()
+            raise UserError(
+                f"--out {self.out} cannot be written: {error.strerror}. Choose another folder, or change "
+                "its permissions."
+            ) from error
+        self.complete = self._is_complete()
+        return self
+
+    def _is_complete(self) -> bool:
+        return any((self.out / name).exists() for name in (META_FILE, PART_FILE))
+
+    def _check_content(self) -> None:
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"--out {self.out} is a file; it must be a folder, new or empty.")
+        if not self.out.is_dir() or self.folder.is_dir():
+            return
+        names = sorted(path.name for path in self.out.iterdir() if not self._may_hold(path.name))
+        if META_FILE in names or PART_FILE in names:
+            raise UserError(
+                f"--out {self.out} holds prepared data already. Nothing is overwritten: choose another "
+                "folder or delete it."
+            )
+        if names:
+            raise UserError(
+                f"--out {self.out} is not empty (it holds {names[0]}{', ...' if len(names) > 1 else ''}), and "
+                "there is no preparation in it to go on with. Choose another folder or delete it."
+            )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self._progress.exists() and not self._is_complete():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            for pattern in (f"{split}_*.bin" for split in SPLITS):
+                for path in [*self.out.glob(pattern), *self.out.glob(f".{pattern}.*")]:
+                    path.unlink(missing_ok=True)
+            self._remove_made()
+        self._lock.close()
+        if isinstance(error, OSError):  # those of reading the source are UserErrors by now
+            raise UserError(
+                f"Writing to {self.out} failed: {error.strerror or error}. Mend that (a full disk: free space), and go "
+                "on with the same command; what is finished stays."
+            ) from error
+
+    def _remove_made(self) -> None:
+        for folder in self._made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+    def begun(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """All settings of the earlier run, {} if there is none; raises UserError if one of `settings` was another."""
+        if not self._settings.exists():
+            return {}
+        begun: dict[str, Any] = json.loads(self._settings.read_text())
+        for name, value in settings.items():
+            if begun.get(name) != value:
+                raise UserError(
+                    f"--out {self.out} holds a preparation that was begun with another {name}: "
+                    f"{begun.get(name)!r}, now {value!r}. Go on with the same, or delete the folder."
+                )
+        return begun
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Record the settings that decide the bytes, or raise UserError if those of an earlier run are others."""
+        begun = self.begun({})
+        self.begun({**dict.fromkeys(begun), **settings})
+        if not begun:
+            self._write(self._settings, settings)
+
+    def save(self, progress: Progress) -> None:
+        """Record `progress`; what it counts must be flushed to the disk."""
+        self._write(self._progress, asdict(progress))
+
+    def progress(self) -> Progress:
+        """The progress that was saved last."""
+        if not self._progress.exists():
+            return Progress()
+        content = json.loads(self._progress.read_text())
+        shards = {split: [ShardRecord(**record) for record in records] for split, records in content["shards"].items()}
+        return Progress(**{**content, "tally": Tally.from_json(content["tally"]), "shards": shards})
+
+    def finish(self) -> None:
+        """Remove the state, when meta.json (or the record of a part) has made the folder complete."""
+        shutil.rmtree(self.folder)
+
+    def _write(self, path: Path, content: dict[str, Any]) -> None:
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(content, indent=2))

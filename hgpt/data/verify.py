@@ -1,0 +1,121 @@
+"""Whether a data folder is whole: every byte of it is read again."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from hgpt.data.shards import (
+    MAX_VOCAB_SIZE,
+    META_FILE,
+    PREPARE_AGAIN,
+    SPLITS,
+    TOKEN,
+    TokenShards,
+    beyond_vocabulary,
+    check_shard,
+    read_meta,
+)
+from hgpt.data.tokenizer import load_tokenizer
+from hgpt.errors import UserError
+
+TOKENS_AT_ONCE = 1 << 22
+
+
+def verify(folder: str | Path, vocab_size: int | None = None) -> None:
+    """Read every byte of a data folder and raise one UserError that lists all that is damaged.
+
+    Checked for each shard: what `TokenShards.open` checks, the checksum, and that every token is in the vocabulary.
+    `vocab_size` as for `TokenShards.open`.
+    """
+    damage = [line for split in SPLITS for line in find_damage(folder, split, vocab_size)]
+    if damage:
+        raise UserError("\n".join(dict.fromkeys(damage)))
+
+
+def find_damage(
+    folder: str | Path,
+    split: str,
+    vocab_size: int | None = None,
+    *,
+    documents: bool = False,
+    on_read: Callable[[int], object] = lambda size: None,
+) -> Iterator[str]:
+    """What is damaged in one split, a line each, while every byte of it is read once.
+
+    Checked is what `verify` checks. With `documents` also that the split ends with end-of-text and holds one for each
+    document that meta.json counts: this is so in every folder that data_prep writes. `on_read` is told the number of
+    bytes as they are read.
+    """
+    try:
+        shards = TokenShards.open(folder, split, vocab_size)
+    except UserError as error:
+        yield from str(error).splitlines()
+        shards = _shards_that_open(Path(folder), split)
+        documents = False
+    checksums = {} if shards.meta is None else {r.file: r.sha256 for r in shards.meta.splits[split].shards}
+    ends = last = 0
+    for path, header, count in shards.files:
+        checksum = hashlib.sha256()
+        beyond = None
+        with open(path, "rb") as file:
+            checksum.update(file.read(header))
+            for start in range(0, count, TOKENS_AT_ONCE):
+                content = file.read(min(count - start, TOKENS_AT_ONCE) * TOKEN.itemsize)
+                checksum.update(content)
+                part = np.frombuffer(content, dtype=TOKEN)
+                if part.max() >= shards.vocab_size and beyond is None:
+                    beyond = beyond_vocabulary(path, part, start, shards.vocab_size)
+                if documents and shards.end_of_text is not None:
+                    ends += int(np.count_nonzero(part == shards.end_of_text))
+                last = int(part[-1])
+                on_read(len(content))
+        if path.name in checksums and checksum.hexdigest() != checksums[path.name]:
+            yield (
+                f"{path}: checksum failure; its SHA-256 is not the one in {META_FILE}. Copy the file again from its "
+                f"origin. Otherwise: {PREPARE_AGAIN}"
+            )
+        if beyond is not None:
+            yield beyond
+    if documents and shards.meta is not None:
+        expected = shards.meta.splits[split].documents
+        if ends != expected:
+            yield (
+                f"{folder}: the {split} split holds {ends} end-of-text tokens, and {META_FILE} counts {expected} "
+                f"documents, each of which ends with one. {PREPARE_AGAIN}"
+            )
+        if last != shards.end_of_text:
+            yield (
+                f"{folder}: the {split} split ends with token {last}, not with end-of-text, {shards.end_of_text}: its "
+                f"last document is cut short. {PREPARE_AGAIN}"
+            )
+
+
+def _shards_that_open(folder: Path, split: str) -> TokenShards:
+    """Of a split that does not open as a whole, the shards that do by themselves."""
+    files = []
+    try:
+        meta = read_meta(folder)
+        records = meta.splits[split].shards
+    except (UserError, KeyError):
+        return TokenShards(folder, split, [], MAX_VOCAB_SIZE, None)
+    for record in records:
+        with suppress(UserError):
+            files.append(check_shard(folder / record.file, record.tokens))
+    return TokenShards(folder, split, files, meta.vocab_size, meta)
+
+
+def decoded_documents(folder: Path, split: str) -> Iterator[str]:
+    """The documents of a split as text, in order, without their end-of-text. Raises UserError without a tokenizer."""
+    shards = TokenShards.open(folder, split)
+    tokenizer = load_tokenizer(str(folder))
+    held: list[np.ndarray] = []
+    for chunk in shards.chunks(1 << 16):
+        start = 0
+        for end in np.flatnonzero(chunk == shards.end_of_text).tolist():
+            yield tokenizer.decode(np.concatenate([*held, chunk[start:end]]))
+            held = []
+            start = end + 1
+        held.append(chunk[start:])

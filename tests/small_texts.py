@@ -1,0 +1,76 @@
+"""Small corpora of generated documents, and what a data folder that was prepared from them holds."""
+
+import json
+import random
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep import encoding, engine, text_files
+from hgpt.cli import run
+from hgpt.data.shards import SPLITS, TokenShards, read_meta
+from hgpt.data.tokenizer import load_tokenizer
+
+WORDS = ["distance", "centre", "token", "model", "exponent", "<|endoftext|>", "naïve", "日本", "loss", "norm"]
+
+
+def texts(number, seed=0):
+    rng = random.Random(seed)
+    return [f"{i} " + " ".join(rng.choices(WORDS, k=rng.randint(1, 60))) for i in range(number)]
+
+
+def json_lines(documents, **others):
+    return "".join(json.dumps({**others, "text": text}) + "\n" for text in documents).encode()
+
+
+def write_parquet(path, documents, row_group_size=7):
+    pq.write_table(pa.table({"text": documents}), path, row_group_size=row_group_size)
+
+
+def small_units(patch):
+    """Units of a few documents, progress saved after each, worker processes for however little text."""
+    for module in (text_files, encoding):
+        patch.setattr(module, "SECTION_BYTES", 3000)
+    patch.setattr(engine, "SAVE_SECONDS", 0)
+    patch.setattr(encoding, "FEW_BYTES", 0)
+
+
+def status(main, *arguments):
+    """The exit status of a command."""
+    return run(main, [str(argument) for argument in arguments], interrupted=engine.INTERRUPTED)
+
+
+def fails(capsys, main, *arguments):
+    """The message of a command that must fail with exit status 2."""
+    assert status(main, *arguments) == 2
+    message = capsys.readouterr().err
+    assert "error: " in message and "Traceback" not in message
+    return message[message.index("error: ") :]
+
+
+def contents(folder):
+    """The bytes of each file, none of which is hidden."""
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def streams(folder):
+    found = {}
+    for split in SPLITS:
+        shards = TokenShards.open(folder, split)
+        found[split] = shards.read(0, len(shards)).tolist()
+    return found
+
+
+def read_back(folder):
+    """{split: documents} of a data folder, decoded from its shards with its own tokenizer.json."""
+    tokenizer = load_tokenizer(str(folder))
+    end_of_text = read_meta(folder).end_of_text
+    found = {}
+    for split, stream in streams(folder).items():
+        assert stream[-1] == end_of_text, "each document ends with end-of-text"
+        ends = np.flatnonzero(np.array(stream) == end_of_text).tolist()
+        found[split] = [tokenizer.decode(stream[a + 1 : b]) for a, b in pairwise([-1, *ends])]
+    return found

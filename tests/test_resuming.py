@@ -1,0 +1,411 @@
+"""data_prep/state.py, engine.py: a preparation that is killed, interrupted or out of disk goes on to the same bytes."""
+
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from small_texts import contents, fails, json_lines, small_units, status, texts, write_parquet
+
+from data_prep import documents, encoding, engine, openwebtext, verify
+from data_prep.state import Preparation
+from data_prep.summary import ProgressBar
+from data_prep.worker_pool import start_imports
+from hgpt.data.shards import SPLITS, TokenShards
+from hgpt.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--tokenizer", "bpe:300", "--val-fraction", "0.1", "--tokens-per-shard", "3000", "--workers", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _small_units(monkeypatch):
+    small_units(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Two files of 300 documents together."""
+    folder = tmp_path_factory.mktemp("source")
+    for number in range(2):
+        (folder / f"{number}.jsonl").write_bytes(json_lines(texts(300)[150 * number : 150 * (number + 1)]))
+    return folder
+
+
+def command(name, source, out, *options):
+    """The main function of a command and its arguments."""
+    if name == "documents":
+        return documents.main, str(source), "--out", str(out), *SMALL, *options
+    return openwebtext.main, "--source", str(source), "--out", str(out), *SMALL, *options
+
+
+def prepare(name, source, out, *options):
+    assert status(*command(name, source, out, *options)) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory):
+    """What each command makes of the source without being stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        small_units(patch)
+        return {name: contents(prepare(name, source, folder / name)) for name in ("documents", "openwebtext")}
+
+
+def units_done(out):
+    progress = out / ".preparation" / "progress.json"
+    return json.loads(progress.read_text())["units"] if progress.exists() else 0
+
+
+def go_on(name, source, out, monkeypatch):
+    """Finish a run that was stopped; returns how many units were encoded for it."""
+    encoded = []
+    encode = encoding.Encoder.__call__
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding.Encoder, "__call__", lambda self, unit: encoded.append(unit) or encode(self, unit))
+        prepare(name, source, out)
+    return len(encoded)
+
+
+# ------------------------------------------------------------------------------------------------------- killed
+
+# What a process does to files, each announced by Python before it is done (sys.addaudithook).
+FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
+
+
+def killed_run(out, kill_at, main, *arguments):
+    """In a process of its own: a command that is killed by kill -9 before its `kill_at`-th work on a file in `out`."""
+    seen = 0
+
+    def count(event, arguments):
+        nonlocal seen
+        if event in FILE_EVENTS and arguments and str(arguments[0]).startswith(str(out)):
+            seen += 1
+            if seen == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    small_units(pytest.MonkeyPatch())
+    sys.addaudithook(count)
+    sys.exit(status(main, *arguments))
+
+
+def start(out, kill_at, *command):
+    process = start_imports().Process(target=killed_run, args=(out, kill_at, *command))
+    process.start()
+    return process
+
+
+def kill_everywhere(name, tmp_path, source, whole, monkeypatch, kills):
+    """Kill at each of `kills`, until there is no more work on files; returns how often it was killed."""
+    units = go_on(name, source, tmp_path / "counted", monkeypatch)
+    assert units > 10
+    for number, kill_at in enumerate(kills):
+        out = tmp_path / f"killed_{kill_at}"
+        process = start(out, kill_at, *command(name, source, out))
+        process.join()
+        if process.exitcode == 0:
+            return number
+        assert process.exitcode == -signal.SIGKILL
+        if (out / "meta.json").exists():  # at most the last tidying is missing
+            assert not (out / ".preparation").exists() or status(*command(name, source, out)) == 0
+        else:
+            done = units_done(out)
+            assert go_on(name, source, out, monkeypatch) == units - done
+        assert contents(out) == whole[name], kill_at
+    return len(kills)
+
+
+@pytest.mark.parametrize(("name", "kills"), [("documents", [9, 77]), ("openwebtext", [111])])
+def test_killed_it_ends_with_the_same_bytes(tmp_path, source, whole, monkeypatch, name, kills):
+    assert kill_everywhere(name, tmp_path, source, whole, monkeypatch, kills) == len(kills)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["documents", "openwebtext"])
+def test_killed_at_every_file_operation_it_ends_with_the_same_bytes(tmp_path, source, whole, monkeypatch, name):
+    assert kill_everywhere(name, tmp_path, source, whole, monkeypatch, range(1, 10_000)) > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "kills"), [(2, 1), (3, 4)])
+def test_killed_while_several_workers_are_at_it(tmp_path, source, whole, capsys, workers, kills):
+    out = tmp_path / "out"
+    for _ in range(kills):
+        before = units_done(out)
+        process = start(out, 0, *command("openwebtext", source, out, "--workers", str(workers)))
+        while units_done(out) < before + 2 and process.is_alive():
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert not (out / "meta.json").exists()
+    assert contents(prepare("openwebtext", source, out)) == whole["openwebtext"]
+    assert "documents are encoded already" in capsys.readouterr().err
+
+
+def interrupt(name, source, out, monkeypatch, *options, unit=9):
+    """Ctrl-C before the unit of that number is encoded."""
+    encode = encoding.Encoder.__call__
+    done = []
+
+    def interrupted(self, unit_):
+        if len(done) == unit:
+            raise KeyboardInterrupt
+        done.append(unit_)
+        return encode(self, unit_)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding.Encoder, "__call__", interrupted)
+        assert status(*command(name, source, out, *options)) == 130
+    return out
+
+
+@pytest.mark.parametrize("name", ["documents", "openwebtext"])
+def test_ctrl_c_keeps_what_is_finished(tmp_path, source, whole, monkeypatch, capsys, name):
+    out = interrupt(name, source, tmp_path / "out", monkeypatch)
+    assert units_done(out) == 9
+    assert capsys.readouterr().err.endswith("interrupted: what is finished stays, the same command goes on\n")
+    with pytest.raises(UserError, match=r"has not finished\. The command that began it goes on"):
+        TokenShards.open(out, "train")
+    assert contents(prepare(name, source, out)) == whole[name]
+
+
+def test_nothing_stays_of_a_run_of_a_few_seconds(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(engine, "SAVE_SECONDS", 60)
+    interrupt("documents", source, tmp_path / "a" / "out", monkeypatch)
+    assert not (tmp_path / "a").exists()
+
+
+def test_going_on_needs_the_same_settings_and_files(tmp_path, source, monkeypatch, capsys):
+    shutil.copytree(source, tmp_path / "source")
+    out = interrupt("documents", tmp_path / "source", tmp_path / "out", monkeypatch)
+    for options, message in (
+        (["--seed", "1"], "begun with another seed: 0, now 1"),
+        (["--tokenizer", "bpe:301"], "another tokenizer: 'bpe:300', now 'bpe:301'"),
+    ):
+        assert message in fails(capsys, *command("documents", tmp_path / "source", out, *options))
+    os.rename(tmp_path / "source" / "1.jsonl", tmp_path / "source" / "2.jsonl")
+    assert "begun with another source" in fails(capsys, *command("documents", tmp_path / "source", out))
+
+
+@pytest.mark.parametrize("damage", ["whole shard", "unfinished shard"])
+def test_going_on_needs_the_shards_that_were_recorded(tmp_path, source, monkeypatch, capsys, damage):
+    out = interrupt("documents", source, tmp_path / "out", monkeypatch)
+    path = out / ("train_000000.bin" if damage == "whole shard" else ".val_000000.bin.partial")
+    path.write_bytes(path.read_bytes()[:-2])
+    assert path.name in fails(capsys, *command("documents", source, out))
+
+
+# ------------------------------------------------------------------------------------------- workers and processes
+
+
+@pytest.mark.parametrize("name", ["documents", "openwebtext"])
+def test_workers_change_nothing(tmp_path, source, whole, name):
+    assert contents(prepare(name, source, tmp_path / "out", "--workers", "2")) == whole[name]
+    assert len(whole[name]) > 6
+
+
+def test_a_worker_that_dies_is_told_of_and_gone_on_from(tmp_path, source, whole, monkeypatch, capsys):
+    update = ProgressBar.update
+
+    def kill_the_workers(self, tally):
+        update(self, tally)
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressBar, "update", kill_the_workers)
+        message = fails(capsys, *command("documents", source, tmp_path / "out", "--workers", "2"))
+    assert "A worker process died" in message and "fewer --workers; what is finished stays" in message
+    assert contents(prepare("documents", source, tmp_path / "out")) == whole["documents"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_processes_silently(tmp_path, source, whole):
+    """It reaches all of the terminal's processes: this one, and those that are importing what they need."""
+    script = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # tests in the background of a shell ignore it
+        f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "import test_resuming\n"
+        "test_resuming.small_units(test_resuming.pytest.MonkeyPatch())\n"
+        f"sys.exit(test_resuming.status(*test_resuming.command('documents', {str(source)!r}, "
+        f"{str(tmp_path / 'out')!r}, '--workers', '2')))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+    )
+    while not (tmp_path / "out" / ".preparation" / "settings.json").exists():
+        time.sleep(0.01)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    _, printed = process.communicate(timeout=120)  # until the last process that can write there has ended
+    assert process.returncode == 130 and "Traceback" not in printed
+    assert contents(prepare("documents", source, tmp_path / "out")) == whole["documents"]
+
+
+# ------------------------------------------------------------------------------------------------- folder and disk
+
+
+def test_out_is_never_overwritten(tmp_path, source, whole, capsys):
+    out = tmp_path / "out"
+    with Preparation(out):
+        message = fails(capsys, *command("documents", source, out))
+        assert "another process is preparing data in this folder" in message
+    out.mkdir(exist_ok=True)
+    for name, content in whole["documents"].items():
+        (out / name).write_bytes(content)
+    assert "holds prepared data already" in fails(capsys, *command("documents", source, out, "--seed", "1"))
+    assert contents(out) == whole["documents"]
+    (out / "meta.json").unlink()
+    assert "no preparation in it to go on with" in fails(capsys, *command("documents", source, out))
+    assert "is a file" in fails(capsys, *command("documents", source, out / "tokenizer.json"))
+    assert "cannot be written" in fails(capsys, *command("documents", source, "/sys/hgpt"))  # not even by root
+
+
+@pytest.mark.parametrize("name", ["documents", "openwebtext"])
+def test_a_finished_preparation_says_so(tmp_path, source, whole, capsys, name):
+    (tmp_path / "out").mkdir()
+    for file, content in whole[name].items():
+        (tmp_path / "out" / file).write_bytes(content)
+    assert status(*command(name, source, tmp_path / "out")) == 0
+    assert "was prepared before" in capsys.readouterr().out
+    assert contents(tmp_path / "out") == whole[name]
+
+
+def test_too_little_disk_space_is_found_before_it_is_used(tmp_path, source, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=9_000_000_000))
+    engine.check_disk_space(tmp_path, 19_000_000_000)
+    with pytest.raises(UserError, match=r"will need about 9\.45 GB, and 9\.00 GB are free"):
+        engine.check_disk_space(tmp_path, 21_000_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=20_000))
+    assert "0.00 GB are free" in fails(capsys, *command("documents", source, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def limited_run(limit, out, main, *arguments):
+    small_units(pytest.MonkeyPatch())
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    sys.stderr = open(out.parent / "stderr", "w")  # noqa: SIM115
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    sys.exit(status(main, *arguments))
+
+
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_a_full_disk_is_a_clean_error_and_can_be_gone_on_from(tmp_path, source, workers):
+    options = ("--tokens-per-shard", "100000", "--workers", workers)
+    out = tmp_path / "out"
+    limit = 12_000  # bytes of a file: more than the tokenizer has, less than a shard
+    process = start_imports().Process(
+        target=limited_run, args=(limit, out, *command("documents", source, out, *options))
+    )
+    process.start()
+    process.join()
+    message = (tmp_path / "stderr").read_text()
+    assert process.exitcode == 2 and "Traceback" not in message
+    assert "failed: File too large. Mend that (a full disk: free space)" in message
+    assert units_done(out) > 1 and not list(out.glob("*.bin"))
+    expected = contents(prepare("documents", source, tmp_path / "whole", *options))
+    assert contents(prepare("documents", source, out, *options)) == expected
+
+
+@contextmanager
+def ordinary_user():
+    """As one whom permissions keep out, also where the tests are run by root."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_folders_that_permissions_close(source, capsys):
+    folder = Path(tempfile.mkdtemp())  # unlike tmp_path, within the reach of every user
+    folder.chmod(0o777)
+    closed, data = folder / "closed", folder / "data"
+    shutil.copytree(source, closed / "data")
+    shutil.copytree(source, data)
+    (data / "inside").mkdir()
+    try:
+        for path in (closed, data / "inside"):
+            path.chmod(0)
+        data.chmod(0o555)
+        with ordinary_user():
+            for out in (closed / "out", data / "out"):
+                message = fails(capsys, *command("openwebtext", data, out))
+                assert f"--out {out} cannot be written: Permission denied. Choose another folder" in message
+            message = fails(capsys, *command("openwebtext", closed / "data", folder / "out"))
+            assert f"--source {closed / 'data'} cannot be read: Permission denied" in message
+            message = fails(capsys, *command("openwebtext", data, folder / "out"))
+            assert f"{data / 'inside'} cannot be read: Permission denied" in message
+            assert "is no folder that can be read" in fails(
+                capsys, openwebtext.main, "--out", closed / "out", "--merge"
+            )
+            message = fails(capsys, verify.main, closed / "data")
+            assert f"{closed / 'data'} cannot be read: Permission denied" in message
+            assert not (folder / "out").exists()
+    finally:
+        for path in (closed, data, data / "inside"):
+            path.chmod(0o777)
+        shutil.rmtree(folder)
+
+
+# ------------------------------------------------------------------------------------------------------- memory
+
+
+def memory_grown(source, out):
+    """By how many MB the peak memory of a process grows while it prepares a source."""
+    script = (
+        "from data_prep.openwebtext import main\n"
+        "from hgpt.data.tokenizer import load_tokenizer\n"
+        "load_tokenizer('gpt2')\n"
+        "def peak(): return next(int(line.split()[1]) for line in open('/proc/self/status') if 'VmHWM' in line)\n"
+        "before = peak()\n"
+        f"main(['--source', {str(source)!r}, '--out', {str(out)!r}, '--workers', '1'])\n"
+        "print('grown', peak() - before)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return int(result.stdout.split()[-1]) / 1e3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_memory_does_not_grow_with_the_text(tmp_path, kind):
+    (tmp_path / "source").mkdir()
+    some = [" ".join(texts(300))] * 1500  # 70 MB
+    if kind == "parquet":
+        write_parquet(tmp_path / "source" / "a.parquet", some, row_group_size=500)
+    else:
+        (tmp_path / "source" / "a.jsonl").write_bytes(json_lines(some))
+    assert memory_grown(tmp_path / "source", tmp_path / "out") < 120
+    assert sum(len(TokenShards.open(tmp_path / "out", split)) for split in SPLITS) > 1e7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_a_document_of_60_mb_takes_no_more_than_ten_times_as_much(tmp_path, kind):
+    (tmp_path / "source").mkdir()
+    long = "😀 " + " ".join(texts(300)) * 1200  # a str of 4 bytes per character
+    if kind == "txt":
+        for number, text in enumerate((long, "short", "shorter")):
+            (tmp_path / "source" / f"{number}.txt").write_text(text)
+    elif kind == "jsonl":
+        lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in (long, "short", "shorter"))
+        (tmp_path / "source" / "a.jsonl").write_text(lines)
+    else:
+        write_parquet(tmp_path / "source" / "a.parquet", [long, "short", "shorter"])
+    assert memory_grown(tmp_path / "source", tmp_path / "out") < 10 * len(long.encode()) / 1e6

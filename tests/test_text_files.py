@@ -1,0 +1,276 @@
+"""data_prep/text_files.py: every kind of file gives its documents, whole or in sections, and bad ones are named."""
+
+import gzip
+import json
+import os
+import random
+import tracemalloc
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from small_texts import json_lines, texts, write_parquet
+
+from data_prep import text_files
+from data_prep.text_files import Fields, find_files, find_sections, read_section
+from hgpt.errors import UserError
+
+TEXTS = texts(300)
+
+
+def read(path, fields=Fields(), **options):  # noqa: B008
+    """The documents of all sections, and the sections."""
+    sections, _ = find_sections([path], fields)
+    return [document for section in sections for document in read_section(section, fields, **options)], sections
+
+
+def decoded(path, fields=Fields()):  # noqa: B008
+    return [document.decode() for document in read(path, fields)[0]]
+
+
+# ------------------------------------------------------------------------------------------------------ finding
+
+
+def test_folders_are_searched_in_sorted_order_and_files_taken_once(tmp_path):
+    for name in ("b/2.txt", "b/10.txt", "a.txt", "c.jsonl", "README.md", ".hidden/x.txt", "b/.y.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    files, ignored = find_files([tmp_path / "c.jsonl", tmp_path, tmp_path / "b"])
+    assert [path.relative_to(tmp_path).as_posix() for path in files] == ["a.txt", "b/10.txt", "b/2.txt", "c.jsonl"]
+    assert [path.name for path in ignored] == ["README.md"]
+
+
+def test_linked_folders_are_searched_and_a_circle_of_them_ends(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.txt").write_text("x")
+    (tmp_path / "corpus" / "linked").symlink_to(tmp_path / "other")
+    (tmp_path / "other" / "back").symlink_to(tmp_path / "corpus")
+    assert [path.relative_to(tmp_path).as_posix() for path in find_files([tmp_path / "corpus"])[0]] == [
+        "corpus/linked/a.txt"
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.pdf", "a.parquet.gz", "nowhere.txt", "empty"])
+def test_what_cannot_be_read_is_refused(tmp_path, name):
+    if "." in name and "nowhere" not in name:
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=name):
+        find_files([tmp_path / name])
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+
+LINES = json_lines(TEXTS, id=1)
+SEPARATED = "\n\n".join(TEXTS).encode()
+FRAMES = zstandard.compress(LINES[:999]) + zstandard.compress(LINES[999:])
+# name → content, and the separator that its documents have
+KINDS = {
+    "a.jsonl": (b"\xef\xbb\xbf\n" + LINES.replace(b"\n", b"\r\n\n"), None),
+    "b.jsonl.gz": (gzip.compress(LINES[:999]) + gzip.compress(LINES[999:]), None),
+    "c.JSONL.zst": (FRAMES, None),
+    "d.txt": (b"\xef\xbb\xbf" + SEPARATED, "\n\n"),
+    "e.txt": (SEPARATED.replace(b"\n", b"\r\n"), "\n\n"),  # line breaks of Windows
+    "f.txt.gz": (gzip.compress(SEPARATED), "\n\n"),
+    "g.txt": ("<END>".join(TEXTS).encode(), "<END>"),
+}
+
+
+@pytest.fixture(params=[(4 << 20, 1 << 20), (3000, 1 << 20), (3000, 100)], ids=["whole", "sections", "small blocks"])
+def sizes(request, monkeypatch):
+    section, block = request.param
+    monkeypatch.setattr(text_files, "SECTION_BYTES", section)
+    monkeypatch.setattr(text_files, "LARGEST_SECTION", section)
+    monkeypatch.setattr(text_files, "BLOCK", block)
+    return section
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_text_file_gives_the_same_documents(tmp_path, sizes, name):
+    content, separator = KINDS[name]
+    (tmp_path / name).write_bytes(content)
+    found, sections = read(tmp_path / name, Fields(separator=separator))
+    assert [document.decode() for document in found] == TEXTS
+    assert (len(sections) > 5) == (sizes == 3000)
+    assert all(section.bytes <= 2 * sizes for section in sections) or sizes > 3000
+
+
+@pytest.mark.parametrize(
+    "column",
+    [pa.array(TEXTS), pa.array(TEXTS, pa.large_string()), pa.array(TEXTS).dictionary_encode()],
+    ids=["string", "large string", "dictionary"],
+)
+@pytest.mark.parametrize("row_group_size", [7, 300])
+def test_parquet_files_give_the_same_documents(tmp_path, sizes, column, row_group_size):
+    table = pa.table({"id": range(300), "text": column})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=row_group_size, use_dictionary=False)
+    found, sections = read(tmp_path / "a.parquet")
+    assert [document.decode() for document in found] == TEXTS
+    assert row_group_size == 7 or (len(sections) > 5) == (sizes == 3000)
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    for name, content in (("a.txt", b"a\n\nb"), ("b.txt.gz", gzip.compress(b"a\n\nb")), ("c.txt", b"")):
+        (tmp_path / name).write_bytes(content)
+        assert decoded(tmp_path / name) == [b"a\n\nb".decode() if content else ""]
+    assert decoded(tmp_path / "a.txt", Fields(separator="\n\n")) == ["a", "b"]
+    (tmp_path / "d.txt").write_text("\n\na\n\n\n\n")
+    assert decoded(tmp_path / "d.txt", Fields(separator="\n\n")) == ["", "a", "", ""]  # as str.split
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_process_decompresses_a_file_once_for_all_its_sections(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(text_files, "LARGEST_SECTION", 1000)
+    compress = gzip.compress if suffix == ".gz" else zstandard.compress
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(compress(LINES))
+    sections, _ = find_sections([path], Fields())
+    opened = []
+    open_file = text_files._open
+    monkeypatch.setattr(text_files, "_open", lambda path: opened.append(path) or open_file(path))
+
+    def read(sections):
+        return [document.decode() for section in sections for document in read_section(section, Fields())]
+
+    assert read(sections) == TEXTS and len(opened) == 1
+    firsts = [sum(s.documents for s in sections[:i]) for i in range(len(sections))]
+    wanted = [t for s, i in list(zip(sections, firsts, strict=True))[1::3] for t in TEXTS[i : i + s.documents]]
+    assert read(sections[1::3]) == wanted
+    assert len(opened) == 2  # what lies before the place of the reader is not reached again
+    path.write_bytes(compress(json_lines(TEXTS[::-1])))
+    assert read(sections[:1])[0] == TEXTS[-1]  # and not out of the file that was there before
+
+
+def test_invalid_utf8_and_surrogates_are_left_to_whoever_decodes(tmp_path):
+    lines = [b'{"text": "b\xfe\xfe"}', b'{"text": "lone \\ud800 \xff \\udcff"}', b'{"text": "pair \\ud83d\\ude00"}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    expected = [b"b\xfe\xfe", b"lone \xed\xa0\x80 \xff \xff", "pair 😀".encode()]
+    assert read(tmp_path / "a.jsonl")[0] == expected
+    column = pa.array([b"par\xc3quet", None], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet")[0] == [b"par\xc3quet", None]
+
+
+def test_one_document_is_held_at_a_time(tmp_path):
+    """However many large rows stand together between small ones, of which the average knows nothing."""
+    documents = ["x" * 500_000] * 20 + ["x"] * 200
+    pq.write_table(pa.table({"text": documents}), tmp_path / "a.parquet", use_dictionary=False)
+    (tmp_path / "a.jsonl").write_bytes(json_lines(documents))
+    for path in sorted(tmp_path.iterdir()):
+        tracemalloc.start()
+        try:
+            sections, _ = find_sections([path], Fields())
+            lengths = [len(document) for section in sections for document in read_section(section, Fields())]
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert lengths == [len(document) for document in documents] and peak < 5_000_000, path
+
+
+# ------------------------------------------------------------------------------------------------------ bad files
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": ', "cannot be read as JSON"),
+        (b'{"text": "a"} x', "cannot be read as JSON"),
+        (b'{"text": ' + b"[" * 200_000, "nested too deep"),
+        (b'["text"]', "no JSON object with a field 'text'; this one is none"),
+        (b'{"body": "x", "id": 1}', "this one has the keys body, id"),
+        (b'{"text": 3}', "the field 'text' must be a string, not int"),
+        (b'{"text": "' + b"x" * 3000 + b'"}', "a document of more than 0 MB"),
+    ],
+)
+def test_a_bad_line_is_named_and_can_be_left_out(tmp_path, monkeypatch, line, message):
+    monkeypatch.setattr(text_files, "BLOCK", 500)
+    if b"xxx" in line:
+        monkeypatch.setattr(text_files, "LARGEST_DOCUMENT", 2000)
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n\n' + line + b'\n{"text": "b"}\n')
+    with pytest.raises(UserError, match=rf"a\.jsonl, line 3: .*{message}"):
+        read(tmp_path / "a.jsonl")
+    bad = []
+    assert read(tmp_path / "a.jsonl", on_bad=bad.append)[0] == [b"a", None, b"b"]
+    assert len(bad) == 1 and message in bad[0]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.parquet"])
+def test_a_document_that_is_too_large_is_named_and_can_be_left_out(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(text_files, "LARGEST_DOCUMENT", 2000)
+    monkeypatch.setattr(text_files, "BLOCK", 500)
+    path = tmp_path / name
+    documents = ["x" * 2000, "y" * 2001, "z"]
+    if name == "a.parquet":
+        write_parquet(path, documents)
+    else:
+        content = "||".join(documents).encode()
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    fields = Fields(separator="||")
+    with pytest.raises(UserError, match=rf"{name}.*more than 0 MB.*--separator"):
+        read(path, fields)
+    bad = []
+    found, _ = read(path, fields, on_bad=bad.append)
+    assert found == [b"x" * 2000, None, b"z"] and len(bad) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt.gz", b"no gzip"),
+        ("a.txt.gz", gzip.compress(b"x" * 999, mtime=0)[:-12]),
+        ("a.jsonl.gz", gzip.compress(json_lines(TEXTS), mtime=0)[:-500]),
+        ("a.txt.zst", b"no zstd"),
+        ("a.txt.zst", zstandard.compress(random.Random(0).randbytes(99999))[:-2000]),
+        ("a.parquet", b"no parquet"),
+        ("a.txt", b"\xff\xfea\x00"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} (cannot be read|is UTF-16)"):
+        read(tmp_path / name)
+    if name != "a.txt":
+        (_, bad) = find_sections([tmp_path / name], Fields(), skip_bad=True)
+        assert len(bad) == 1 and name in bad[0]
+
+
+def test_empty_files_are_refused_where_they_mean_damage(tmp_path):
+    for name in ("a.txt", "a.jsonl", "a.parquet"):
+        (tmp_path / name).touch()
+        with pytest.raises(UserError, match=f"{name} cannot be read: it is empty, 0 bytes"):
+            find_sections([tmp_path / name], Fields(), refuse_empty=True)
+
+
+def test_a_file_that_changed_meanwhile_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json_lines(TEXTS))
+    (section,), _ = find_sections([path], Fields())
+    path.write_bytes(json_lines(TEXTS[:10]))
+    with pytest.raises(UserError, match="10 documents instead of 300: it was changed meanwhile"):
+        list(read_section(section, Fields()))
+    os.truncate(path, 5)
+    bad = []
+    assert list(read_section(section, Fields(), bad.append)) == [None] * 300 and len(bad) == 2
+
+
+def test_parquet_without_the_text_column(tmp_path):
+    pq.write_table(pa.table({"content": ["x"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": [1], "n": [2]}), tmp_path / "b.parquet")
+    write_parquet(tmp_path / "c.parquet", TEXTS)
+    with pytest.raises(UserError) as caught:
+        find_sections(sorted(tmp_path.iterdir()), Fields())
+    message = str(caught.value)
+    assert "in 1 of 3 files" in message and "--text-column" in message
+    assert "a.parquet has no column 'text'; its columns are content" in message
+    assert "b.parquet: the column 'text' holds int64, not text" in message
+
+
+def test_json_is_what_the_json_library_says(tmp_path):
+    rng = random.Random(0)
+    characters = ["a", " ", '"', "\\", "\n", "\x01", "é", "日", "😀", *"{}[]:,"]
+    rows = ["".join(rng.choices(characters, k=rng.randint(0, 30))) for _ in range(200)]
+    lines = [json.dumps({"x": [1, {"text": "n"}], "text": row}, ensure_ascii=rng.random() < 0.5) for row in rows]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert decoded(tmp_path / "a.jsonl") == rows
