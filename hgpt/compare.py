@@ -1,11 +1,11 @@
-"""A comparison as an experiment: a matched grid of training runs, one table, one report.
+"""Compare configurations: train a matched grid of runs, then write one table and one report.
 
     python -m hgpt.compare --config A.toml B.toml --seeds 3 --sweep optim.lr=1e-3,3e-3,6e-3 --out comparisons/heads
 
-Every arm (a configuration, or with --vary one for each value) is trained at every point of its sweep with the first
-seed, or with --search coordinate at fewer; the point with the lowest validation loss is then trained with the other
-seeds. Data, order of the data, number of steps and seeds are the same in each arm, or nothing is trained. What has
-finished is kept: the same command goes on where it stopped.
+An arm is a configuration; with --vary, a configuration with one of the values. Every arm is trained with the first seed
+at all points of its sweeps (with --search coordinate at fewer). The point with the lowest validation loss is then
+trained with the other seeds. Data, their order, the number of steps and the seeds must be the same in all arms,
+otherwise nothing is trained. Finished runs are kept: the same command resumes.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +47,18 @@ TRAIN = Path(hgpt.__file__).parent.parent / "train.py"
 RESULT_FILE = "comparison.json"
 CONFIDENCE = 0.95
 
-# Runs on several GPUs are watched from threads, and jsonargparse's parsers share state.
+# Threads wait for the runs, and jsonargparse's parsers share state.
 _PARSING = threading.Lock()
 
-# What has to be the same for a difference between two arms to be the arms'.
+# Settings that must be the same in all runs; otherwise a difference between two arms could come from them.
 MATCHED = ("data.", "train.steps", "train.global_batch", "train.seed")
-# What may differ between a finished run and the one that is wanted, since nothing that it measures depends on it.
+# Settings that may differ between a finished run and the wanted one: no result depends on them.
 FREE = ("name", "runs_dir", "resume", "data.verify", "log.", "checkpoint.", "train.micro_batch")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """`[ARM:]KEY=V1,V2`: a setting and the values it takes, in every arm or in those whose configuration is ARM."""
+    """`[ARM:]KEY=V1,V2`: a setting and its values, in every arm or in those of the configuration ARM."""
 
     arm: str | None
     key: str
@@ -67,7 +67,7 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One side of the comparison: a configuration, settings on top of it, and the points at which it is tuned."""
+    """A configuration file, the settings that replace some of it, and the points of its sweeps."""
 
     name: str
     file: str
@@ -77,7 +77,7 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A run that is over: its last evaluation, or the message with which it stopped."""
+    """A run that has ended: its last evaluation, or the message of its error."""
 
     folder: Path
     evaluation: dict[str, float] | None
@@ -85,18 +85,13 @@ class Outcome:
 
     @property
     def loss(self) -> float:
-        """Validation loss in nats per token; infinite where the run failed, so that it is never the best."""
+        """Validation loss in nats per token; infinite for a failed run, which is never the best."""
         return float("inf") if self.evaluation is None else self.evaluation["loss"]
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run the command line."""
-    compare(parse_arguments(argv))
-
-
 def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """Train what is missing, write the table and the report; returns what comparison.json holds."""
-    out = Path(options.out).resolve()  # jsonargparse changes the working directory for a moment, in other threads too
+    """Train the missing runs, write the table and the report, and return the content of comparison.json."""
+    out = Path(options.out).resolve()  # jsonargparse changes the working directory of all threads for a moment
     arms = build_arms(options.config, options.vary, options.sweep, options.set)
     check_matched({run_name(arm, point, 0): run_config(arm, point, 0, out) for arm in arms for point in arm.points})
     if not TRAIN.is_file():
@@ -106,7 +101,6 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         )
 
     places = run_places(options.gpus, options.jobs)
-    # Tuned with the first seed, then the best point of each arm with the others.
     tuned = tune(arms, options.search, places, out)
     best = {arm.name: best_point(arm, tuned) for arm in arms}
     for arm in arms:
@@ -119,14 +113,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
     table = [row(arm, best[arm.name], outcomes, options.seeds) for arm in arms]
     add_differences(table)
-    result = {
-        "command": ["python", "-m", "hgpt.compare", *options.argv],
-        "arms": table,
-        "runs": {
-            name: {"folder": str(outcome.folder), "evaluation": outcome.evaluation, "message": outcome.message}
-            for name, outcome in sorted(outcomes.items())
-        },
-    }
+    runs = {name: asdict(outcome) | {"folder": str(outcome.folder)} for name, outcome in sorted(outcomes.items())}
+    result = {"command": ["python", "-m", "hgpt.compare", *options.argv], "arms": table, "runs": runs}
     write_tables(out, result)
     print((out / "table.md").read_text(encoding="utf-8"))
     if not options.no_report:
@@ -139,58 +127,39 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m hgpt.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", nargs="+", required=True, metavar="FILE", help="TOML files; each is an arm")
-    parser.add_argument(
-        "--vary",
-        action="append",
-        default=[],
-        metavar="[ARM:]KEY=V1,V2",
-        help="one arm for each value, reported on its own; ARM limits it to the configuration of that file name",
-    )
-    parser.add_argument(
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m hgpt.compare", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    add = parser.add_argument
+    axes: dict[str, Any] = {"action": "append", "default": [], "metavar": "[ARM:]KEY=V1,V2"}
+    add("--config", nargs="+", required=True, metavar="FILE", help="TOML files; each is an arm")
+    add("--vary", **axes, help="one arm per value; ARM limits it to the configuration of that file name")
+    add(
         "--sweep",
-        action="append",
-        default=[],
-        metavar="[ARM:]KEY=V1,V2",
-        help="values among which each arm takes its best; several sweeps make a grid. Sweeping optim.lr moves "
-        "optim.min_lr along, in the proportion of the configuration",
+        **axes,
+        help="values among which each arm takes its best; several sweeps make a grid. A sweep of optim.lr keeps the "
+        "configuration's ratio of optim.min_lr to optim.lr",
     )
-    parser.add_argument(
+    add(
         "--search",
         choices=("grid", "coordinate"),
         default="grid",
-        help="grid: every combination of the sweeps. coordinate: one sweep after the other in the order given, at the "
-        "best values so far, at first the middle ones; fewer runs, and blind to values that are good together only "
-        "(default: %(default)s)",
+        help="grid: every combination of the sweeps. coordinate: one sweep after the other, in the order given, from the "
+        "middle values on; fewer runs, but it misses values that are good only together (default: %(default)s)",
     )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every arm")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each arm's best point (default: 3)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the runs, the table and the report")
-    parser.add_argument(
-        "--gpus", nargs="+", metavar="ID", help="one run at a time on each of these GPUs (default: one run at a time)"
-    )
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        metavar="N",
-        help="runs at a time on the CPU, each with its share of the processors: small models train faster side by side",
-    )
-    parser.add_argument("--relations", metavar="DIR", help="relation sets of the report (default: those that ship)")
-    parser.add_argument("--no-report", action="store_true", help="only train, and print the table")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every arm")
+    add("--seeds", type=int, default=3, metavar="N", help="runs of each arm's best point (default: %(default)s)")
+    add("--out", required=True, metavar="DIR", help="folder of the runs, the table and the report")
+    add("--gpus", nargs="+", metavar="ID", help="one run at a time on each of these GPUs (default: one run at a time)")
+    add("--jobs", type=int, metavar="N", help="runs at a time on the CPU, which share its cores; good for small models")
+    add("--relations", metavar="DIR", help="relation sets of the report (default: those that ship)")
+    add("--no-report", action="store_true", help="only train, and print the table")
     options = parser.parse_args(argv)
-    options.argv = list(sys.argv[1:] if argv is None else argv)
-    if options.seeds < 1:
-        raise UserError(f"--seeds must be at least 1; got {options.seeds}")
-    if options.jobs is not None and options.jobs < 1:
-        raise UserError(f"--jobs must be at least 1; got {options.jobs}")
+    options.argv = list(argv)
+    for name in ("seeds", "jobs"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UserError(f"--{name} must be at least 1; got {getattr(options, name)}")
     if options.jobs is not None and options.gpus:
-        raise UserError("--jobs is for the CPU and --gpus says where runs go otherwise; leave one out")
+        raise UserError("--jobs is for the CPU and --gpus for GPUs; leave one out")
     if options.relations is not None and options.no_report:
         raise UserError("--relations has no effect with --no-report; leave one out")
     options.vary = [parse_axis(text, "--vary") for text in options.vary]
@@ -221,7 +190,7 @@ def parse_axis(text: str, option: str) -> Axis:
 
 
 def build_arms(files: Sequence[str], vary: Sequence[Axis], sweep: Sequence[Axis], fixed: Sequence[Axis]) -> list[Arm]:
-    """Every configuration at every combination of the values it varies over."""
+    """One arm for each configuration and each combination of its --vary values. Raises UserError."""
     stems = [Path(file).stem for file in files]
     if len(set(stems)) < len(stems):
         raise UserError(f"--config: the arms take the names of their files, which must differ; got {', '.join(stems)}")
@@ -243,15 +212,13 @@ def build_arms(files: Sequence[str], vary: Sequence[Axis], sweep: Sequence[Axis]
 
 
 def combinations(axes: Iterable[Axis]) -> list[dict[str, str]]:
-    axes = list(axes)
-    return [
-        dict(zip((axis.key for axis in axes), values, strict=True))
-        for values in itertools.product(*(axis.values for axis in axes))
-    ]
+    """Every combination of the values of the axes."""
+    lines = [[(axis.key, value) for value in axis.values] for axis in axes]
+    return [dict(point) for point in itertools.product(*lines)]
 
 
 def short(key: str, value: str) -> str:
-    """`exponent2xsqrt_dim` of model.head.exponent = 2*sqrt_dim: for the name of a folder."""
+    """A setting as part of a folder's name: `exponent2xsqrt_dim` for model.head.exponent = 2*sqrt_dim."""
     return key.rsplit(".", 1)[-1] + re.sub(r"[^\w.+-]", "", value.replace("*", "x"))
 
 
@@ -260,7 +227,7 @@ def run_name(arm: Arm, point: dict[str, str], seed: int) -> str:
 
 
 def run_config(arm: Arm, point: dict[str, str], seed: int, out: Path) -> RunConfig:
-    """The configuration of one run; seed counts from 0 above the configuration's own train.seed."""
+    """The configuration of one run; `seed` is added to the configuration's train.seed."""
     chosen = arm.fixed | point
     base = load_run_config(["--config", arm.file, *(f"--{key}={value}" for key, value in arm.fixed.items())], shape_of)
     if "optim.lr" in point and "optim.min_lr" not in chosen:
@@ -275,7 +242,7 @@ def run_config(arm: Arm, point: dict[str, str], seed: int, out: Path) -> RunConf
 
 
 def check_matched(configs: dict[str, RunConfig]) -> None:
-    """Raises UserError naming the settings that would make a difference between runs meaningless."""
+    """Raises UserError, with the name of the setting, unless all runs agree in the settings of `MATCHED`."""
     found = {name: settings(config) for name, config in configs.items()}
     keys = sorted({key for values in found.values() for key in values if key.startswith(MATCHED)})
     for key in keys:
@@ -293,7 +260,7 @@ def check_matched(configs: dict[str, RunConfig]) -> None:
 
 
 def run_places(gpus: Sequence[str] | None, jobs: int | None) -> list[dict[str, str]]:
-    """What the environment of a run has besides, for each of the runs that go on at the same time."""
+    """One entry for each run that may train at the same time: the variables to add to its environment."""
     if gpus:
         return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
     if jobs is None:
@@ -303,7 +270,7 @@ def run_places(gpus: Sequence[str] | None, jobs: int | None) -> list[dict[str, s
 
 
 def tune(arms: Sequence[Arm], search: str, places: Sequence[dict[str, str]], out: Path) -> dict[str, Outcome]:
-    """The runs with the first seed among which each arm has its best, by name."""
+    """Train the points of each arm with the first seed, by --search; returns the outcomes by name of the run."""
     tuned: dict[str, Outcome] = {}
 
     def train_points(points: Mapping[str, Sequence[dict[str, str]]], stage: str) -> None:
@@ -327,14 +294,14 @@ def tune(arms: Sequence[Arm], search: str, places: Sequence[dict[str, str]], out
 
 
 def swept_values(arm: Arm) -> dict[str, list[str]]:
-    """The values of each setting that is swept, in the order given."""
+    """The values of each swept setting, in the order of the command line."""
     return {key: list(dict.fromkeys(point[key] for point in arm.points)) for key in arm.points[0]}
 
 
 def train_all(
     configs: Sequence[RunConfig], places: Sequence[dict[str, str]], out: Path, stage: str
 ) -> dict[str, Outcome]:
-    """Train every run that has not finished, one at a time at each place."""
+    """Train every run that has not finished, at each place one at a time; outcomes by name."""
     free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
     for place in places:
         free.put(place)
@@ -357,7 +324,7 @@ def train_all(
 
 
 def train(config: RunConfig, place: dict[str, str], out: Path) -> Outcome:
-    """One run of train.py, unless it has finished or failed before."""
+    """Train one run with train.py, unless it has already finished or failed."""
     folder = config.run_folder
     failure = out / "logs" / f"{config.name}.failed"
     if failure.exists():
@@ -379,22 +346,23 @@ def train(config: RunConfig, place: dict[str, str], out: Path) -> Outcome:
         return Outcome(folder=folder, evaluation=evaluation)
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     message = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")
-    # A run that has trained and then stopped with an error has diverged, and its point is simply not the best one.
-    if status == 2 and any(record["kind"] == "train" for record in records(folder)):
+    # A run that trained and then stopped with an error has diverged: a result, and not an error of the comparison.
+    if status == 2 and records(folder, "train"):
         failure.write_text(message, encoding="utf-8")
         return Outcome(folder=folder, evaluation=None, message=message)
-    raise UserError(f"the run {config.name} stopped with status {status}: {message} (all of it is in {log})")
+    raise UserError(f"the run {config.name} stopped with status {status}: {message} (the whole output: {log})")
 
 
 def finished(config: RunConfig) -> dict[str, float] | None:
-    """The evaluation after the last step, None if the run is not there yet.
+    """The evaluation after the last step; None if the run has not finished.
 
     Raises UserError when the folder holds a finished run with other settings.
     """
     folder = config.run_folder
-    evaluations = [record for record in records(folder) if record["kind"] == "eval"]
-    over = evaluations and evaluations[-1]["step"] == config.train.steps
-    if not over or not (folder / LATEST / MODEL / "config.json").is_file():
+    evaluations = records(folder, "eval")
+    if not evaluations or evaluations[-1]["step"] != config.train.steps:
+        return None
+    if not (folder / LATEST / MODEL / "config.json").is_file():
         return None
     with _PARSING:
         there = settings(load_run_config(["--config", str(folder / CONFIG_FILE)]))
@@ -417,69 +385,64 @@ def finished(config: RunConfig) -> dict[str, float] | None:
 
 
 def row(arm: Arm, best: dict[str, str], outcomes: dict[str, Outcome], seeds: int) -> dict[str, Any]:
-    """What one arm came to: its best point, the losses of its seeds, their mean and spread."""
-    runs = [outcomes[run_name(arm, best, seed)] for seed in range(seeds)]
-    losses = [run.loss for run in runs if run.evaluation is not None]
+    """The results of one arm: its best point, the losses of its seeds, their mean and spread, and means over seeds."""
+    names = [run_name(arm, best, seed) for seed in range(seeds)]
+    runs = [outcomes[name] for name in names]
+    evaluations = [run.evaluation for run in runs if run.evaluation is not None]
+    losses = [evaluation["loss"] for evaluation in evaluations]
+    folders = [run.folder for run in runs]
+    tried = [(point, outcomes.get(run_name(arm, point, 0))) for point in arm.points]
+    measured = evaluations[0].keys() - {"loss"}
     return {
         "arm": arm.name,
         "config": arm.file,
         "settings": arm.fixed,
         "best": best,
         "at_the_edge": [key for key, values in swept_values(arm).items() if at_the_edge(values, best[key])],
-        "tried": [
-            {"point": point, "loss": finite(outcomes[run_name(arm, point, 0)].loss)}
-            for point in arm.points
-            if run_name(arm, point, 0) in outcomes
-        ],
-        "runs": [run_name(arm, best, seed) for seed in range(seeds)],
+        "tried": [{"point": point, "loss": finite(run.loss)} for point, run in tried if run is not None],
+        "runs": names,
         "losses": [finite(run.loss) for run in runs],
         "mean": statistics.mean(losses),
         "sd": statistics.stdev(losses) if len(losses) > 1 else None,
         "interval": t_interval(losses),
-        "gradient_norm_spread": mean_gradient_norm_spread([run.folder for run in runs]),
-        "tokens_per_second": median_tokens_per_second([run.folder for run in runs]),
-        "joules_per_token": mean_joules_per_token([run.folder for run in runs]),
-        "diagnostics": {
-            name: statistics.mean(run.evaluation[name] for run in runs if run.evaluation is not None)
-            for name in (runs[0].evaluation or {})
-            if name != "loss"
-        },
+        "gradient_norm_spread": mean_or_none(map(gradient_norm_spread, folders)),
+        "tokens_per_second": median_tokens_per_second(folders),
+        "joules_per_token": mean_or_none(map(joules_per_token, folders)),
+        "diagnostics": {key: statistics.mean(found[key] for found in evaluations) for key in sorted(measured)},
     }
 
 
-def mean_gradient_norm_spread(folders: Sequence[Path]) -> float | None:
-    """Mean over runs of sd / mean of the gradient norms that were logged in the second half of the training.
+def mean_or_none(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that are not None; None if there are none."""
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else None
 
-    Before clipping, and past the warm-up and the first fall of the loss; None for fewer than two such lines.
+
+def gradient_norm_spread(folder: Path) -> float | None:
+    """sd / mean of the gradient norms, before clipping, that were logged in the second half of the training.
+
+    The warm-up and the first fall of the loss lie before it. None for fewer than two values.
     """
-    spreads = []
-    for folder in folders:
-        norms = [(record["step"], record["grad_norm"]) for record in records(folder) if "grad_norm" in record]
-        late = [norm for step, norm in norms if 2 * step > norms[-1][0]]
-        if len(late) > 1:
-            spreads.append(statistics.stdev(late) / statistics.mean(late))
-    return statistics.mean(spreads) if spreads else None
+    norms = [(record["step"], record["grad_norm"]) for record in records(folder) if "grad_norm" in record]
+    late = [norm for step, norm in norms if 2 * step > norms[-1][0]]
+    return statistics.stdev(late) / statistics.mean(late) if len(late) > 1 else None
 
 
 def median_tokens_per_second(folders: Sequence[Path]) -> float | None:
-    """Over all that was logged after the first line, with its start-up; evaluation and checkpoints do not count."""
-    rates = [
-        record["tokens_per_second"]
-        for folder in folders
-        for record in [record for record in records(folder) if "tokens_per_second" in record][1:]
-    ]
+    """Of all logged values but each run's first, which contains the start-up; without evaluation and checkpoints."""
+    logged = [[line["tokens_per_second"] for line in records(f) if "tokens_per_second" in line] for f in folders]
+    rates = [rate for values in logged for rate in values[1:]]
     return statistics.median(rates) if rates else None
 
 
-def mean_joules_per_token(folders: Sequence[Path]) -> float | None:
-    """Mean over runs of energy over training tokens, in J; None where it was not measured (log.energy)."""
-    lines = [[record for record in records(folder) if record["kind"] == "energy"] for folder in folders]
-    rates = [spent[-1]["tokens_per_joule"] for spent in lines if spent]
-    return statistics.mean(1 / rate for rate in rates) if rates and all(rates) else None
+def joules_per_token(folder: Path) -> float | None:
+    """Energy per training token in J; None if it was not measured (log.energy_country)."""
+    measured = records(folder, "energy")
+    return 1 / measured[-1]["tokens_per_joule"] if measured and measured[-1]["tokens_per_joule"] else None
 
 
 def best_point(arm: Arm, tuned: dict[str, Outcome]) -> dict[str, str]:
-    """The point, of those that were tried, with the lowest validation loss of the first seed."""
+    """The tried point with the lowest validation loss with the first seed."""
     tried = [point for point in arm.points if run_name(arm, point, 0) in tuned]
     return min(tried, key=lambda point: tuned[run_name(arm, point, 0)].loss)
 
@@ -490,7 +453,7 @@ def finite(value: float) -> float | None:
 
 
 def at_the_edge(values: Sequence[str], best: str) -> bool:
-    """Whether the best of several numbers is the largest or the smallest: then a better one may lie beyond."""
+    """Whether the best of several numbers is the smallest or the largest, so that a better one may lie beyond it."""
     try:
         numbers = sorted(float(value) for value in values)
     except ValueError:
@@ -508,19 +471,15 @@ def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def add_differences(table: list[dict[str, Any]]) -> None:
-    """To each row but the first: its loss minus the first arm's, paired by seed, Student's interval, Holm's p.
+    """Add to each row but the first: its loss minus that of the first arm, Student's interval, and Holm's p.
 
-    A pair shares its seed and therefore the order of its data, whose share of the noise cancels.
+    Losses are paired by seed: both runs see the data in the same order, and the noise of the order cancels.
     """
     p_values = []
     for entry in table[1:]:
-        pairs = [
-            (own, first)
-            for own, first in zip(entry["losses"], table[0]["losses"], strict=True)
-            if own is not None and first is not None
-        ]
-        differences = [own - first for own, first in pairs]
-        entry["difference"] = statistics.mean(differences) if differences else None
+        pairs = zip(entry["losses"], table[0]["losses"], strict=True)
+        differences = [own - first for own, first in pairs if own is not None and first is not None]
+        entry["difference"] = mean_or_none(differences)
         entry["difference_interval"] = t_interval(differences)
         if len(differences) > 1 and statistics.stdev(differences) > 0:
             p_values.append((entry, float(stats.ttest_1samp(differences, 0.0).pvalue)))
@@ -544,49 +503,64 @@ def write_tables(out: Path, result: dict[str, Any]) -> None:
             interval_text(entry["interval"]),
             "" if entry["sd"] is None else f"{entry['sd']:.4f}",
             ", ".join("failed" if loss is None else f"{loss:.4f}" for loss in entry["losses"]),
-            difference_text(entry),
+            difference_text(entry.get("difference"), entry.get("difference_interval")),
             f"{entry['difference_p_holm']:.3f}" if "difference_p_holm" in entry else "",
         ]
         for entry in table
     ]
-    measured = any(entry["joules_per_token"] is not None for entry in table)
-    for name, title, form in (
-        ("gradient_norm_spread", "gradient norm, sd / mean", ".2f"),
-        ("tokens_per_second", "tokens/s", ",.0f"),
-        ("joules_per_token", "J per token", ".3g"),
-    ):
+    notes = NOTES
+    for name, title, form, note in MEASURED:
         if any(entry[name] is not None for entry in table):
+            notes += note
             header.append(title)
             for cells, entry in zip(rows, table, strict=True):
                 cells.append("" if entry[name] is None else f"{entry[name]:{form}}")
-    lines = [header, ["---"] * len(header), *rows]
-    notes = (
-        "Losses in nats per token over the validation set. Intervals: Student's, over seeds; differences are paired by "
-        "seed. The best point was chosen on the first seed and the same validation set, which flatters every arm a "
-        "little. (edge): the best value is the smallest or the largest that was tried, so a better one may lie beyond."
-    )
-    if "tokens/s" in header:
-        notes += " Gradient norms: second half of the training, before clipping. tokens/s: median, without evaluation."
-    if measured:
-        notes += (
-            " J per token: energy of the whole machine, evaluations included, over training tokens. The metrics.jsonl "
-            "of each run says whether it was measured or estimated; of two runs at a time each counts the whole."
-        )
-    markdown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    (out / "table.md").write_text(f"{markdown}\n\n{notes}\n", encoding="utf-8")
-    with (out / "table.csv").open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows([header, *rows])
+    (out / "table.md").write_text(f"{markdown([header, *rows])}\n\n{notes}\n", encoding="utf-8")
+    write_csv(out / "table.csv", [header, *rows])
+
+
+NOTES = (
+    "Losses in nats per token over the validation set. Intervals: Student's, over seeds; differences are paired by "
+    "seed. The best point was chosen on the first seed and the same validation set, which flatters every arm a "
+    "little. (edge): the best value is the smallest or the largest that was tried, so a better one may lie beyond."
+)
+# Columns for what some runs have logged: key, title, format, and what the notes say about it.
+MEASURED = (
+    ("gradient_norm_spread", "gradient norm, sd / mean", ".2f", ""),
+    (
+        "tokens_per_second",
+        "tokens/s",
+        ",.0f",
+        " Gradient norms: second half of the training, before clipping. tokens/s: median, without evaluation.",
+    ),
+    (
+        "joules_per_token",
+        "J per token",
+        ".3g",
+        " J per token: energy of the whole machine, evaluations included, over training tokens. The metrics.jsonl of "
+        "each run says whether it was measured or estimated; of two runs at a time each counts the whole.",
+    ),
+)
+
+
+def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first row is the header."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
 
 
 def interval_text(interval: tuple[float, float] | None) -> str:
     return "" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
 
 
-def difference_text(entry: dict[str, Any]) -> str:
-    if entry.get("difference") is None:
+def difference_text(mean: float | None, interval: tuple[float, float] | None) -> str:
+    if mean is None:
         return ""
-    interval = entry["difference_interval"]
-    return f"{entry['difference']:+.4f}" + ("" if interval is None else f" ({interval[0]:+.4f} to {interval[1]:+.4f})")
+    return f"{mean:+.4f}" + ("" if interval is None else f" ({interval[0]:+.4f} to {interval[1]:+.4f})")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -594,66 +568,58 @@ def difference_text(entry: dict[str, Any]) -> str:
 
 
 def report(out: Path, table: Sequence[dict[str, Any]], outcomes: dict[str, Outcome], relations: str | None) -> None:
-    """The report of the first seed of each arm, and every run's readability against its loss."""
+    """Analyse the runs at the best points; write the report page, the figure and the tables of readability."""
     runs = [(entry, name) for entry in table for name in entry["runs"] if outcomes[name].evaluation is not None]
-    # The first run of each arm comes first: these are on the page, the others in the figure and the table only.
+    # The first seed of each arm comes first: the page shows these runs, the figure and the tables show all.
     runs.sort(key=lambda run: run[0]["runs"].index(run[1]))
     shown = len({entry["arm"] for entry, _ in runs})
     analysis = analyse(
         [str(outcomes[name].folder) for _, name in runs], AnalysisSettings(relations=relations), checkpoints=False
     )
-    rows = [
-        {
-            "arm": entry["arm"],
-            "run": name,
-            "exponent": model.exponent,
-            "seed": entry["runs"].index(name),
-            "loss": outcomes[name].loss,
-        }
-        | readability(model)
-        for (entry, name), model in zip(runs, analysis.models, strict=True)
-    ]
+    rows = []
+    for (entry, name), model in zip(runs, analysis.models, strict=True):
+        about = {"arm": entry["arm"], "run": name, "exponent": model.exponent, "seed": entry["runs"].index(name)}
+        rows.append({**about, "loss": outcomes[name].loss, **readability(model)})
     source = (
         f"{len(rows)} runs, {len(table)} arms, each at its own best point. Validation loss at the last step; the other "
         f"measures on {analysis.evaluated_tokens:,} validation tokens of: {analysis.data_source}. One point a run."
     )
     save_figure(measure_against_loss(rows, READABILITY, source), out, "readability")
-    with (out / "readability.csv").open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(out / "readability.csv", [list(rows[0]), *(list(row.values()) for row in rows)])
     (out / "readability.md").write_text(readability_table(rows), encoding="utf-8")
     page = write_report(restricted(analysis, shown), out / "report")
     print(f"{page}\n{out / 'readability.png'}")
 
 
 def readability_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Mean and standard deviation over the runs of each arm, and the differences from the first arm, as Markdown."""
+    """Markdown: mean and standard deviation over the runs of each arm, then the differences from the first arm."""
     arms = list(dict.fromkeys(row["arm"] for row in rows))
+    runs = {arm: [row for row in rows if row["arm"] == arm] for arm in arms}
+    first = {row["seed"]: row for row in runs[arms[0]]}
+
+    def mean_and_spread(arm: str, key: str) -> str:
+        values = [row[key] for row in runs[arm] if row[key] is not None]
+        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.3f}{spread}" if values else ""
+
+    def difference(arm: str, key: str) -> str:
+        pairs = [(row[key], first.get(row["seed"], {}).get(key)) for row in runs[arm]]
+        differences = [own - other for own, other in pairs if None not in (own, other)]
+        return difference_text(mean_or_none(differences), t_interval(differences))
+
     names = {"loss": "validation loss", **{key: " ".join(label.split()) for key, label in READABILITY.items()}}
-    lines = ["| measure | " + " | ".join(arms) + " |", "| --- |" + " --- |" * len(arms)]
-    for key, label in names.items():
-        cells = []
-        for arm in arms:
-            values = [row[key] for row in rows if row["arm"] == arm and row[key] is not None]
-            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    text = "\n".join(lines) + "\n\nMean ± standard deviation over seeds.\n"
-    first = {row["seed"]: row for row in rows if row["arm"] == arms[0]}
-    lines = [f"| minus {arms[0]} | " + " | ".join(arms[1:]) + " |", "| --- |" + " --- |" * len(arms[1:])]
-    for key, label in names.items():
-        cells = []
-        for arm in arms[1:]:
-            pairs = [(row[key], first.get(row["seed"], {}).get(key)) for row in rows if row["arm"] == arm]
-            differences = [own - other for own, other in pairs if None not in (own, other)]
-            mean = statistics.mean(differences) if differences else None
-            cells.append(difference_text({"difference": mean, "difference_interval": t_interval(differences)}))
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    means = [[label, *(mean_and_spread(arm, key) for arm in arms)] for key, label in names.items()]
+    text = f"{markdown([['measure', *arms], *means])}\n\nMean ± standard deviation over seeds.\n"
     if len(arms) > 1:
-        text += "\n" + "\n".join(lines)
+        differences = [[label, *(difference(arm, key) for arm in arms[1:])] for key, label in names.items()]
+        text += "\n" + markdown([[f"minus {arms[0]}", *arms[1:]], *differences])
         text += "\n\nPaired by seed, Student's 95 % interval; not corrected for the number of measures and arms.\n"
     return text
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command line. Raises UserError."""
+    compare(parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -271,18 +271,17 @@ class Launch:
         return None if known is None or known.memory_gib is None else float(known.memory_gib * GIB)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes per GPU at the peak of a training step; `host` is host memory per process."""
 
     parameters: int
     gradients: int
     optimiser: int
     buckets: int
+    host: int
     activations: int
     block: int
     head: int
-    host: int
 
     @property
     def transient(self) -> int:
@@ -326,22 +325,14 @@ class Plan:
         precision = precision_of(engine, train.precision)
         if checkpointing is None:
             checkpointing = train.activation_checkpointing
-        parameters, gradients, optimiser, buckets, host = self._static_memory(engine, precision.compute.itemsize)
         activations = activation_memory(self.config, self.micro_tokens, precision, checkpointing=checkpointing)
         copies = 2 * self.parameters.matrices if precision.autocast and engine == "ddp" else 0
-        return Memory(
-            parameters=parameters,
-            gradients=gradients,
-            optimiser=optimiser,
-            buckets=buckets,
-            activations=activations.kept + copies,
-            block=activations.block,
-            head=head_memory(self.config, self.micro_tokens, precision).peak,
-            host=host,
-        )
+        head = head_memory(self.config, self.micro_tokens, precision).peak
+        static = self._static_memory(engine, precision.compute.itemsize)
+        return Memory(*static, activations=activations.kept + copies, block=activations.block, head=head)
 
     def _static_memory(self, engine: str, c: int) -> tuple[int, int, int, int, int]:
-        """Bytes of parameters, gradients, optimiser state and buckets, and of host memory; c as in this module."""
+        """Bytes of parameters, gradients, optimiser state, buckets and host memory, by the table of this module."""
         total, blocks = self.parameters.total, self.parameters.blocks
         share = -(-total // self.launch.processes)
         bucket = min(total, _REDUCE_BUCKET)
@@ -495,12 +486,7 @@ def _memory_lines(plan: Plan) -> list[str]:
     if memory.host:
         rows.append(("host memory per process", memory.host, "gradients, master weights and optimiser state"))
     lines = [(title, _gib(size), remark) for title, size, remark in rows]
-    formula = (
-        f"  (bytes of a block's activations: N (D (2 r + 14 c) + 4 H + 16), N = {plan.micro_tokens:,}, "
-        f"D = {config.n_embd}, H = {config.n_head}, r = {precision.residual.itemsize}, "
-        f"c = {precision.compute.itemsize})"
-    )
-    return [*_with_remarks([(f"memory per GPU, {engine}", "GiB", ""), *lines]), formula]
+    return _with_remarks([(f"memory per GPU, {engine}", "GiB", ""), *lines])
 
 
 def _engine_lines(plan: Plan) -> list[str]:
@@ -603,22 +589,19 @@ def _duration(seconds: float) -> str:
 
 def main(arguments: Sequence[str]) -> str:
     """The text that the command line asks for. Raises UserError."""
-    parser = Parser(
-        prog="python -m hgpt.plan",
-        description="What a run needs: parameters, memory per GPU, tokens, FLOPs, time. All other arguments are those "
-        "of train.py: --config FILE and --section.key VALUE.",
-        allow_abbrev=False,
+    description = (
+        "What a run needs: parameters, memory per GPU, tokens, FLOPs, time. All other arguments are those of train.py: "
+        "--config FILE and --section.key VALUE."
     )
-    default = Launch()
-    parser.add_argument("--gpus", type=int, default=default.gpus, help="GPUs on each node (%(default)s)")
-    parser.add_argument("--nodes", type=int, default=default.nodes, help="nodes (%(default)s)")
-    parser.add_argument("--engine", choices=ENGINES, default=default.engine, help="what trains (%(default)s)")
-    parser.add_argument("--mfu", type=float, default=default.mfu, help="share of the peak reached (%(default)s)")
-    parser.add_argument("--device", default=default.device, help='the GPU, as CUDA calls it, or "cpu" (%(default)s)')
-    parser.add_argument("--memory", type=float, metavar="GIB", help="memory of a GPU, default: that of the device")
-    parser.add_argument(
-        "--table", nargs="+", metavar="FILE", help="only a Markdown table: GiB per GPU of these configurations"
-    )
+    parser = Parser(prog="python -m hgpt.plan", description=description, allow_abbrev=False)
+    add, default = parser.add_argument, Launch()
+    add("--gpus", type=int, default=default.gpus, help="GPUs on each node (%(default)s)")
+    add("--nodes", type=int, default=default.nodes, help="nodes (%(default)s)")
+    add("--engine", choices=ENGINES, default=default.engine, help="what trains (%(default)s)")
+    add("--mfu", type=float, default=default.mfu, help="share of the peak reached (%(default)s)")
+    add("--device", default=default.device, help='the GPU, as CUDA calls it, or "cpu" (%(default)s)')
+    add("--memory", type=float, metavar="GIB", help="memory of a GPU, default: that of the device")
+    add("--table", nargs="+", metavar="FILE", help="only a Markdown table: GiB per GPU of these configurations")
     known, settings = parser.parse_known_args(arguments)
     files = known.table
     launch = Launch(**{name: value for name, value in vars(known).items() if name != "table"})

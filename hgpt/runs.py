@@ -17,10 +17,11 @@ The states:
 """
 
 import json
+import os
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -76,46 +77,40 @@ def find_runs(root: Path) -> list[tuple[str, Path]]:
         raise UserError(f"{root} is no folder; give a run folder or a folder of runs, such as runs/")
     if _is_run(root):
         return [(root.resolve().name, root)]
-    return [(folder.relative_to(root).as_posix(), folder) for folder in sorted(_runs_below(root, _DEPTH))]
+    found = []
+    for path, below, _ in os.walk(root):
+        folder = Path(path)
+        name = folder.relative_to(root)
+        below[:] = sorted(entry for entry in below if not entry.startswith("."))
+        if _is_run(folder):
+            found.append((name.as_posix(), folder))
+        if _is_run(folder) or len(name.parts) == _DEPTH:
+            below.clear()
+    return found
 
 
 def _is_run(folder: Path) -> bool:
     return (folder / METRICS_FILE).is_file() or (folder / CONFIG_FILE).is_file() or (folder / CHECKPOINTS).is_dir()
 
 
-def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
-    try:
-        entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    except OSError:  # no permission to list it
-        return
-    for path in entries:
-        if path.is_symlink() or not path.is_dir():
-            continue
-        if _is_run(path):
-            yield path
-        elif depth > 1:
-            yield from _runs_below(path, depth - 1)
-
-
 def read_run(name: str, folder: Path, now: float) -> Run:
     """The run in `folder` at the time `now` (seconds since 1970). What cannot be read is None."""
     recent, last = _last_records(folder)
     train, evaluation = last.get("train", {}), last.get("eval", {})
-    steps = _number(_settings(folder).get("train", {}), "steps")
+    steps = _integer(_settings(folder).get("train"), "steps")
     times = [value for record in recent if (value := _number(record, "time")) is not None]
     if not times:
         times = [path.stat().st_mtime for path in (folder / METRICS_FILE, folder / CONFIG_FILE) if path.is_file()][:1]
     age = max(0.0, now - max(times)) if times else None
-    all_steps = [value for record in (train, evaluation) if (value := _number(record, "step")) is not None]
     return Run(
         name=name,
         folder=folder,
-        step=None if not all_steps else int(max(all_steps)),
-        steps=None if steps is None else int(steps),
+        step=max((record["step"] for record in (train, evaluation) if record), default=None),
+        steps=steps,
         training_loss=_number(train, "loss"),
         validation_loss=_number(evaluation, "loss"),
         tokens_per_second=_number(train, "tokens_per_second"),
-        tokens=None if (tokens := _number(train, "tokens")) is None else int(tokens),
+        tokens=_integer(train, "tokens"),
         energy_kwh=_number(last.get("energy"), "energy_kwh"),
         age=age,
         state=_state(folder, steps, age, times),
@@ -179,6 +174,11 @@ def _number(record: Any, name: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return value if abs(value) < _LARGEST else None  # False for NaN
+
+
+def _integer(record: Any, name: str) -> int | None:
+    value = _number(record, name)
+    return None if value is None else int(value)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -353,36 +353,30 @@ def terminal_plot(curves: Sequence[Curves], axis: str, width: int = LINE_WIDTH, 
     columns = width - 8
     canvas = [[" "] * columns for _ in range(height)]
 
-    def draw(points: list[tuple[float, float]], sign: str) -> None:
+    def draw(points: Iterable[tuple[float, float]], letter: str) -> None:
         for x, loss in points:
             row = round((high - loss) / (high - low) * (height - 1))
             if 0 <= row < height:
-                canvas[row][round(x / (last or 1) * (columns - 1))] = sign
+                canvas[row][round(x / (last or 1) * (columns - 1))] = letter
 
-    for letter, curve in zip(_LETTERS, curves, strict=False):
-        draw(_at_columns(curve.training, last, columns), letter)
-    for letter, curve in zip(_LETTERS, curves, strict=False):
+    lettered = list(zip(_LETTERS, curves, strict=False))
+    for letter, curve in lettered:
+        if curve.training:  # interpolated: one point per column
+            steps, losses = zip(*curve.training, strict=True)
+            grid = np.linspace(0, last, columns)
+            grid = grid[(grid >= steps[0]) & (grid <= steps[-1])]
+            draw([*curve.training, *zip(grid, np.interp(grid, steps, losses), strict=True)], letter)
+    for letter, curve in lettered:
         draw(curve.validation, letter.upper())
     lines = []
-    for number, row_of_signs in enumerate(canvas):
+    for number, letters in enumerate(canvas):
         label = f"{high - number / (height - 1) * (high - low):6.3f}" if number % 3 == 0 else ""
-        lines.append(f"{label:>6} |{''.join(row_of_signs)}".rstrip())
-    end = _short(last)
+        lines.append(f"{label:>6} |{''.join(letters)}".rstrip())
     lines.append(f"{'':>6} +{'-' * columns}")
-    lines.append(f"{'':>8}0{f'{end} {axis}':>{columns - 1}}")
-    lines += [f"{letter}, {letter.upper()}: {curve.name}" for letter, curve in zip(_LETTERS, curves, strict=False)]
+    lines.append(f"{'':>8}0{f'{_short(last)} {axis}':>{columns - 1}}")
+    lines += [f"{letter}, {letter.upper()}: {curve.name}" for letter, curve in lettered]
     lines.append("small letters: training loss, capitals: validation loss, in nats per token")
     return "\n".join(lines)
-
-
-def _at_columns(points: list[tuple[float, float]], last: float, columns: int) -> list[tuple[float, float]]:
-    """A curve interpolated at the columns, from x = 0 to `last`, that lie between its first and its last point."""
-    if len(points) < 2:
-        return points
-    xs, losses = zip(*points, strict=True)
-    grid = np.linspace(0, last, columns)
-    grid = grid[(grid >= xs[0]) & (grid <= xs[-1])]
-    return list(zip(grid.tolist(), np.interp(grid, xs, losses).tolist(), strict=True))
 
 
 # --------------------------------------------------------------------------------------------------------------
