@@ -70,6 +70,18 @@ def one_cache(past_key_values: Any, cache: Any) -> Any:
     return past_key_values if cache is None else cache
 
 
+def named_cache(cache: Any) -> dict[str, Any]:
+    """The cache under its name in the installed transformers, as a keyword argument."""
+    return {CACHE: cache}
+
+
+def count_attended(attention_mask: Tensor | None, past: int | Tensor, length: int, device: torch.device) -> Tensor:
+    """Positions (B, T) or (1, T) of `length` tokens after `past` others: left padding shifts nothing."""
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
+    return (torch.arange(length, device=device) + past)[None]
+
+
 def eager_attention(
     module: nn.Module,
     query: Tensor,
@@ -294,14 +306,10 @@ class HGPTModel(HGPTPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **{CACHE: cache if isinstance(cache, Cache) or CACHE == "cache" else None},
+            **named_cache(cache if isinstance(cache, Cache) or CACHE == "cache" else None),
         )
         if position_ids is None:
-            if attention_mask is not None and attention_mask.ndim == 2:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -T:]  # (B, T)
-            else:
-                position_ids = (torch.arange(T, device=inputs_embeds.device) + past)[None]  # (1, T)
-
+            position_ids = count_attended(attention_mask, past, T, inputs_embeds.device)
         hidden = inputs_embeds + self.wpe(position_ids)  # (B, T, D)
         hidden = F.dropout(hidden, config.dropout, self.training)
         all_hidden: tuple[Tensor, ...] = ()
@@ -316,7 +324,7 @@ class HGPTModel(HGPTPreTrainedModel):
 
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            **{CACHE: cache if use_cache else None},
+            **named_cache(cache if use_cache else None),
             hidden_states=(*all_hidden, hidden) if output_hidden_states else None,
             attentions=all_weights if output_attentions else None,
         )
@@ -453,7 +461,7 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            **{CACHE: trunk.get(CACHE)},
+            **named_cache(trunk.get(CACHE)),
             hidden_states=trunk.hidden_states,
             attentions=trunk.attentions,
         )
