@@ -260,8 +260,7 @@ def loaded(source: Source, device: torch.device) -> Iterator[LoadedModel]:
     """
     check_memory(source, read_config(source))
     try:
-        model, tokenizer = source.load(torch.float32)
-        yield LoadedModel(source, model, tokenizer, device)
+        yield LoadedModel(source, source.load_model(torch.float32), source.load_tokenizer(), device)
     except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
         if not out_of_memory(error):
             raise
