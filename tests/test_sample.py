@@ -437,7 +437,7 @@ def test_as_a_program_text_and_notes_are_apart(harmonic: Path) -> None:
         input=PROMPT.encode(),
         capture_output=True,
         cwd=ROOT,
-        timeout=120,
+        timeout=600,
         check=True,
     )
     assert done.stdout.decode().startswith(PROMPT)

@@ -69,23 +69,17 @@ class Outline:
 
 
 def outlines(sources: Sequence[Source]) -> list[Outline]:
-    """The outline of each source; equal vocabularies are one object.
+    """The outline of each source; models with equal vocabularies share one object.
 
-    Raises UserError for what is no model of hgpt or GPT-2, or has no tokenizer.
+    Raises UserError for a model that is neither of hgpt nor a GPT-2, and for one without a tokenizer.
     """
     known: dict[frozenset[tuple[str, int]], frozenset[tuple[str, int]]] = {}
     found = []
     for source in tqdm(sources, desc="configurations", unit="model", disable=None, leave=False):
-        config = read_config(source)
-        words = frozenset(source.load_tokenizer().get_vocab().items())
-        found.append(
-            Outline(
-                source=source,
-                context=int(config.n_positions),
-                vocab_size=int(config.vocab_size),
-                words=known.setdefault(words, words),
-            )
-        )
+        config, words = read_config(source), frozenset(source.load_tokenizer().get_vocab().items())
+        context, vocab_size = int(config.n_positions), int(config.vocab_size)
+        words = known.setdefault(words, words)
+        found.append(Outline(source=source, context=context, vocab_size=vocab_size, words=words))
     return found
 
 
@@ -97,7 +91,7 @@ class LoadedModel:
         model, tokenizer: of transformers; the model in evaluation mode.
         harmonic: whether its logits are −n log d with a metric of the head's own.
         exponent: n on d, None for a softmax head.
-        vocab_size: tokens that can be predicted; rows of padding are never among them.
+        vocab_size: tokens that can be predicted, without rows of padding.
         context: the longest sequence.
         tied: whether the centres are the rows of the input embedding.
     """
@@ -141,8 +135,10 @@ class LoadedModel:
         return dict(zip(texts, found, strict=True))
 
     def encode_with_ends(self, text: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """The tokens of a text, (N,), and where each ends in its UTF-8, (N,), in bytes; None if the tokenizer does not
-        say."""
+        """The tokens of a text, (N,), and the position in its UTF-8, in bytes, at which each ends, (N,).
+
+        The positions are None if the tokenizer does not give them.
+        """
         if not self.tokenizer.is_fast:
             return np.array(self.encode(text), dtype=np.int64), None
         found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -162,13 +158,16 @@ class LoadedModel:
 
     @torch.inference_mode()
     def hidden_states(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """After the embedding and after each block, the last one after the final norm: layers + 1 of (B, T, D)."""
+        """Hidden states after the embedding and after each block, layers + 1 of (B, T, D).
+
+        The last one has passed the final norm.
+        """
         output = self._trunk(tokens.to(self.device), output_hidden_states=True, use_cache=False)
         return output.hidden_states
 
     @torch.inference_mode()
     def final_norm(self, hidden: Tensor) -> Tensor:
-        """The final layer norm: what makes of a block's output something that the head reads."""
+        """The final layer norm of a block's output: the input of the head."""
         return self._trunk.ln_f(hidden)
 
     @torch.inference_mode()
@@ -180,7 +179,7 @@ class LoadedModel:
     def log_distances(self, x: Tensor, logits: Tensor) -> Tensor:
         """log d_i to every centre, (N, D) and (N, V) → (N, V), float32.
 
-        Of a harmonic head −z/n, whatever its metric. A softmax head has no metric; Euclid's is measured for it.
+        With a harmonic head −z/n, whatever its metric. A softmax head has no metric: the Euclidean one is used.
         """
         if self.exponent is not None:
             return -logits / self.exponent
@@ -261,8 +260,7 @@ def loaded(source: Source, device: torch.device) -> Iterator[LoadedModel]:
     """
     check_memory(source, read_config(source))
     try:
-        model, tokenizer = source.load(torch.float32)
-        yield LoadedModel(source, model, tokenizer, device)
+        yield LoadedModel(source, source.load_model(torch.float32), source.load_tokenizer(), device)
     except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
         if not out_of_memory(error):
             raise
