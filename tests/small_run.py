@@ -1,5 +1,6 @@
 """A small run that tests train: its data, its configuration, and what it leaves behind."""
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -85,6 +86,17 @@ def assert_same_checkpoint(a: Path, b: Path) -> None:
         assert left.keys() == right.keys() and left
         for key in left:
             assert torch.equal(left[key], right[key]), f"{name}: {key}"
+
+
+def set_back(config: RunConfig, steps: int, **changes: str) -> RunConfig:
+    """A copy of a finished run as it was when the checkpoint of `steps` steps had been renamed, but not yet linked."""
+    copied = replace(config, resume="auto", **changes)
+    shutil.copytree(config.run_folder, copied.run_folder, symlinks=True)
+    for later in (copied.run_folder / "checkpoints").iterdir():
+        if int(later.name[5:]) > steps:
+            shutil.rmtree(later)
+    (copied.run_folder / "latest").unlink()
+    return copied
 
 
 @dataclass

@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from full_disk import file_size_limit
 from processes import ENGINES, finish, free_port, in_group, run, start
 from safetensors.torch import load_file
-from small_run import HARMONIC, SOFTMAX, assert_same_checkpoint, losses, make_config, records
+from small_run import HARMONIC, SOFTMAX, assert_same_checkpoint, losses, make_config, records, set_back
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
@@ -26,7 +26,7 @@ from hgpt.errors import UserError
 from hgpt.model.configuration_hgpt import HGPTConfig
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run import engines
-from hgpt.run.checkpoint import checkpoints, damage
+from hgpt.run.checkpoint import checkpoint_step, checkpoints, damage
 from hgpt.run.config import OptimConfig, RunConfig
 from hgpt.run.engines import Engine, whole
 from hgpt.run.optim import build_optimizer
@@ -168,22 +168,9 @@ def test_a_distance_may_read_parameters_that_zero3_keeps_in_pieces(data, tmp_pat
     train.main(alone)
     run(together, 2, "zero3", ACCELERATE_DEEPSPEED_CONFIG_FILE=str(strict))
     assert_same_run(together, alone, tolerance=3e-5)  # gradient norms of up to 10 in float32
-    (learnt,) = (
-        value
-        for name, value in load_file(together.run_folder / "latest" / "model" / "model.safetensors").items()
-        if name.endswith("table")
-    )
+    weights = load_file(together.run_folder / "latest" / "model" / "model.safetensors")
+    (learnt,) = (value for name, value in weights.items() if name.endswith("table"))
     assert learnt.shape == (32, 4096) and not torch.equal(learnt, torch.full_like(learnt, 0.5))
-
-
-def set_back(config: RunConfig, name: str) -> RunConfig:
-    """A copy of a finished run as it stood at its first checkpoint, to go on from there."""
-    parted = replace(config, name=name)
-    shutil.copytree(config.run_folder, parted.run_folder, symlinks=True)
-    for checkpoint in checkpoints(parted.run_folder)[1:]:
-        shutil.rmtree(checkpoint)
-    (parted.run_folder / "latest").unlink()
-    return parted
 
 
 @pytest.mark.parametrize(
@@ -193,7 +180,7 @@ def test_six_steps_are_three_and_three_under_every_engine(data, tmp_path, engine
     whole = engine_config(data, tmp_path, "whole", model={"dropout": 0.1})
     run(whole, 2, engine)
     assert (whole.run_folder / "latest" / "rng_00001.safetensors").exists()
-    parted = set_back(whole, "parted")
+    parted = set_back(whole, 3, name="parted")
     run(parted, 2, engine)
     assert_same_run(parted, whole, 1e-6)
 
@@ -205,7 +192,7 @@ def test_master_weights_are_float32_under_bf16(data, tmp_path):
     for name, value in weights.items():
         assert value.dtype == torch.float32
         assert not torch.equal(value, value.bfloat16().float()), f"{name} was rounded"
-    parted = set_back(whole, "parted")
+    parted = set_back(whole, 3, name="parted")
     run(parted, 2, "zero2")
     assert_same_run(parted, whole, 1e-6)
     # bf16 is close to float32, so nothing is lost on the way but digits.
@@ -237,7 +224,7 @@ def test_a_run_resumes_with_other_processes_engines_and_micro_batches(data, tmp_
             continue
         stop_at(config, step, start([config], processes, engine, tmp_path / f"until{step}.log"))
         for later in checkpoints(config.run_folder):
-            if int(later.name[5:]) > step:
+            if checkpoint_step(later) > step:
                 shutil.rmtree(later)
     assert_same_run(config, whole, 1e-4)
 

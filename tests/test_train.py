@@ -5,7 +5,6 @@ import math
 import os
 import re
 import runpy
-import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -29,6 +28,7 @@ from small_run import (
     make_config,
     markov_tokens,
     records,
+    set_back,
     write_data,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -48,7 +48,7 @@ HEADS = pytest.mark.parametrize("head", [HARMONIC, SOFTMAX], ids=["harmonic", "s
 
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
-    """The finished run of 6 steps of a head, trained once; to compare with, or to copy with `resumable`."""
+    """The finished run of 6 steps of a head, trained once; to compare with, or to copy with `set_back`."""
     runs, done = tmp_path_factory.mktemp("finished"), {}
 
     def trained(head=HARMONIC) -> RunConfig:
@@ -58,17 +58,6 @@ def finished(data, tmp_path_factory):
         return done[head.type]
 
     return trained
-
-
-def resumable(config: RunConfig, runs: Path, steps: int) -> RunConfig:
-    """A copy of a finished run as it was when the checkpoint of `steps` steps had been renamed, but not yet linked."""
-    copied = replace(config, runs_dir=str(runs), resume="auto")
-    shutil.copytree(config.run_folder, copied.run_folder, symlinks=True)
-    for later in checkpoints(copied.run_folder):
-        if int(later.name[5:]) > steps:
-            shutil.rmtree(later)
-    (copied.run_folder / "latest").unlink()
-    return copied
 
 
 def assert_same_end(config: RunConfig, expected: RunConfig) -> None:
@@ -160,7 +149,7 @@ def test_label_smoothing_is_in_the_training_loss_alone(data, tmp_path, head, fin
 
 @HEADS
 def test_six_steps_are_three_and_three_bit_for_bit(tmp_path, head, finished):
-    parted = resumable(finished(head), tmp_path, steps=3)
+    parted = set_back(finished(head), 3, runs_dir=str(tmp_path))
     train.main(parted)
     assert_same_end(parted, finished(head))
 
@@ -201,7 +190,7 @@ def test_ctrl_c_finishes_the_step_and_saves(data, tmp_path, monkeypatch, finishe
 
 
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capsys, finished):
-    config = resumable(finished(), tmp_path, steps=6)
+    config = set_back(finished(), 6, runs_dir=str(tmp_path))
     older, newest = checkpoints(config.run_folder)
     os.truncate(newest / "model" / "model.safetensors", 1000)
     train.main(config)
@@ -230,7 +219,7 @@ def test_a_branch_resumes_another_runs_checkpoint_in_a_folder_of_its_own(tmp_pat
 
 
 def test_what_a_resumed_run_may_not_change(tmp_path, finished):
-    config = resumable(finished(), tmp_path, steps=6)
+    config = set_back(finished(), 6, runs_dir=str(tmp_path))
     before = (config.run_folder / "config.toml").read_text()
     other = write_data(tmp_path / "other", markov_tokens(2_000, 5), markov_tokens(1_000, 1))
     for changed, message in (
@@ -246,7 +235,7 @@ def test_what_a_resumed_run_may_not_change(tmp_path, finished):
 
 
 def test_a_folder_in_which_another_process_trains_is_left_alone(tmp_path, finished):
-    config = resumable(finished(), tmp_path, steps=6)
+    config = set_back(finished(), 6, runs_dir=str(tmp_path))
     before = {path: path.read_bytes() for path in config.run_folder.glob("*.*") if path.is_file()}
     longer = replace(config, train=replace(config.train, steps=7))
     with folder_lock(config.run_folder / LOCK, busy=""):

@@ -87,7 +87,7 @@ class Report:
                 config.log.energy_country,
                 engine,
                 tokens=self.first_step * self.tokens_per_step,
-                before=None if resumed is None else last_record(resumed.path.parents[1], self.first_step),
+                before=None if resumed is None else last_record(resumed.path.parent.parent, self.first_step),
             )
 
     def __enter__(self) -> "Report":
@@ -185,7 +185,8 @@ class Report:
                 f"steps, train.skip_non_finite = {self.config.train.skip_non_finite})"
             )
         spikes = sum(self._spikes.add(loss) for loss, norm in recent if math.isfinite(loss + norm))
-        return Recent(*recent[-1], spikes, len(bad))
+        loss, grad_norm = recent[-1]
+        return Recent(loss, grad_norm, spikes, len(bad))
 
     def speed(self) -> Speed:
         """Of the steps since the last call, evaluations and checkpoints left out. Collective."""
