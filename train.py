@@ -154,9 +154,7 @@ def _train(config: RunConfig, held: ExitStack) -> dict[str, float]:
             for note in initialize_from(model, config.model.init_from):
                 say(f"{config.model.init_from}: {note}")
     model.lm_head.label_smoothing = config.train.label_smoothing  # in training mode only, and not exported
-    model.lm_head.chunk, model.lm_head.compiled = config.train.loss_chunk, config.train.compile_loss
-    if config.train.distance_memory is not None:
-        model.lm_head.memory = int(config.train.distance_memory * 2**20)
+    model.lm_head.compiled = config.train.compile_loss
     set_seed(config.train.seed, device_specific=True)
     if config.train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})

@@ -189,8 +189,8 @@ def head_memory(
 
     operands: x and its gradient, (N, D); under autocast x in both dtypes and a bf16 copy of w; the gradient of w in
         float32, (V, D); the norms and column sums, (V,).
-    chunk: C positions · V times 4 bytes of products, 4 of scores, 1 of mask (harmonic), 2 of G (bf16); C is
-        `loss_chunk`, by default `loss.chunk_positions`.
+    chunk: C positions · V times 4 bytes of products and, harmonic, 4 of scores and 1 of mask, or 2 of G (bf16) and the
+        chunk's share of the gradient of w; C is `loss_chunk`, by default `loss.chunk_positions`.
     dense: (N, V) times 17 bytes in the backward pass of `harmax.harmonic_loss`, 12 in that of the softmax twin, and the
         same operands.
 
@@ -207,7 +207,7 @@ def head_memory(
             operands=operands,
             chunk=memory,
             dense=operands + tokens * rows * 17,
-            chunk_positions=min(tokens, score_chunk(config.vocab_size, 4, memory)),
+            chunk_positions=min(tokens, score_chunk(config.vocab_size, 4, "cuda")),
         )
     harmonic = config.head == "harmonic"
     chunk = min(tokens, loss_chunk or chunk_positions(rows, precision.compute, "cuda"))
@@ -217,7 +217,7 @@ def head_memory(
     if metric is not None and metric.transforms:
         operands += (tokens + rows) * width * 8
     scores = chunk * rows
-    elementwise = scores * (8 + (1 if harmonic else 0) + (2 if c == 2 else 0))
+    elementwise = scores * (9 if harmonic else 4)
     # With bf16 operands a chunk's share of the gradient of w comes as a float32 tensor of its own.
     product = scores * 6 + rows * width * 4 if c == 2 else 0
     return HeadMemory(

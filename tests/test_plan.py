@@ -239,10 +239,11 @@ def test_the_fused_loss_allocates_what_is_planned(monkeypatch, head, precision, 
     config = HGPTConfig(head=head)
     x, w, targets = head_operands(config, tokens, precision.compute)
     weights = torch.empty(tokens, device="meta")
-    exponent = torch.empty((), device="meta") if head == "harmonic" else None
     chunk = chosen or fused_loss.chunk_positions(config.padded_vocab_size, precision.compute, "cuda")
-    with Allocations(x, w, targets, weights, exponent if exponent is not None else x) as seen:
-        fused_loss._losses_and_grads(x, w, targets, weights, exponent, 50257, 0.0, chunk, False, True, True, False)
+    n = 55.4 if head == "harmonic" else None
+    params = fused_loss.LossParams(n=n, num_classes=50257, chunk=chunk)
+    with Allocations(x, w, targets, weights) as seen:
+        fused_loss.by_products(params, (x, w, None), targets, weights, (True, True, False))
     planned = head_memory(config, tokens, precision, loss_chunk=chosen)
     assert planned.chunk_positions == min(chunk, tokens)
     # x itself, its targets and their weights are made outside.

@@ -1,17 +1,17 @@
 """The distances of a harmonic head: what each computes, how it is computed, and how to add one.
 
-A `Distance` is a module that says what d(x, w) is for hidden states x (N, D) and centres w (V, D):
+A `Distance` says what d(x, w) is for hidden states x (N, D) and centres w (V, D):
 
-    x′, w′ = distance(x, w)                   operands, made once for all pairs; as they are unless it says otherwise
-    d = scale · |x′ − w′|₂^power              where `power` is a number: then the head's loss is matrix products
+    x′, w′ = distance(x, w)                   x and w themselves unless it says otherwise
+    d = scale · |x′ − w′|₂^power              where `power` is a number: the head's loss is then matrix products
     d = distance.pairwise(x′, w′)             otherwise, in blocks of (C, D) and (V′, D)
 
-and HarMax is p_i = d_i^(−n) / Σ_j d_j^(−n) with the same n for each. A constant factor on d changes nothing.
+HarMax is p_i = d_i^(−n) / Σ_j d_j^(−n) with the same n for each. A constant factor on d changes nothing.
 
     name          d(x, w)                                           computed as
     euclidean     |x − w|₂                                          product
     cosine        1 − cos(x, w) = ½ |x/|x| − w/|w||²                product
-    mahalanobis   |L (x − w)|₂, with a learnt L                     product
+    mahalanobis   |L (x − w)|₂ with a learned L                     product
     manhattan     Σ |x_k − w_k|                                     blocks
     minkowski     (Σ |x_k − w_k|^p)^(1/p), p ≥ 1                    blocks; p = 2: product
     chebyshev     max |x_k − w_k|                                   blocks
@@ -19,13 +19,13 @@ and HarMax is p_i = d_i^(−n) / Σ_j d_j^(−n) with the same n for each. A con
     bray_curtis   Σ |x_k − w_k| / Σ (|x_k| + |w_k|), 0/0 = 0        blocks
     hamming       (1/D) Σ |σ(x_k/τ) − σ(w_k/τ)|                     blocks
 
-They are SciPy's (scipy.spatial.distance) where SciPy has them; its braycurtis has |x_k + w_k| below, which is the same
-for vectors without negative entries and no distance for others, and its hamming compares for equality. The choice of
-distances is that of Miller-Golub et al., arXiv:2603.10225.
+They are those of scipy.spatial.distance where it has them. Its braycurtis divides by Σ |x_k + w_k|, which is the same
+for vectors without negative entries and no distance for others; its hamming compares for equality. The choice follows
+Miller-Golub et al., arXiv:2603.10225.
 
-Near zero. A d below `Distance.floor(x)`, a few units in the last place of x's own distance from the origin, is noise:
-it counts as that floor and passes no gradient, so that x = w has a finite loss. Where |x_k − w_k| has a kink, at 0, its
-gradient is taken to be 0, and that of a maximum goes to the first coordinate that attains it.
+Near zero. A d below `Distance.floor(x)`, a few units in the last place of x's own distance from the origin, is rounding
+noise: it is clamped to that floor and passes no gradient, so x = w has a finite loss. At its kink, x_k = w_k, the
+gradient of |x_k − w_k| is 0. The gradient of a maximum goes to the first coordinate that attains it.
 """
 
 import functools
@@ -39,20 +39,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-# Bytes of the working memory of the distances that go in blocks, and of one (C, V′, D) tensor on a CPU. There, one
-# thread, D = 768: blocks of 4 MiB take half the time of 256 KiB or 16 MiB, and less than torch.cdist, of which p = 3
-# takes eight times as long. On a GPU not measured.
+# Bytes that a distance in blocks works with: one half for the (C, V′, D) tensors of a block, eight of them at a time,
+# the other for a chunk's scores, three tensors (C, V). On a CPU that makes tensors of 4 MiB, which take half the time of
+# 256 KiB or 16 MiB (one thread, D = 768). On a GPU not measured.
 _MEMORY_CPU, _MEMORY_GPU = 64 * 2**20, 512 * 2**20
-_BLOCK_BYTES_CPU = 4 * 2**20
-# Tensors of a block's size, and of a chunk's scores, that are there at one time.
-_BLOCK_TENSORS, SCORE_TENSORS = 8, 3
-
-# Columns at a time of a product with a triangular matrix. On a CPU, two threads, R = 50304, D = 768, 96 to 256 take a
-# third less than the whole in one product, and differ by less than the noise.
-_TRIANGLE_BLOCK = 128
-# Bytes of the rows at a time, on a CPU, that make a metric's operands and their gradients. At these sizes a tenth
-# faster than all rows at once for a triangular matrix, and a quarter for one of low rank; 2 MiB or more differ little.
-_ROW_BLOCK_BYTES = 6 * 2**20
+_BLOCK_TENSORS, _SCORE_TENSORS = 8, 3
 
 _ROUNDING_ULPS = 4.0
 
@@ -60,16 +51,17 @@ _ROUNDING_ULPS = 4.0
 class Distance(nn.Module):
     """A distance between hidden states and centres; d = |x − w|₂ unless a subclass says otherwise.
 
-    A subclass whose distance is no power of a Euclidean one sets `power = None` and defines `pairwise`; `gradients` is
-    then autograd's of a recomputed block, and may be written by hand. Options are keyword-only arguments of `__init__`,
-    with their defaults; what is learnt is an `nn.Parameter` that `reset_parameters` sets by `torch.nn.init`.
+    A subclass that is no power of a Euclidean distance sets `power = None` and defines `pairwise`. Its `gradients` are
+    then autograd's of a recomputed block; where that is slow they may be written by hand. Options are keyword-only
+    arguments of `__init__` with their defaults. What is learned is an `nn.Parameter`, whose initial value
+    `reset_parameters` sets by `torch.nn.init`.
 
     Attributes:
         power, scale: d = scale · |x′ − w′|₂^power; `power = None` where that is not so.
-        apart: whether `forward` makes x′ of x alone and w′ of w alone. Then w′ is made once for a text that is
-            generated, and not for each of its tokens.
-        traffic: for an estimate of its time, how often the loss and its gradients read or write a tensor of the size
-            (tokens, V, D); only of a distance without a power.
+        apart: whether `forward` makes x′ of x alone and w′ of w alone. Then generation computes w′ once for a text, not
+            for each of its tokens.
+        traffic: how often the loss and its gradients read or write a tensor of the size (tokens, V, D), by which
+            `hgpt.plan` estimates their time; only without a power.
         options: those it was made with, as `make_distance` takes them.
     """
 
@@ -84,11 +76,11 @@ class Distance(nn.Module):
         self.options: dict[str, Any] = {}
 
     def reset_parameters(self) -> None:
-        """Set the initial values of what is learnt."""
+        """Set the initial values of what is learned."""
 
     @property
     def transforms(self) -> bool:
-        """Whether operands have to be made."""
+        """Whether x′ and w′ are not simply x and w."""
         return type(self).forward is not Distance.forward
 
     def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,13 +90,13 @@ class Distance(nn.Module):
     def pairwise(self, x: Tensor, w: Tensor) -> Tensor:
         """d of every pair in a block, (C, D), (V′, D) → (C, V′), of the operands that `forward` returned.
 
-        To be finite, with finite derivatives, also at x = w and x = 0. Its value at w = 0 says how large x is, to
-        `floor`, unless that is defined anew: the distances that occur must be far above 1e-6 times it (in float32).
+        It has to be finite with finite derivatives, at x = w and x = 0 too. d(x, 0) tells `floor` how large x is:
+        distances below 1e-6 times that (in float32) count as rounding noise, unless `floor` is defined anew.
         """
         raise NotImplementedError(f"{type(self).__name__} has no power and no pairwise value")
 
     def gradients(self, x: Tensor, w: Tensor, d: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-        """Of Σ g d: by x (C, D), by w (V′, D), and by each of `parameters()`, from d and g (C, V′).
+        """Gradients of Σ g d by x (C, D), by w (V′, D) and by each of `parameters()`, from d and g (C, V′).
 
         g is 0 where d is clamped.
         """
@@ -126,7 +118,7 @@ class Distance(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in self.options.items())
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The registry
 
 _REGISTRY: dict[str, type[Distance]] = {}
@@ -215,7 +207,7 @@ def make_distance(name: str, dim: int, **options: Any) -> Distance:
     return metric
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Distances that are matrix products
 
 
@@ -228,10 +220,9 @@ class Euclidean(Distance):
 class Cosine(Distance):
     """1 − cos(x, w) = ½ |x̂ − ŵ|², with x̂ = x/|x|: 0 for parallel vectors, 2 for opposite ones.
 
-    So p_i = |x̂ − ŵ_i|^(−2n) / Σ: Euclid's on normalised operands with the exponent 2n. |x̂ − ŵ|² comes from the squared
-    norms of the very operands that enter the product, so that their rounding to bfloat16 cancels near 0; in 1 − x̂·ŵ it
-    does not. In float32 angles below 1e-3 count as the floor's. A vector shorter than 1e-19 (in float32) counts as 0
-    and has no direction: its distance from all others is ½, and it gets no gradient, which is else of the size 1/|x|.
+    |x̂ − ŵ|² comes from the squared norms of the very operands that enter the product, so that their rounding to
+    bfloat16 cancels near 0; in 1 − x̂·ŵ it does not. In float32 angles below 1e-3 count as the floor's. A vector shorter
+    than 1e-19 (in float32) counts as 0: its distance from all others is ½, and it gets no gradient.
     """
 
     power, scale, apart = 2.0, 0.5, True
@@ -243,7 +234,8 @@ class Cosine(Distance):
 class _Direction(torch.autograd.Function):
     """v̂ = v / |v| of rows, (..., D); 0, without a gradient, where |v|² would leave the dtype's range.
 
-    ∂L/∂v = (g − (g·v̂) v̂) / |v|. Autograd would keep, and make, three more tensors of the size of the centres.
+    ∂L/∂v = (g − (g·v̂) v̂) / |v|. Autograd's takes 2.4 times as long (R = 16384, D = 768, one CPU thread) and three more
+    tensors of the size of the centres.
     """
 
     @staticmethod
@@ -266,9 +258,9 @@ def _inverse_norm(v: Tensor) -> Tensor:
 
 @register_distance("mahalanobis")
 class Mahalanobis(Distance):
-    """√((x − w)ᵀ M (x − w)) = |L (x − w)|₂ with M = Lᵀ L learnt, starting from the identity.
+    """√((x − w)ᵀ M (x − w)) = |L (x − w)|₂ with M = Lᵀ L learned, starting from the identity.
 
-    HarMax does not see the scale of L. At x = w the distance is 0 whatever L; x = 0 is nothing special.
+    HarMax does not see the scale of L. At x = w the distance is 0 whatever L.
 
     Args:
         metric: "diagonal", L = diag(e^s) with s = `log_scale` (D,). "low_rank", L = I + A B with A = `left` (D, r),
@@ -277,9 +269,8 @@ class Mahalanobis(Distance):
             `factor`).
         rank: r of "low_rank", at most D.
 
-    The product that makes w′ costs V·D·r·4 FLOPs ("low_rank") or, since half of C is 0, little more than V·D² ("full"),
-    and twice that backwards, however many tokens there are: beside the loss's own products a share of 2 r/N, or D/2N,
-    for N tokens at a time.
+    Making w′ and its gradients costs V·D·r·12 FLOPs ("low_rank") or V·D²·6 ("full") however many tokens there are: for
+    N tokens at a time 2 r/N or D/N of what the loss's own products cost.
     """
 
     METRICS: ClassVar = ("diagonal", "low_rank", "full")
@@ -316,114 +307,21 @@ class Mahalanobis(Distance):
             nn.init.zeros_(self.factor)
 
     def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return self._transformed(x), self._transformed(w)
+
+    def _transformed(self, v: Tensor) -> Tensor:
+        """L v of rows, (..., D)."""
         if self.metric == "diagonal":
-            scale = self.log_scale.to(x.dtype).exp()
-            return x * scale, w * scale
+            return v * self.log_scale.to(v.dtype).exp()
         if self.metric == "low_rank":
-            left, right = self.left.to(x.dtype), self.right.to(x.dtype)
-            rows = x.reshape(-1, self.dim)
-            return _LowRankProduct.apply(rows, left, right).reshape(x.shape), _LowRankProduct.apply(w, left, right)
-        factor = self.factor.to(x.dtype)
-        cholesky = factor.tril(-1) + factor.diagonal().exp().diag()
-        rows = x.reshape(-1, self.dim)
-        return _TriangularProduct.apply(rows, cholesky).reshape(x.shape), _TriangularProduct.apply(w, cholesky)
+            return v + v @ self.right.to(v.dtype).T @ self.left.to(v.dtype).T
+        factor = self.factor.to(v.dtype)
+        return v @ (factor.tril(-1) + factor.diagonal().exp().diag())
 
 
-class _LowRankProduct(torch.autograd.Function):
-    """v + (v Bᵀ) Aᵀ of rows v, (R, D), with A (D, r) and B (r, D).
-
-    On a CPU some rows at a time, which go from memory to its cache once; autograd would also add up two gradients of
-    the size of v.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        out, inner = torch.empty_like(v), v.new_empty(len(v), len(right))  # inner: v Bᵀ
-        for part in _row_blocks(v):
-            torch.mm(v[part], right.T, out=inner[part])
-            torch.addmm(v[part], inner[part], left.T, out=out[part])
-        ctx.save_for_backward(v, left, right, inner)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # torch.compile runs it in the autocast of the forward pass, and without a graph autocast may be on around it.
-        v, left, right, inner = ctx.saved_tensors
-        with torch.autocast(grad.device.type, enabled=False):
-            return _LowRankProduct._gradients(grad, v, left, right, inner, ctx.needs_input_grad)
-
-    @staticmethod
-    def _gradients(
-        grad: Tensor, v: Tensor, left: Tensor, right: Tensor, inner: Tensor, needed: tuple[bool, ...]
-    ) -> tuple[Tensor | None, ...]:
-        need_v, need_left, need_right = needed
-        if torch.is_grad_enabled():  # create_graph=True: in operations that have derivatives themselves
-            by_inner = grad @ left
-            return grad + by_inner @ right, grad.T @ (v @ right.T), by_inner.T @ v
-        grad_v = torch.empty_like(v) if need_v else None
-        grad_left = torch.zeros_like(left) if need_left else None
-        grad_right = torch.zeros_like(right) if need_right else None
-        for part in _row_blocks(v):
-            by_inner = grad[part] @ left
-            if grad_v is not None:
-                torch.addmm(grad[part], by_inner, right, out=grad_v[part])
-            if grad_left is not None:
-                grad_left.addmm_(grad[part].T, inner[part])
-            if grad_right is not None:
-                grad_right.addmm_(by_inner.T, v[part])
-        return grad_v, grad_left, grad_right
-
-
-class _TriangularProduct(torch.autograd.Function):
-    """v C of rows v, (R, D), and a lower triangular C, (D, D), without most of the multiplications by zeros.
-
-    Taken B = _TRIANGLE_BLOCK columns at a time, of which (D + B) / 2D of the FLOPs remain, backwards as well; on a CPU
-    also some rows at a time.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, c: Tensor) -> Tensor:
-        ctx.save_for_backward(v, c)
-        out = torch.empty_like(v)
-        for part in _row_blocks(v):
-            for start, end in _column_blocks(v.shape[1]):
-                out[part, start:end].addmm_(v[part, start:], c[start:, start:end], beta=0)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        v, c = ctx.saved_tensors
-        with torch.autocast(grad.device.type, enabled=False):  # as above
-            return _TriangularProduct._gradients(grad, v, c, ctx.needs_input_grad)
-
-    @staticmethod
-    def _gradients(grad: Tensor, v: Tensor, c: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None]:
-        need_v, need_c = needed
-        if torch.is_grad_enabled():  # create_graph=True: in operations that have derivatives themselves
-            return grad @ c.T if need_v else None, (v.T @ grad).tril() if need_c else None
-        grad_v = torch.empty_like(v) if need_v else None
-        grad_c = torch.zeros_like(c) if need_c else None
-        for part in _row_blocks(v):
-            for start, end in _column_blocks(v.shape[1]):
-                if grad_v is not None:
-                    grad_v[part, start:end].addmm_(grad[part, :end], c[start:end, :end].T, beta=0)
-                if grad_c is not None:
-                    grad_c[start:, start:end].addmm_(v[part, start:].T, grad[part, start:end])
-        return grad_v, None if grad_c is None else grad_c.tril_()
-
-
-def _row_blocks(v: Tensor) -> list[slice]:
-    """Of `_ROW_BLOCK_BYTES` on a CPU; elsewhere all rows in one."""
-    size = max(1, _ROW_BLOCK_BYTES // (v.shape[1] * v.itemsize)) if v.is_cpu else max(1, len(v))
-    return [slice(start, start + size) for start in range(0, len(v), size)]
-
-
-def _column_blocks(dim: int) -> list[tuple[int, int]]:
-    return [(start, min(start + _TRIANGLE_BLOCK, dim)) for start in range(0, dim, _TRIANGLE_BLOCK)]
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Distances in blocks
+# ----------------------------------------------------------------------------------------------------------------------
+# Distances in blocks. Their gradients are written by hand: autograd's take 2 to 4 times as long, and a distance and its
+# gradients together 2.3 (chebyshev) to 3.3 times (minkowski; blocks of 36 x 36 x 768, one CPU thread).
 
 
 def _differences(x: Tensor, w: Tensor) -> Tensor:
@@ -582,56 +480,51 @@ class Hamming(Manhattan):
         return torch.tanh(x * halved) * share, torch.tanh(w * halved) * share
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # All pairs, block by block
 
 
 def memory_of(device: torch.device | str) -> int:
-    """Bytes that the distances in blocks work with where nothing else is said."""
+    """Bytes that the distances in blocks work with, beside operands and gradients."""
     return _MEMORY_CPU if torch.device(device).type == "cpu" else _MEMORY_GPU
 
 
-def score_chunk(num_classes: int, itemsize: int, memory: int) -> int:
-    """Tokens whose scores, (C, V), take half of `memory` bytes with all that is needed beside them; at least 1."""
-    return max(1, memory // (2 * SCORE_TENSORS * num_classes * itemsize))
+def score_chunk(num_classes: int, itemsize: int, device: torch.device | str) -> int:
+    """Tokens whose scores, (C, V), with all that is needed beside them take half of `memory_of`; at least 1."""
+    return max(1, memory_of(device) // (2 * _SCORE_TENSORS * num_classes * itemsize))
 
 
-def _blocks(x: Tensor, w: Tensor, memory: int) -> Iterator[tuple[slice, slice]]:
-    """Ranges of rows of x and of w whose (C, V′, D) tensors take half of `memory` bytes together, nearly square."""
-    size = memory // (2 * _BLOCK_TENSORS)
-    if x.is_cpu:
-        size = min(size, _BLOCK_BYTES_CPU)
-    pairs = max(1, size // (x.shape[1] * x.itemsize))
+def _blocks(x: Tensor, w: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Ranges of rows of x and of w, nearly square, whose (C, V′, D) tensors together take half of `memory_of`."""
+    pairs = max(1, memory_of(x.device) // (2 * _BLOCK_TENSORS * x.shape[1] * x.itemsize))
     rows = _even(len(x), max(1, math.isqrt(pairs)))
-    columns = _even(len(w), max(1, pairs // max(1, rows)))
-    for i in range(0, len(x), max(1, rows)):
-        for j in range(0, len(w), max(1, columns)):
+    columns = _even(len(w), max(1, pairs // rows))
+    for i in range(0, len(x), rows):
+        for j in range(0, len(w), columns):
             yield slice(i, i + rows), slice(j, j + columns)
 
 
 def _even(count: int, most: int) -> int:
-    """The size of equal parts of `count`, none larger than `most`."""
-    return -(-count // max(1, -(-count // most)))
+    """The size of equal parts of `count`, none larger than `most`; at least 1."""
+    return max(1, -(-count // max(1, -(-count // most))))
 
 
-def distances_in_blocks(metric: Distance, x: Tensor, w: Tensor, memory: int) -> tuple[Tensor, Tensor]:
+def distances_in_blocks(metric: Distance, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """d (C, V) of all pairs, clamped at the floor (C, 1), which comes with it; without a gradient."""
-    d = x.new_empty(len(x), len(w))
-    floor = x.new_empty(len(x), 1)
-    for rows, _ in _blocks(x, x[:1], memory):
+    d, floor = x.new_empty(len(x), len(w)), x.new_empty(len(x), 1)
+    for rows, _ in _blocks(x, x[:1]):
         floor[rows] = metric.floor(x[rows])
-    for rows, columns in _blocks(x, w, memory):
+    for rows, columns in _blocks(x, w):
         d[rows, columns] = metric.pairwise(x[rows], w[columns])
-    # Asked this way round, a nan stays one.
-    return torch.where(d <= floor, floor, d), floor
+    return torch.where(d <= floor, floor, d), floor  # asked this way round, a nan stays a nan
 
 
 def add_gradients_in_blocks(
-    metric: Distance, x: Tensor, w: Tensor, d: Tensor, g: Tensor, memory: int, grads: tuple[Tensor, ...]
+    metric: Distance, x: Tensor, w: Tensor, d: Tensor, g: Tensor, grads: tuple[Tensor, ...]
 ) -> None:
     """Add the gradients of Σ g d to `grads`: by x (C, D), by w (V, D), and by each parameter of the distance."""
     grad_x, grad_w, *others = grads
-    for rows, columns in _blocks(x, w, memory):
+    for rows, columns in _blocks(x, w):
         by_x, by_w, *by_parameters = metric.gradients(x[rows], w[columns], d[rows, columns], g[rows, columns])
         grad_x[rows] += by_x
         grad_w[columns] += by_w
@@ -640,43 +533,32 @@ def add_gradients_in_blocks(
 
 
 class _PairwiseDistances(torch.autograd.Function):
-    """d (N, V) of all pairs, of which nothing of the size (N, V, D) is kept for the backward pass."""
+    """d (N, V) of all pairs; nothing of the size (N, V, D) is kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, metric: Distance, memory: int, x: Tensor, w: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, metric: Distance, x: Tensor, w: Tensor, *parameters: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            d, floor = distances_in_blocks(metric, x, w, memory)
-        ctx.metric, ctx.memory = metric, memory
+            d, floor = distances_in_blocks(metric, x, w)
+        ctx.metric = metric
         ctx.save_for_backward(x, w, d, floor, *parameters)
         return d
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
+        if torch.is_grad_enabled():  # create_graph=True would treat these gradients as constants
+            raise RuntimeError("a distance in blocks has no second derivative (create_graph=True)")
         x, w, d, floor, *parameters = ctx.saved_tensors
         grads = tuple(torch.zeros_like(tensor) for tensor in (x, w, *parameters))
         with torch.autocast(x.device.type, enabled=False):
-            g = grad_output.masked_fill(d <= floor, 0.0)
-            add_gradients_in_blocks(ctx.metric, x, w, d, g, ctx.memory, grads)
-        return (None, None, *grads)
-
-
-def refuse_second_derivative() -> None:
-    if torch.is_grad_enabled():  # create_graph=True would treat these gradients as constants
-        raise RuntimeError("a distance that goes in blocks has no second derivative (create_graph=True)")
+            add_gradients_in_blocks(ctx.metric, x, w, d, grad_output.masked_fill(d <= floor, 0.0), grads)
+        return (None, *grads)
 
 
 @torch.compiler.disable
-def pairwise_distances(metric: Distance, x: Tensor, w: Tensor, memory: int | None = None) -> Tensor:
-    """d of all pairs, x′ (N, D), w′ (V, D) → (N, V), at least `metric.floor(x)`, where a gradient stops.
+def pairwise_distances(metric: Distance, x: Tensor, w: Tensor) -> Tensor:
+    """d of all pairs, x′ (N, D), w′ (V, D) → (N, V), float32 or float64, clamped at `metric.floor(x)`.
 
-    Args:
-        metric: a distance without a power.
-        x, w: its operands, float32 or float64.
-        memory: bytes to work with, default `memory_of` the device; beside it there are d itself and the operands.
-
-    Gradients reach x, w and the distance's parameters; a second derivative raises RuntimeError. For torch.compile this
-    is a break in the graph.
+    `metric` has no power. Gradients reach x, w and its parameters; a second derivative raises RuntimeError. For
+    torch.compile this is a break in the graph.
     """
-    memory = memory_of(x.device) if memory is None else memory
-    return _PairwiseDistances.apply(metric, memory, x, w, *metric.parameters())
+    return _PairwiseDistances.apply(metric, x, w, *metric.parameters())

@@ -1,8 +1,10 @@
-"""The two unembeddings, as modules of one interface: `head(x)` gives logits, `head(x, targets)` the loss.
+"""The two unembeddings: `head(x)` gives logits z with p = softmax(z), `head(x, targets)` the loss −log p_y.
 
-`HarmonicHead` is the harmonic distance layer of arXiv:2502.01628; `SoftmaxHead` its twin, a linear layer
-without bias. Both are used by `HGPTForCausalLM`, and `HarmonicHead` stands on its own as the last layer of
-any classifier trained with `torch.nn.functional.cross_entropy`.
+    harmonic    z_i = −n log d_i    so p_i = d_i^(−n) / Σ_j d_j^(−n), HarMax; d_i = |x − w_i|₂, or another distance
+    softmax     z_i = w_i · x       its twin, a linear layer without bias, as nanoGPT's and GPT-2's `lm_head`
+
+`HarmonicHead` is the harmonic distance layer of Baek et al., arXiv:2502.01628. `HGPTForCausalLM` uses either head, and
+each works as the last layer of any classifier.
 """
 
 import math
@@ -15,98 +17,102 @@ from torch import Tensor, nn
 
 from .distances import make_distance, pairwise_distances
 from .harmax import accumulation_dtype, inner_products, resolve_exponent, squared_distances, squared_norms
-from .loss import fused_harmonic_loss, fused_softmax_loss
-from .pairwise_loss import pairwise_harmonic_loss
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def _times(values: Tensor, factor: float | Tensor) -> Tensor:
-    """`values` times a number: in their own memory, which is new to nobody, where no gradient is to come of it."""
-    if torch.is_grad_enabled() and (values.requires_grad or (isinstance(factor, Tensor) and factor.requires_grad)):
-        return values * factor
-    return values.mul_(factor)
+from .loss import LossParams, head_loss
 
 
 class _Head(nn.Module):
     """One row of `weight` for each class, and rows of padding after them that never become a class."""
 
+    exponent: Any  # n on d; None for softmax
+    metric: Any  # the distance; None for softmax
+
     def __init__(
-        self, in_features: int, num_classes: int, rows: int | None, label_smoothing: float, chunk: int | None
+        self, in_features: int, num_classes: int, rows: int | None, init_std: float, label_smoothing: float
     ) -> None:
         super().__init__()
         self.in_features = in_features
-        self.label_smoothing = label_smoothing
-        self.chunk = chunk
-        self.compiled = False  # of the fused loss, as its argument
         self.num_classes = num_classes
+        self.init_std = init_std
+        self.label_smoothing = label_smoothing
+        self.compiled = False  # torch.compile within the loss, as `LossParams.compiled`
         self.weight = nn.Parameter(torch.empty(num_classes if rows is None else rows, in_features))
-        if not 1 <= num_classes <= self.weight.shape[0]:
+        if not 1 <= num_classes <= len(self.weight):
             raise ValueError(
-                f"num_classes must lie between 1 and the number of rows, {self.weight.shape[0]}; got {num_classes}"
+                f"num_classes must lie between 1 and the number of rows, {len(self.weight)}; got {num_classes}"
             )
 
-    def forward(
-        self,
-        x: Tensor,
-        targets: Tensor | None = None,
-        *,
-        ignore_index: int = -100,
-        num_items: Tensor | float | None = None,
-        reduction: str = "mean",
-        recompute: bool = False,
-    ) -> Tensor:
-        """`logits(x)`, or with `targets` `loss(x, targets)`.
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.init_std)
 
-        One entry for both uses, and the only place where the weight is read: engines that shard parameters
-        gather them when a module is called.
+    def forward(self, x: Tensor, targets: Tensor | None = None, **options: Any) -> Tensor:
+        """`logits(x)`, or with `targets` `loss(x, targets, **options)`.
+
+        The weight is read only in here: engines that shard parameters gather them when a module is called.
         """
-        if targets is None:
-            return self.logits(x)
-        return self.loss(
-            x, targets, ignore_index=ignore_index, num_items=num_items, reduction=reduction, recompute=recompute
-        )
+        return self.logits(x) if targets is None else self.loss(x, targets, **options)
 
     def logits(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
     def loss(self, x: Tensor, targets: Tensor, **options: Any) -> Tensor:
-        """−log p_y of `targets` (...), without the logits of x, (..., D).
+        """−log p_y of x (..., D) and `targets` (...), without the logits.
+
+        In training mode with `label_smoothing` ε, −Σ_i q_i log p_i with q = (1 − ε) 1[i = y] + ε / num_classes.
 
         Args:
-            ignore_index: target of positions that do not count, default −100.
-            reduction: "mean" (default), "sum" or "none".
-            num_items: divisor of the sum, with "mean"; default the number of counted positions.
-            recompute: keep no gradients for the backward pass, which then computes the products again.
-
-        In training mode with `label_smoothing` ε, −Σ_i q_i log p_i with q = (1 − ε) 1[i = y] + ε / num_classes; in
-        evaluation mode never.
+            options: `ignore_index`, `num_items`, `reduction` and `recompute` of `loss.LossParams`.
         """
-        raise NotImplementedError
+        params = LossParams(
+            n=self.exponent,
+            distance=self.metric,
+            num_classes=self.num_classes,
+            label_smoothing=self.label_smoothing if self.training else 0.0,
+            compiled=self.compiled,
+            **options,
+        )
+        x, w = self._operands(x, self.weight)
+        return head_loss(x, w, targets, params)
 
-    def _loss_options(self) -> dict[str, Any]:
-        return {"num_classes": self.num_classes, "label_smoothing": self.label_smoothing if self.training else 0.0}
-
-    def _fused_options(self) -> dict[str, Any]:
-        return self._loss_options() | {"chunk": self.chunk, "compiled": self.compiled}
-
-    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x and the weight in the compute dtype: autocast's where it is on, otherwise that of x."""
+    def _operands(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """x and w as they are multiplied: in autocast's dtype where it is on, otherwise in that of x."""
+        if x.shape[-1] != w.shape[-1]:
+            raise ValueError(f"x and w must have one width: x is {tuple(x.shape)}, w is {tuple(w.shape)}")
         dtype = _compute_dtype(x)
-        return x.to(dtype), self.weight.to(dtype)
+        return x.to(dtype), w.to(dtype)
 
     def extra_repr(self) -> str:
-        text = f"in_features={self.in_features}, num_classes={self.num_classes}, rows={self.weight.shape[0]}"
+        text = f"in_features={self.in_features}, num_classes={self.num_classes}, rows={len(self.weight)}"
         return f"{text}, label_smoothing={self.label_smoothing:g}" if self.label_smoothing else text
 
 
-class HarmonicHead(_Head):
-    """Logits z_i = −n log d_i of the distances to V centres, so softmax(logits) = HarMax = d_i^(−n) / Σ_j d_j^(−n).
+class SoftmaxHead(_Head):
+    """logits_i = w_i · x."""
 
-    Works in place of the last `nn.Linear` of a classifier with a plain `F.cross_entropy` on its output:
+    exponent = metric = None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        init_std: float = 0.02,
+        rows: int | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(in_features, num_classes, rows, init_std, label_smoothing)
+        self.reset_parameters()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """w_i · x, (..., D) → (..., num_classes), in float32 (float64 for float64 input)."""
+        x, w = self._operands(x, self.weight[: self.num_classes])
+        with torch.autocast(x.device.type, enabled=False):
+            return inner_products(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], len(w))
+
+
+class HarmonicHead(_Head):
+    """logits_i = −n log d(x, w_i), so softmax(logits) = HarMax = d_i^(−n) / Σ_j d_j^(−n).
+
+    Takes the place of the last `nn.Linear` of a classifier:
 
         >>> head = HarmonicHead(in_features=64, num_classes=10)
         >>> loss = F.cross_entropy(head(features), labels)    # or head(features, labels), without the logits
@@ -125,13 +131,10 @@ class HarmonicHead(_Head):
         learn_exponent: n is trained too, as the parameter `log_exponent` = log n, (1,): n stays positive, and an
             optimiser's steps are relative.
         label_smoothing: ε of the loss in training mode.
-        chunk: positions whose products the loss computes at a time; default `loss.chunk_positions`. Without
-            effect on a distance without a matrix product.
-        memory: bytes that a distance without a matrix product works with; default `distances.memory_of` the device.
         options: those of the distance, such as p of "minkowski".
 
     Attributes:
-        metric: the `Distance`, whose parameters are what is learnt of it.
+        metric: the `Distance`, whose parameters are what is learned of it.
     """
 
     def __init__(
@@ -145,137 +148,98 @@ class HarmonicHead(_Head):
         rows: int | None = None,
         learn_exponent: bool = False,
         label_smoothing: float = 0.0,
-        chunk: int | None = None,
-        memory: int | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(in_features, num_classes, rows, label_smoothing, chunk)
+        init_std = in_features**-0.5 if init_std is None else init_std
+        super().__init__(in_features, num_classes, rows, init_std, label_smoothing)
         self.distance = distance
         self.metric = make_distance(distance, in_features, **options)
         self.initial_exponent = resolve_exponent(exponent, in_features)
         self.log_exponent = nn.Parameter(torch.empty(1)) if learn_exponent else None
-        self.init_std = in_features**-0.5 if init_std is None else init_std
-        self.memory = memory
-        # While the centres stay as they are: w′, None if that is the weight, and |w′|², by dtype and device.
-        self._kept: dict[tuple[torch.dtype, torch.device], tuple[Tensor | None, Tensor]] | None = None
+        # Cache for generation: (dtype, device) → (transformed centres or None, their squared norms).
+        self._cache: dict[tuple[torch.dtype, torch.device], tuple[Tensor | None, Tensor]] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.init_std)
+        super().reset_parameters()
         if self.log_exponent is not None:
             nn.init.constant_(self.log_exponent, math.log(self.initial_exponent))
         self.metric.reset_parameters()
 
     @property
     def exponent(self) -> float | Tensor:
-        """n on d: a number, or where it is learnt a tensor of shape ()."""
+        """n on d: a number, or a tensor of shape () where it is learned."""
         return self.initial_exponent if self.log_exponent is None else self.log_exponent.exp().squeeze()
 
-    def log_distances(self, x: Tensor) -> Tensor:
-        """log d_i to every class, (..., D) → (..., num_classes), in float32 (float64 for float64 input)."""
-        metric, shape = self.metric, (*x.shape[:-1], self.num_classes)
-        if metric.power is None:
-            x, w = self._exact_operands(x, self.weight[: self.num_classes])
-            return pairwise_distances(metric, x.reshape(-1, x.shape[-1]), w, self.memory).log().reshape(shape)
-        x, w, w_sq = self._operands_and_norms(x)
-        with torch.autocast(x.device.type, enabled=False):
-            d_sq = squared_distances(x, w, w_sq)[..., : self.num_classes]
-            log_d = _times(d_sq.log() if d_sq.requires_grad else d_sq.log_(), 0.5 * metric.power)
-        return log_d if metric.scale == 1 else log_d + math.log(metric.scale)
+    def logits(self, x: Tensor) -> Tensor:
+        """−n log d_i, (..., D) → (..., num_classes), in float32 (float64 for float64 input)."""
+        return _scaled(self.log_distances(x), -self.exponent)
 
     def distances(self, x: Tensor) -> Tensor:
         """d_i to every class, (..., D) → (..., num_classes), in float32 (float64 for float64 input)."""
         return self.log_distances(x).exp()
 
-    def logits(self, x: Tensor) -> Tensor:
-        """z_i = −n log d_i, (..., D) → (..., num_classes), in float32 (float64 for float64 input)."""
-        return _times(self.log_distances(x), -self.exponent)
-
-    def loss(self, x: Tensor, targets: Tensor, **options: Any) -> Tensor:
-        if self.metric.power is None:
-            options |= self._loss_options()
-            x, w = self._exact_operands(x, self.weight[: options.pop("num_classes")])
-            return pairwise_harmonic_loss(self.metric, x, w, targets, self.exponent, memory=self.memory, **options)
-        x, w = self._operands(x)
-        return fused_harmonic_loss(x, w, targets, self.metric.power * self.exponent, **self._fused_options(), **options)
-
-    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The distance's operands in the compute dtype, to which they are rounded once, at the end."""
-        if not self.metric.transforms:
-            return super()._operands(x)
-        dtype = _compute_dtype(x)
-        x, w = self._exact_operands(x, self.weight)
-        return x.to(dtype), w.to(dtype)
+    def log_distances(self, x: Tensor) -> Tensor:
+        """log d_i to every class, (..., D) → (..., num_classes), in float32 (float64 for float64 input)."""
+        metric = self.metric
+        if metric.power is None:
+            rows, w = self._operands(x.reshape(-1, x.shape[-1]), self.weight[: self.num_classes])
+            return pairwise_distances(metric, rows, w).log().reshape(*x.shape[:-1], len(w))
+        x, w, w_sq = self._operands_and_norms(x)
+        with torch.autocast(x.device.type, enabled=False):
+            d_sq = squared_distances(x, w, w_sq)[..., : self.num_classes]
+            log_d = _scaled(d_sq.log() if d_sq.requires_grad else d_sq.log_(), 0.5 * metric.power)
+        return log_d if metric.scale == 1 else log_d + math.log(metric.scale)
 
     @contextmanager
     def unchanged_centres(self) -> Iterator[None]:
-        """As long as this lasts nothing may change the weight or the metric: what is made of them is made only once.
-
-        For the many calls with few x of a text that is generated. It concerns logits and distances without gradients.
-        """
-        outer, self._kept = self._kept, {}
+        """While this lasts, nothing may change the weight or the metric: for logits and distances without gradients
+        the transformed centres and their norms are computed once, not for every token of a text that is generated."""
+        outer, self._cache = self._cache, {}
         try:
             yield
         finally:
-            self._kept = outer
+            self._cache = outer
 
-    def _operands_and_norms(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`_operands`, and |w′|², (V,), where that is kept."""
-        transforms = self.metric.transforms
-        if self._kept is None or torch.is_grad_enabled() or (transforms and not self.metric.apart):
-            return *self._operands(x), None
-        place = _compute_dtype(x), x.device
-        if place not in self._kept:
-            x, w = self._operands(x)
-            # Not the weight itself, which an engine that shards it takes away again.
-            self._kept[place] = w if transforms else None, squared_norms(w)
-            return x, w, self._kept[place][1]
-        kept, w_sq = self._kept[place]
-        if kept is None:
-            return *self._operands(x), w_sq
-        return self._exact_operands(x, self.weight[:0])[0].to(kept.dtype), kept, w_sq
-
-    def _exact_operands(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        """The distance's operands in float32, or float64 for float64. Called as a module, as `_Head.forward` says."""
-        if x.shape[-1] != w.shape[-1]:
-            raise ValueError(f"x and w must have one width: x is {tuple(x.shape)}, w is {tuple(w.shape)}")
+    def _operands(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """x′ and w′ of the distance: computed in float32 or float64 and rounded once, at the end; blocks stay in it."""
+        metric = self.metric
+        if metric.power is not None and not metric.transforms:
+            return super()._operands(x, w)
         dtype = accumulation_dtype(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return self.metric(x.to(dtype), w.to(dtype))
+            exact_x, exact_w = metric(*super()._operands(x.to(dtype), w))
+        dtype = dtype if metric.power is None else _compute_dtype(x)
+        return exact_x.to(dtype), exact_w.to(dtype)
+
+    def _operands_and_norms(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`_operands`, and |w′|², (V,), from the cache; None where there is none."""
+        metric, cache = self.metric, self._cache
+        if cache is None or torch.is_grad_enabled() or (metric.transforms and not metric.apart):
+            return *self._operands(x, self.weight), None
+        key = _compute_dtype(x), x.device
+        if key not in cache:
+            w = self._operands(x, self.weight)[1]
+            # Never the weight itself: an engine that shards it frees it after each call.
+            cache[key] = w if metric.transforms else None, squared_norms(w)
+        kept, w_sq = cache[key]
+        if kept is None:
+            return *self._operands(x, self.weight), w_sq
+        return self._operands(x, self.weight[:0])[0], kept, w_sq
 
     def extra_repr(self) -> str:
-        learnt = "" if self.log_exponent is None else " (learnt)"
+        learned = "" if self.log_exponent is None else " (learned)"
         n = float(torch.as_tensor(self.exponent).detach())
-        return f"{super().extra_repr()}, exponent={n:g}{learnt}, distance={self.distance}"
+        return f"{super().extra_repr()}, exponent={n:g}{learned}, distance={self.distance}"
 
 
-class SoftmaxHead(_Head):
-    """The twin: logits_i = w_i · x, as nanoGPT's and GPT-2's `lm_head`."""
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
-    def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        *,
-        init_std: float = 0.02,
-        rows: int | None = None,
-        label_smoothing: float = 0.0,
-        chunk: int | None = None,
-    ) -> None:
-        super().__init__(in_features, num_classes, rows, label_smoothing, chunk)
-        self.init_std = init_std
-        self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.init_std)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """w_i · x, (..., D) → (..., num_classes), in float32 (float64 for float64 input)."""
-        x, w = self._operands(x)
-        with torch.autocast(x.device.type, enabled=False):
-            logits = inner_products(x.reshape(-1, self.in_features), w[: self.num_classes])
-        return logits.reshape(*x.shape[:-1], self.num_classes)
-
-    def loss(self, x: Tensor, targets: Tensor, **options: Any) -> Tensor:
-        x, w = self._operands(x)
-        return fused_softmax_loss(x, w, targets, **self._fused_options(), **options)
+def _scaled(values: Tensor, factor: float | Tensor) -> Tensor:
+    """values * factor, in place when no gradient is needed."""
+    if torch.is_grad_enabled() and (values.requires_grad or (isinstance(factor, Tensor) and factor.requires_grad)):
+        return values * factor
+    return values.mul_(factor)

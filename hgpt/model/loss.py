@@ -1,730 +1,422 @@
-"""The loss of either head and its gradients without the (tokens, vocabulary) matrix.
+"""The loss of a head and its gradients, without a (tokens, vocabulary) matrix.
 
-In two lines of PyTorch, which are what `harmax.harmonic_loss` computes and the tests compare with, the harmonic loss is
+What it computes, in two lines of PyTorch (`harmax.harmonic_loss` is the same, and the tests compare with it):
 
-    scores = -n / 2 * torch.log(torch.cdist(x, w) ** 2)
+    scores = -n * torch.log(distance(x, w))        # (N, V); of the softmax head x @ w.T
     loss = F.cross_entropy(scores, targets, label_smoothing=ε)
 
-Positions are taken in chunks. Within one chunk the products x·wᵀ become d², the scores, the probabilities p
-and, in the same pass, G, the derivative of the loss by the products; the backward pass only scales. With
-q = (1 − ε) 1[i = y] + ε/V and s_i = log(d_i^(−n)), up to a constant per position,
+Positions are taken in chunks. A chunk's distances or products, (C, V), become probabilities p and then, in the same
+memory, G, the derivative of the loss by each of them. With q = (1 − ε) 1[i = y] + ε/V,
 
-    G_ti = n (p_ti − q_ti) / d²_ti,    ∂L/∂x = G w − rowsum(G) ⊙ x,    ∂L/∂w = Gᵀ x − colsum(G) ⊙ w
-    ∂L/∂n = Σ_ti (p_ti − q_ti) s_ti / n
+    harmonic, by matrix products    G_ti = n (p_ti − q_ti) / d²_ti, the derivative by x_t·w_i
+                                    ∂L/∂x = G w − rowsum(G) ⊙ x,    ∂L/∂w = Gᵀ x − colsum(G) ⊙ w
+    harmonic, in blocks             G_ti = −n (p_ti − q_ti) / d_ti, the derivative by d_ti
+                                    ∂L/∂x_t = Σ_i G_ti ∂d_ti/∂x_t,  ∂L/∂w_i = Σ_t G_ti ∂d_ti/∂w_i
+    softmax                         G_ti = p_ti − q_ti,  ∂L/∂x = G w,  ∂L/∂w = Gᵀ x
+    learned n                       ∂L/∂n = −Σ_ti (p_ti − q_ti) log d_ti
 
-With bfloat16 operands the products with G are of G as rounded, R. The sums are of G itself: they are nearly 0, and the
-rounding's share in them would be multiplied by all of |x|. What R adds to the first product is Σ_i (R − G)_ti w_i, of
-which the part along the mean of w is known, rowsum(R − G), and taken off again; likewise that of x in the second.
+A kernel does this for one kind of head: `by_products` where d is a power of a Euclidean distance and for softmax,
+`by_blocks` for every other distance. `HeadLoss` is the one autograd node around a kernel. Row kernels for a GPU, which
+make G from the products in one pass, belong into a module beside this one and take the place of `product_rows`.
 
-For the softmax twin the scores are the products themselves, G = p − q, and the sums fall away: three matrix
-products either way. `torch.nn.functional.linear_cross_entropy` does the same for softmax, but with bfloat16
-operands adds up the loss over its chunks in bfloat16 (torch 2.13: 29312 for 29099.6 nats over 3000 tokens),
-and the two heads are to be compared.
+`torch.nn.functional.linear_cross_entropy` does the same for softmax, but with bfloat16 operands adds up the loss over
+its chunks in bfloat16 (torch 2.13: 29312 for 29099.6 nats over 3000 tokens), and the two heads are to be compared.
 """
 
 import functools
 import math
-import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn import functional as F
 
+from .distances import Distance, add_gradients_in_blocks, distances_in_blocks, score_chunk
 from .harmax import accumulation_dtype, distance_floor, inner_products, squared_norms
 
 REDUCTIONS = ("mean", "sum", "none")
 
-# Bytes of the (chunk, vocabulary) buffer. On a CPU, two threads, V = 50304, D = 768 (benchmarks/head_loss.py --chunk),
-# more positions a chunk go through w less often, and need more memory: 384, 74 MiB, take 3 to 5 % less time than 256.
-# On a GPU not measured yet: by arithmetic, adding to the gradient of w is then a tenth of the products' time.
+# Bytes of a chunk's products. CPU, two threads, V = 50304, D = 768 (benchmarks/head_loss.py --chunk): 74 MiB, 384
+# positions, take 3 to 5 % less time than 256 positions. GPU: not measured; by arithmetic, adding to the gradient of w
+# is then a tenth of the products' time.
 _CHUNK_BYTES_CPU, _CHUNK_BYTES_GPU = 78 * 2**20, 512 * 2**20
-# Bytes of the rows of a chunk that go through the pointwise operations together on a CPU: they stay in its cache from
-# the first operation to the last. 2 to 6 MiB differ by less than the noise; 1 MiB is a tenth slower at small
-# vocabularies, where the calls themselves count.
-_BLOCK_BYTES = 4 * 2**20
-# Rows of w that are multiplied at a time on a CPU, or as many as positions. MKL is 10 to 25 % faster at 256 x 512
-# products at a time than at 256 x 50304 (on an AMD EPYC, two threads; D = 768 and 1600).
+# Bytes of the rows that go through the pointwise operations together on a CPU, so that they stay in its cache.
+_CACHE_BYTES = 4 * 2**20
+# Rows of w in one product on a CPU. MKL is 10 to 25 % faster at 256 x 512 products at a time than at 256 x 50304 (AMD
+# EPYC, two threads, D = 768 and 1600).
 _PRODUCT_ROWS = 512
-
-# Forms of the operands that are compiled, each for itself: two sizes of chunks, on a CPU of blocks, with gradients and
-# without them. torch.compile's default of 8 is not enough where batches differ, and beyond it nothing is compiled.
+# torch.compile compiles each size of a chunk for itself, with and without gradients; its default limit is 8.
 _COMPILED_FORMS = 64
 
 _LOG2_E, _LN_2 = 1 / math.log(2), math.log(2)
-# Where powers are multiplied out, what is smaller in relation to the largest of a position is 0. Their sum, at least 1,
-# would not feel it in float64 either; and between here and 0 lie the subnormal numbers, which some processors multiply
-# a hundred times more slowly.
-_SMALLEST_POWER = 2.0**-80
-# Of the exponents that are multiplied out: beyond it the base of that smallest power is 1 in float32.
-_LARGEST_MULTIPLIED = 2**20
 
 
-def chunk_positions(num_rows: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> int:
-    """Positions per chunk for `num_rows` rows of w: a multiple of 64, at least 64, so that a chunk's scores take about
-    75 MiB on a CPU and 500 MiB elsewhere."""
-    per_position = num_rows * accumulation_dtype(dtype).itemsize
-    size = _CHUNK_BYTES_CPU if device == "cpu" else _CHUNK_BYTES_GPU
-    return max(64, size // per_position // 64 * 64)
+@dataclass(frozen=True, kw_only=True)
+class LossParams:
+    """What the loss of a head is, beside its operands.
 
+    Attributes:
+        n: exponent on the distance d, a number or a tensor of shape () that is learned; None for softmax.
+        distance: what d is; None for |x − w|₂.
+        num_classes: rows of w from here on are padding without probability; None: all rows are classes.
+        ignore_index: target of positions that do not count.
+        num_items: divisor of the sum with reduction "mean"; None: the number of counted positions.
+        reduction: "mean", "sum", or "none" for the loss of every position, 0 where ignored.
+        label_smoothing: ε of q = (1 − ε) 1[i = y] + ε / num_classes.
+        recompute: keep only the operands for the backward pass, which computes the products again: four matrix products
+            instead of three, and no gradient of w in memory between the passes. Always so with "none".
+        chunk: positions at a time; None: `chunk_positions`, in blocks `distances.score_chunk`.
+        compiled: torch.compile what is done with the products of a chunk. On a CPU that is no faster
+            (benchmarks/head_loss.py); on a GPU it has not been measured.
 
-def _gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of G and of the gradients until the backward pass has scaled them: what is divided by the number of tokens lies
-    below float16's range. bfloat16 has the range, and runs through the tensor cores."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def _block_positions(products: Tensor) -> int:
-    if products.is_cpu:
-        return max(1, _BLOCK_BYTES // (products.shape[1] * products.itemsize))
-    return products.shape[0]  # elsewhere what counts is the number of kernels
-
-
-def _products(x: Tensor, w: Tensor, out: Tensor | None) -> Tensor:
-    """x·w_i for every pair, (C, D), (V, D) → (C, V) in the accumulation dtype; in `out`, if that is of the same."""
-    if out is None:
-        return inner_products(x, w)
-    size = max(_PRODUCT_ROWS, len(x)) if x.is_cpu else len(w)
-    for rows, columns in zip(w.split(size), out.split(size, dim=1), strict=True):
-        torch.mm(x, rows.T, out=columns)
-    return out
-
-
-def _weighted_rows(g: Tensor, w: Tensor) -> Tensor:
-    """Σ_i g_ti w_i, (C, V), (V, D) → (C, D) in the accumulation dtype.
-
-    Where C < D its transpose is computed on a CPU: with two threads MKL is 5 to 12 % faster at the longer of two forms.
+    Raises:
+        ValueError: an option out of its range, or without effect.
     """
-    if g.is_cpu and g.shape[0] < w.shape[1]:
-        return inner_products(w.T, g).T
-    return inner_products(g, w.T)
-
-
-class Terms(NamedTuple):
-    """What the loss of a position is made of: n (None: softmax), the classes, ε; and which gradients are wanted."""
 
     n: float | Tensor | None
-    num_classes: int
-    smoothing: float
-    need_n: bool
-    need_x: bool = False
-    need_w: bool = False
+    distance: Distance | None = None
+    num_classes: int | None = None
+    ignore_index: int = -100
+    num_items: Tensor | float | None = None
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+    recompute: bool = False
+    chunk: int | None = None
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.n, int | float) and not 0 < self.n < math.inf:
+            raise ValueError(f"exponent must be a positive number; got {self.n}")
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {self.reduction!r}")
+        if self.num_items is not None and self.reduction != "mean":
+            raise ValueError(f'num_items divides the sum of reduction="mean"; it has no effect with {self.reduction!r}')
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1); got {self.label_smoothing}")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk must be at least 1 position; got {self.chunk}")
+
+    def classes(self, w: Tensor) -> int:
+        """Rows of w that are classes."""
+        return len(w) if self.num_classes is None else self.num_classes
 
 
-class Outcome(NamedTuple):
-    """What a block of R positions comes to.
-
-    Attributes:
-        losses: (R, 1).
-        grad_n: its share of ∂L/∂n, or None.
-        row_sums, column_sums: rowsum(G), (R, 1), and colsum(G), (V,), or None where they are not needed: for softmax,
-            and for a gradient that is not wanted.
-        row_rounding, column_rounding: the same sums of what rounding has added to G, or None.
-    """
-
-    losses: Tensor
-    grad_n: Tensor | None = None
-    row_sums: Tensor | None = None
-    column_sums: Tensor | None = None
-    row_rounding: Tensor | None = None
-    column_rounding: Tensor | None = None
-
-
-class Rows(NamedTuple):
-    """Some positions, R of them: x·w_i (R, V), |x|² (R, 1), |w_i|² (V,), and their targets and weights (R, 1)."""
-
-    products: Tensor
-    x_sq: Tensor
-    w_sq: Tensor
-    targets: Tensor
-    weights: Tensor
-
-
-def _proximities(rows: Rows, num_classes: int) -> tuple[Tensor, ...]:
-    """min_j d_j² / d²_i (R, V) in place of the products, min_j d_j² (R, 1), and which entries are clamped.
-
-    The mask is empty where nothing is. On a GPU, and in compiled code, that question would cost more than the mask.
-    """
-    products, x_sq, w_sq, _, _ = rows
-    d_sq = torch.add(w_sq, products, alpha=-2, out=products).add_(x_sq)
-    if num_classes < d_sq.shape[1]:
-        d_sq[:, num_classes:] = torch.inf
-    nearest, floor = d_sq.amin(-1, keepdim=True), distance_floor(x_sq)
-    clamped = d_sq.new_empty(0, dtype=torch.bool)
-    if torch.compiler.is_compiling() or not d_sq.is_cpu or bool((nearest <= floor).any()):
-        clamped = d_sq <= floor
-        d_sq, nearest = torch.maximum(d_sq, floor, out=d_sq), torch.maximum(nearest, floor)
-    return torch.div(nearest, d_sq, out=d_sq), nearest, clamped
-
-
-def scale_(values: Tensor, factor: float | Tensor) -> Tensor:
-    """`values` times a number, in place. On a CPU a number takes half as long again as a tensor of shape ()."""
-    return values.mul_(factor if isinstance(factor, Tensor) else values.new_tensor(factor))
-
-
-def cross_entropy(
-    scores: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    terms: Terms,
-    factor: Tensor | None = None,
-    multiplier: Tensor | None = None,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Losses of R positions, (R, 1), G = factor (p − q) multiplier, (R, V), and their share of ∂L/∂n.
+@torch.compiler.disable
+def head_loss(x: Tensor, w: Tensor, targets: Tensor, params: LossParams) -> Tensor:
+    """Σ_t −Σ_i q_ti log p_ti / N over the positions whose target is not ignored, with p = HarMax or softmax(x wᵀ).
 
     Args:
-        scores: (R, V), overwritten. To base 2, whose logarithm and power are several times faster on a CPU than those
-            to base e, and relative to the largest of the position: they reach thousands, and so would their rounding.
-        targets, weights: (R, 1).
-        factor: (R, 1), or None, and there is no G.
-        multiplier: (R, V), or None for 1.
-        out: (R, V), where G is to go; it may be the memory of `multiplier`.
+        x: hidden states, (..., D), float64, float32, bfloat16 or float16: x′ of `params.distance`. Autocast has no
+            effect here.
+        w: centres, (V, D), the dtype of `x`: w′ of `params.distance`.
+        targets: class indices, (...), int64.
+
+    Returns:
+        A float32 scalar, or losses (...) with reduction "none" (float64 for float64 operands). Gradients reach x, w, a
+        learned n and the parameters of the distance in their dtypes, with sums over positions accumulated in float32.
+        What requires no gradient costs none. For torch.compile this is a break in the graph.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+        RuntimeError: a second derivative, from the backward pass.
     """
-    n, num_classes, smoothing, need_n, *_ = terms
-    q_scores = scores.gather(-1, targets) * (1 - smoothing)  # Σ_i q_i scores_i, (R, 1)
-    if smoothing:
-        q_scores += scores[:, :num_classes].mean(-1, keepdim=True) * smoothing
-    p = torch.exp2(scores, out=None if need_n else scores)  # times the normaliser
-    normaliser = p.sum(-1, keepdim=True)
-    losses = normaliser.log() - q_scores * _LN_2
-    grad_n = None
-    if need_n and n is not None:
-        p_scores = (p[:, :num_classes] * scores[:, :num_classes]).sum(-1, keepdim=True) / normaliser
-        grad_n = ((p_scores - q_scores) * weights).sum() * _LN_2 / n
-    if factor is None:
-        return losses, None, grad_n
-    return losses, _gradient(p, normaliser, targets, terms, factor, multiplier, out), grad_n
-
-
-def _gradient(
-    p: Tensor,
-    normaliser: Tensor,
-    targets: Tensor,
-    terms: Terms,
-    factor: Tensor,
-    multiplier: Tensor | None,
-    out: Tensor | None,
-) -> Tensor:
-    """G = factor (p / normaliser − q) multiplier, (R, V), of `cross_entropy`'s arguments; `p` is overwritten."""
-    _, num_classes, smoothing, *_ = terms
-    # Each pass over (R, V) counts. What is to be subtracted at the targets is, there alone.
-    at_target = p.gather(-1, targets) / normaliser - (1 - smoothing)
-    if smoothing:
-        p[:, :num_classes] -= normaliser * (smoothing / num_classes)
-        at_target -= smoothing / num_classes
-    at_target *= factor
-    if multiplier is not None:
-        at_target *= multiplier.gather(-1, targets)
-        p.mul_(multiplier)
-    g = torch.mul(p, factor / normaliser, out=p if out is None else out)
-    return g.scatter_(-1, targets, at_target.to(g.dtype))
-
-
-def _multiplications(rows: Rows, terms: Terms) -> str:
-    """The binary digits of n/2, where d^(−n) is to be multiplied out of 1/d², or "": for an even n on a CPU.
-
-    There a logarithm and a power of 2 take longer than the few multiplications of numbers in its cache. On a GPU, where
-    each would be a pass over memory, they do not.
-    """
-    n, _, smoothing, need_n, *_ = terms
-    if (
-        rows.products.is_cpu
-        and isinstance(n, float)
-        and n % 2 == 0
-        and n <= _LARGEST_MULTIPLIED
-        and not smoothing
-        and not need_n
-    ):
-        return f"{int(n) // 2:b}"
-    return ""
-
-
-def _multiplied_out(proximity: Tensor, digits: str) -> Tensor:
-    """proximity^(n/2) from the binary digits of n/2, in a tensor of its own; below `_SMALLEST_POWER` it is 0.
-
-    From the second digit on each is a square, and a 1 a multiplication as well.
-    """
-    power = F.threshold(proximity, _SMALLEST_POWER ** (1 / int(digits, 2)), 0.0)
-    for digit in digits[1:]:
-        power.mul_(power)
-        if digit == "1":
-            power.mul_(proximity)
-    return power
-
-
-def _block(rows: Rows, terms: Terms, g_out: Tensor | None) -> Outcome:
-    """The losses of R positions; G times the weights goes to `g_out`, (R, V).
-
-    The products are overwritten, and `g_out` may be the same memory.
-    """
-    n, num_classes, *_ = terms
-    products, _, _, targets, weights = rows
-    if n is None:
-        if num_classes < products.shape[1]:
-            products[:, num_classes:] = -torch.inf
-        scores = scale_(products - products.amax(-1, keepdim=True), _LOG2_E)
-        losses, _, _ = cross_entropy(scores, targets, weights, terms, None if g_out is None else weights, out=g_out)
-        return Outcome(losses)
-    proximity, nearest, clamped = _proximities(rows, num_classes)
-    factor = None if g_out is None else weights * n / nearest
-    rounded = g_out is not None and g_out.dtype != products.dtype
-    out = None if rounded else g_out
-    if digits := _multiplications(rows, terms):
-        power = _multiplied_out(proximity, digits)
-        normaliser = power.sum(-1, keepdim=True)
-        # The target's power may be 0, its logarithm is not lost.
-        losses, grad_n = normaliser.log() - 0.5 * n * proximity.gather(-1, targets).log(), None
-        g = None if factor is None else _gradient(power, normaliser, targets, terms, factor, proximity, out)
-    else:
-        scores = scale_(torch.log2(proximity), 0.5 * n)
-        losses, g, grad_n = cross_entropy(scores, targets, weights, terms, factor, proximity, out)
-    if g is None or g_out is None:
-        return Outcome(losses, grad_n)
-    if clamped.numel():
-        g.masked_fill_(clamped, 0.0)
-    row_sums = g.sum(-1, keepdim=True) if terms.need_x else None
-    column_sums = g.sum(0) if terms.need_w else None
-    if not rounded:
-        return Outcome(losses, grad_n, row_sums, column_sums)
-    g_out.copy_(g)
-    row_rounding = None if row_sums is None else g_out.sum(-1, keepdim=True, dtype=g.dtype).sub_(row_sums)
-    column_rounding = None if column_sums is None else g_out.sum(0, dtype=g.dtype).sub_(column_sums)
-    return Outcome(losses, grad_n, row_sums, column_sums, row_rounding, column_rounding)
-
-
-def _functional_block(rows: Rows, terms: Terms, g_dtype: torch.dtype | None) -> tuple[Outcome, Tensor | None]:
-    """What `_block` gives, and G in a tensor of its own: for torch.compile, which takes its arguments' sizes for others
-    where one that is overwritten is a view of another (torch 2.13)."""
-    g = None if g_dtype is None else torch.empty_like(rows.products, dtype=g_dtype)
-    return _block(rows._replace(products=rows.products.clone()), terms, g), g
-
-
-@functools.cache
-def _compiled() -> Callable[..., tuple[Outcome, Tensor | None]]:
-    return torch.compile(_functional_block, dynamic=False, recompile_limit=_COMPILED_FORMS)  # type: ignore[call-overload]
-
-
-def _compiled_block(rows: Rows, terms: Terms, g_out: Tensor | None) -> Outcome:
-    """As `_block`, but that the products are not overwritten, unless by G."""
-    outcome, g = _compiled()(rows, terms, None if g_out is None else g_out.dtype)
-    if g_out is not None and g is not None:
-        g_out.copy_(g)
-    return outcome
-
-
-@torch.no_grad()
-def _losses_and_grads(
-    x: Tensor,
-    w: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    exponent: Tensor | None,
-    num_classes: int,
-    smoothing: float,
-    chunk: int,
-    compiled: bool,
-    need_x: bool,
-    need_w: bool,
-    need_n: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses (N,), and the gradients of Σ_t weights_t losses_t by x, w and n; empty tensors for those not needed.
-
-    Those by x and w are in `_gradient_dtype`.
-    """
-    num, dtype, harmonic = x.shape[0], accumulation_dtype(x.dtype), exponent is not None
-    g_dtype = _gradient_dtype(x.dtype)
-    n: float | Tensor | None = exponent
-    if exponent is not None and exponent.is_cpu and not (compiled and x.is_cpu):
-        n = exponent.item()  # compiled code would be of this number alone, and one that is learnt changes
-    terms = Terms(n, num_classes, smoothing, need_n, need_x, need_w)
-    block = _compiled_block if compiled else _block
-    w_sq = squared_norms(w) if harmonic else x.new_empty(0, dtype=dtype)  # (V,)
-    losses = x.new_empty(num, dtype=dtype)
-    grad_x = x.new_empty(x.shape if need_x else 0, dtype=g_dtype)
-    grad_w = x.new_zeros(w.shape if need_w else 0, dtype=dtype)
-    grad_n = x.new_zeros((), dtype=dtype)
-    column_sums, column_rounding = torch.zeros_like(w_sq), torch.zeros_like(w_sq)
-    rounded = harmonic and g_dtype != dtype
-    w_mean = w.mean(0, dtype=dtype) if rounded and need_x else None
-    # Reused: fresh memory of this size is given back after every chunk, and its pages are mapped anew.
-    buffer = x.new_empty(min(chunk, num), w.shape[0]) if x.dtype == dtype else None
-
-    for start in range(0, num, chunk):
-        x_c = x[start : start + chunk]  # (C, D)
-        products = _products(x_c, w, None if buffer is None else buffer[: len(x_c)])  # (C, V)
-        g = None
-        if need_x or need_w:
-            g = products if g_dtype == dtype else torch.empty_like(products, dtype=g_dtype)
-        row_sums, row_rounding = losses.new_zeros(2, len(x_c), 1)
-        step = _block_positions(products)
-        for first in range(0, len(x_c), step):
-            local = slice(first, min(first + step, len(x_c)))  # within the chunk
-            part = slice(start + local.start, start + local.stop)
-            x_sq = x[part].to(dtype).square().sum(-1, keepdim=True)
-            g_block = None if g is None else g[local]
-            # The products have no name, which would keep them until the next chunk's are made.
-            outcome = block(Rows(products[local], x_sq, w_sq, targets[part, None], weights[part, None]), terms, g_block)
-            losses[part, None] = outcome.losses
-            if outcome.grad_n is not None:
-                grad_n += outcome.grad_n
-            if outcome.row_sums is not None:
-                row_sums[local] = outcome.row_sums
-            if outcome.row_rounding is not None:
-                row_rounding[local] = outcome.row_rounding
-            if outcome.column_sums is not None:
-                column_sums += outcome.column_sums
-            if outcome.column_rounding is not None:
-                column_rounding += outcome.column_rounding
-        if g is None:
-            continue
-        part = slice(start, start + chunk)
-        if need_x:
-            grad = _weighted_rows(g, w.to(g_dtype))
-            if harmonic:
-                grad.addcmul_(row_sums, x_c.to(dtype), value=-1)
-            if w_mean is not None:
-                grad.addcmul_(row_rounding, w_mean, value=-1)
-            grad_x[part] = grad
-        if need_w:
-            if g_dtype == dtype:
-                grad_w.addmm_(g.T, x_c.to(g_dtype))
-            else:
-                grad_w += inner_products(g.T, x_c.T.to(g_dtype))
-    if need_w and harmonic:
-        for rows, sums, part_w in zip(grad_w.split(1024), column_sums.split(1024), w.split(1024), strict=True):
-            rows.addcmul_(sums[:, None], part_w.to(dtype), value=-1)
-        if rounded:
-            grad_w.addr_(column_rounding, x.mean(0, dtype=dtype), alpha=-1)
-    return losses, grad_x, grad_w.to(g_dtype), grad_n
-
-
-# Operators of their own, so that torch.compile takes each as one node of its graph. Exported checkpoints bring a copy
-# of this file, perhaps of another version, under another module name: the operators carry that name.
-_NAMESPACE = re.sub(r"\W", "_", __name__)
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::summed_loss", mutates_args=())
-def _summed_loss(
-    x: Tensor,
-    w: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    exponent: Tensor | None,
-    num_classes: int,
-    smoothing: float,
-    chunk: int,
-    compiled: bool,
-    need_x: bool,
-    need_w: bool,
-    need_n: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Σ_t weights_t · −log p_{t,y_t}, and in the same pass its gradients, which the backward pass scales."""
-    with torch.autocast(x.device.type, enabled=False):
-        losses, grad_x, grad_w, grad_n = _losses_and_grads(
-            x, w, targets, weights, exponent, num_classes, smoothing, chunk, compiled, need_x, need_w, need_n
-        )
-    return (losses * weights).sum(), grad_x, grad_w, grad_n
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::position_losses", mutates_args=())
-def _position_losses(
-    x: Tensor,
-    w: Tensor,
-    targets: Tensor,
-    exponent: Tensor | None,
-    num_classes: int,
-    smoothing: float,
-    chunk: int,
-    compiled: bool,
-) -> Tensor:
-    """−log p_{t,y_t} of every position, (N,). The backward pass computes everything again."""
-    with torch.autocast(x.device.type, enabled=False):
-        weights = x.new_zeros(x.shape[0], dtype=accumulation_dtype(x.dtype))
-        losses, *_ = _losses_and_grads(
-            x, w, targets, weights, exponent, num_classes, smoothing, chunk, compiled, False, False, False
-        )
-    return losses
-
-
-@_summed_loss.register_fake
-def _(x, w, targets, weights, exponent, num_classes, smoothing, chunk, compiled, need_x, need_w, need_n):  # type: ignore[no-untyped-def]
-    dtype, g_dtype = accumulation_dtype(x.dtype), _gradient_dtype(x.dtype)
-    grad_x = x.new_empty(x.shape if need_x else 0, dtype=g_dtype)
-    grad_w = x.new_empty(w.shape if need_w else 0, dtype=g_dtype)
-    return x.new_empty((), dtype=dtype), grad_x, grad_w, x.new_empty((), dtype=dtype)
-
-
-@_position_losses.register_fake
-def _(x, w, targets, exponent, num_classes, smoothing, chunk, compiled):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
-
-
-def _refuse_second_derivative() -> None:
-    if torch.is_grad_enabled():  # create_graph=True would treat these gradients as constants
-        raise RuntimeError(
-            "the fused loss has no second derivative: for create_graph=True call the head without targets "
-            "and torch.nn.functional.cross_entropy on its logits"
-        )
-
-
-def _keep_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)  # of the gradients as outputs, which nobody else sees
-    x, w, targets, weights, exponent, *ctx.options = inputs
-    ctx.save_for_backward(x, w, targets, weights, exponent)
-    # Beside the saved tensors, for the backward pass to take away: w.grad then becomes the very gradient computed here,
-    # and there is never a second tensor of its size. Detached, or they would refer to themselves through this node.
-    ctx.grads = [grad.detach() for grad in output[1:]]
-    ctx.dtypes = x.dtype, w.dtype, None if exponent is None else exponent.dtype
-
-
-def _scale_gradients(ctx: Any, grad_output: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
-    _refuse_second_derivative()
-    if grad_output is None:
-        return (None,) * 12
-    grads, ctx.grads = ctx.grads, None
-    if grads is None:  # a second time through one graph
-        _, *grads = _summed_loss(*ctx.saved_tensors, *ctx.options)
-    # In a graph that is being compiled it has no value yet; to ask a GPU for it would make the host wait.
-    scaled = type(grad_output) is Tensor and grad_output.is_cpu and grad_output == 1
-    grad_x, grad_w, grad_n = (
-        (grad if scaled else grad.mul_(grad_output)).to(dtype) if needed else None
-        for grad, dtype, needed in zip(grads, ctx.dtypes, ctx.options[-3:], strict=True)
-    )
-    return grad_x, grad_w, None, None, grad_n, *(None,) * 7
-
-
-def _keep_operands(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, w, targets, exponent, *ctx.options = inputs
-    ctx.save_for_backward(x, w, targets, exponent)
-
-
-def _compute_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    _refuse_second_derivative()
-    x, w, targets, exponent = ctx.saved_tensors
-    needed = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    _, *grads = _summed_loss(x, w, targets, grad_output.contiguous(), exponent, *ctx.options, *needed)
-    grad_x, grad_w, grad_n = (
-        grad.to(operand.dtype) if need else None
-        for grad, operand, need in zip(grads, (x, w, exponent), needed, strict=True)
-    )
-    return grad_x, grad_w, None, grad_n, *(None,) * 4
-
-
-_summed_loss.register_autograd(_scale_gradients, setup_context=_keep_gradients)
-_position_losses.register_autograd(_compute_gradients, setup_context=_keep_operands)
-
-
-class Positions(NamedTuple):
-    """The operands of a loss with all positions in one dimension.
-
-    Attributes:
-        x, targets: (N, D) and (N,); a target that is ignored is 0.
-        counted: which positions count, (N,).
-        weights: 1/N_counted, 1/num_items or 1 where a position counts, otherwise 0; (N,) in the accumulation dtype.
-        num_classes: rows of w from here on are padding.
-    """
-
-    x: Tensor
-    targets: Tensor
-    counted: Tensor
-    weights: Tensor
-    num_classes: int
-
-
-def check_and_flatten(
-    x: Tensor,
-    w: Tensor,
-    targets: Tensor,
-    *,
-    num_classes: int | None,
-    ignore_index: int,
-    num_items: Tensor | float | None,
-    reduction: str,
-    label_smoothing: float,
-) -> Positions:
-    """A fused loss's arguments, checked and brought into one form. Raises ValueError and RuntimeError as it does."""
     if x.dtype != w.dtype or x.shape[-1] != w.shape[-1] or x.shape[:-1] != targets.shape:
         raise ValueError(
             "x (..., D), w (V, D) and targets (...) must fit, x and w with one dtype: "
-            f"x is {tuple(x.shape)} {x.dtype}, w is {tuple(w.shape)} {w.dtype}, "
-            f"targets is {tuple(targets.shape)}"
+            f"x is {tuple(x.shape)} {x.dtype}, w is {tuple(w.shape)} {w.dtype}, targets is {tuple(targets.shape)}"
         )
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
-    if num_items is not None and reduction != "mean":
-        raise ValueError(f'num_items divides the sum of reduction="mean"; it has no effect with {reduction!r}')
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}")
-    if num_classes is not None and not 1 <= num_classes <= w.shape[0]:
-        raise ValueError(f"num_classes must lie between 1 and the rows of w, {w.shape[0]}; got {num_classes}")
-    if not torch.compiler.is_compiling() and any(
-        forward_ad.unpack_dual(t, level=0).tangent is not None for t in (x, w)
-    ):
-        # The operator would drop the tangent without a word.
-        raise RuntimeError(
-            "the fused loss has no forward-mode derivative: for torch.func.jvp call the head without targets "
-            "and torch.nn.functional.cross_entropy on its logits"
-        )
-    dtype = accumulation_dtype(x.dtype)
+    if not 1 <= params.classes(w) <= len(w):
+        raise ValueError(f"num_classes must lie between 1 and the rows of w, {len(w)}; got {params.num_classes}")
+    shape, dtype, metric = targets.shape, accumulation_dtype(x.dtype), params.distance
     x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    counted = targets != ignore_index
+    counted = targets != params.ignore_index
     targets = targets.where(counted, 0)
-    weights = counted.to(dtype)
-    if reduction == "mean":
-        divisor = counted.sum().clamp_min(1) if num_items is None else num_items
-        weights = weights.where(~counted, 1 / torch.as_tensor(divisor, dtype=dtype, device=x.device))
-    return Positions(x, targets, counted, weights, w.shape[0] if num_classes is None else num_classes)
+    weights = counted.to(dtype)  # (N,)
+    if params.reduction == "mean":
+        weights = weights / (counted.sum().clamp_min(1) if params.num_items is None else params.num_items)
+    kernel: Kernel = by_products
+    parameters: list[Tensor] = []
+    power = 1.0 if metric is None else metric.power
+    if metric is not None and power is None:
+        kernel, parameters = by_blocks, list(metric.parameters())
+        x, w = x.to(dtype), w.to(dtype)
+    elif power is not None and params.n is not None:
+        params = replace(params, n=power * params.n)  # on |x − w|₂
+    operands = (x, w, params.n if isinstance(params.n, Tensor) else None, *parameters)
+    tracked = torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in operands)
+    if tracked and params.reduction != "none" and not params.recompute:
+        return HeadLoss.apply(kernel, params, targets, weights, *operands)
+    losses = HeadLoss.apply(kernel, params, targets, None, *operands).where(counted, 0.0)
+    return losses.reshape(shape) if params.reduction == "none" else (losses * weights).sum()
 
 
-def exponent_tensor(exponent: float | Tensor) -> Tensor:
-    """A number as a float64 tensor, a tensor as it is. Raises ValueError for a number that is no exponent."""
-    if isinstance(exponent, Tensor):
-        return exponent
-    if not 0 < exponent < math.inf:
-        raise ValueError(f"exponent must be a positive number; got {exponent}")
-    return torch.tensor(exponent, dtype=torch.float64)
+# (params, operands, targets (N,), weights (N,) or None, which operands need a gradient) → losses (N,), and the gradient
+# of Σ_t weights_t losses_t by every operand, None where it is not needed. The operands are x (N, D), w (V, D), n where
+# it is learned (`params.n` is the same tensor), otherwise None, and the parameters of the distance.
+Kernel = Callable[
+    [LossParams, Sequence[Any], Tensor, Tensor | None, Sequence[bool]], tuple[Tensor, list[Tensor | None]]
+]
 
 
-def _fused_loss(
-    x: Tensor,
-    w: Tensor,
-    targets: Tensor,
-    exponent: float | Tensor | None,
-    *,
-    num_classes: int | None,
-    ignore_index: int,
-    num_items: Tensor | float | None,
-    reduction: str,
-    label_smoothing: float,
-    recompute: bool,
-    chunk: int | None,
-    compiled: bool,
-) -> Tensor:
-    shape = targets.shape
-    x, targets, counted, weights, num_classes = check_and_flatten(
-        x,
-        w,
-        targets,
-        num_classes=num_classes,
-        ignore_index=ignore_index,
-        num_items=num_items,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1 position; got {chunk}")
-    exponent = None if exponent is None else exponent_tensor(exponent)
-    chunk = chunk_positions(w.shape[0], x.dtype, x.device.type) if chunk is None else chunk
+class HeadLoss(torch.autograd.Function):
+    """Σ_t weights_t losses_t with its gradients from the same pass, or without weights the losses, (N,).
 
-    if reduction == "none" or recompute:
-        losses = _position_losses(x, w, targets, exponent, num_classes, label_smoothing, chunk, compiled)
-        losses = losses.where(counted, 0.0)
-        return losses.reshape(shape) if reduction == "none" else (losses * weights).sum()
-    tracked = torch.is_grad_enabled()  # evaluation does not pay for gradients
-    need_n = exponent is not None and exponent.requires_grad and tracked
-    return _summed_loss(
-        x,
-        w,
-        targets,
-        weights,
-        exponent,
-        num_classes,
-        label_smoothing,
-        chunk,
-        compiled,
-        x.requires_grad and tracked,
-        w.requires_grad and tracked,
-        need_n,
-    )[0]
+    In the second case, and for a second backward pass through one graph, `backward` runs the kernel again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernel: Kernel, params: LossParams, targets: Tensor, weights: Tensor | None, *operands: Tensor | None
+    ) -> Tensor:
+        ctx.kernel, ctx.params, ctx.grads = kernel, params, None
+        ctx.save_for_backward(targets, weights, *operands)
+        with torch.autocast(targets.device.type, enabled=False):
+            if weights is None:
+                return kernel(params, operands, targets, None, [False] * len(operands))[0]
+            losses, ctx.grads = kernel(params, operands, targets, weights, ctx.needs_input_grad[4:])
+        return (losses * weights).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True would treat these gradients as constants
+            raise RuntimeError(
+                "this loss has no second derivative: for create_graph=True call the head without targets "
+                "and torch.nn.functional.cross_entropy on its logits"
+            )
+        targets, weights, *operands = ctx.saved_tensors
+        needed, grads, ctx.grads = ctx.needs_input_grad[4:], ctx.grads, None  # taken away: w.grad may be its memory
+        if grads is None:
+            weights = grad_output if weights is None else weights * grad_output
+            with torch.autocast(targets.device.type, enabled=False):
+                _, grads = ctx.kernel(ctx.params, operands, targets, weights, needed)
+        else:
+            grads = [None if grad is None else grad.mul_(grad_output) for grad in grads]
+        wanted = (grad.to(o) if need else None for grad, o, need in zip(grads, operands, needed, strict=True))
+        return None, None, None, None, *wanted
 
 
-def fused_harmonic_loss(
-    x: Tensor,
-    w: Tensor,
-    targets: Tensor,
-    exponent: float | Tensor,
-    *,
-    num_classes: int | None = None,
-    ignore_index: int = -100,
-    num_items: Tensor | float | None = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    recompute: bool = False,
-    chunk: int | None = None,
-    compiled: bool = False,
-) -> Tensor:
-    """Σ_t −log p_{t,y_t} / N over the positions whose target is not `ignore_index`, with p = HarMax.
+def slices(count: int, size: int) -> list[slice]:
+    """Ranges of `size` that cover 0 to `count`; the last may be smaller."""
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From distances or products to probabilities and G
+
+
+def cross_entropy(
+    scores: Tensor, targets: Tensor, factor: Tensor | None, smoothing: float, keep_scores: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses (R, 1), factor (p − q) (R, V), and Σ_i (p_i − q_i) scores_i (R, 1) in nats, of R positions.
 
     Args:
-        x: hidden states, (..., D), float64, float32, bfloat16 or float16. Autocast has no effect here.
-        w: centres, (V, D), the dtype of `x`.
-        targets: class indices, (...), int64.
-        exponent: n on d; a scalar tensor may require a gradient. On a CPU an even number that is not learnt is fastest,
-            unless labels are smoothed: d^(−n) is then multiplied out of 1/d², without a logarithm of every score.
-        num_classes: rows of `w` from here on are padding without probability; default V.
-        num_items: N, the divisor. Default: the number of counted positions (their mean; 0 if there is none).
-        reduction: "mean" (the sum over N), "sum", or "none": −log p of every position, (...), 0 where ignored.
-        label_smoothing: ε of q = (1 − ε) 1[i = y] + ε / num_classes, for −Σ_i q_i log p_i in the place of −log p_y.
-        recompute: keep only the operands for the backward pass, which then computes the products again: four matrix
-            products instead of three, and no gradient of w in memory in between. Always so with "none".
-        chunk: positions per chunk, default `chunk_positions(V, dtype, device)`.
-        compiled: torch.compile what is done with the products of a chunk. On a CPU that is no faster, and takes more
-            memory (benchmarks/head_loss.py measures both); on a GPU it should save most of the passes over the scores,
-            and has not been measured.
-
-    Returns:
-        A float32 scalar (float64 for float64 operands). Gradients reach `x` and `w` in their dtype, with sums
-        over positions accumulated in float32. What requires no gradient costs none.
-
-    Raises:
-        ValueError: shapes or dtypes that do not fit, an option out of its range, or one without effect.
-        RuntimeError: a second derivative (from the backward pass), or one in forward mode.
+        scores: (R, V), to base 2 (on a CPU several times faster than base e) and relative to the position's largest
+            (scores reach thousands, and so would their rounding). Overwritten by the second result.
+        targets: (R, 1).
+        factor: (R, 1). None: the losses alone are wanted, the rest is without meaning.
+        keep_scores: whether the third result is wanted. It takes a second tensor (R, V).
     """
-    return _fused_loss(
-        x,
-        w,
-        targets,
-        exponent,
-        num_classes=num_classes,
-        ignore_index=ignore_index,
-        num_items=num_items,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        recompute=recompute,
-        chunk=chunk,
-        compiled=compiled,
-    )
+    q_scores = scores.gather(-1, targets) * (1 - smoothing)  # Σ_i q_i scores_i
+    if smoothing:
+        q_scores += scores.mean(-1, keepdim=True) * smoothing
+    p = torch.exp2(scores, out=None if keep_scores else scores)
+    total = p.sum(-1, keepdim=True)
+    losses, slopes = total.log() - q_scores * _LN_2, q_scores
+    if factor is not None:
+        if keep_scores:
+            slopes = ((p * scores).sum(-1, keepdim=True) / total - q_scores) * _LN_2
+        p.mul_(factor / total)
+        if smoothing:
+            p.sub_(factor * (smoothing / p.shape[-1]))
+        p.scatter_add_(-1, targets, factor * (smoothing - 1))
+    return losses, p, slopes
 
 
-def fused_softmax_loss(
-    x: Tensor,
-    w: Tensor,
+def harmonic_rows(
+    d: Tensor,
+    floor: Tensor,
+    exponent: float | Tensor,
     targets: Tensor,
-    *,
-    num_classes: int | None = None,
-    ignore_index: int = -100,
-    num_items: Tensor | float | None = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    recompute: bool = False,
-    chunk: int | None = None,
-    compiled: bool = False,
-) -> Tensor:
-    """The twin of `fused_harmonic_loss` with p = softmax(x·wᵀ); the same arguments but for the exponent."""
-    return _fused_loss(
-        x,
-        w,
-        targets,
-        None,
-        num_classes=num_classes,
-        ignore_index=ignore_index,
-        num_items=num_items,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        recompute=recompute,
-        chunk=chunk,
-        compiled=compiled,
-    )
+    factor: Tensor | None,
+    smoothing: float,
+    learned: bool,
+) -> tuple[Tensor, Tensor]:
+    """Losses of p ∝ d^(−exponent) and −Σ_i (p_i − q_i) exponent log d_i, (R, 1); d becomes factor (p − q) / d.
+
+    Args:
+        d: (R, V), distances or squared distances. Below `floor`, (R, 1), they count as the floor and have no gradient.
+        targets, factor, smoothing, learned: as in `cross_entropy`.
+    """
+    nearest = d.amin(-1, keepdim=True)
+    # A mask is a pass over memory: on a CPU made only where something is clamped. A GPU would wait for the answer.
+    clamped = None
+    if torch.compiler.is_compiling() or not d.is_cpu or bool((nearest <= floor).any()):
+        clamped = d <= floor  # a nan is not, and stays one
+        d, nearest = torch.maximum(d, floor, out=d), torch.maximum(nearest, floor)
+    ratio = torch.div(nearest, d, out=d)
+    scores = torch.log2(ratio).mul_(exponent)
+    factor = None if factor is None else factor / nearest
+    losses, residual, slopes = cross_entropy(scores, targets, factor, smoothing, learned)
+    if factor is not None:
+        torch.mul(residual, ratio, out=d)
+        if clamped is not None:
+            d.masked_fill_(clamped, 0.0)
+    return losses, slopes
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Distances that are matrix products, and softmax
+
+
+def chunk_positions(num_rows: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> int:
+    """Positions per chunk for `num_rows` rows of w: a multiple of 64, at least 64. A chunk's products take about 75 MiB on
+    a CPU and 500 MiB elsewhere."""
+    size = _CHUNK_BYTES_CPU if device == "cpu" else _CHUNK_BYTES_GPU
+    return max(64, size // (num_rows * accumulation_dtype(dtype).itemsize) // 64 * 64)
+
+
+def product_rows(
+    params: LossParams,
+    products: Tensor,
+    x: Tensor,
+    w_sq: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    learned: bool,
+) -> tuple[Tensor, Tensor]:
+    """Losses of R positions and their derivatives by log n, (R, 1); the products become G times the weights.
+
+    Args:
+        products: x·w_i, (R, V), in the accumulation dtype.
+        x, w_sq: (R, D) and |w_i|² (V,), for the harmonic head.
+        targets, weights: (R, 1). Without weights the losses alone are wanted.
+        learned: whether the derivatives by log n are wanted.
+    """
+    n, smoothing = params.n, params.label_smoothing
+    if n is None:
+        scores = products.sub_(products.amax(-1, keepdim=True)).mul_(_LOG2_E)
+        losses, _, slopes = cross_entropy(scores, targets, weights, smoothing, False)
+        return losses, slopes
+    x_sq = x.to(w_sq.dtype).square().sum(-1, keepdim=True)
+    d_sq = torch.add(w_sq, products, alpha=-2, out=products).add_(x_sq)
+    factor = None if weights is None else weights * n
+    return harmonic_rows(d_sq, distance_floor(x_sq), 0.5 * n, targets, factor, smoothing, learned)
+
+
+@functools.cache
+def _compiled_rows() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(product_rows, dynamic=False, recompile_limit=_COMPILED_FORMS)  # type: ignore[call-overload]
+
+
+def chunk_rows(
+    params: LossParams,
+    products: Tensor,
+    x: Tensor,
+    w_sq: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    learned: bool,
+) -> tuple[Tensor, Tensor]:
+    """`product_rows` of a chunk. On a CPU it takes a few rows at a time, which stay in the cache from the first
+    pointwise operation to the last; elsewhere all rows at once, for few kernels."""
+    rows_of = _compiled_rows() if params.compiled else product_rows
+    size = _CACHE_BYTES // (products.shape[1] * products.itemsize) if products.is_cpu else len(products)
+    found = [
+        rows_of(params, products[r], x[r], w_sq, targets[r], None if weights is None else weights[r], learned)
+        for r in slices(len(products), max(1, size))
+    ]
+    losses, slopes = (torch.cat(values) for values in zip(*found, strict=True))
+    return losses, slopes
+
+
+def by_products(
+    params: LossParams, operands: Sequence[Any], targets: Tensor, weights: Tensor | None, needed: Sequence[bool]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The kernel of softmax and of powers of |x − w|₂; see `Kernel`.
+
+    With bfloat16 operands G is rounded to R for the products. The sums stay those of G: they are nearly 0, and x times
+    the rounding's share would be a large error. For the same reason R is multiplied with differences from the mean:
+    ∂L/∂x = R (w − w̄) − rowsum(G) ⊙ (x − w̄), and likewise ∂L/∂w with x̄.
+    """
+    x, w, *_ = operands
+    need_x, need_w, learned = needed
+    classes, harmonic, dtype = params.classes(w), params.n is not None, accumulation_dtype(x.dtype)
+    g_dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # gradients of a mean leave float16's range
+    w_g, w_sq = w.to(g_dtype), squared_norms(w[:classes]) if harmonic else w.new_empty(0)
+    rounded = harmonic and g_dtype != dtype
+    x_mean, w_mean = (v.mean(0, dtype=dtype) if rounded else v.new_zeros(()) for v in (x, w[:classes]))
+    losses = x.new_empty(len(x), 1, dtype=dtype)
+    grad_x = x.new_empty(x.shape if need_x else 0, dtype=g_dtype)
+    grad_w = x.new_zeros(w.shape if need_w else 0, dtype=dtype)
+    grad_n = x.new_zeros((), dtype=dtype)
+    column_sums = x.new_zeros(2, len(w), dtype=dtype)
+
+    for rows in slices(len(x), params.chunk or chunk_positions(len(w), x.dtype, x.device.type)):
+        x_c, weights_c = x[rows], None if weights is None else weights[rows, None]
+        products = inner_products(x_c, w)  # (C, V), and from here on G
+        losses[rows], slopes = chunk_rows(
+            params, products[:, :classes], x_c, w_sq, targets[rows, None], weights_c, learned
+        )
+        if weights_c is None:
+            continue
+        products[:, classes:] = 0
+        g = products.to(g_dtype)
+        if need_x:
+            grad = inner_products(g, w_g.T)
+            grad_x[rows] = subtract_sums(grad, x_c, w_mean, sums(products, g, 1)) if harmonic else grad
+            del grad
+        if need_w:
+            if g_dtype == dtype:
+                grad_w.addmm_(g.T, x_c.to(dtype))
+            else:
+                grad_w += inner_products(g.T, x_c.T)
+            column_sums += sums(products, g, 0) if harmonic else 0
+        if learned:
+            grad_n += (slopes * weights_c).sum()
+        del products, g  # before the next chunk's products take as much
+    if need_w and harmonic:
+        subtract_sums(grad_w, w, x_mean, column_sums)
+    return losses[:, 0], [grad_x, grad_w, grad_n / params.n if params.n is not None else grad_n]
+
+
+def sums(products: Tensor, g: Tensor, dim: int) -> Tensor:
+    """Sums of G and of G as rounded, (2, V) or (2, C)."""
+    exact = products.sum(dim)
+    return torch.stack([exact, exact if g is products else g.sum(dim, dtype=exact.dtype)])
+
+
+def subtract_sums(grad: Tensor, own: Tensor, mean: Tensor, sums: Tensor) -> Tensor:
+    """grad − sums[0] ⊙ (own − mean) − sums[1] ⊙ mean in place, (R, D); some rows at a time, for little memory."""
+    for rows in slices(len(grad), 1024):
+        exact, rounded = sums[:, rows, None]
+        grad[rows].addcmul_(exact, own[rows].to(grad.dtype) - mean, value=-1).addcmul_(rounded, mean, value=-1)
+    return grad
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Distances in blocks
+
+
+def by_blocks(
+    params: LossParams, operands: Sequence[Any], targets: Tensor, weights: Tensor | None, needed: Sequence[bool]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The kernel of a distance that is no matrix product; see `Kernel`.
+
+    Every pair is visited twice, for d and for its derivatives, in blocks of positions and classes (`distances`).
+    """
+    x, w, *_ = operands
+    assert params.distance is not None and params.n is not None
+    metric, n, learned, centres = params.distance, params.n, needed[2], w[: params.classes(w)]
+    losses, grad_n = x.new_empty(len(x), 1), x.new_zeros(())
+    grad_x, grad_w, *others = (torch.zeros_like(v) for v in (x, w, *metric.parameters()))
+    for rows in slices(len(x), params.chunk or score_chunk(len(centres), x.itemsize, x.device)):
+        d, floor = distances_in_blocks(metric, x[rows], centres)  # (C, V), (C, 1)
+        g, factor = d.clone(), None if weights is None else weights[rows, None] * -n
+        losses[rows], slopes = harmonic_rows(g, floor, n, targets[rows, None], factor, params.label_smoothing, learned)
+        if weights is None:
+            continue
+        add_gradients_in_blocks(metric, x[rows], centres, d, g, (grad_x[rows], grad_w[: len(centres)], *others))
+        if learned:
+            grad_n += (slopes * weights[rows, None]).sum() / n
+    return losses[:, 0], [grad_x, grad_w, grad_n, *others]

@@ -388,14 +388,10 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
         rows = self._get_resized_embeddings(rows, new_num_tokens, mean_resizing=mean_resizing)
         head = self._new_head(rows.num_embeddings)
         head.weight = nn.Parameter(rows.weight.data)
-        for name in ("label_smoothing", "chunk", "compiled"):
-            setattr(head, name, getattr(old_lm_head, name))
-        if isinstance(head, HarmonicHead):  # what does not depend on the number of rows
-            head.metric, head.log_exponent, head.memory = (
-                old_lm_head.metric,
-                old_lm_head.log_exponent,
-                old_lm_head.memory,
-            )
+        # What does not depend on the number of rows.
+        head.label_smoothing, head.compiled = old_lm_head.label_smoothing, old_lm_head.compiled
+        if isinstance(head, HarmonicHead):
+            head.metric, head.log_exponent = old_lm_head.metric, old_lm_head.log_exponent
         return head
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

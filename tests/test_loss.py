@@ -1,0 +1,574 @@
+"""hgpt/model/loss.py against the dense losses in float64: values, gradients, precision, memory, errors."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from hgpt.model import distances as distances_module
+from hgpt.model import loss as loss_module
+from hgpt.model.distances import make_distance
+from hgpt.model.harmax import harmonic_loss
+from hgpt.model.loss import LossParams, chunk_positions, head_loss
+
+# Awkward on purpose: no size is a multiple of a vector width or of the chunk.
+N, V, D, CHUNK, EXPONENT = 125, 253, 61, 32, 2 * math.sqrt(61)
+NARROW = [torch.float32, torch.bfloat16, torch.float16]
+
+
+class Problem(NamedTuple):
+    x: Tensor  # (N, D)
+    w: Tensor  # (V, D)
+    targets: Tensor  # (N,)
+
+    def to(self, dtype: torch.dtype) -> "Problem":
+        x, w = (t.detach().to(dtype).requires_grad_() for t in (self.x, self.w))
+        return Problem(x, w, self.targets)
+
+
+def make_problem(mean: float = 0.0, planted: bool = True) -> Problem:
+    """Some targets ignored; some positions exactly on their target's centre, some on another's."""
+    common = mean * torch.randn(D)
+    x, w = torch.randn(N, D) + common, torch.randn(V, D) + common
+    targets = torch.randint(V, (N,))
+    if planted:
+        x[:8] = w[targets[:8]]
+        x[8:12] = w[(targets[8:12] + 1) % V]
+    targets[5::11] = -100
+    return Problem(x, w, targets)
+
+
+class Kind(NamedTuple):
+    """A head: its loss by `head_loss`, and the same loss with all of the scores in memory."""
+
+    name: str
+
+    def loss(self, x: Tensor, w: Tensor, targets: Tensor, n: Any = EXPONENT, **options: Any) -> Tensor:
+        distance = make_distance("manhattan", D) if self.name == "blocks" else None
+        n = None if self.name == "softmax" else n
+        return head_loss(x, w, targets, LossParams(n=n, distance=distance, **({"chunk": CHUNK} | options)))
+
+    def dense(self, x: Tensor, w: Tensor, targets: Tensor, n: Any = EXPONENT, **options: Any) -> Tensor:
+        if self.name == "harmonic":
+            return harmonic_loss(x, w, targets, n, **options)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if self.name == "softmax":
+            return F.cross_entropy(F.linear(x, w).to(dtype), targets, **options)
+        d = (x.to(dtype)[:, None] - w.to(dtype)).abs().sum(-1)
+        floor = make_distance("manhattan", D).floor(x.detach().to(dtype))
+        return F.cross_entropy(-n * torch.where(d <= floor, floor, d).log(), targets, **options)
+
+
+HARMONIC, SOFTMAX, BLOCKS = Kind("harmonic"), Kind("softmax"), Kind("blocks")
+EVERY = pytest.mark.parametrize("kind", [HARMONIC, SOFTMAX, BLOCKS], ids=lambda kind: kind.name)
+PRODUCTS = pytest.mark.parametrize("kind", [HARMONIC, SOFTMAX], ids=lambda kind: kind.name)
+DISTANCES = pytest.mark.parametrize("kind", [HARMONIC, BLOCKS], ids=lambda kind: kind.name)
+RECOMPUTE = pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recomputed"])
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that distances in blocks take many of them."""
+    monkeypatch.setattr(distances_module, "_MEMORY_CPU", 2**22)
+
+
+class Result(NamedTuple):
+    loss: Tensor
+    grad_x: Tensor
+    grad_w: Tensor
+
+
+def differentiate(loss_of: Callable[..., Tensor], problem: Problem, **options: Any) -> Result:
+    loss = loss_of(*problem, **options)
+    return Result(loss.detach(), *torch.autograd.grad(loss.sum(), problem[:2]))
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    return ((value.double() - expected).norm() / expected.norm()).item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Values and gradients
+
+
+@EVERY
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"chunk": chunk} for chunk in (1, 7, 32, 125, 1000, None)),
+        *(
+            {"reduction": reduction, "label_smoothing": smoothing, "recompute": recompute}
+            for reduction in ("mean", "sum", "none")
+            for smoothing in (0.0, 0.1)
+            for recompute in (False, True)
+        ),
+        {"num_items": 100},
+        {"num_items": torch.tensor(100)},
+        {"ignore_index": 3},
+        {"ignore_index": 3, "recompute": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("padding", [0, 5], ids=["", "padded"])
+def test_equals_the_dense_loss_in_float64(kind: Kind, options: dict[str, Any], padding: int) -> None:
+    """The value, and the gradients by x, w and a learned n of what comes after it."""
+    x, w, targets = make_problem().to(torch.float64)
+    targets = targets.where(targets >= 0, options.get("ignore_index", -100))
+    n = torch.tensor(EXPONENT, dtype=torch.float64, requires_grad=True)
+    rows = torch.cat([w, x[:padding].detach()])  # rows of padding, as near as can be
+    value = kind.loss(x, rows, targets, n, num_classes=V if padding else None, **options)
+    same = ("reduction", "label_smoothing", "ignore_index")
+    expected = kind.dense(x, w, targets, n, **{name: options[name] for name in same if name in options})
+    if "num_items" in options:
+        expected = expected * (targets != -100).sum() / 100
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+    upstream = torch.randn_like(expected)  # of either sign
+    inputs = (x, w) if kind == SOFTMAX else (x, w, n)
+    for ours, theirs in zip(
+        torch.autograd.grad(value, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
+@EVERY
+def test_micro_batches_with_a_common_divisor_are_the_whole_batch(kind: Kind) -> None:
+    problem = make_problem().to(torch.float64)
+    whole = differentiate(kind.loss, problem, num_items=100)
+    x, w, targets = problem
+    halves = sum(kind.loss(x[part], w, targets[part], num_items=100) for part in (slice(50), slice(50, N)))
+    torch.testing.assert_close(halves, whole.loss)
+    torch.testing.assert_close(torch.autograd.grad(halves, w)[0], whole.grad_w)
+
+
+@EVERY
+def test_non_contiguous_operands_and_leading_dimensions(kind: Kind) -> None:
+    problem = make_problem().to(torch.float64)
+    expected = differentiate(kind.dense, problem)
+    x = problem.x.detach().T.contiguous().T.requires_grad_()
+    w = problem.w.detach().repeat_interleave(2, 0)[::2].requires_grad_()
+    assert not x.is_contiguous() and not w.is_contiguous()
+    folded = kind.loss(x.view(5, 25, D), w, problem.targets.view(5, 25))
+    for value, reference in zip((folded.detach(), *torch.autograd.grad(folded, (x, w))), expected, strict=True):
+        torch.testing.assert_close(value, reference)
+
+
+def test_default_chunk_fits_its_memory() -> None:
+    assert chunk_positions(50304) == chunk_positions(50304, torch.bfloat16) == 384  # products in float32 either way
+    assert chunk_positions(50304, torch.float64) == 192
+    assert chunk_positions(10**7) == 64
+    assert chunk_positions(50304, torch.bfloat16, "cuda") == 2624
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Precision
+
+
+@PRODUCTS
+@pytest.mark.parametrize(
+    ("mean", "scale"), [(0.0, 1.0), (3.0, 1.0), (10.0, 1.0), (0.0, 0.02), (0.0, 30.0), (0.0, 1000.0), (3.0, 30.0)]
+)
+@pytest.mark.parametrize("dtype", NARROW)
+def test_no_less_accurate_than_dense_in_the_same_dtype(
+    kind: Kind, dtype: torch.dtype, mean: float, scale: float
+) -> None:
+    """Both against float64 on the same (rounded) values; `scale` is that of x, whose norm need not be w's."""
+    problem = make_problem(mean, planted=False)
+    problem = problem._replace(x=problem.x * scale).to(dtype)
+    truth = differentiate(kind.dense, problem.to(torch.float64))
+    ours, theirs = differentiate(kind.loss, problem), differentiate(kind.dense, problem)
+    assert ours.loss.dtype == torch.float32 and ours.grad_x.dtype == ours.grad_w.dtype == dtype
+    assert relative_error(ours.loss, truth.loss) < relative_error(theirs.loss, truth.loss) + 1e-6
+    for value, other, exact in zip(ours[1:], theirs[1:], truth[1:], strict=True):
+        assert relative_error(value, exact) < 1.3 * relative_error(other, exact) + 1e-6
+
+
+@EVERY
+@pytest.mark.parametrize("options", [{"recompute": True}, {"label_smoothing": 0.1}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("dtype", NARROW)
+def test_options_are_no_less_accurate_than_dense(kind: Kind, options: dict[str, Any], dtype: torch.dtype) -> None:
+    problem = make_problem(planted=False).to(dtype)
+    same = {name: value for name, value in options.items() if name != "recompute"}
+    truth = differentiate(kind.dense, problem.to(torch.float64), **same)
+    ours, theirs = differentiate(kind.loss, problem, **options), differentiate(kind.dense, problem, **same)
+    for value, other, exact, tolerance in zip(ours, theirs, truth, (1e-6, *2 * (torch.finfo(dtype).eps,)), strict=True):
+        assert relative_error(value, exact) < relative_error(other, exact) + tolerance
+
+
+@DISTANCES
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize("dtype", NARROW)
+def test_an_exponent_that_is_learned_alone(kind: Kind, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    x, w, targets = make_problem(planted=False).to(dtype)
+
+    def gradient(loss_of: Callable, dtype: torch.dtype, **options: Any) -> Tensor:
+        n = torch.tensor(EXPONENT, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+        return torch.autograd.grad(loss_of(x.detach().to(dtype), w.detach().to(dtype), targets, n, **options), n)[0]
+
+    same = {name: value for name, value in options.items() if name != "recompute"}
+    truth, theirs = gradient(kind.dense, torch.float64, **same), gradient(kind.dense, dtype, **same)
+    ours = gradient(kind.loss, dtype, **options)
+    assert ours.dtype == torch.float32
+    assert relative_error(ours, truth) < relative_error(theirs, truth) + 1e-6
+
+
+def test_what_x_and_w_have_in_common_costs_bfloat16_nothing() -> None:
+    """Distances do not see it; the dense loss's rounded gradients do."""
+    errors = []
+    for mean in (0.0, 10.0):
+        problem = make_problem(mean, planted=False).to(torch.bfloat16)
+        truth = differentiate(HARMONIC.dense, problem.to(torch.float64))
+        errors.append([relative_error(*pair) for pair in zip(differentiate(HARMONIC.loss, problem), truth, strict=True)])
+    assert all(with_mean < 1.2 * without for without, with_mean in zip(*(row[1:] for row in errors), strict=True))
+
+
+@DISTANCES
+@pytest.mark.parametrize("dtype", NARROW)
+def test_planted_zero_distances(kind: Kind, dtype: torch.dtype) -> None:
+    problem = make_problem().to(dtype)
+    ours = differentiate(kind.loss, problem)
+    assert all(value.isfinite().all() for value in ours)
+    torch.testing.assert_close(ours.loss, kind.dense(*problem).detach(), rtol=1e-5, atol=0)
+    # Pairs at distance zero are clamped in either, and all others have their gradient: what those of the dense loss in
+    # float32 are on the same values, but for the rounding to this dtype. Of the sum, for float16's range ends above the
+    # gradients of the mean.
+    summed = differentiate(kind.loss, problem, reduction="sum")
+    expected = differentiate(kind.dense, problem.to(torch.float32), reduction="sum")
+    for value, reference in zip(summed[1:], expected[1:], strict=True):
+        assert relative_error(value, reference.double()) < 3e-6 + torch.finfo(dtype).eps
+    # On their own centre: no loss and no gradient.
+    result = differentiate(kind.loss, Problem(problem.x[:5], problem.w, problem.targets[:5]).to(dtype))
+    assert 0 <= result.loss < 1e-4
+    assert result.grad_x.abs().max() < 1e-3 and result.grad_w.abs().max() < 1e-3
+
+
+@EVERY
+@RECOMPUTE
+def test_everything_at_the_origin_stays_finite(kind: Kind, recompute: bool) -> None:
+    """x = w = 0, where the floor of d is not relative to |x|; a third such x belongs to another centre."""
+    problem = make_problem(planted=False)
+    problem.x[:3], problem.w[:2] = 0, 0
+    problem.targets[:3] = torch.tensor([0, 1, 2])
+    problem = problem.to(torch.float32)
+    expected = differentiate(kind.dense, problem)
+    for value, reference in zip(differentiate(kind.loss, problem, recompute=recompute), expected, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-4, atol=1e-6)
+
+
+def test_float16_up_to_its_largest_values() -> None:
+    """Its range ends at 65504: twice an entry lies beyond, and no distance may be computed from that."""
+    problem = make_problem(planted=False).to(torch.float16)
+    with torch.no_grad():
+        problem.x[0, 0], problem.w[problem.targets[0], 0] = 4e4, 3.9e4
+        problem.x[1, 3], problem.w[7, 3] = -6e4, 6e4
+    expected = differentiate(HARMONIC.dense, problem.to(torch.float64), reduction="sum")
+    for value, reference in zip(differentiate(HARMONIC.loss, problem, reduction="sum"), expected, strict=True):
+        assert relative_error(value, reference) < 2e-3
+
+
+@PRODUCTS
+@RECOMPUTE
+def test_float16_gradients_survive_a_large_batch_under_a_loss_scale(kind: Kind, recompute: bool) -> None:
+    """Divided by a million tokens they lie below float16's range, times the loss scale within it."""
+    problem = make_problem(planted=False).to(torch.float16)
+    expected = differentiate(kind.dense, problem.to(torch.float64), reduction="sum")
+    result = differentiate(lambda *p: kind.loss(*p, num_items=10**6, recompute=recompute) * 10**6, problem)
+    assert relative_error(result.grad_x, expected.grad_x) < 1e-3
+    assert relative_error(result.grad_w, expected.grad_w) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+@pytest.mark.parametrize("n", [0.5, 2.0, 36.0, 1536.0, 2.0**20, 2.0**40])
+def test_exponents(n: float, spread: float, dtype: torch.dtype) -> None:
+    """With the spread most powers are far too small for float32, those of the targets too, whose loss and gradient must
+    not be lost."""
+    x, w, targets = make_problem(planted=False)
+    problem = Problem(x * (1 + spread * torch.rand(N, 1)), w * (1 + spread * torch.rand(V, 1)), targets).to(dtype)
+    options = {"n": n, "reduction": "sum"}
+    truth = differentiate(HARMONIC.dense, problem.to(torch.float64), **options)
+    ours, theirs = differentiate(HARMONIC.loss, problem, **options), differentiate(HARMONIC.dense, problem, **options)
+    for value, other, exact in zip(ours, theirs, truth, strict=True):
+        bound = 1e-12 if dtype == torch.float64 else relative_error(other, exact) + torch.finfo(value.dtype).eps
+        assert relative_error(value, exact) < bound
+    counted = targets != -100
+    assert (ours.grad_x[counted].norm(dim=-1) >= 0.5 * truth.grad_x[counted].norm(dim=-1)).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Targets and padding
+
+
+@EVERY
+@pytest.mark.parametrize("num_items", [None, 7])
+def test_all_ignored(kind: Kind, num_items: int | None) -> None:
+    problem = make_problem().to(torch.float32)
+    result = differentiate(kind.loss, problem._replace(targets=problem.targets * 0 - 100), num_items=num_items)
+    assert all((value == 0).all() for value in result)
+    assert kind.loss(problem.x[:0], problem.w, problem.targets[:0], num_items=num_items) == 0
+
+
+@EVERY
+def test_an_ignored_position_may_hold_anything_finite(kind: Kind) -> None:
+    problem = make_problem()
+    expected = differentiate(kind.loss, problem.to(torch.float32))
+    problem.x[5::11] = 1e4
+    result = differentiate(kind.loss, problem.to(torch.float32))
+    torch.testing.assert_close(result.loss, expected.loss)
+    torch.testing.assert_close(result.grad_w, expected.grad_w)
+    assert (result.grad_x[5::11] == 0).all()
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("padding", ["zeros", "huge", "on the hidden states"])
+def test_padding_rows_change_nothing(kind: Kind, padding: str, dtype: torch.dtype) -> None:
+    problem = make_problem()
+    rows = {"zeros": torch.zeros(5, D), "huge": torch.full((5, D), 1e3), "on the hidden states": problem.x[:5]}
+    padded = problem._replace(w=torch.cat([problem.w, rows[padding]]))
+    options = {"label_smoothing": 0.2, "reduction": "sum"}
+    expected = differentiate(kind.loss, problem.to(dtype), **options)
+    result = differentiate(kind.loss, padded.to(dtype), num_classes=V, **options)
+    torch.testing.assert_close(result.loss, expected.loss)
+    for value, reference in ((result.grad_x, expected.grad_x), (result.grad_w[:V], expected.grad_w)):
+        assert relative_error(value, reference.double()) < torch.finfo(dtype).eps
+    assert (result.grad_w[V:] == 0).all()
+
+
+@EVERY
+def test_a_target_that_is_no_class_is_an_error(kind: Kind) -> None:
+    x, w, targets = make_problem().to(torch.float32)
+    for rows in (w, torch.cat([w, w[:5]])):  # beyond the rows, and among the padding
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            kind.loss(x, rows, targets * 0 + V, num_classes=V)
+
+
+@EVERY
+@pytest.mark.parametrize("where", ["x", "w"])
+def test_a_nan_reaches_the_loss(kind: Kind, where: str) -> None:
+    problem = make_problem()
+    getattr(problem, where)[0, 0] = torch.nan
+    assert kind.loss(*problem).isnan()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Autograd
+
+
+@EVERY
+@RECOMPUTE
+def test_frozen_operands(kind: Kind, recompute: bool) -> None:
+    problem = make_problem().to(torch.float64)
+    expected = differentiate(kind.dense, problem)
+    x, w, targets = problem
+    (grad_x,) = torch.autograd.grad(kind.loss(x, w.detach(), targets, recompute=recompute), x)
+    (grad_w,) = torch.autograd.grad(kind.loss(x.detach(), w, targets, recompute=recompute), w)
+    torch.testing.assert_close(grad_x, expected.grad_x)
+    torch.testing.assert_close(grad_w, expected.grad_w)
+    loss = kind.loss(x.detach(), w.detach(), targets, recompute=recompute)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, expected.loss)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            torch.testing.assert_close(kind.loss(x, w, targets, recompute=recompute), expected.loss)
+
+
+@EVERY
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_every_time(kind: Kind, threads: int, dtype: torch.dtype) -> None:
+    problem = make_problem().to(dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        first, *others = (differentiate(kind.loss, problem) for _ in range(3))
+    finally:
+        torch.set_num_threads(before)
+    for other in others:
+        assert all(torch.equal(value, again) for value, again in zip(first, other, strict=True))
+
+
+@EVERY
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"reduction": "none"}], ids=str)
+def test_within_autograd(kind: Kind, options: dict[str, Any]) -> None:
+    problem = make_problem().to(torch.float32)
+
+    def loss(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+        return kind.loss(x, w, targets, **options).sum()
+
+    expected = differentiate(loss, problem)
+    value = loss(*problem)
+    for retain_graph in (True, False):  # twice through one graph
+        grads = torch.autograd.grad(value, problem[:2], retain_graph=retain_graph)
+        assert all(torch.equal(grad, reference) for grad, reference in zip(grads, expected[1:], strict=True))
+    with pytest.raises(RuntimeError, match=r"no second derivative.*cross_entropy on its logits"):
+        torch.autograd.grad(loss(*problem), problem.x, create_graph=True)
+    with pytest.raises(RuntimeError):  # no derivative in forward mode, and no silent zero
+        torch.func.jvp(lambda x: loss(x, *problem[1:]), (problem.x,), (torch.ones_like(problem.x),))
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # without effect on either pass
+        results = [differentiate(loss, problem)]
+    for use_reentrant in (False, True):
+        repeated = problem.to(torch.float32)
+        value = checkpoint(loss, *repeated, use_reentrant=use_reentrant)
+        value.backward()
+        results.append(Result(value.detach(), repeated.x.grad, repeated.w.grad))
+    for result in results:
+        assert all(torch.equal(found, reference) for found, reference in zip(result, expected, strict=True))
+
+
+def test_torch_compile_around_it() -> None:
+    """The loss is a break in the graph."""
+
+    def step(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+        return HARMONIC.loss(torch.tanh(x) * 2, w * 2, targets) * 2
+
+    problem = make_problem().to(torch.float32)
+    torch.compiler.reset()
+    compiled = torch.compile(step, backend="aot_eager")
+    for value, reference in zip(differentiate(compiled, problem), differentiate(step, problem), strict=True):
+        torch.testing.assert_close(value, reference)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is done with the products, compiled
+
+
+def graphs_of_every_size(kind: Kind, **options: Any) -> int:
+    """Holds compiled losses, of batches of several sizes and a learned n that changes, to the others; how many graphs."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    n = torch.tensor(EXPONENT, requires_grad=True)
+    dtype = options.pop("dtype", torch.float32)
+    for positions in (N, 64, 20, 115):  # chunks of 32, and the last ones of 29, 20 and 19
+        x, w, targets = make_problem()
+        problem = Problem(x[:positions], w, targets[:positions]).to(dtype)
+        inputs = problem[:2] if kind == SOFTMAX else (*problem[:2], n)
+        expected, found = (kind.loss(*problem, n, compiled=compiled, **options) for compiled in (False, True))
+        for value, reference in zip(
+            (found, *torch.autograd.grad(found, inputs)), (expected, *torch.autograd.grad(expected, inputs)), strict=True
+        ):
+            assert relative_error(value, reference.double()) < 1e-5 + torch.finfo(dtype).eps
+        with torch.no_grad():
+            n += 1
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@PRODUCTS
+def test_compiled_rows(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = torch.compile(loss_module.product_rows, dynamic=False, recompile_limit=64, backend="aot_eager")
+    monkeypatch.setattr(loss_module, "_compiled_rows", lambda: compiled)
+    assert graphs_of_every_size(kind) == 4  # a graph for each size of a chunk, and none for another n
+
+
+@pytest.mark.slow
+@PRODUCTS
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_compiled_by_inductor(kind: Kind, options: dict[str, Any], dtype: torch.dtype) -> None:
+    assert graphs_of_every_size(kind, dtype=dtype, **options) == (8 if "recompute" in options else 4)
+    x, w, targets = make_problem(planted=False).to(dtype)
+    for positions in range(1, 13):  # more sizes than torch.compile takes unless it is told otherwise
+        kind.loss(x[:positions], w, targets[:positions], compiled=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 4 + 11 > torch._dynamo.config.recompile_limit
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory and work
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@EVERY
+@RECOMPUTE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tensor_of_tokens_times_vocabulary(
+    kind: Kind, dtype: torch.dtype, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distances_module, "_MEMORY_CPU", 2**19)
+    problem = make_problem().to(dtype)
+    with LargestTensor() as largest:
+        differentiate(kind.loss, problem, recompute=recompute, chunk=16)
+    assert largest.numel <= V * D  # the gradient of w; a chunk's scores are 16 · V
+    with LargestTensor() as largest:
+        differentiate(kind.dense, problem)
+    assert largest.numel == (N * V * D if kind == BLOCKS else N * V)
+
+
+class CountProducts(TorchDispatchMode):
+    """The number of matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket in {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_}
+        return func(*args, **(kwargs or {}))
+
+
+@PRODUCTS
+@pytest.mark.parametrize(
+    ("trained", "recompute", "expected"),
+    [("xw", False, 3), ("w", False, 2), ("x", False, 2), ("", False, 1), ("xw", True, 4), ("x", True, 3)],
+)
+def test_gradients_that_nobody_needs_cost_nothing(kind: Kind, trained: str, recompute: bool, expected: int) -> None:
+    problem = make_problem().to(torch.float32)
+    for name in set("xw") - set(trained):
+        getattr(problem, name).requires_grad_(False)
+    with CountProducts() as products:
+        loss = kind.loss(*problem, chunk=N, recompute=recompute)
+        if loss.requires_grad:
+            loss.backward()
+    assert products.count == expected
+    with torch.no_grad(), CountProducts() as products:  # evaluation, where parameters require gradients too
+        kind.loss(*problem, chunk=N, recompute=recompute)
+    assert products.count == 1
+
+
+def test_a_learned_exponent_alone_costs_no_further_product() -> None:
+    x, w, targets = make_problem()
+    with CountProducts() as products:
+        HARMONIC.loss(x, w, targets, torch.tensor(EXPONENT, requires_grad=True), chunk=N).backward()
+    assert products.count == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk": 0}, "chunk must be at least 1 position; got 0"),
+        ({"reduction": "average"}, "reduction must be one of mean, sum, none; got 'average'"),
+        ({"reduction": "sum", "num_items": 3}, "num_items divides the sum of reduction=\"mean\".*no effect with 'sum'"),
+        ({"label_smoothing": 1.0}, r"label_smoothing must lie in \[0, 1\); got 1.0"),
+        ({"num_classes": 0}, f"num_classes must lie between 1 and the rows of w, {V}; got 0"),
+        ({"num_classes": V + 1}, f"num_classes must lie between 1 and the rows of w, {V}; got {V + 1}"),
+        *(({"n": n}, f"exponent must be a positive number; got {n}") for n in (0, -2.0, math.inf, math.nan)),
+    ],
+)
+def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HARMONIC.loss(*make_problem(), **options)
+
+
+def test_operands_that_do_not_fit() -> None:
+    x, w, targets = make_problem()
+    for operands in ((x.double(), w, targets), (x[:, :-1], w, targets), (x, w, targets[:-1]), (x, w, targets[:, None])):
+        with pytest.raises(ValueError, match=r"x \(\.\.\., D\), w \(V, D\) and targets \(\.\.\.\) must fit"):
+            HARMONIC.loss(*operands)
