@@ -40,8 +40,8 @@ import torch
 from torch import Tensor, nn
 
 # Bytes that a distance in blocks works with: one half for the (C, V′, D) tensors of a block, eight of them at a time,
-# the other for a chunk's scores, three tensors (C, V). On a CPU that makes tensors of 4 MiB, which take half the time of
-# 256 KiB or 16 MiB (one thread, D = 768). On a GPU not measured.
+# the other for a chunk's scores, three tensors (C, V). On a CPU that makes tensors of 4 MiB, twice as fast as 256 KiB
+# or 16 MiB (one thread, D = 768). On a GPU not measured.
 _MEMORY_CPU, _MEMORY_GPU = 64 * 2**20, 512 * 2**20
 _BLOCK_TENSORS, _SCORE_TENSORS = 8, 3
 
