@@ -267,7 +267,7 @@ def harmonic_rows(
 
 
 def chunk_positions(num_rows: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> int:
-    """Positions per chunk for `num_rows` rows of w, a multiple of 64: products of 75 MiB on a CPU, 500 MiB elsewhere."""
+    """Positions per chunk for `num_rows` rows of w, a multiple of 64: products of 75 MiB on a CPU, else of 500 MiB."""
     size = _CHUNK_BYTES_CPU if device == "cpu" else _CHUNK_BYTES_GPU
     return max(64, size // (num_rows * accumulation_dtype(dtype).itemsize) // 64 * 64)
 
@@ -332,8 +332,8 @@ def by_products(
     """The kernel of softmax and of powers of |x − w|₂; see `Kernel`.
 
     With bfloat16 operands G is rounded to R for the products. The sums stay those of G: they are nearly 0, and x times
-    the rounding's share would be a large error. Of the error Σ_i (R − G)_ti w_i that is left, the part along the mean of
-    w is known, rowsum(R − G) w̄, and subtracted; likewise that along the mean of x in ∂L/∂w.
+    the rounding's share would be a large error. Of the error Σ_i (R − G)_ti w_i that is left, the part along the mean
+    of w is known, rowsum(R − G) w̄, and subtracted; likewise that along the mean of x in ∂L/∂w.
     """
     x, w, *_ = operands
     need_x, need_w, learned = needed
@@ -355,6 +355,7 @@ def by_products(
             params, products[:, :classes], x_c, w_sq, targets[rows, None], weights_c, learned
         )
         if weights_c is None:
+            del products
             continue
         products[:, classes:] = 0
         g = products.to(g_dtype)
