@@ -35,7 +35,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 from hgpt.durable import folder_lock
 from hgpt.errors import UserError
-from hgpt.model import loss as fused_loss
 from hgpt.run.checkpoint import LOCK, checkpoints, damage
 from hgpt.run.config import RunConfig
 
@@ -366,20 +365,6 @@ def test_label_smoothing_is_in_the_training_loss_alone(data, tmp_path, head):
     assert losses(plain.run_folder)[2] != losses(smoothed.run_folder)[2]
     config = json.loads((smoothed.run_folder / "latest/model/config.json").read_text())
     assert "label_smoothing" not in config
-
-
-def test_the_chunk_of_the_loss_changes_nothing_but_memory(data, tmp_path, monkeypatch):
-    seen = []
-    inside = fused_loss._losses_and_grads
-    monkeypatch.setattr(fused_loss, "_losses_and_grads", lambda *args: seen.append(args[7]) or inside(*args))
-    usual = make_config(data, tmp_path, name="usual", train={"steps": 3})
-    small = make_config(data, tmp_path, name="small", train={"steps": 3, "loss_chunk": 64})
-    train.main(usual)
-    assert 64 not in seen
-    seen.clear()
-    train.main(small)
-    assert set(seen) == {64}
-    assert losses(small.run_folder) == pytest.approx(losses(usual.run_folder), rel=1e-6)
 
 
 @pytest.mark.slow
