@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 import hgpt
 import sample
 import train
+from hgpt import cli
 from hgpt.errors import UserError
 from hgpt.interpret import centres
 from hgpt.interpret.__main__ import main as report
@@ -132,7 +133,7 @@ def test_sampling_shows_its_distances(run: Callable, case: str, capsys: pytest.C
     assert position.ratio == pytest.approx(float(d[5] / d.min()), rel=1e-4)
     assert [token for token, _ in position.nearest] == d.topk(3, largest=False).indices.tolist()
     arguments = ["--checkpoint", str(config.run_folder), "--show-distances", "--max-new-tokens", "2", "--seed", "1"]
-    assert sample.main(arguments) == 0
+    assert cli.run(sample.main, arguments) == 0
     output = capsys.readouterr()
     assert f"{model.config.distance} distance of the hidden state" in output.out
     assert f"harmonic ({model.config.distance}), n = {exponent:.4g}" in output.err
@@ -234,10 +235,12 @@ def test_a_checkpoint_of_an_unknown_distance(
     monkeypatch.delitem(hgpt.model.distances._REGISTRY, "lorentzian")
     with pytest.raises(ValueError, match=r"distance must be one of .*got 'lorentzian'.*hgpt\.register_distance"):
         AutoModelForCausalLM.from_pretrained(folder / "latest" / "model")
-    assert sample.main(["--checkpoint", str(folder), "--max-new-tokens", "1"]) == 2
+    assert cli.run(sample.main, ["--checkpoint", str(folder), "--max-new-tokens", "1"]) == 2
     assert "no model can be loaded" in (error := capsys.readouterr().err) and "got 'lorentzian'" in error
     hgpt.model.distances._load_distances.cache_clear()
-    assert sample.main(["--checkpoint", str(folder), "--max-new-tokens", "1", "--distance-file", LORENTZIAN]) == 0
+    assert (
+        cli.run(sample.main, ["--checkpoint", str(folder), "--max-new-tokens", "1", "--distance-file", LORENTZIAN]) == 0
+    )
 
 
 def test_a_report_on_a_distance_of_ones_own(
@@ -247,11 +250,11 @@ def test_a_report_on_a_distance_of_ones_own(
     monkeypatch.delitem(hgpt.model.distances._REGISTRY, "lorentzian")
     hgpt.model.distances._load_distances.cache_clear()
     options = [str(folder), "--out", str(tmp_path / "out"), "--bootstrap", "100", "--final-only"]
-    assert report(options) == 2
+    assert cli.run(report, options) == 2
     assert "got 'lorentzian'" in capsys.readouterr().err
-    assert report([*options, "--distance-file", str(tmp_path / "none.py")]) == 2
+    assert cli.run(report, [*options, "--distance-file", str(tmp_path / "none.py")]) == 2
     assert "--distance-file: " in capsys.readouterr().err
-    assert report([*options, "--distance-file", LORENTZIAN]) == 0
+    assert cli.run(report, [*options, "--distance-file", LORENTZIAN]) == 0
     assert (tmp_path / "out" / "index.html").exists()
 
 

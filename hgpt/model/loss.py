@@ -351,11 +351,10 @@ def by_products(
     for rows in slices(len(x), params.chunk or chunk_positions(len(w), x.dtype, x.device.type)):
         x_c, weights_c = x[rows], None if weights is None else weights[rows, None]
         products = inner_products(x_c, w)  # (C, V), and from here on G
-        losses[rows], slopes = chunk_rows(
-            params, products[:, :classes], x_c, w_sq, targets[rows, None], weights_c, learned
-        )
+        own = products[:, :classes], x_c, w_sq, targets[rows, None], weights_c
+        losses[rows], slopes = chunk_rows(params, *own, learned)
         if weights_c is None:
-            del products
+            del products, own
             continue
         products[:, classes:] = 0
         g = products.to(g_dtype)
@@ -371,7 +370,7 @@ def by_products(
             column_sums += sums(products, g, 0) if harmonic else 0
         if learned:
             grad_n += (slopes * weights_c).sum()
-        del products, g  # before the next chunk's products take as much
+        del products, own, g  # before the next chunk's products take as much
     if need_w and harmonic:
         subtract_sums(grad_w, w, x_mean, column_sums)
     return losses[:, 0], [grad_x, grad_w, grad_n / params.n if params.n is not None else grad_n]
@@ -389,10 +388,6 @@ def subtract_sums(grad: Tensor, own: Tensor, mean: Tensor | None, sums: Tensor) 
     for rows in slices(len(grad), 1024):  # some at a time: `own` as float32 may be a copy
         grad[rows].addcmul_(exact[rows], own[rows].to(grad.dtype), value=-1)
     return grad if mean is None else grad.addcmul_(rounded - exact, mean, value=-1)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Distances in blocks
 
 
 def by_blocks(
