@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from hgpt.model.harmax import harmonic_loss, resolve_exponent
 from hgpt.model.heads import HarmonicHead
-from hgpt.model.loss import chunk_positions, fused_harmonic_loss, fused_softmax_loss
+from hgpt.model.loss import LossParams, chunk_positions, head_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # x (N, D), w (V, D), targets (N,)
 ACCURACY_POSITIONS = 128
@@ -108,18 +108,23 @@ def distance_and_options(text: str) -> dict[str, object]:
 def variants(settings: Settings) -> dict[str, Loss]:
     """Name → loss. Liger's and Apple's kernels need a GPU and are left out where they are not installed."""
     n, chunk = settings.n, settings.chunk
+
+    def fused(n: float | None, **options: bool) -> Loss:
+        params = LossParams(n=n, chunk=chunk, **options)  # type: ignore[arg-type]
+        return lambda x, w, y: head_loss(x, w, y, params)
+
     found: dict[str, Loss] = {
         "dense harmonic": lambda x, w, y: harmonic_loss(x, w, y, n),
-        "fused harmonic": lambda x, w, y: fused_harmonic_loss(x, w, y, n, chunk=chunk),
-        "fused harmonic, compiled": lambda x, w, y: fused_harmonic_loss(x, w, y, n, chunk=chunk, compiled=True),
-        "fused harmonic, recompute": lambda x, w, y: fused_harmonic_loss(x, w, y, n, chunk=chunk, recompute=True),
+        "fused harmonic": fused(n),
+        "fused harmonic, compiled": fused(n, compiled=True),
+        "fused harmonic, recompute": fused(n, recompute=True),
         "F.cross_entropy(x @ W.T)": dense_softmax,
         "F.linear_cross_entropy": torch_chunked,
         "F.linear_cross_entropy, our chunk": lambda x, w, y: torch_chunked(
             x, w, y, chunk or chunk_positions(len(w), x.dtype, x.device.type)
         ),
-        "fused softmax": lambda x, w, y: fused_softmax_loss(x, w, y, chunk=chunk),
-        "fused softmax, compiled": lambda x, w, y: fused_softmax_loss(x, w, y, chunk=chunk, compiled=True),
+        "fused softmax": fused(None),
+        "fused softmax, compiled": fused(None, compiled=True),
     }
     found |= {f"harmonic, {text}": DistanceLoss(text, settings) for text in settings.distances}
     if settings.device == "cuda" and find_spec("liger_kernel"):

@@ -185,8 +185,8 @@ def head_memory(config: HGPTConfig, tokens: int, precision: Precision) -> HeadMe
 
     operands: x and its gradient, (N, D); under autocast x in both dtypes and a bf16 copy of w; the gradient of w in
         float32, (V, D); norms and column sums, (V,).
-    chunk: C positions · V · 4 bytes of products, 4 of scores, 1 of a mask (harmonic), 2 of G (bf16), with
-        C = `loss.chunk_positions`.
+    chunk: C = `loss.chunk_positions` positions · V · 4 bytes of products and, harmonic, 4 of scores and 1 of a mask, or
+        (bf16) 2 of G and a chunk's share of the gradient of w.
     dense: N · V · 17 bytes in the backward pass of `harmax.harmonic_loss`, 12 in that of softmax, and the operands.
 
     A distance that transforms its operands adds the transformed ones and their gradients in float32. A distance in
@@ -202,7 +202,7 @@ def head_memory(config: HGPTConfig, tokens: int, precision: Precision) -> HeadMe
     if precision.autocast:
         operands += tokens * width * precision.residual.itemsize + rows * width * c
     positions = min(tokens, chunk_positions(rows, precision.compute, "cuda"))
-    chunk = positions * rows * (8 + (1 if harmonic else 0) + (2 if c == 2 else 0))
+    chunk = positions * rows * (9 if harmonic else 4)
     if c == 2:  # a chunk's share of the gradient of w is a float32 tensor of its own
         chunk = max(chunk, positions * rows * 6 + rows * width * 4)
     dense = operands + tokens * rows * (17 if harmonic else 12)

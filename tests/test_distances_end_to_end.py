@@ -51,7 +51,10 @@ CASES: dict[str, dict[str, Any]] = {
     "hamming": {"distance_options": {"temperature": 0.1}},
     "lorentzian": {"distance_file": LORENTZIAN, "distance_options": {"scale": 0.5}},
 }
-EVERY = pytest.mark.parametrize("case", CASES)
+QUICK = ("low_rank", "lorentzian")  # matrix products and blocks, either with parameters; the others are slow tests
+EVERY = pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
+)
 
 
 def configuration(data: Path, runs: Path, case: str) -> RunConfig:
@@ -194,9 +197,10 @@ print("loaded without hgpt")
 )
 
 
-def test_remote_code_where_hgpt_cannot_be_imported(run: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cases", [QUICK, pytest.param(tuple(CASES), marks=pytest.mark.slow)], ids=["quick", "every"])
+def test_remote_code_where_hgpt_cannot_be_imported(run: Callable, tmp_path: Path, cases: tuple[str, ...]) -> None:
     folders = []
-    for case in CASES:
+    for case in cases:
         folder = tmp_path / f"{case}_model"
         shutil.copytree(run(case)[0].run_folder / "latest" / "model", folder)
         model = AutoModelForCausalLM.from_pretrained(folder).eval()

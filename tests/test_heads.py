@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hgpt import HarmonicHead, SoftmaxHead
-from hgpt.model import loss as fused_loss
 
 D, V, ROWS = 12, 29, 32
 
@@ -77,7 +76,7 @@ def test_without_gradients_logits_are_made_in_one_tensor(rows: int | None, dtype
     assert len(memory.found) == 1
 
 
-@pytest.mark.parametrize("options", [{}, {"distance": "cosine"}, {"distance": "mahalanobis", "metric": "full"}])
+@pytest.mark.parametrize("options", [{}, {"distance": "cosine"}], ids=str)
 def test_unchanged_centres_in_compiled_code(options: dict[str, Any]) -> None:
     """Two graphs, one that makes what is kept and one that uses it, however often they change in between."""
     head, x = HarmonicHead(D, V, **options), torch.randn(3, 1, D)
@@ -105,34 +104,30 @@ def test_softmax_head_is_a_linear_layer() -> None:
 @pytest.mark.parametrize("rows", [None, ROWS])
 @pytest.mark.parametrize("which", [0, 1], ids=["harmonic", "softmax"])
 def test_loss_is_the_cross_entropy_of_the_logits(which: int, rows: int | None) -> None:
+    """Whatever the option, and with rows of padding that lie on hidden states."""
     head = heads(rows)[which]
     x = torch.randn(4, 5, D, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        head.weight[V:] = x[0, : len(head.weight) - V]
     targets = torch.randint(V, (4, 5))
     targets[0, :3] = -100
     logits = head(x)
     assert logits.shape == (4, 5, V)
-    plain, fused = F.cross_entropy(logits.view(-1, V), targets.view(-1)), head(x, targets)
-    torch.testing.assert_close(fused, plain)
-    inputs = (x, head.weight)
-    for value, expected in zip(torch.autograd.grad(fused, inputs), torch.autograd.grad(plain, inputs), strict=True):
+    each = F.cross_entropy(logits.view(-1, V), targets.view(-1), reduction="none").view(4, 5)
+    renamed = targets.where(targets >= 0, V)
+    for value, expected in (
+        (head(x, targets), each.sum() / 17),
+        (head(x, targets, recompute=True), each.sum() / 17),
+        (head(x, targets, reduction="none"), each),
+        (head(x, targets, reduction="sum"), each.sum()),
+        (head(x, targets, num_items=100), each.sum() / 100),
+        (head(x, renamed, ignore_index=V), each.sum() / 17),
+    ):
         torch.testing.assert_close(value, expected)
-    torch.testing.assert_close(head(x, targets, num_items=100), plain * 17 / 100)
-    renamed = targets.where(targets >= 0, V - 1)
-    expected = F.cross_entropy(logits.view(-1, V), renamed.view(-1), ignore_index=V - 1)
-    torch.testing.assert_close(head(x, renamed, ignore_index=V - 1), expected)
-
-
-@pytest.mark.parametrize("which", [0, 1], ids=["harmonic", "softmax"])
-def test_padding_rows_change_nothing(which: int) -> None:
-    plain, padded = heads()[which], heads(ROWS)[which]
-    x, targets = torch.randn(7, D, dtype=torch.float64), torch.randint(V, (7,))
-    with torch.no_grad():
-        padded.weight[:V] = plain.weight
-        padded.weight[V : V + 3] = x[:3]  # a harmonic row could not be nearer
-    torch.testing.assert_close(padded(x), plain(x))
-    torch.testing.assert_close(padded(x, targets), plain(x, targets))
-    padded(x, targets).backward()
-    assert (padded.weight.grad[V:] == 0).all()
+        inputs = (x, head.weight)
+        ours, theirs = (torch.autograd.grad(v.square().sum(), inputs, retain_graph=True) for v in (value, expected))
+        torch.testing.assert_close(ours, theirs)
+        assert (ours[1][V:] == 0).all()
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["harmonic", "softmax"])
@@ -166,38 +161,6 @@ def test_dtypes_without_autocast(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["harmonic", "softmax"])
-def test_reductions(which: int) -> None:
-    head = heads(ROWS)[which]
-    x, targets = torch.randn(4, 5, D, dtype=torch.float64), torch.randint(V, (4, 5))
-    targets[0, :3] = -100
-    each = head(x, targets, reduction="none")
-    expected = F.cross_entropy(head(x).view(-1, V), targets.view(-1), reduction="none").view(4, 5)
-    torch.testing.assert_close(each, expected)
-    torch.testing.assert_close(head(x, targets, reduction="sum"), each.sum())
-    torch.testing.assert_close(head(x, targets), each.sum() / 17)
-    (grad,) = torch.autograd.grad(each.square().sum(), head.weight)
-    torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), head.weight)[0])
-
-
-@pytest.mark.parametrize("which", [0, 1], ids=["harmonic", "softmax"])
-def test_options_of_the_fused_loss(which: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = heads(ROWS)[which]
-    x, targets = torch.randn(7, D, dtype=torch.float64), torch.randint(V, (7,))
-    expected = head(x, targets)
-    found = []
-    for name in ("_summed_loss", "_position_losses"):
-        inside = getattr(fused_loss, name)
-        monkeypatch.setattr(
-            fused_loss, name, lambda *args, name=name, inside=inside: found.append((name, args)) or inside(*args)
-        )
-    torch.testing.assert_close(head(x, targets, recompute=True), expected)
-    head.chunk = 3
-    torch.testing.assert_close(head(x, targets), expected)
-    (recomputed, _), (_, arguments) = found
-    assert recomputed == "_position_losses" and arguments[7] == 3
-
-
-@pytest.mark.parametrize("which", [0, 1], ids=["harmonic", "softmax"])
 def test_label_smoothing_is_for_training_only(which: int) -> None:
     head = heads(ROWS)[which]
     x, targets = torch.randn(7, D, dtype=torch.float64), torch.randint(V, (7,))
@@ -209,12 +172,12 @@ def test_label_smoothing_is_for_training_only(which: int) -> None:
     assert "label_smoothing=0.1" in repr(head)
 
 
-def test_a_learnt_exponent() -> None:
+def test_a_learned_exponent() -> None:
     head = HarmonicHead(D, V, "2*sqrt_dim", learn_exponent=True).double()
     fixed = HarmonicHead(D, V, "2*sqrt_dim").double()
     assert [name for name, _ in head.named_parameters()] == ["weight", "log_exponent"]
     assert head.log_exponent is not None and head.log_exponent.shape == (1,)
-    assert "exponent=6.9282 (learnt)" in repr(head)
+    assert "exponent=6.9282 (learned)" in repr(head)
     with torch.no_grad():
         fixed.weight.copy_(head.weight)
     x, targets = torch.randn(7, D, dtype=torch.float64), torch.randint(V, (7,))
@@ -224,7 +187,7 @@ def test_a_learnt_exponent() -> None:
     expected = torch.autograd.grad(F.cross_entropy(head(x), targets), inputs)
     for value, reference in zip(torch.autograd.grad(head(x, targets), inputs), expected, strict=True):
         torch.testing.assert_close(value, reference)
-    # Downhill, and what was learnt is what is saved.
+    # Downhill, and what was learned is what is saved.
     optimizer = torch.optim.SGD([head.log_exponent], lr=1.0)
     before = head(x, targets)
     before.backward()
@@ -260,7 +223,9 @@ def test_errors() -> None:
         with pytest.raises(ValueError, match="num_classes must lie between 1 and the number of rows, 28; got 29"):
             head(D, V, rows=28)
     x: Tensor = torch.zeros(3, D - 1)
-    with pytest.raises(ValueError, match=r"one width: x is \(3, 11\), w is \(29, 12\)"):
-        HarmonicHead(D, V)(x)
-    with pytest.raises(ValueError, match=r"must fit.*x is \(3, 11\)"):
-        HarmonicHead(D, V)(x, torch.zeros(3, dtype=torch.long))
+    for arguments in ((x,), (x, torch.zeros(3, dtype=torch.long))):
+        for head in (HarmonicHead(D, V), SoftmaxHead(D, V), HarmonicHead(D, V, distance="cosine")):
+            with pytest.raises(ValueError, match=r"one width: x is \(3, 11\), w is \(29, 12\)"):
+                head(*arguments)
+    with pytest.raises(TypeError, match="reductoin"):
+        HarmonicHead(D, V)(torch.zeros(3, D), torch.zeros(3, dtype=torch.long), reductoin="sum")

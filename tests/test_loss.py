@@ -223,7 +223,9 @@ def test_what_x_and_w_have_in_common_costs_bfloat16_nothing() -> None:
     for mean in (0.0, 10.0):
         problem = make_problem(mean, planted=False).to(torch.bfloat16)
         truth = differentiate(HARMONIC.dense, problem.to(torch.float64))
-        errors.append([relative_error(*pair) for pair in zip(differentiate(HARMONIC.loss, problem), truth, strict=True)])
+        errors.append(
+            [relative_error(*pair) for pair in zip(differentiate(HARMONIC.loss, problem), truth, strict=True)]
+        )
     assert all(with_mean < 1.2 * without for without, with_mean in zip(*(row[1:] for row in errors), strict=True))
 
 
@@ -439,7 +441,7 @@ def test_torch_compile_around_it() -> None:
 
 
 def graphs_of_every_size(kind: Kind, **options: Any) -> int:
-    """Holds compiled losses, of batches of several sizes and a learned n that changes, to the others; how many graphs."""
+    """Compares compiled losses, of batches of several sizes and as n changes, with the others; the number of graphs."""
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     n = torch.tensor(EXPONENT, requires_grad=True)
@@ -450,7 +452,9 @@ def graphs_of_every_size(kind: Kind, **options: Any) -> int:
         inputs = problem[:2] if kind == SOFTMAX else (*problem[:2], n)
         expected, found = (kind.loss(*problem, n, compiled=compiled, **options) for compiled in (False, True))
         for value, reference in zip(
-            (found, *torch.autograd.grad(found, inputs)), (expected, *torch.autograd.grad(expected, inputs)), strict=True
+            (found, *torch.autograd.grad(found, inputs)),
+            (expected, *torch.autograd.grad(expected, inputs)),
+            strict=True,
         ):
             assert relative_error(value, reference.double()) < 1e-5 + torch.finfo(dtype).eps
         with torch.no_grad():

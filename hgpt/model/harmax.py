@@ -32,20 +32,13 @@ def resolve_exponent(exponent: float | str, dim: int) -> float:
     Raises:
         ValueError: for anything else, and for n ≤ 0.
     """
-    value = None
-    if isinstance(exponent, str):
-        match = _EXPONENT.fullmatch(exponent.strip())
-        try:
-            if match is None:
-                value = float(exponent)
-            else:
-                base = float(dim) if match["base"] == "dim" else math.sqrt(dim)
-                value = float(match["factor"] or 1) * base
-        except ValueError:
-            value = None
-    else:
-        value = float(exponent)
-    if value is None or not 0 < value < math.inf:
+    match = _EXPONENT.fullmatch(exponent.strip()) if isinstance(exponent, str) else None
+    try:
+        base = {"dim": float(dim), "sqrt_dim": math.sqrt(dim)}[match["base"]] if match else 1.0
+        value = base * float((match["factor"] or 1) if match else exponent)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
         raise ValueError(
             'exponent (n on the distance d) must be a positive number, "dim", "sqrt_dim" or a multiple such '
             f'as "2*sqrt_dim"; got {exponent!r}'
@@ -74,14 +67,13 @@ def inner_products(x: Tensor, w: Tensor) -> Tensor:
 def squared_norms(w: Tensor) -> Tensor:
     """|w_i|², (V, D) → (V,), in `accumulation_dtype`, a thousand rows at a time.
 
-    A second tensor of the size of w would be new memory at every call: for the one position of a step of generation
-    that takes seven times as long as its products with all of w (V = 50304, D = 768, two CPU threads).
+    All rows at once need a temporary of the size of w, which takes seven times as long as the products with one
+    position (V = 50304, D = 768, two CPU threads).
     """
     dtype = accumulation_dtype(w.dtype)
     if torch.is_grad_enabled() and w.requires_grad:
         return torch.cat([rows.to(dtype).square().sum(-1) for rows in w.split(1024)])
-    # Into a tensor that is there: small results that stay, between large ones that come and go, can keep the C library
-    # from using their memory again, and together they are of the size of w then.
+    # Write into one preallocated tensor: small live results between large temporaries fragment the heap.
     norms = w.new_empty(len(w), dtype=dtype)
     for start in range(0, len(w), 1024):
         norms[start : start + 1024] = w[start : start + 1024].to(dtype).square().sum(-1)
@@ -125,7 +117,7 @@ def squared_distances(x: Tensor, w: Tensor, w_sq: Tensor | None = None) -> Tenso
     if w_sq is None:
         w_sq = squared_norms(w)
     d_sq, floor = inner_products(rows, w), distance_floor(x_sq.detach())  # (N, V), (N, 1)
-    # Either way a nan stays one: it is to stop the run, not to pass for a distance of nearly 0.
+    # A nan stays a nan, and stops the run: clamped it would pass for a distance of nearly 0.
     if d_sq.requires_grad:
         d_sq = x_sq + (w_sq - 2 * d_sq)
         d_sq = torch.where(d_sq <= floor, floor, d_sq)

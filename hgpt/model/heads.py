@@ -114,9 +114,8 @@ class HarmonicHead(_Head):
 
     Takes the place of the last `nn.Linear` of a classifier:
 
-        >>> head = HarmonicHead(in_features=64, num_classes=10)
+        >>> head = HarmonicHead(64, num_classes=10)           # or (64, 10, distance="minkowski", p=3)
         >>> loss = F.cross_entropy(head(features), labels)    # or head(features, labels), without the logits
-        >>> head = HarmonicHead(in_features=64, num_classes=10, distance="minkowski", p=3)
 
     Args:
         in_features: D, the width of x.

@@ -43,9 +43,6 @@ REDUCTIONS = ("mean", "sum", "none")
 _CHUNK_BYTES_CPU, _CHUNK_BYTES_GPU = 78 * 2**20, 512 * 2**20
 # Bytes of the rows that go through the pointwise operations together on a CPU, so that they stay in its cache.
 _CACHE_BYTES = 4 * 2**20
-# Rows of w in one product on a CPU. MKL is 10 to 25 % faster at 256 x 512 products at a time than at 256 x 50304 (AMD
-# EPYC, two threads, D = 768 and 1600).
-_PRODUCT_ROWS = 512
 # torch.compile compiles each size of a chunk for itself, with and without gradients; its default limit is 8.
 _COMPILED_FORMS = 64
 
@@ -270,8 +267,7 @@ def harmonic_rows(
 
 
 def chunk_positions(num_rows: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> int:
-    """Positions per chunk for `num_rows` rows of w: a multiple of 64, at least 64. A chunk's products take about 75 MiB on
-    a CPU and 500 MiB elsewhere."""
+    """Positions per chunk for `num_rows` rows of w, a multiple of 64: products of 75 MiB on a CPU, else of 500 MiB."""
     size = _CHUNK_BYTES_CPU if device == "cpu" else _CHUNK_BYTES_GPU
     return max(64, size // (num_rows * accumulation_dtype(dtype).itemsize) // 64 * 64)
 
@@ -336,8 +332,8 @@ def by_products(
     """The kernel of softmax and of powers of |x − w|₂; see `Kernel`.
 
     With bfloat16 operands G is rounded to R for the products. The sums stay those of G: they are nearly 0, and x times
-    the rounding's share would be a large error. For the same reason R is multiplied with differences from the mean:
-    ∂L/∂x = R (w − w̄) − rowsum(G) ⊙ (x − w̄), and likewise ∂L/∂w with x̄.
+    the rounding's share would be a large error. Of the error Σ_i (R − G)_ti w_i that is left, the part along the mean
+    of w is known, rowsum(R − G) w̄, and subtracted; likewise that along the mean of x in ∂L/∂w.
     """
     x, w, *_ = operands
     need_x, need_w, learned = needed
@@ -345,7 +341,7 @@ def by_products(
     g_dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # gradients of a mean leave float16's range
     w_g, w_sq = w.to(g_dtype), squared_norms(w[:classes]) if harmonic else w.new_empty(0)
     rounded = harmonic and g_dtype != dtype
-    x_mean, w_mean = (v.mean(0, dtype=dtype) if rounded else v.new_zeros(()) for v in (x, w[:classes]))
+    x_mean, w_mean = (v.mean(0, dtype=dtype) if rounded else None for v in (x, w[:classes]))
     losses = x.new_empty(len(x), 1, dtype=dtype)
     grad_x = x.new_empty(x.shape if need_x else 0, dtype=g_dtype)
     grad_w = x.new_zeros(w.shape if need_w else 0, dtype=dtype)
@@ -355,10 +351,10 @@ def by_products(
     for rows in slices(len(x), params.chunk or chunk_positions(len(w), x.dtype, x.device.type)):
         x_c, weights_c = x[rows], None if weights is None else weights[rows, None]
         products = inner_products(x_c, w)  # (C, V), and from here on G
-        losses[rows], slopes = chunk_rows(
-            params, products[:, :classes], x_c, w_sq, targets[rows, None], weights_c, learned
-        )
+        own = products[:, :classes], x_c, w_sq, targets[rows, None], weights_c
+        losses[rows], slopes = chunk_rows(params, *own, learned)
         if weights_c is None:
+            del products, own
             continue
         products[:, classes:] = 0
         g = products.to(g_dtype)
@@ -374,7 +370,7 @@ def by_products(
             column_sums += sums(products, g, 0) if harmonic else 0
         if learned:
             grad_n += (slopes * weights_c).sum()
-        del products, g  # before the next chunk's products take as much
+        del products, own, g  # before the next chunk's products take as much
     if need_w and harmonic:
         subtract_sums(grad_w, w, x_mean, column_sums)
     return losses[:, 0], [grad_x, grad_w, grad_n / params.n if params.n is not None else grad_n]
@@ -386,16 +382,12 @@ def sums(products: Tensor, g: Tensor, dim: int) -> Tensor:
     return torch.stack([exact, exact if g is products else g.sum(dim, dtype=exact.dtype)])
 
 
-def subtract_sums(grad: Tensor, own: Tensor, mean: Tensor, sums: Tensor) -> Tensor:
-    """grad − sums[0] ⊙ (own − mean) − sums[1] ⊙ mean in place, (R, D); some rows at a time, for little memory."""
-    for rows in slices(len(grad), 1024):
-        exact, rounded = sums[:, rows, None]
-        grad[rows].addcmul_(exact, own[rows].to(grad.dtype) - mean, value=-1).addcmul_(rounded, mean, value=-1)
-    return grad
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Distances in blocks
+def subtract_sums(grad: Tensor, own: Tensor, mean: Tensor | None, sums: Tensor) -> Tensor:
+    """grad − sums[0] ⊙ own − (sums[1] − sums[0]) ⊙ mean in place, (R, D)."""
+    exact, rounded = sums[:, :, None]
+    for rows in slices(len(grad), 1024):  # some at a time: `own` as float32 may be a copy
+        grad[rows].addcmul_(exact[rows], own[rows].to(grad.dtype), value=-1)
+    return grad if mean is None else grad.addcmul_(rounded - exact, mean, value=-1)
 
 
 def by_blocks(
