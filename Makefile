@@ -1,4 +1,4 @@
-# Two commands on a fresh machine: make quickstart, make test.
+# Two commands on a fresh machine: make quickstart, make test (which adds its requirements to the same environment).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,20 +12,35 @@ export OMP_WAIT_POLICY ?= passive
 MODEL_TESTS := tests/test_modeling.py tests/test_model_card.py tests/test_pretrained.py tests/test_sample.py
 HUGGING_FACE := ^(transformers|accelerate|huggingface_hub|tokenizers|safetensors)==
 
-.PHONY: quickstart test test-all test-versions lint clean
+.PHONY: quickstart announce test test-all test-versions lint clean
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# What training, sampling and the reports need.
+$(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+# And what the tests and the linters need.
+$(VENV)/.installed: $(VENV)/.base
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
-# The corpus, a small harmonic GPT, its validation loss beside a unigram model's, and a sample. A second call goes on
-# where the first one stopped.
-quickstart: $(VENV)/.installed
+# The corpus, a small harmonic GPT, its validation loss beside a unigram model's, and a sample. A second call resumes.
+quickstart: announce $(VENV)/.base
 	test -f data/python_docs/meta.json || $(BIN)/python -m data_prep.python_docs --out data/python_docs
 	$(BIN)/python train.py --config configs/quickstart.toml --resume auto
 	$(BIN)/python sample.py --checkpoint runs/quickstart --prompt "Return a new" --num-samples 4 --max-new-tokens 80 --temperature 0.7 --top-k 40 --seed 3
 	$(BIN)/python sample.py --checkpoint runs/quickstart --prompt "Return a new" --max-new-tokens 6 --seed 1 --show-distances
+	@echo
+	@echo "What to try next:"
+	@echo "  $(BIN)/python sample.py --checkpoint runs/quickstart --prompt \"Raise an\" --show-distances"
+	@echo "  $(BIN)/python train.py --config configs/quickstart_softmax.toml     # the softmax twin, as long again"
+	@echo "  $(BIN)/python -m hgpt.runs runs/ --plot losses.png                  # both loss curves in one picture"
+
+announce:
+	@echo "make quickstart takes 4 to 7 minutes on two CPU cores, most of it for training a small model. The first call also"
+	@echo "installs into $(VENV): about 370 MB to download with a CPU build of torch, 1.6 GB on the disk. The build"
+	@echo "of torch that pip takes by default on Linux is for GPUs: more than 2 GB to download."
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n $(WORKERS)

@@ -10,6 +10,7 @@ otherwise nothing is trained. Finished runs are kept: the same command resumes.
 
 import argparse
 import csv
+import functools
 import itertools
 import json
 import os
@@ -143,8 +144,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--search",
         choices=("grid", "coordinate"),
         default="grid",
-        help="grid: every combination of the sweeps. coordinate: one sweep after the other, in the order given, from the "
-        "middle values on; fewer runs, but it misses values that are good only together (default: %(default)s)",
+        help="grid: every combination of the sweeps. coordinate: one sweep after the other, in the order given, from "
+        "the middle values on; fewer runs, but it misses values that are good only together (default: %(default)s)",
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every arm")
     add("--seeds", type=int, default=3, metavar="N", help="runs of each arm's best point (default: %(default)s)")
@@ -228,17 +229,17 @@ def run_name(arm: Arm, point: dict[str, str], seed: int) -> str:
 
 def run_config(arm: Arm, point: dict[str, str], seed: int, out: Path) -> RunConfig:
     """The configuration of one run; `seed` is added to the configuration's train.seed."""
-    chosen = arm.fixed | point
-    base = load_run_config(["--config", arm.file, *(f"--{key}={value}" for key, value in arm.fixed.items())], shape_of)
+    chosen, base = arm.fixed | point, configured(arm.file, **arm.fixed)
     if "optim.lr" in point and "optim.min_lr" not in chosen:
         chosen["optim.min_lr"] = repr(float(point["optim.lr"]) * base.optim.min_lr / base.optim.lr)
-    chosen |= {
-        "train.seed": str(base.train.seed + seed),
-        "name": run_name(arm, point, seed),
-        "runs_dir": str(out / "runs"),
-        "resume": "auto",
-    }
-    return load_run_config(["--config", arm.file, *(f"--{key}={value}" for key, value in chosen.items())], shape_of)
+    chosen |= {"train.seed": str(base.train.seed + seed), "name": run_name(arm, point, seed)}
+    return configured(arm.file, **chosen, runs_dir=str(out / "runs"), resume="auto")
+
+
+@functools.cache  # parsing takes a tenth of a second, and a grid has many runs
+def configured(file: str, **chosen: str) -> RunConfig:
+    """A configuration file with some settings replaced."""
+    return load_run_config(["--config", file, *(f"--{key}={value}" for key, value in chosen.items())], shape_of)
 
 
 def check_matched(configs: dict[str, RunConfig]) -> None:

@@ -67,21 +67,27 @@ def whole_file(target: Path) -> Iterator[Path]:
 def whole_folder(target: Path) -> Iterator[Path]:
     """Yield a new folder to write into; rename it to `target` when the block ends without an error.
 
-    After an error the new folder is removed and `target` is as it was before. Folders that killed processes left beside
-    `target` are removed first. Raises UserError for an error of the disk.
+    After an error the new folder is removed and `target` is as it was before. An older folder is renamed to
+    .NAME.replaced before the new one gets its name: a process that is killed between the two renames leaves no
+    `target`, and the next call puts the older folder back. What killed processes left beside `target` is removed first.
+    Raises UserError for an error of the disk.
     """
-    partial = partial_name(target)
+    partial, older = partial_name(target), target.with_name(f".{target.name}.replaced")
     for pattern in (".*.partial", ".*.deleted"):
         for leftover in target.parent.glob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)
     try:
+        _put_back(older, target)
         partial.mkdir(parents=True)
         yield partial
         for path in partial.rglob("*"):
             sync(path)
         if target.exists():
-            remove_folder(target)
-        publish(partial, target)
+            os.replace(target, older)
+        try:
+            publish(partial, target)
+        finally:
+            _put_back(older, target)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         # Libraries written in Rust (safetensors, tokenizers) raise exceptions that are no OSError.
@@ -91,6 +97,13 @@ def whole_folder(target: Path) -> Iterator[Path]:
                 "make room, then repeat the command (train.py: with --resume auto)"
             ) from error
         raise
+
+
+def _put_back(older: Path, target: Path) -> None:
+    """Rename the folder that was replaced to `target` if there is no `target`, otherwise delete it."""
+    if older.exists() and not target.exists():
+        os.replace(older, target)
+    shutil.rmtree(older, ignore_errors=True)
 
 
 def remove_folder(folder: Path) -> None:

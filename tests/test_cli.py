@@ -43,13 +43,9 @@ def test_how_it_ends(capsys, error, status, message):
     assert (printed.out, printed.err) == ("", message)
 
 
-@pytest.mark.parametrize("error", [ValueError("a mistake of ours"), SystemExit(3)])
-def test_other_exceptions_are_raised(error):
-    def main(_):
-        raise error
-
-    with pytest.raises(type(error)):
-        run(main, [])
+def test_other_exceptions_are_raised():
+    with pytest.raises(ZeroDivisionError):
+        run(lambda _: 1 / 0, [])
 
 
 @pytest.mark.parametrize("lines", [1, 1_000_000])

@@ -2,8 +2,10 @@
 
 import json
 import re
+import tomllib
 from functools import partial
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 from scipy import stats
@@ -24,7 +26,6 @@ from hgpt.errors import UserError
 
 main = partial(run, compare.main)
 
-ROOT = Path(__file__).parent.parent
 CONFIG = """
 name = "{name}"
 [data]
@@ -46,42 +47,48 @@ micro_batch = 4
 lr = 2e-3
 min_lr = 2e-4
 """
-# Its loss is smallest at lr = 3e-3, and softmax is better by 0.1; it fails at lr = 1, and counts how often it is run.
-TRAINER = """
-import json, os, shutil, sys, tomllib
-from pathlib import Path
-file = sys.argv[sys.argv.index("--config") + 1]
-config = tomllib.loads(Path(file).read_text())
-folder = Path(config["runs_dir"]) / config["name"]
-folder.mkdir(parents=True, exist_ok=True)
-shutil.copy(file, folder / "config.toml")
-lr, seed = config["optim"]["lr"], config["train"]["seed"]
-loss = abs(lr - 3e-3) * 100 + 4 + 0.01 * (seed - 1337) - 0.1 * (config["model"]["head"]["type"] == "softmax")
-records = [{"kind": "train", "step": 1, "loss": 9.0}]
-if lr < 1:
-    records.append({"kind": "eval", "step": config["train"]["steps"], "time": 0, "loss": loss, "accuracy": 0.25,
-                    "gpu": int(os.environ.get("CUDA_VISIBLE_DEVICES") or -1),
-                    "threads": int(os.environ.get("OMP_NUM_THREADS") or 0)})
-(folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\\n" for r in records))
-with open(folder.parent / "trained", "a") as log:
-    log.write(config["name"] + "\\n")
-if lr >= 1:
-    print("error: the loss of step 2 is nan")
-    sys.exit(2)
-model = folder / "latest" / "model"
-model.mkdir(parents=True, exist_ok=True)
-(model / "config.json").write_text("{}")
-"""
+
+
+def pretended_training(command, env, stdout, stderr) -> CompletedProcess:
+    """In the place of train.py: the loss is smallest at lr = 3e-3 and softmax is better by 0.1; lr = 1 fails."""
+    file = Path(command[command.index("--config") + 1])
+    config = tomllib.loads(file.read_text())
+    folder = Path(config["runs_dir"]) / config["name"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.toml").write_text(file.read_text())
+    with open(folder.parent / "trained", "a") as log:  # counts how often each run is trained
+        log.write(config["name"] + "\n")
+    lr, seed = config["optim"]["lr"], config["train"]["seed"]
+    softmax = config["model"]["head"]["type"] == "softmax"
+    loss = abs(lr - 3e-3) * 100 + 4 + 0.01 * (seed - 1337) - 0.1 * softmax
+    lines = [{"kind": "train", "step": 1, "loss": 9.0}]
+    if lr < 1:
+        gpu, threads = int(env.get("CUDA_VISIBLE_DEVICES") or -1), int(env.get("OMP_NUM_THREADS") or 0)
+        measured = {"loss": loss, "accuracy": 0.25, "gpu": gpu, "threads": threads}
+        lines.append({"kind": "eval", "step": config["train"]["steps"], "time": 0, **measured})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if lr >= 1:
+        stdout.write("error: the loss of step 2 is nan\n")
+        return CompletedProcess(command, 2)
+    (folder / "latest" / "model").mkdir(parents=True, exist_ok=True)
+    (folder / "latest" / "model" / "config.json").write_text("{}")
+    return CompletedProcess(command, 0)
 
 
 @pytest.fixture
-def arms(tmp_path, monkeypatch) -> list[str]:
-    """Two configurations, and the trainer that pretends."""
-    (tmp_path / "train.py").write_text(TRAINER)
-    monkeypatch.setattr(compare, "TRAIN", tmp_path / "train.py")
+def files(tmp_path, monkeypatch) -> list[str]:
+    """Two configurations in the working directory."""
     monkeypatch.chdir(tmp_path)
     write_configs(tmp_path)
+    compare.configured.cache_clear()  # of files with the same names in other folders
     return ["--config", "harmonic.toml", "softmax.toml"]
+
+
+@pytest.fixture
+def arms(files, monkeypatch) -> list[str]:
+    """The same, and training is only pretended."""
+    monkeypatch.setattr(compare.subprocess, "run", pretended_training)
+    return files
 
 
 def write_configs(folder: Path, **softmax_settings) -> None:
@@ -143,51 +150,39 @@ def test_one_sweep_after_the_other(arms):
     grid = [option for option in command if option not in ("--search", "coordinate")]
     assert len(run(*grid)["arms"][1]["tried"]) == 12
     assert len(trained(Path("out"))) == 4 + 12 + 2
+    # Without sweeps: one run of each arm and seed.
+    run(*arms, "--search", "coordinate", "--seeds", "2", "--out", "other")
+    assert len(trained(Path("other"))) == 4
 
 
-def test_a_search_without_sweeps_is_a_run_of_each_arm(arms):
-    run(*arms, "--search", "coordinate", "--seeds", "2", "--out", "out")
-    assert len(trained(Path("out"))) == 4
-
-
-def test_energy_per_token_where_it_was_measured(arms, capsys):
+def test_columns_for_what_some_runs_have_logged(arms, capsys):
     command = [*arms, *SWEEP, "--seeds", "2", "--out", "out"]
     assert run(*command)["arms"][0]["joules_per_token"] is None
-    assert "J per token" not in capsys.readouterr().out
-    for seed, rates in ((0, (1.0, 100.0)), (1, (50.0,))):
-        with open(f"out/runs/harmonic-lr3e-3-seed{seed}/metrics.jsonl", "a") as file:
-            for rate in rates:  # the last line counts
-                file.write(json.dumps({"kind": "energy", "step": 20, "tokens_per_joule": rate}) + "\n")
-    harmonic, softmax = run(*command)["arms"]
-    assert harmonic["joules_per_token"] == pytest.approx(0.015) and softmax["joules_per_token"] is None
-    header, _, first, second, *_ = capsys.readouterr().out.splitlines()
-    assert header.endswith("| J per token |") and first.endswith("| 0.015 |") and second.endswith("|  |")
-
-
-def test_gradient_norms_and_speed(arms, capsys):
-    command = [*arms, *SWEEP, "--seeds", "1", "--out", "out"]
-    run(*command)
-    assert "tokens/s" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "J per token" not in printed and "tokens/s" not in printed
     # The second half is the steps 12, 16 and 20: mean 2, standard deviation 1.
     lines = [(4, 90.0, 1.0), (8, 50.0, 700.0), (12, 1.0, 900.0), (16, 2.0, 800.0), (20, 3.0, 1000.0)]
-    metrics = Path("out/runs/harmonic-lr3e-3-seed0/metrics.jsonl")
-    records = [
+    steps = [
         {"kind": "train", "step": step, "grad_norm": norm, "tokens_per_second": rate} for step, norm, rate in lines
     ]
-    metrics.write_text("".join(json.dumps(record) + "\n" for record in records) + metrics.read_text())
+    for seed, rates in ((0, (1.0, 100.0)), (1, (50.0,))):  # the last line of energy counts
+        energy = [{"kind": "energy", "step": 20, "tokens_per_joule": rate} for rate in rates]
+        metrics = Path(f"out/runs/harmonic-lr3e-3-seed{seed}/metrics.jsonl")
+        metrics.write_text("".join(json.dumps(r) + "\n" for r in [*steps, *energy]) + metrics.read_text())
     harmonic, softmax = run(*command)["arms"]
-    assert harmonic["gradient_norm_spread"] == pytest.approx(0.5)
-    assert harmonic["tokens_per_second"] == 850.0  # without the first line
-    assert softmax["gradient_norm_spread"] is None
-    header, _, first, *_ = capsys.readouterr().out.splitlines()
-    assert header.endswith("| gradient norm, sd / mean | tokens/s |") and first.endswith("| 0.50 | 850 |")
+    measured = ("gradient_norm_spread", "tokens_per_second", "joules_per_token")
+    assert [harmonic[name] for name in measured] == pytest.approx([0.5, 850.0, 0.015])  # without each first speed
+    assert [softmax[name] for name in measured] == [None] * 3
+    header, _, first, second, *_ = capsys.readouterr().out.splitlines()
+    assert header.endswith("| gradient norm, sd / mean | tokens/s | J per token |")
+    assert first.endswith("| 0.50 | 850 | 0.015 |") and second.endswith("|  |  |  |")
 
 
 def test_the_minimum_moves_with_the_learning_rate(arms):
-    run(*arms, *SWEEP, "--seeds", "1", "--out", "out")
-    text = Path("out/configs/harmonic-lr9e-3-seed0.toml").read_text()
-    assert "lr = 0.009\n" in text and re.search(r"min_lr = 0\.0009", text)
-    assert "seed = 1337" in text
+    run(*arms, "--sweep", "optim.lr=9e-3", "--seeds", "1", "--out", "out")
+    config = tomllib.loads(Path("out/configs/harmonic-lr9e-3-seed0.toml").read_text())
+    assert config["optim"]["lr"] == 0.009 and config["optim"]["min_lr"] == pytest.approx(0.0009)
+    assert config["train"]["seed"] == 1337
 
 
 def test_the_same_command_goes_on_where_it_stopped(arms):
@@ -212,23 +207,15 @@ def test_a_run_that_diverges_is_not_the_best_and_not_repeated(arms, capsys):
     assert "every run of the arm harmonic failed" in capsys.readouterr().err
 
 
-def test_runs_are_spread_over_the_gpus(arms):
+def test_runs_are_spread_over_gpus_or_share_the_cpu(arms, monkeypatch):
     result = run(*arms, *SWEEP, "--seeds", "1", "--gpus", "3", "5", "--out", "out")
-    used = {entry["evaluation"]["gpu"] for entry in result["runs"].values()}
-    assert used <= {3, 5} and len(trained(Path("out"))) == 6
-
-
-def test_runs_side_by_side_on_the_cpu_share_its_threads(arms, monkeypatch, capsys):
+    assert {entry["evaluation"]["gpu"] for entry in result["runs"].values()} <= {3, 5}
+    assert len(trained(Path("out"))) == 6
     monkeypatch.setattr(compare.torch, "get_num_threads", lambda: 7)
-    result = run(*arms, *SWEEP, "--seeds", "2", "--jobs", "2", "--out", "out")
-    assert {(entry["evaluation"]["gpu"], entry["evaluation"]["threads"]) for entry in result["runs"].values()} == {
-        (-1, 3)
-    }
-    assert len(trained(Path("out"))) == 8
-    assert main([*arms, *SWEEP, "--jobs", "2", "--gpus", "0", "--out", "out"]) == 2
-    assert "leave one out" in capsys.readouterr().err
-    assert main([*arms, *SWEEP, "--jobs", "0", "--out", "out"]) == 2
-    assert "--jobs must be at least 1" in capsys.readouterr().err
+    result = run(*arms, *SWEEP, "--seeds", "2", "--jobs", "2", "--out", "cpu")
+    evaluations = [entry["evaluation"] for entry in result["runs"].values()]
+    assert {(found["gpu"], found["threads"]) for found in evaluations} == {(-1, 3)}
+    assert len(trained(Path("cpu"))) == 8
 
 
 def test_varied_settings_make_arms(arms):
@@ -267,14 +254,16 @@ def test_arms_that_are_not_matched_are_refused(arms, tmp_path, capsys):
     assert run(*arms, "--set", "train.steps=30", "--seeds", "1", "--out", "out")["arms"][0]["mean"] > 0
 
 
-def test_a_trainer_that_breaks_is_an_error(arms, tmp_path, capsys):
+def test_a_trainer_that_breaks_is_an_error(files, tmp_path, monkeypatch, capsys):
+    """In a real process."""
+    monkeypatch.setattr(compare, "TRAIN", tmp_path / "train.py")
     (tmp_path / "train.py").write_text("import sys\nprint('error: the disk is full')\nsys.exit(2)\n")
-    assert main([*arms, "--out", "out", "--no-report"]) == 2
-    message = f"stopped with status 2: error: the disk is full (all of it is in {tmp_path}/out/logs/"
-    assert message in capsys.readouterr().err
+    assert main([*files, "--out", "out", "--no-report"]) == 2
+    error = capsys.readouterr().err
+    assert "stopped with status 2: error: the disk is full" in error and f"{tmp_path}/out/logs/" in error
     (tmp_path / "train.py").unlink()
-    assert main([*arms, "--out", "out", "--no-report"]) == 2
-    assert "hgpt.compare trains with the train.py of the checkout" in capsys.readouterr().err
+    assert main([*files, "--out", "out", "--no-report"]) == 2
+    assert f"there is no {tmp_path}/train.py" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -290,6 +279,8 @@ def test_a_trainer_that_breaks_is_an_error(arms, tmp_path, capsys):
         (["--sweep", "softmax:train.steps=20,40"], "train.steps is 20 in .*, 40 in softmax-steps40-seed0: give all of"),
         (["--set", "optim.lr=1,2"], "--set takes one KEY=VALUE for every arm"),
         (["--seeds", "0"], "--seeds must be at least 1; got 0"),
+        (["--jobs", "0"], "--jobs must be at least 1; got 0"),
+        (["--jobs", "2", "--gpus", "0"], "--jobs .* --gpus .*leave one out"),
         (["--relations", "x"], "--relations has no effect with --no-report"),
         (["--nonsense"], "unrecognized arguments"),
     ],

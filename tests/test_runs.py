@@ -136,7 +136,7 @@ def test_losses_that_are_not_finite_are_left_out(tmp_path):
         file.write(line("train", 110, NOW, loss=None, tokens=5) + line("eval", 110, NOW, loss=float("nan")))
     run = read(folder)
     assert (run.step, run.training_loss, run.validation_loss, run.tokens) == (110, None, None, 5)
-    assert all(x <= 100 * 2048 for x, _ in read_curves(run, "steps").validation)
+    assert read_curves(run, "steps").validation[-1][0] == 100
 
 
 def test_nothing_but_a_folder(tmp_path):
