@@ -299,11 +299,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         if options.source is not None:
             measure_preparation(
-                options.source,
-                Path(scratch),
-                workers=options.workers,
-                copies=options.copies,
-                rounds=options.rounds,
+                options.source, Path(scratch), workers=options.workers, copies=options.copies, rounds=options.rounds
             )
         measure_reading(
             Path(scratch),

@@ -323,12 +323,7 @@ class TokenShards:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        split: str,
-        files: list[tuple[Path, int, int]],
-        vocab_size: int,
-        meta: DataMeta | None,
+        self, folder: Path, split: str, files: list[tuple[Path, int, int]], vocab_size: int, meta: DataMeta | None
     ) -> None:
         """`files`: (path, bytes of header, tokens) of each shard, in order. Use `open`, which checks them."""
         self.folder = folder
