@@ -1,18 +1,17 @@
-"""OpenWebText's preparation and the reading of its shards, against what people use and against what the machine can do.
+"""Preparing and reading token shards, against what people use and against what the machine can do.
 
     python -m benchmarks.data_prep --source ../shared/data/documents
 
-Preparation, of the same documents in the same run, each way in a fresh process and all ways in turn:
+Preparing, of the same documents in the same run, each way in a fresh process and all ways in turn:
 
     ours            python -m data_prep.openwebtext with all processors
     nanoGPT's way   datasets.map with a process per processor, then a copy into a memory map (its cache is emptied)
     bare            tiktoken's encode_ordinary of each document in one process, text in memory, tokens thrown away
-    bare, together  the same in a process per processor at once: cores that share caches and memory are not N times one
     our pattern     as "bare", with the regular expression and the call of hgpt.data.tokenizer, for the same tokens
 
-The time of the first two is that of the work: reading, encoding and writing, without the start of Python and its
-imports (which each of them has), but with the start of the worker processes. Reading is measured on 2 billion tokens in
-shards of 100 million, sparse on disk (they take no space), as GPT-2 small reads OpenWebText.
+The time of the first two is that of the work: reading, encoding and writing, with the start of the worker processes,
+but without the start of Python and its imports. Reading is measured on 2 billion tokens in shards of 100 million,
+sparse on disk (they take no space), as GPT-2 small reads OpenWebText.
 """
 
 import argparse
@@ -23,9 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,9 +53,7 @@ from hgpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 
 OPENWEBTEXT_WINDOWS = num_windows(9_035_582_198, 1024)
 COPIES = 1024  # batches in which nanoGPT's script copies
-H100_TOKENS_PER_SECOND = (
-    468_000  # GPT-2 small in llm.c, a share of eight GPUs: the fastest that a loader has to keep up with
-)
+H100_TOKENS_PER_SECOND = 468_000  # of GPT-2 small in llm.c: the fastest that a loader has to keep up with
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -130,12 +125,10 @@ def nanogpts_way(files: list[Path], folder: Path, workers: int) -> Timing:
     return Timing(time.perf_counter() - start, tokens)
 
 
-def bare(files: list[Path], folder: Path, workers: int, barrier: Barrier | None = None) -> Timing:
+def bare(files: list[Path], folder: Path, workers: int) -> Timing:
     """`encode_ordinary` of all documents, one after the other in this process."""
     encoding = tiktokens_own()
     texts = read_texts(files)
-    if barrier is not None:
-        barrier.wait()
     start = time.perf_counter()
     tokens = sum(len(encoding.encode_ordinary(text)) for text in texts)
     return Timing(time.perf_counter() - start, tokens + len(texts))  # one end-of-text for each
@@ -150,33 +143,11 @@ def our_pattern(files: list[Path], folder: Path, workers: int) -> Timing:
     return Timing(time.perf_counter() - start, tokens + len(texts))
 
 
-def bare_together(files: list[Path], folder: Path, workers: int) -> Timing:
-    """`bare` in `workers` processes at the same time, the slowest one's seconds and everybody's tokens."""
-    context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(workers)
-    with ProcessPoolExecutor(workers, context, initializer=_keep_barrier, initargs=(barrier,)) as pool:
-        timings = list(pool.map(_bare_behind_barrier, [files] * workers))
-    return Timing(max(timing.seconds for timing in timings), sum(timing.tokens for timing in timings))
-
-
-_barrier: Barrier | None = None  # of this process of `bare_together`
-
-
-def _keep_barrier(barrier: Barrier) -> None:
-    global _barrier
-    _barrier = barrier
-
-
-def _bare_behind_barrier(files: list[Path]) -> Timing:
-    return bare(files, Path(), 1, _barrier)
-
-
-OURS, NANOGPT, BARE, TOGETHER, PATTERN = "ours", "nanoGPT's way", "bare", "bare, together", "our pattern"
+OURS, NANOGPT, BARE, PATTERN = "ours", "nanoGPT's way", "bare", "our pattern"
 WAYS: dict[str, Callable[[list[Path], Path, int], Timing]] = {
     OURS: ours,
     NANOGPT: nanogpts_way,
     BARE: bare,
-    TOGETHER: bare_together,
     PATTERN: our_pattern,
 }
 
@@ -206,13 +177,13 @@ def measure_preparation(source: str, folder: Path, *, workers: int, copies: int,
             own = folder / "own"
             own.mkdir()
             receiver, sender = context.Pipe(duplex=False)
-            some = files[: len(originals)] if way in (BARE, TOGETHER, PATTERN) else files
+            some = files[: len(originals)] if way in (BARE, PATTERN) else files
             process = context.Process(target=_timed, args=(way, some, own, workers, sender))
             process.start()
             sender.close()
             timing: Timing = receiver.recv()
             process.join()
-            encoded = {BARE: 1, PATTERN: 1, TOGETHER: workers}.get(way, copies)  # copies of the source
+            encoded = 1 if way in (BARE, PATTERN) else copies  # copies of the source
             found.append(size * encoded / timing.seconds)
             tokens.add(timing.tokens / encoded)
             if len(tokens) > 1:
@@ -228,11 +199,9 @@ def measure_preparation(source: str, folder: Path, *, workers: int, copies: int,
     def ratio(way: str, to: str, factor: int = 1) -> float:
         return statistics.median(a / (b * factor) for a, b in zip(rates[way], rates[to], strict=True))
 
-    print(f"ours / (bare x {workers} processors)           {ratio(OURS, BARE, workers):.2f}   (goal: at least 0.9)")
-    print(f"bare, together / (bare x {workers} processors) {ratio(TOGETHER, BARE, workers):.2f}   (what they can do)")
-    print(f"ours / bare, together                {ratio(OURS, TOGETHER):.2f}")
-    print(f"our pattern / bare                   {ratio(PATTERN, BARE):.2f}")
-    print(f"ours / nanoGPT's way                 {ratio(OURS, NANOGPT):.2f}   (goal: at least 2)\n")
+    print(f"ours / (bare x {workers} processors)   {ratio(OURS, BARE, workers):.2f}   (goal: at least 0.9)")
+    print(f"our pattern / bare           {ratio(PATTERN, BARE):.2f}")
+    print(f"ours / nanoGPT's way         {ratio(OURS, NANOGPT):.2f}   (goal: at least 2)\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -329,11 +298,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         if options.source is not None:
             measure_preparation(
-                options.source,
-                Path(scratch),
-                workers=options.workers,
-                copies=options.copies,
-                rounds=options.rounds,
+                options.source, Path(scratch), workers=options.workers, copies=options.copies, rounds=options.rounds
             )
         measure_reading(
             Path(scratch),

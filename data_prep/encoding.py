@@ -180,9 +180,14 @@ def decode_utf8(document: bytes) -> tuple[str, bool]:
         return document.decode(errors="replace"), False
 
 
+def needs_workers(units: Sequence[Unit], workers: int) -> bool:
+    """Whether there is enough work for processes other than this one."""
+    return workers > 1 and len(units) > 1 and sum(unit.bytes for unit in units) >= FEW_BYTES
+
+
 def encode_in_order(encoder: Encoder, units: Sequence[Unit], workers: int) -> Generator[Encoded, None, None]:
     """encoder(unit) of each unit, in order. Raises UserError if a worker dies."""
-    if workers == 1 or len(units) == 1 or sum(unit.bytes for unit in units) < FEW_BYTES:
+    if not needs_workers(units, workers):
         yield from map(encoder, units)
         return
     pending: deque[Future[Encoded]] = deque()

@@ -28,6 +28,7 @@ from data_prep.encoding import (
     Unit,
     decode_utf8,
     encode_in_order,
+    needs_workers,
     plan_units,
     read_documents,
 )
@@ -48,6 +49,7 @@ from hgpt.data.shards import (
     write_meta,
 )
 from hgpt.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, package_versions
+from hgpt.durable import publish
 from hgpt.errors import UserError
 
 SAVE_SECONDS = 5.0  # so much work is lost at most when a preparation is killed, beside that of the workers
@@ -90,7 +92,7 @@ def prepare(out: Path, recipe: Recipe, *, workers: int = 1, part: tuple[int, int
             preparation.finish()
             return f"{target} was complete."
         plan = _plan(recipe, preparation, part)
-        if workers > 1 and len(plan.units) > 1:
+        if needs_workers(plan.units, workers):
             start_imports()
         tokenizer = _tokenizer(recipe, plan)
         settings = _settings(recipe, plan, tokenizer.save(preparation.folder))
@@ -115,7 +117,7 @@ def prepare(out: Path, recipe: Recipe, *, workers: int = 1, part: tuple[int, int
             tally=tally,
             shards=shards,
         )
-        os.replace(preparation.folder / TOKENIZER_FILE, target / TOKENIZER_FILE)
+        publish(preparation.folder / TOKENIZER_FILE, target / TOKENIZER_FILE)
         if part is None:
             write_meta(target, record.meta([record], recipe.describe(record, tally)))
         else:

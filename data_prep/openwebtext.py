@@ -115,63 +115,51 @@ class OpenWebText(Recipe):
         ]
 
     def describe(self, record: Record, tally: Tally) -> dict[str, Any]:
-        return describe(record, tally)
+        return {
+            "split": "train_test_split(test_size=val_fraction, seed=seed, shuffle=True) of datasets, each side in "
+            "the order of the source",
+            "seed": record.settings["seed"],
+            "val_fraction": record.settings["val_fraction"],
+            "documents": record.settings["documents"],
+            "documents_of_openwebtext": DOCUMENTS,
+            "text_column": record.settings["text_column"],
+            "parts": record.part[1],
+            "documents_without_text": tally.missing,
+            "documents_with_replaced_utf8": tally.replaced,
+            "left_out": [*record.left_out, *tally.bad],
+        }
 
     def remarks(self, record: Record, tally: Tally) -> list[str]:
-        return remarks(record, tally)
+        """For all of OpenWebText with nanoGPT's split: how the numbers of tokens compare with nanoGPT's."""
+        usual = (record.settings["val_fraction"], record.settings["seed"], record.tokenizer)
+        if not (record.settings["documents"] == tally.rows == DOCUMENTS and usual == (VAL_FRACTION, SEED, "gpt2")):
+            return []
+        found = {split: counts.tokens for split, counts in tally.counts.items()}
+        theirs = f"{TOKENS['train']:,} and {TOKENS['val']:,}, which nanoGPT reports"
+        if found == TOKENS:
+            return [f"the tokens of train and val are as many as nanoGPT's: {theirs}"]
+        if sum(found.values()) != sum(TOKENS.values()):
+            return [f"note: not the {theirs}: this is another text, and losses cannot quite be compared"]
+        known = ", as others found at this revision" if found == TOKENS_AT_REVISION else ""
+        return [
+            f"note: in all as many tokens as nanoGPT's, but {abs(found['val'] - TOKENS['val']):,} "
+            f"{'fewer' if found['val'] < TOKENS['val'] else 'more'} in val than the {theirs}: the same documents in "
+            f"another order{known}"
+        ]
 
 
-def describe(record: Record, tally: Tally) -> dict[str, Any]:
-    """`preparation` of meta.json."""
-    return {
-        "split": "train_test_split(test_size=val_fraction, seed=seed, shuffle=True) of datasets, each side in "
-        "the order of the source",
-        "seed": record.settings["seed"],
-        "val_fraction": record.settings["val_fraction"],
-        "documents": record.settings["documents"],
-        "documents_of_openwebtext": DOCUMENTS,
-        "text_column": record.settings["text_column"],
-        "parts": record.part[1],
-        "documents_without_text": tally.missing,
-        "documents_with_replaced_utf8": tally.replaced,
-        "left_out": [*record.left_out, *tally.bad],
-    }
-
-
-def remarks(record: Record, tally: Tally) -> list[str]:
-    """For all of OpenWebText with nanoGPT's split: how the numbers of tokens compare with nanoGPT's."""
-    usual = (record.settings["val_fraction"], record.settings["seed"], record.tokenizer)
-    if not (record.settings["documents"] == tally.rows == DOCUMENTS and usual == (VAL_FRACTION, SEED, "gpt2")):
-        return []
-    found = {split: counts.tokens for split, counts in tally.counts.items()}
-    theirs = f"{TOKENS['train']:,} and {TOKENS['val']:,}, which nanoGPT reports"
-    if found == TOKENS:
-        return [f"the tokens of train and val are as many as nanoGPT's: {theirs}"]
-    if sum(found.values()) != sum(TOKENS.values()):
-        return [f"note: not the {theirs}: this is another text, and losses cannot quite be compared"]
-    known = ", as others found at this revision" if found == TOKENS_AT_REVISION else ""
-    return [
-        f"note: in all as many tokens as nanoGPT's, but {abs(found['val'] - TOKENS['val']):,} "
-        f"{'fewer' if found['val'] < TOKENS['val'] else 'more'} in val than the {theirs}: the same documents in "
-        f"another order{known}"
-    ]
-
-
-def merged(out: Path) -> str:
+def merged(out: Path, recipe: OpenWebText) -> str:
     """Merge the parts in `out`; returns the summary to print."""
-    parts = merge(out, describe)
+    parts = merge(out, recipe.describe)
     if not parts:
         return f"{out} was complete."
     tally = total(parts)
-    return "\n".join(
-        [
-            *summary(parts, tally, OpenWebText.missing),
-            *remarks(parts[0], tally),
-            f"merged from       {len(parts)} parts, by the sizes of their shards; to check every byte: "
-            f"python -m data_prep.verify {out}",
-            f"written to        {out}",
-        ]
+    lines = [*summary(parts, tally, recipe.missing), *recipe.remarks(parts[0], tally)]
+    lines.append(
+        f"merged from       {len(parts)} parts, by the sizes of their shards; to check every byte: "
+        f"python -m data_prep.verify {out}"
     )
+    return "\n".join([*lines, f"written to        {out}"])
 
 
 def main(arguments: Sequence[str]) -> str:
@@ -205,12 +193,13 @@ def main(arguments: Sequence[str]) -> str:
     add_options(parser, tokenizer="gpt2", val_fraction=VAL_FRACTION, seed=SEED)
     add_text_options(parser)
     options = parser.parse_args(arguments)
+    recipe = OpenWebText.of(options)
     if not options.merge:
-        return prepare(options.out, OpenWebText.of(options), workers=options.workers, part=options.part)
+        return prepare(options.out, recipe, workers=options.workers, part=options.part)
     for name, value in vars(options).items():
         if name not in ("out", "merge") and value != parser.get_default(name):
             raise UserError(f"--{name.replace('_', '-')} has no effect with --merge: leave it out.")
-    return merged(options.out)
+    return merged(options.out, recipe)
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -33,16 +33,7 @@ from hgpt.data.baselines import unigram_loss
 from hgpt.data.shards import SPLITS, TokenShards
 
 # Folders of the standard library that are not its documentation: tests, what pip put there, vendored code.
-EXCLUDED = {
-    "__pycache__",
-    "_bundled",
-    "dist-packages",
-    "idle_test",
-    "pydoc_data",
-    "site-packages",
-    "test",
-    "tests",
-}
+EXCLUDED = {"__pycache__", "_bundled", "dist-packages", "idle_test", "pydoc_data", "site-packages", "test", "tests"}
 
 
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from data_prep.encoding import Split, Tally
 from data_prep.parts import Record
@@ -84,7 +84,7 @@ class Recipe:
         return Fields(column=self.text_column, separator=self.separator)
 
     @classmethod
-    def of(cls, options: argparse.Namespace, **others: Any) -> "Recipe":
+    def of(cls, options: argparse.Namespace, **others: Any) -> Self:
         """The recipe of a command line; `others` are fields that are no options."""
         names = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in vars(options).items() if name in names}, **others)

@@ -134,10 +134,11 @@ def test_a_number_of_tokens_that_is_not_nanogpts_is_reported(train, val, report)
     for split, tokens in (("train", train), ("val", val)):
         tally.counts[split].tokens, tally.counts[split].documents = tokens, 1
     record = SimpleNamespace(settings={"documents": 8_013_769, "val_fraction": 0.0005, "seed": 2357}, tokenizer="gpt2")
-    (line,) = openwebtext.remarks(record, tally)
+    recipe = openwebtext.OpenWebText(tokenizer="gpt2", val_fraction=0.0005, seed=2357)
+    (line,) = recipe.remarks(record, tally)
     assert report in line and ("others found" in line) == (val == 4_434_606)
     record.settings["seed"] = 1
-    assert openwebtext.remarks(record, tally) == []
+    assert recipe.remarks(record, tally) == []
 
 
 # ------------------------------------------------------------------------------------------------------- parts

@@ -1,4 +1,4 @@
-"""Token shards on disk: write, open, read, verify.
+"""Token shards on disk: write, open, read.
 
 A data folder, as written by `data_prep`:
 
@@ -7,9 +7,9 @@ A data folder, as written by `data_prep`:
     tokenizer.json         the tokenizer, as Hugging Face's `tokenizers` reads it
     meta.json              `DataMeta`; written last, so a folder without it was never finished
 
-Two other kinds of folder open as well, whose vocabulary is nowhere on disk, so the caller states it: nanoGPT's
-(`train.bin` and `val.bin`, uint16 tokens without header; its `meta.pkl` is a pickle and is never opened), and shards
-that others wrote with llm.c's header, with the split in their names (`fineweb_train_000001.bin`,
+Two other kinds of folder open as well. Nothing in them says how large their vocabulary is, so the caller must:
+nanoGPT's (`train.bin` and `val.bin`, uint16 tokens without header; its `meta.pkl` is a pickle and is never opened), and
+shards that others wrote with llm.c's header, with the split in their names (`fineweb_train_000001.bin`,
 `tiny_shakespeare_val.bin`).
 """
 
@@ -19,14 +19,14 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, get_origin
 
 import numpy as np
 
-from hgpt.durable import partial_name, publish, sha256, whole_file
+from hgpt.durable import partial_name, publish, sha256, sync, whole_file
 from hgpt.errors import UserError
 
 MAGIC = 20240520
@@ -142,16 +142,7 @@ def read_meta(folder: str | Path) -> DataMeta:
         name: _split_meta(split, f"{path}: splits.{name}")
         for name, split in _entry(content, "splits", dict, origin).items()
     }
-    meta = DataMeta(
-        tokenizer=_entry(content, "tokenizer", str, origin),
-        vocab_size=_entry(content, "vocab_size", int, origin),
-        end_of_text=_entry(content, "end_of_text", int, origin),
-        splits=splits,
-        source=_entry(content, "source", str, origin),
-        source_revision=content.get("source_revision"),
-        preparation=_entry(content, "preparation", dict, origin),
-        packages=_entry(content, "packages", dict, origin),
-    )
+    meta = _from_json(DataMeta, content, origin, splits=splits, source_revision=content.get("source_revision"))
     check_vocab_size(meta.vocab_size, f"{path}: vocab_size")
     if not 0 <= meta.end_of_text < meta.vocab_size:
         raise UserError(
@@ -162,28 +153,23 @@ def read_meta(folder: str | Path) -> DataMeta:
 
 
 def _split_meta(content: object, origin: str) -> SplitMeta:
-    records = tuple(
-        ShardRecord(
-            file=_entry(shard, "file", str, f"{origin}.shards"),
-            tokens=_entry(shard, "tokens", int, f"{origin}.shards"),
-            sha256=_entry(shard, "sha256", str, f"{origin}.shards"),
-        )
-        for shard in _entry(content, "shards", list, origin)
-    )
+    records = [_from_json(ShardRecord, shard, f"{origin}.shards") for shard in _entry(content, "shards", list, origin)]
     for record in records:
         # A file name only: meta.json may come from elsewhere and must not point outside its folder.
         if Path(record.file).name != record.file:
             raise UserError(f"{origin}: the shard {record.file!r} is not a plain file name. {PREPARE_AGAIN}")
-    split = SplitMeta(
-        tokens=_entry(content, "tokens", int, origin),
-        documents=_entry(content, "documents", int, origin),
-        bytes=_entry(content, "bytes", int, origin),
-        shards=records,
-    )
+    split = _from_json(SplitMeta, content, origin, shards=tuple(records))
     in_shards = sum(record.tokens for record in records)
     if split.tokens != in_shards:
         raise UserError(f"{origin}: tokens is {split.tokens}, but its shards sum to {in_shards}. {PREPARE_AGAIN}")
     return split
+
+
+def _from_json(kind: type[Kind], content: object, origin: str, **given: object) -> Kind:
+    """A dataclass whose fields are entries of a table, but for those that are `given`."""
+    wanted: dict[str, Any] = {field.name: get_origin(field.type) or field.type for field in fields(kind)}  # type: ignore[arg-type]
+    entries = {name: _entry(content, name, value, origin) for name, value in wanted.items() if name not in given}
+    return kind(**entries, **given)
 
 
 def _entry(content: object, key: str, kind: type[Kind], origin: str) -> Kind:
@@ -273,6 +259,7 @@ class ShardWriter:
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
+            sync(self.folder)
 
     def close(self) -> tuple[ShardRecord, ...]:
         """Finish the last shard; returns the records of all shards, for `SplitMeta.shards`. Idempotent."""
@@ -331,18 +318,12 @@ class TokenShards:
     `len(shards)` is the number of tokens; `read(start, stop)` a slice of the stream. Made by `open`; may be
     pickled, forked, and read by several threads (each process opens the files itself when it first reads them).
 
-    What is read is read by `pread`, not through a memory map: it costs the same few microseconds out of the page
-    cache, but the pages of a map count as resident memory of the process once they were touched, until an epoch has
-    touched all of them, and a file that is cut short under a map kills the process by SIGBUS.
+    Tokens are read by `pread` and not through a memory map, which is no faster: touched pages of a map count as
+    resident memory, after an epoch all of them, and a file that is cut short under a map kills the process by SIGBUS.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        split: str,
-        files: list[tuple[Path, int, int]],
-        vocab_size: int,
-        meta: DataMeta | None,
+        self, folder: Path, split: str, files: list[tuple[Path, int, int]], vocab_size: int, meta: DataMeta | None
     ) -> None:
         """`files`: (path, bytes of header, tokens) of each shard, in order. Use `open`, which checks them."""
         self.folder = folder
