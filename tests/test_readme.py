@@ -6,7 +6,6 @@ import pkgutil
 import re
 import runpy
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -107,9 +106,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("page", "block"), blocks("python"))
 def test_python_blocks_run(page, block, exported, monkeypatch):
     monkeypatch.chdir(exported)
-    code = compile(block, page, "exec")
     if "trust_remote_code=True)" not in block:  # tests/test_modeling.py loads models where hgpt is not installed
-        exec(code, {"__name__": "block"})
+        exec(compile(block, page, "exec"), {"__name__": "block"})
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -137,20 +135,16 @@ def test_readme_is_short_and_its_layout_exists():
 
 @pytest.mark.slow
 def test_commands_run(tmp_path):
-    for name in ("train.py", "sample.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    for name in ("configs", "data_prep", "hgpt"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    parts = ("train.py", "sample.py", "configs", "data_prep", "hgpt")
+    subprocess.run(["cp", "-r", *(ROOT / part for part in parts), tmp_path], check=True)
     (tmp_path / "my_texts").mkdir()
     for number in range(60):
         lines = [f"Sentence {n} of my text number {number} says that {n * number} is a number." for n in range(80)]
         (tmp_path / "my_texts" / f"{number}.txt").write_text("\n".join(lines))
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     data = next(command for command in COMMANDS if "python_docs --out" in command)
-    runs = [
-        f"python train.py --config configs/{name}.toml --train.steps 200"
-        for name in ("quickstart", "quickstart_softmax")
-    ]
+    train = "python train.py --config configs/{}.toml --train.steps 200"
+    runs = [train.format("quickstart"), train.format("quickstart_softmax")]
     commands = [command for command in COMMANDS if not any(words in command for words in NOT_RUN)]
     assert len(commands) >= 15
     for command in dict.fromkeys([data, *runs, *commands]):
