@@ -34,6 +34,7 @@ NOT_RUN = {
     "hgpt.compare": "trains dozens of runs",
     " FOLDER": "reads texts of the reader's",
     "benchmarks.": "minutes",
+    "docs/loss_curves.png": "needs runs of 800 steps",
 }
 TINY = "--model.n_layer 1 --model.n_head 2 --model.n_embd 32"
 
@@ -146,6 +147,7 @@ def test_commands_run(tmp_path):
     train = "python train.py --config configs/{}.toml --train.steps 200"
     runs = [train.format("quickstart"), train.format("quickstart_softmax")]
     commands = [command for command in COMMANDS if not any(words in command for words in NOT_RUN)]
+    commands = [command for command in commands if "train.py" not in command or "--train.steps 200" in command]
     assert len(commands) >= 15
     for command in dict.fromkeys([data, *runs, *commands]):
         # Two steps of a tiny model show whether a run works; a resumed run gets a third.
