@@ -139,7 +139,7 @@ def mean_parallelogram_score(offsets: np.ndarray, scale: float, counts: np.ndarr
     return scores[0] if counts is None else scores
 
 
-@lru_cache(maxsize=8)  # variants and models ask for the same pairings one after the other
+@lru_cache(maxsize=4)  # variants and models ask for the same pairings one after the other
 def random_pairings(pairs: int, count: int, seed: int) -> np.ndarray:
     """Which output each input gets when outputs are dealt out at random, `count` times, (pairs, count) int32."""
     rng = np.random.default_rng(seed)
