@@ -21,6 +21,13 @@ from hgpt.interpret.subject import CHECKPOINT_TOKENS, CHECKPOINT_WINDOW, Analysi
 FEW = AnalysisSettings(bootstrap=100)
 
 
+@pytest.fixture(autouse=True)
+def _one_relation(tmp_path, monkeypatch):
+    """In place of the sets that ship, which would take most of the time."""
+    pairs = [("with", "while"), ("the", "suite"), ("item", "value"), ("class", "name"), ("test", "list")]
+    monkeypatch.setattr("hgpt.interpret.relations.SHIPPED", Path(relation_set(tmp_path / "shipped", pairs)))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Relations
 
