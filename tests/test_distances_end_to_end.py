@@ -15,6 +15,7 @@ from processes import run as launch
 from remote_code import WITHOUT_HGPT
 from safetensors.torch import load_file
 from scipy.spatial.distance import cdist
+from small_models import relation_set
 from small_run import VOCAB, assert_same_checkpoint, losses, make_config
 from transformers import AutoModelForCausalLM
 
@@ -253,6 +254,7 @@ def test_a_report_on_a_distance_of_ones_own(
     monkeypatch.delitem(hgpt.model.distances._REGISTRY, "lorentzian")
     hgpt.model.distances._load_distances.cache_clear()
     options = [str(folder), "--out", str(tmp_path / "out"), "--bootstrap", "100", "--final-only"]
+    options += ["--relations", relation_set(tmp_path / "relations", [("one", "two"), ("three", "four")])]
     assert cli.run(report, options) == 2
     assert "got 'lorentzian'" in capsys.readouterr().err
     assert cli.run(report, [*options, "--distance-file", str(tmp_path / "none.py")]) == 2

@@ -33,7 +33,7 @@ def relation(score: float, *, seed: int = 0, sampled: np.ndarray | None = None) 
     rng = np.random.default_rng(seed)
     replicates = score + 0.1 * rng.normal(size=200)
     return RelationScore(
-        words=tuple((f"in{i}", f"out{i}") for i in range(30)),
+        pairs=30,
         dropped=2,
         score=estimate(score, replicates),
         shuffled=2 * score,

@@ -257,7 +257,7 @@ def test_resampled_accuracy_weighs_questions_by_their_pairs():
 def result(score: float, shuffled: float, spread: float = 0.0) -> RelationScore:
     replicates = score + spread * np.linspace(-1, 1, 401)
     return RelationScore(
-        words=(("a", "b"),) * 10,
+        pairs=10,
         dropped=0,
         score=Estimate(value=score, low=score - spread, high=score + spread),
         shuffled=shuffled,

@@ -59,7 +59,8 @@ def test_an_installed_hgpt_has_the_sets_and_the_page(tmp_path):
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         names = set(wheel.namelist())
     expected = {f"hgpt/interpret/relation_sets/{path.name}" for path in SHIPPED.glob("*.json")}
-    assert expected | {"hgpt/interpret/page/style.css", "hgpt/interpret/page/browser.js"} <= names
+    expected |= {f"hgpt/interpret/page/{name}" for name in ("report.html", "style.css", "browser.js")}
+    assert expected | {"hgpt/interpret/measures/geometry.py"} <= names
 
 
 def test_reading_strips_and_keeps_each_pair_once(tmp_path):

@@ -43,7 +43,7 @@ def percentile_interval(replicates: np.ndarray, confidence: float = CONFIDENCE) 
     return float(low), float(high)
 
 
-@lru_cache(maxsize=8)  # variants of a score ask for the same resamples one after the other
+@lru_cache(maxsize=4)  # variants of a score ask for the same resamples one after the other
 def bootstrap_counts(items: int, replicates: int, seed: int) -> np.ndarray:
     """How often each of `items` is drawn in each of `replicates` samples with replacement, (B, items), float64.
 

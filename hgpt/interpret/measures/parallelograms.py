@@ -60,13 +60,6 @@ VARIANTS: dict[str, ScoreSettings] = {
     ),
 }
 OWN_SCALE = "full space, scale of the relation, distinct"
-# Variants that use different pairs: on these it depends which words a tokenizer can express.
-FORMS = {
-    PRESET: "last token of each word",
-    "words of one token": "words of one token",
-    "words of one token after a space": "words of one token after a space",
-    "distinct pairs of tokens": "last tokens, each pair of tokens once",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +67,7 @@ class RelationScore:
     """One relation under one variant in one model.
 
     Attributes:
-        words: the pairs that were used, (pairs,).
+        pairs, dropped: how many pairs were used, and how many the tokenizer cannot express.
         score: the mean over all pairs of pairs, its interval over pairs.
         sampled: the scores of the preset's random pairs of pairs; empty for other variants.
         shuffled: the mean score of the same words paired at random.
@@ -82,7 +75,7 @@ class RelationScore:
         replicates, disjoint: for comparisons between models: the score's replicates, and independent scores.
     """
 
-    words: tuple[tuple[str, str], ...]
+    pairs: int
     dropped: int
     score: Estimate
     shuffled: float
@@ -92,10 +85,6 @@ class RelationScore:
     replicates: np.ndarray
     disjoint: np.ndarray
     sampled: np.ndarray
-
-    @property
-    def pairs(self) -> int:
-        return len(self.words)
 
 
 Scores = dict[str, RelationScore]  # relation → score
@@ -150,7 +139,7 @@ def mean_parallelogram_score(offsets: np.ndarray, scale: float, counts: np.ndarr
     return scores[0] if counts is None else scores
 
 
-@lru_cache(maxsize=8)  # variants and models ask for the same pairings one after the other
+@lru_cache(maxsize=4)  # variants and models ask for the same pairings one after the other
 def random_pairings(pairs: int, count: int, seed: int) -> np.ndarray:
     """Which output each input gets when outputs are dealt out at random, `count` times, (pairs, count) int32."""
     rng = np.random.default_rng(seed)
@@ -192,7 +181,7 @@ def relation_score(
     disjoint = disjoint_pairs_of_pairs(count, seed_of(name, "disjoint", str(count)))
     chosen = pairs_of_pairs(count, sampled, seed_of(name, "quadruples"))
     return RelationScore(
-        words=pairs.words,
+        pairs=count,
         dropped=pairs.dropped,
         score=estimate(value, replicates),
         shuffled=float(shuffled.mean()),
@@ -301,7 +290,6 @@ def section(analysis: Analysis) -> list[Block]:
             _scores_table(analysis, names),
             scores_by_relation(analysis, names),
             score_distributions(analysis, names),
-            _pairs_used(analysis),
         ]
     return [*blocks, _every_variant(analysis)]
 
@@ -347,10 +335,6 @@ def without_power(relations: Sequence[str], total: int) -> str:
     )
 
 
-def _pairs_text(result: RelationScore) -> str:
-    return f"{result.pairs} of {result.pairs + result.dropped}"
-
-
 def _scores_table(analysis: Analysis, names: Sequence[str]) -> Table:
     head: list[str] = ["relation", "pairs used"]
     for heading in headings(analysis.models):
@@ -358,49 +342,13 @@ def _scores_table(analysis: Analysis, names: Sequence[str]) -> Table:
     rows: list[tuple[str, Sequence[Cell]]] = []
     for name in names:
         found = [preset(model).get(name) for model in analysis.models]
-        cells: list[Cell] = [", ".join(dict.fromkeys(_pairs_text(result) for result in found if result is not None))]
+        cells: list[Cell] = [
+            ", ".join(dict.fromkeys(f"{r.pairs} of {r.pairs + r.dropped}" for r in found if r is not None))
+        ]
         for result in found:
             cells += [None, None] if result is None else [result.score, result.shuffled]
         rows.append((name, cells))
     return Table(head=head, rows=rows, digits=2)
-
-
-def _pairs_used(analysis: Analysis) -> Details:
-    """How many pairs of each relation every way to make a word a token leaves, by model, and which it leaves out."""
-    names = sorted({name for model in analysis.models for results in of(model).values() for name in results})
-    tables: dict[tuple[tuple[str, tuple[str, ...]], ...], list[str]] = {}  # models with one tokenizer share a table
-    for model in analysis.models:
-        rows = []
-        for name in names:
-            found = [of(model).get(variant, {}).get(name) for variant in FORMS]
-            rows.append((name, tuple(f"under {SMALLEST_RELATION}" if r is None else _pairs_text(r) for r in found)))
-        tables.setdefault(tuple(rows), []).append(model.label)
-    blocks: list[Block] = [
-        paragraph(
-            "A pair is left out where the tokenizer does not know one of its words, where a variant wants words of one "
-            "token and they are more, and where a variant wants each pair of tokens once. A relation with under "
-            f"{SMALLEST_RELATION} pairs is not scored."
-        )
-    ]
-    for table, labels in tables.items():
-        blocks += [paragraph(bold(", ".join(labels))), Table(head=["relation", *FORMS.values()], rows=table)]
-    missing = [
-        f"{model.label}, {name}: {', '.join(f'{a} – {b}' for a, b in pairs)}"
-        for model in analysis.models
-        for name in names
-        if (pairs := _pairs_of_others(analysis, model, name))
-    ]
-    if missing:
-        blocks += [paragraph("Pairs that another model here can use and this one cannot:"), Prose(items=missing)]
-    return Details(title="Pairs used of each relation", blocks=blocks)
-
-
-def _pairs_of_others(analysis: Analysis, model: ModelResult, name: str) -> list[tuple[str, str]]:
-    """The pairs that other models use of a relation that `model` is scored on, and `model` does not."""
-    if name not in preset(model):
-        return []
-    used = dict.fromkeys(pair for m in analysis.models if name in preset(m) for pair in preset(m)[name].words)
-    return [pair for pair in used if pair not in set(preset(model)[name].words)]
 
 
 def _every_variant(analysis: Analysis) -> Details:
