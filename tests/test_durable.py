@@ -127,7 +127,7 @@ def test_sha256(tmp_path):
 def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
     script = (
         "import sys, time; from filelock import FileLock\n"
-        "FileLock(sys.argv[1]).acquire(); print('held', flush=True); time.sleep(60)"
+        "lock = FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", script, tmp_path / "lock"], stdout=subprocess.PIPE, text=True)
     try:
