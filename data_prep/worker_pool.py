@@ -7,7 +7,7 @@ import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, SpawnContext
@@ -35,6 +35,29 @@ def start_imports() -> ForkServerContext | SpawnContext:
     return context
 
 
+def _wait_for_imports() -> None:
+    """Return when what `start_imports` begins is done.
+
+    In a thread that may be left behind: Ctrl-C then ends this process at once, before any worker was asked for. A
+    worker that starts after this process has ended prints a traceback.
+    """
+    finished: Future[None] = Future()
+
+    def wait() -> None:
+        try:
+            start_imports().Process(target=_nothing).start()  # returns when the server has forked it
+            finished.set_result(None)
+        except BaseException as error:
+            finished.set_exception(error)
+
+    threading.Thread(target=wait, daemon=True).start()
+    finished.result()
+
+
+def _nothing() -> None:
+    pass
+
+
 @contextmanager
 def worker_pool(workers: int, start: Callable[[State], None], state: State) -> Iterator[ProcessPoolExecutor]:
     """A pool of `workers` processes, each of which begins with `start(state)`; `state` is pickled once.
@@ -43,6 +66,7 @@ def worker_pool(workers: int, start: Callable[[State], None], state: State) -> I
     process is killed, and they ignore Ctrl-C, which this process handles.
     """
     context = start_imports()
+    _wait_for_imports()
     others = set(multiprocessing.active_children())
     # As bytes: starting a process blocks until the process has read its arguments, and unpickling a tokenizer takes
     # time.

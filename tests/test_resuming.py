@@ -399,7 +399,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
 def test_a_document_of_60_mb_takes_no_more_than_ten_times_as_much(tmp_path, kind):
     (tmp_path / "source").mkdir()
-    long = "😀 " + " ".join(texts(300)) * 1200  # a str of 4 bytes per character
+    some = " ".join(texts(300))
+    long = "😀 " + some * (60_000_000 // len(some.encode()))  # a str of 4 bytes per character
     if kind == "txt":
         for number, text in enumerate((long, "short", "shorter")):
             (tmp_path / "source" / f"{number}.txt").write_text(text)
