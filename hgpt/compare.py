@@ -34,11 +34,10 @@ from hgpt.cli import Parser
 from hgpt.cli import run as run_command
 from hgpt.errors import UserError
 from hgpt.history import records
-from hgpt.interpret.analysis import analyse
-from hgpt.interpret.figures import measure_against_loss, save_figure
-from hgpt.interpret.report import restricted, write_report
-from hgpt.interpret.results import READABILITY, AnalysisSettings, readability
+from hgpt.interpret.drawing import measure_against_loss, save_figure
+from hgpt.interpret.report import READABILITY, analyse, readability, restricted, write_report
 from hgpt.interpret.statistics import holm
+from hgpt.interpret.subject import AnalysisSettings
 from hgpt.run.checkpoint import LATEST, MODEL
 from hgpt.run.config import RunConfig
 from hgpt.run.settings import CONFIG_FILE, load_run_config, settings, write_toml

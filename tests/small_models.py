@@ -1,6 +1,8 @@
 """Small exported models, tokenizers that are not over bytes, and data folders, for tests of hgpt.interpret."""
 
+import json
 import pydoc_data.topics
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 import hgpt
 from hgpt.data.shards import DataMeta, ShardWriter, SplitMeta, write_meta
 from hgpt.data.tokenizer import END_OF_TEXT, load_tokenizer
+from hgpt.run.checkpoint import LATEST, MODEL
 
 TEXT = pydoc_data.topics.topics["with"] + pydoc_data.topics.topics["while"]
 UNKNOWN = "[UNK]"
@@ -104,4 +107,25 @@ def bare(folder: Path, tokens: np.ndarray) -> Path:
     folder.mkdir(parents=True)
     for split in ("train", "val"):
         tokens.astype("<u2").tofile(folder / f"{split}.bin")
+    return folder
+
+
+def relation_set(folder: Path, pairs: Sequence[tuple[str, str]], name: str = "planted") -> str:
+    """Write one relation into a folder of them; returns the folder."""
+    folder.mkdir(exist_ok=True)
+    content = [{"input": first, "output": second} for first, second in pairs]
+    (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    return str(folder)
+
+
+def run_of(
+    folder: Path, data: str, backend: tokenizers.Tokenizer, contexts: dict[int, int], head: str = "softmax"
+) -> Path:
+    """A run folder with a checkpoint for each step of step → context, whose config.toml holds `data` as [data]."""
+    for step, context in contexts.items():
+        checkpoint = folder / "checkpoints" / f"step_{step:07d}"
+        export(checkpoint / MODEL, backend, head, context=context, seed=step)
+        (checkpoint / "state.json").write_text(json.dumps({"step": step, "tokens": 1000 * step}))
+    (folder / LATEST).symlink_to(checkpoint.relative_to(folder))
+    (folder / "config.toml").write_text(f"[data]\n{data}\n")
     return folder

@@ -15,15 +15,17 @@ from processes import run as launch
 from remote_code import WITHOUT_HGPT
 from safetensors.torch import load_file
 from scipy.spatial.distance import cdist
+from small_models import relation_set
 from small_run import VOCAB, assert_same_checkpoint, losses, make_config
 from transformers import AutoModelForCausalLM
 
 import hgpt
 import sample
 import train
+from hgpt import cli
 from hgpt.errors import UserError
-from hgpt.interpret import centres
 from hgpt.interpret.__main__ import main as report
+from hgpt.interpret.measures import centres
 from hgpt.interpret.models import find_sources, loaded
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.checkpoint import CHECKPOINTS
@@ -243,11 +245,12 @@ def test_a_report_on_a_distance_of_ones_own(
     monkeypatch.delitem(hgpt.model.distances._REGISTRY, "lorentzian")
     hgpt.model.distances._load_distances.cache_clear()
     options = [str(folder), "--out", str(tmp_path / "out"), "--bootstrap", "100", "--final-only"]
-    assert report(options) == 2
+    options += ["--relations", relation_set(tmp_path / "relations", [("one", "two"), ("three", "four")])]
+    assert cli.run(report, options) == 2
     assert "got 'lorentzian'" in capsys.readouterr().err
-    assert report([*options, "--distance-file", str(tmp_path / "none.py")]) == 2
+    assert cli.run(report, [*options, "--distance-file", str(tmp_path / "none.py")]) == 2
     assert "--distance-file: " in capsys.readouterr().err
-    assert report([*options, "--distance-file", LORENTZIAN]) == 0
+    assert cli.run(report, [*options, "--distance-file", LORENTZIAN]) == 0
     assert (tmp_path / "out" / "index.html").exists()
 
 

@@ -22,7 +22,7 @@ from small_run import SEQ_LEN, make_config, records
 
 import train
 from hgpt.errors import UserError
-from hgpt.interpret.report import summary_measures
+from hgpt.interpret.measures import training
 from hgpt.run.config import LogConfig
 from hgpt.run.energy import EnergyMeter, Reading, RunEnergy, check_country, describe, last_record
 from hgpt.runs import find_runs, read_run, table
@@ -367,10 +367,10 @@ def test_a_run_that_really_measures(data, tmp_path, capsys):
     run = read_run(name, folder, time.time())
     assert run.energy_kwh == last["energy_kwh"] and " kWh " in table([run])
     assert " kWh " not in table([replace(run, energy_kwh=None)])
-    model = types.SimpleNamespace(energy=last)
-    rows = {name: measure(model) for name, _, measure in summary_measures()[-3:]}
+    model = types.SimpleNamespace(found={training.NAME: [last]})
+    rows = {quantity.label: quantity.value(model) for quantity in training.MEASURE.quantities}
     assert rows["energy of the training, kWh"] == f"{last['energy_kwh']:.3g}"
-    assert {measure(types.SimpleNamespace(energy=None)) for *_, measure in summary_measures()[-3:]} == {None}
+    assert {q.value(types.SimpleNamespace(found={})) for q in training.MEASURE.quantities} == {None}
 
 
 def test_a_resumed_run_goes_on_counting(data, tmp_path, tracker):

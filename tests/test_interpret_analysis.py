@@ -1,8 +1,8 @@
-"""hgpt/interpret/analysis.py: from weights and text to numbers, recomputed here from the files alone."""
+"""`analyse`: from weights and text to numbers, recomputed here from the files alone."""
 
 import itertools
-import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -10,37 +10,22 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import TEXT, bare, byte_pairs, encode, export, prepare, word_pieces
+from small_models import TEXT, bare, byte_pairs, encode, export, prepare, relation_set, run_of, word_pieces
 
-from hgpt.interpret import analysis, models, positions
-from hgpt.interpret.analysis import ANALOGY_QUESTIONS, CHECKPOINT_TOKENS, CHECKPOINT_WINDOW, SHUFFLES, analyse
-from hgpt.interpret.parallelograms import EPSILON, PRESET, VARIANTS
-from hgpt.interpret.results import AnalysisSettings
-from hgpt.run.checkpoint import LATEST, MODEL
+from hgpt.interpret import models, positions, report, subject
+from hgpt.interpret.measures import analogies, lens, parallelograms, predictions, similarity
+from hgpt.interpret.measures.parallelograms import PRESET, SHUFFLES, VARIANTS
+from hgpt.interpret.report import analyse
+from hgpt.interpret.subject import CHECKPOINT_TOKENS, CHECKPOINT_WINDOW, AnalysisSettings
 
 FEW = AnalysisSettings(bootstrap=100)
 
 
-def relation_set(folder: Path, pairs: list[tuple[str, str]], name: str = "planted") -> str:
-    folder.mkdir(exist_ok=True)
-    content = [{"input": first, "output": second} for first, second in pairs]
-    (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
-    return str(folder)
-
-
-def run_of(folder: Path, data: str, backend, contexts: dict[int, int], head: str = "softmax") -> Path:
-    """A run folder with a checkpoint for each step, whose config.toml holds `data`."""
-    for step, context in contexts.items():
-        checkpoint = folder / "checkpoints" / f"step_{step:07d}"
-        export(checkpoint / MODEL, backend, head, context=context, seed=step)
-        (checkpoint / "state.json").write_text(json.dumps({"step": step, "tokens": 1000 * step}))
-    (folder / LATEST).symlink_to(checkpoint.relative_to(folder))
-    (folder / "config.toml").write_text(f"[data]\n{data}\n")
-    return folder
-
-
-def at(settings: AnalysisSettings, **changes) -> AnalysisSettings:
-    return AnalysisSettings(**{**settings.__dict__, **changes})
+@pytest.fixture(autouse=True)
+def _one_relation(tmp_path, monkeypatch):
+    """In place of the sets that ship, which would take most of the time."""
+    pairs = [("with", "while"), ("the", "suite"), ("item", "value"), ("class", "name"), ("test", "list")]
+    monkeypatch.setattr("hgpt.interpret.relations.SHIPPED", Path(relation_set(tmp_path / "shipped", pairs)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -84,7 +69,7 @@ def mean_score(located: np.ndarray, ids: np.ndarray) -> float:
 
 def test_scores_are_those_of_the_weights(planted):
     folder, ids, relations = planted
-    model = analyse([str(folder)], at(FEW, relations=relations)).models[0]
+    model = analyse([str(folder)], replace(FEW, relations=relations)).models[0]
     weights = load_file(folder / "model.safetensors")
     rows = {"input": weights["transformer.wte.weight"], "centres": weights["lm_head.weight"]}
     rows = {name: matrix[:320].double().numpy() for name, matrix in rows.items()}
@@ -94,7 +79,7 @@ def test_scores_are_those_of_the_weights(planted):
         "5 components": mean_score(in_plane(rows["input"], 5), ids),
         "full space": mean_score(in_plane(rows["input"], None), ids),
     }
-    found = {variant: model.relations[variant]["planted"] for variant in expected}
+    found = {variant: parallelograms.of(model)[variant]["planted"] for variant in expected}
     assert {variant: result.score.value for variant, result in found.items()} == pytest.approx(expected, rel=1e-4)
     assert found["centres"].score.high < found[PRESET].score.low
     # With centred words the mean over all pairings is 2 (Σ|a|² + Σ|b|²) / ((n − 1) scale).
@@ -104,41 +89,23 @@ def test_scores_are_those_of_the_weights(planted):
         mean = 2 * spread / (11 * np.square(located).sum(axis=1).mean())
         assert found[variant].shuffled == pytest.approx(mean, rel=0.04)
     assert found["centres"].p_shuffled == 1 / (1 + SHUFFLES) < 0.01 < found["full space"].p_shuffled
-    assert list(model.relations) == [v for v, s in VARIANTS.items() if s.components != 100 and v in model.relations]
+    assert "100 components" not in parallelograms.of(model) and set(parallelograms.of(model)) <= set(VARIANTS)
     assert "100 components: the model has only 32 dimensions" in model.skipped
 
 
 def test_words_are_measured_in_the_matrix_that_they_are_named_by(planted):
     folder, ids, relations = planted
-    settings = at(FEW, relations=relations)
-    model = analyse([str(folder)], settings).models[0]
+    model = analyse([str(folder)], replace(FEW, relations=relations)).models[0]
     weights = load_file(folder / "model.safetensors")
-    chosen = analysis.parallelograms.pairs_of_pairs(
-        12, ANALOGY_QUESTIONS, analysis._seed(settings, "planted", "analogies")
-    )
     for name, key in (("input", "transformer.wte.weight"), ("centres", "lm_head.weight")):
         rows = weights[key][:320].double().numpy()
         offsets = rows[ids[:, 1]] - rows[ids[:, 0]]
         cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in itertools.permutations(offsets, 2)]
-        measures = model.words[name]["planted"]
+        measures = analogies.of(model, name)["planted"]
         assert measures.consistency.value == pytest.approx(np.mean(cosines), abs=1e-6)
-        unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-        correct = {"3CosAdd": [], "3CosMul": []}
-        for first, second in chosen:
-            (a, b), (c, d) = ids[first], ids[second]
-            near = {token: unit @ unit[token] for token in (a, b, c)}
-            scores = {
-                "3CosAdd": near[b] - near[a] + near[c],
-                "3CosMul": (near[b] + 1) * (near[c] + 1) / (near[a] + 1 + 2 * EPSILON),
-            }
-            for method, score in scores.items():
-                score[[a, b, c]] = -np.inf
-                correct[method].append(score.argmax() == d)
-        assert measures.questions == ANALOGY_QUESTIONS
-        for method, answers in correct.items():
-            assert measures.accuracy[method].value == pytest.approx(np.mean(answers), abs=1 / ANALOGY_QUESTIONS)
-    assert model.words["centres"]["planted"].accuracy["3CosAdd"].value > 0.7
-    assert model.words["input"]["planted"].accuracy["3CosAdd"].value < 0.2
+        assert measures.questions == analogies.QUESTIONS
+    assert analogies.of(model, "centres")["planted"].accuracy["3CosAdd"].value > 0.7
+    assert analogies.of(model, "input")["planted"].accuracy["3CosAdd"].value < 0.2
 
 
 def test_words_that_a_tokenizer_does_not_know_are_left_out_and_counted(tmp_path):
@@ -147,10 +114,11 @@ def test_words_that_a_tokenizer_does_not_know_are_left_out_and_counted(tmp_path)
     strange = [("with", "日本"), ("Ω", "the")]
     relation_set(tmp_path / "relations", known + strange, "mixed")
     relations = relation_set(tmp_path / "relations", known[:3] + strange, "mostly strange")
-    model = analyse([str(folder)], at(FEW, relations=relations)).models[0]
-    assert {name: (r.pairs, r.dropped) for name, r in model.relations[PRESET].items()} == {"mixed": (5, 2)}
+    model = analyse([str(folder)], replace(FEW, relations=relations)).models[0]
+    found = parallelograms.preset(model)
+    assert {name: (r.pairs, r.dropped) for name, r in found.items()} == {"mixed": (5, 2)}
+    assert model.found["pairs"]["mixed"][0].words == tuple(known)
     assert f"{PRESET}: fewer than 4 pairs can be used of mostly strange (3 of 5)" in model.skipped
-    assert model.planes["mixed"]["words"] == tuple(known)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -163,15 +131,15 @@ def test_a_run_on_a_folder_of_nanogpt_says_itself_how_large_its_vocabulary_is(tm
     run = run_of(tmp_path / "run", f'path = "{data}"\nvocab_size = 300', backend, {10: 24})
     same_size = export(tmp_path / "twin", backend, "gpt2")
     foreign = export(tmp_path / "foreign", word_pieces(280))
-    found = analyse([str(run), str(same_size), str(foreign)], at(FEW, tokens=200))
-    losses = [model.quality["loss"].value for model in found.models]
+    found = analyse([str(run), str(same_size), str(foreign)], replace(FEW, tokens=200))
+    losses = [predictions.of(model)["quality"]["loss"].value for model in found.models]
     assert losses == pytest.approx([np.log(300)] * 2 + [np.log(280)], rel=0.3)  # random weights
     assert found.data == str(data)
     assert any("foreign has another tokenizer than" in note and "Bits per byte are" in note for note in found.notes)
     # Without the run nothing says whose tokens they are; what does not fit by its size is not measured.
-    found = analyse([str(same_size), str(foreign)], at(FEW, tokens=200, data=str(data)))
+    found = analyse([str(same_size), str(foreign)], replace(FEW, tokens=200, data=str(data)))
     assert [model.text is None for model in found.models] == [False, True]
-    assert found.models[1].quality == {} and found.cka == {}
+    assert predictions.of(found.models[1])["quality"] == {} and similarity.NAME not in found.compared
     assert any("that its tokens are those of twin is a guess" in note for note in found.notes)
     assert any(
         f"foreign predicts 280 tokens, and the vocabulary of {data} has 300: nothing was measured on text" in note
@@ -183,8 +151,9 @@ def test_bits_per_byte_are_left_out_where_nothing_says_how_many_bytes_there_are(
     backend = word_pieces(300)
     data = bare(tmp_path / "data", encode(backend, TEXT))
     run = run_of(tmp_path / "run", f'path = "{data}"\nvocab_size = 300', backend, {10: 24})
-    found = analyse([str(run)], at(FEW, tokens=200))
-    assert "bits_per_byte" not in found.models[0].quality and "loss" in found.models[0].quality
+    found = analyse([str(run)], replace(FEW, tokens=200))
+    quality = predictions.of(found.models[0])["quality"]
+    assert "bits_per_byte" not in quality and "loss" in quality
     assert any(note.startswith("run has no bits per byte") for note in found.notes)
 
 
@@ -194,9 +163,9 @@ def test_bits_per_byte_of_word_pieces(tmp_path):
     folder = export(tmp_path / "model", pieces, context=200)  # long windows: their first words are no targets
     for name, backend in (("own", pieces), ("bytes", byte_pairs(320))):
         data[name] = prepare(tmp_path / name, backend)
-        model = analyse([str(folder)], at(FEW, tokens=0, data=str(data[name]))).models[0]
-        loss, tokens = model.quality["loss"].value, len(model.text.positions.loss)
-        rate = model.quality["bits_per_byte"]
+        model = analyse([str(folder)], replace(FEW, tokens=0, data=str(data[name]))).models[0]
+        loss, tokens = predictions.of(model)["quality"]["loss"].value, len(model.text.positions.loss)
+        rate = predictions.of(model)["quality"]["bits_per_byte"]
         assert rate.value == pytest.approx(loss * tokens / np.log(2) / len(TEXT.encode()), rel=0.02)
         assert rate.low < rate.value < rate.high
 
@@ -209,24 +178,22 @@ def on_the_hub(cache: Path, name: str, folder: Path) -> None:
     (repository / "refs" / "main").write_text("0" * 40)
 
 
-@pytest.mark.parametrize("hub_first", [False, True])
-def test_models_of_the_hub_and_of_this_disk_read_the_same_windows(tmp_path, monkeypatch, hub_first):
+def test_models_of_the_hub_and_of_this_disk_read_the_same_windows(tmp_path, monkeypatch):
     backend = byte_pairs(300)
     data = prepare(tmp_path / "data", backend)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     on_the_hub(tmp_path / "cache", "somebody/short", export(tmp_path / "short", backend, "gpt2", context=16))
     names = ["somebody/short", str(export(tmp_path / "long", backend, "harmonic", context=40))]
     names += [str(export(tmp_path / "foreign", byte_pairs(270), context=12))]
-    names = names if hub_first else [names[1], names[0], names[2]]
-    found = analyse(names, at(FEW, data=str(data), tokens=400))
+    found = analyse(names, replace(FEW, data=str(data), tokens=400))
     first, second, foreign = found.models
     assert first.text.positions.target.tolist() == second.text.positions.target.tolist()
     assert first.text.sample_at.tolist() == second.text.sample_at.tolist()
     assert np.bincount(first.text.positions.window.astype(int)).max() == 16
-    assert set(found.cka) == {second.label}
+    assert set(found.compared[similarity.NAME]) == {second.label}
     assert [note for note in found.notes if "read windows of" in note] == [
         "long read windows of 16 tokens, not of its whole context of 40: models with the same tokenizer read the same "
-        "windows, and somebody/short has no longer context."
+        "windows, and the context of somebody/short is no longer."
     ]
     assert np.bincount(foreign.text.positions.window.astype(int)).max() <= 12
 
@@ -235,7 +202,7 @@ def test_one_model_reads_its_whole_context(tmp_path):
     backend = byte_pairs(300)
     data = prepare(tmp_path / "data", backend)
     folder = export(tmp_path / "model", backend, context=40)
-    found = analyse([str(folder)], at(FEW, data=str(data), tokens=400))
+    found = analyse([str(folder)], replace(FEW, data=str(data), tokens=400))
     assert np.bincount(found.models[0].text.positions.window.astype(int)).max() == 40
     assert found.notes == []
 
@@ -250,8 +217,8 @@ def test_checkpoints_are_measured_on_the_whole_split(tmp_path, monkeypatch):
         seen.append((model.source.step, windows))
         return positions.measure_text(model, windows, **options)
 
-    monkeypatch.setattr(analysis, "measure_text", recorded)
-    model = analyse([str(run)], at(FEW, tokens=600)).models[0]
+    monkeypatch.setattr(subject, "measure_text", recorded)
+    model = analyse([str(run)], replace(FEW, tokens=600)).models[0]
     tokens = encode(backend, TEXT * 4)
     assert len(tokens) > 8 * 600
     steps = dict(seen[1:])  # the first is the model itself
@@ -292,7 +259,7 @@ def test_every_long_part_has_a_progress_bar_that_reaches_its_end(planted, tmp_pa
         def update(self, n=1):
             self.done += n
 
-    for module in (analysis, models, positions):
+    for module in (report, models, subject, parallelograms, analogies, lens, similarity):
         monkeypatch.setattr(module, "tqdm", Bar)
     folder, _, relations = planted
     relation_set(Path(relations), [("with", "while")], "small")
@@ -300,13 +267,14 @@ def test_every_long_part_has_a_progress_bar_that_reaches_its_end(planted, tmp_pa
     data = prepare(tmp_path / "data", backend)
     twin = export(tmp_path / "twin", backend)
     try:
-        analyse([str(folder), str(twin)], at(FEW, relations=relations, data=str(data), tokens=200))
+        analyse([str(folder), str(twin)], replace(FEW, relations=relations, data=str(data), tokens=200))
     finally:
         (Path(relations) / "small.json").unlink()
-    parts = [f"{label}: {part}" for label in ("model", "twin") for part in ("relations", "text", "logit lens")]
+    names = ("relations", "analogies, input", "text", "logit lens")
+    parts = [f"{label}: {name}" for label in ("model", "twin") for name in names]
     assert bars.keys() >= {"models", "configurations", "twin: CKA", *parts}
     for name, bar in bars.items():
         assert bar.done == bar.total > 0, name
-    # A score of each of 14 variants (100 components are too many) of 2 relations, and the words of both matrices.
-    assert bars["model: relations"].total == 2 * (14 + 2)
-    assert bars["twin: relations"].total == 2 * (14 + 1)
+    # A score of each of 14 variants (100 components are too many) of 2 relations.
+    assert bars["model: relations"].total == 2 * 14
+    assert "model: analogies, centres" in bars and "twin: analogies, centres" not in bars

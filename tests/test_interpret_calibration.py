@@ -1,20 +1,16 @@
-"""hgpt/interpret/calibration.py: against scikit-learn and values worked out by hand."""
+"""Calibration and bands of frequency: against scikit-learn and values worked out by hand."""
 
 import numpy as np
 import pytest
 from sklearn.calibration import calibration_curve
 
-from hgpt.interpret.calibration import (
-    BANDS,
-    band_name,
-    bits_per_byte,
+from hgpt.interpret.measures.calibration import (
     calibration_error_interval,
     confidence_bins,
     expected_calibration_error,
-    frequency_bands,
-    frequency_ranks,
     reliability_curve,
 )
+from hgpt.interpret.measures.predictions import BANDS, band_name, bits_per_byte, frequency_bands, frequency_ranks
 from hgpt.interpret.statistics import bootstrap_counts, percentile_interval
 
 

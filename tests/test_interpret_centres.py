@@ -1,11 +1,12 @@
-"""hgpt/interpret/centres.py: p, rank and d / d_min of a position, and nearest contexts, by direct computation."""
+"""Text browser and centres: p, rank and d / d_min of a position, and nearest contexts, by direct computation."""
 
 import numpy as np
 import pytest
 import torch
 from small_models import TEXT, byte_pairs, export
 
-from hgpt.interpret.centres import nearest_contexts, neighbours, read_text
+from hgpt.interpret.measures.centres import nearest_contexts, neighbours
+from hgpt.interpret.measures.reading import read_text
 from hgpt.interpret.models import find_sources, loaded
 
 VOCAB, K = 300, 4
@@ -55,7 +56,7 @@ def test_a_text_as_the_centres_see_it(model):
 
 
 def test_contexts_that_are_nearest_to_a_centre(model, monkeypatch):
-    monkeypatch.setattr("hgpt.interpret.centres.CHUNK", 7)
+    monkeypatch.setattr("hgpt.interpret.measures.centres.CHUNK", 7)
     states = np.random.default_rng(0).normal(size=(30, 32)).astype(np.float32) * np.linspace(0.2, 3, 30)[:, None]
     states = states.astype(np.float32)
     log_p, d = exact(model, states)

@@ -64,7 +64,7 @@ def test_text_that_takes_more_tokens_than_a_model_reads_is_cut_and_not_dropped(f
         assert next(pieces, None) is None
         lengths = [len(targets) for _, targets in read.windows]
         assert max(lengths) == 16 and min(lengths[:-3]) > 8  # no piece is a remnant of a few tokens
-        assert max(len(targets) for _, targets in corpus.windows(model, 40, 0, longest=5)) == 5
+        assert max(len(targets) for _, targets in corpus.read(model, 40, 0, longest=5).windows) == 5
 
 
 def test_the_bytes_of_word_pieces_are_those_of_the_text_they_were_made_from(folders):
@@ -122,7 +122,7 @@ def test_halves_of_characters_at_the_edges_are_left_out(tmp_path):
     data = prepare(tmp_path / "data", backend, "日本語")
     with loaded(find_sources([str(export(tmp_path / "other", byte_pairs(262)))])[0], CPU) as model:
         # Five bytes: one character, and two of the three bytes of the next.
-        inputs, targets = Corpus.open(str(data)).windows(model, 4, 0)[0]
+        inputs, targets = Corpus.open(str(data)).read(model, 4, 0).windows[0]
         assert model.tokenizer.decode([inputs[0], *targets]) == "日"
 
 

@@ -1,7 +1,8 @@
-"""hgpt/interpret/figures.py: what is drawn and what is said of it, on results made by hand."""
+"""Sections and figures of the measures: what is drawn and what is said of it, on results made by hand."""
 
 import itertools
 import re
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,32 +13,27 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from hgpt.interpret.analysis import CHECKPOINT_TOKENS, CHECKPOINT_WINDOW
-from hgpt.interpret.calibration import reliability_curve
-from hgpt.interpret.figures import (
-    Drawing,
-    counts_text,
-    draw_all,
-    duplicate_variants,
-    look,
-    measure_against_loss,
-    save_figure,
-    scores_by_relation,
-    swatch,
-)
+from hgpt.interpret import report
+from hgpt.interpret.blocks import Details, Drawing, Prose, paragraph
+from hgpt.interpret.drawing import look, measure_against_loss, save_figure, swatch
+from hgpt.interpret.measure import Analysis, Measure, ModelResult, Quantity, counts_text
+from hgpt.interpret.measures import MEASURES, calibration, lens, parallelograms, planes
+from hgpt.interpret.measures.differences import duplicate_variants, variant_signs, variants
+from hgpt.interpret.measures.parallelograms import PRESET, RelationScore, scores_by_relation
 from hgpt.interpret.models import Source
-from hgpt.interpret.parallelograms import PRESET
-from hgpt.interpret.positions import LayerLens, Positions, TextMeasures
-from hgpt.interpret.results import Analysis, AnalysisSettings, Estimate, ModelResult, RelationResult, estimate
+from hgpt.interpret.positions import Positions, TextMeasures
+from hgpt.interpret.report import drawings
+from hgpt.interpret.statistics import Estimate, estimate
+from hgpt.interpret.subject import CHECKPOINT_TOKENS, CHECKPOINT_WINDOW, AnalysisSettings
 
-VOCABULARY = frozenset({("a", 0)})
+CURVES = [curve for measure in MEASURES for curve in measure.curves]
 
 
-def relation(score: float, *, seed: int = 0, sampled: np.ndarray | None = None, pairs: int = 30) -> RelationResult:
+def relation(score: float, *, seed: int = 0, sampled: np.ndarray | None = None) -> RelationScore:
     rng = np.random.default_rng(seed)
     replicates = score + 0.1 * rng.normal(size=200)
-    return RelationResult(
-        pairs=pairs,
+    return RelationScore(
+        pairs=30,
         dropped=2,
         score=estimate(score, replicates),
         shuffled=2 * score,
@@ -45,42 +41,36 @@ def relation(score: float, *, seed: int = 0, sampled: np.ndarray | None = None, 
         plane_variance=0.1,
         plane_variance_of_words=0.3,
         replicates=replicates,
-        disjoint=score + rng.normal(size=pairs // 2),
+        disjoint=score + rng.normal(size=15),
         sampled=rng.uniform(0, 9, 400) if sampled is None else sampled,
     )
 
 
-def plane(pairs: int = 12) -> dict[str, Any]:
-    rng = np.random.default_rng(1)
-    shares = {f"{name}_variance{of}": 0.2 for name in ("relation", "vocabulary") for of in ("", "_of_words")}
-    points = {name: rng.normal(size=(pairs, 2, 2)) for name in ("relation", "vocabulary")}
-    return {"words": tuple((f"in{i}", f"out{i}") for i in range(pairs)), **points, **shares}
+def plane() -> planes.Plane:
+    points = np.random.default_rng(1).normal(size=(12, 2, 2))
+    words = tuple((f"in{i}", f"out{i}") for i in range(12))
+    return planes.Plane(words=words, points=points, variance=0.2, variance_of_words=0.2)
 
 
 def text(tokens: int, sampled: int) -> TextMeasures:
     rng = np.random.default_rng(2)
-    values = {name: rng.uniform(0.1, 1, tokens) for name in
-              ("loss", "confidence", "entropy", "log_margin", "target_ratio")}  # fmt: skip
+    names = ("loss", "confidence", "entropy", "log_margin", "target_ratio")
+    values = {name: rng.uniform(0.1, 1, tokens) for name in names}
     hits = {name: rng.random(tokens) < 0.5 for name in ("correct", "top5", "nearest")}
     positions = Positions(window=np.arange(tokens) // 16, target=np.zeros(tokens, dtype=np.int64), **values, **hits)
-    lens = tuple(
-        LayerLens(layer=i, loss=3.0, loss_error=0.1, accuracy=0.2, target_ratio=0.9, target_ratio_error=0.01)
-        for i in range(3)
-    )
-    return TextMeasures(
-        positions=positions, lens=lens, sample=rng.normal(size=(3, sampled, 4)), sample_at=np.arange(sampled)
-    )
+    return TextMeasures(positions=positions, sample=rng.normal(size=(3, sampled, 4)), sample_at=np.arange(sampled))
 
 
-def model(label: str, relations: dict[str, dict[str, RelationResult]], **rest: Any) -> ModelResult:
-    shape = {
-        "effective_rank": 2.0,
-        "participation_ratio": 2.0,
-        "isotropy": 0.5,
-        "mean_cosine": 0.1,
-        "norms": {"mean": 1.0},
-        "explained_variance": [0.5, 0.8, 1.0],
-    }
+def model(
+    label: str,
+    relations: dict[str, dict[str, RelationScore]],
+    *,
+    text: TextMeasures | None = None,
+    history: list[dict[str, Any]] = (),
+    checkpoints: list[dict[str, Any]] = (),
+) -> ModelResult:
+    shape = {"effective_rank": 2.0, "participation_ratio": 2.0, "isotropy": 0.5, "mean_cosine": 0.1,
+             "norms": {"mean": 1.0}, "explained_variance": [0.5, 0.8, 1.0]}  # fmt: skip
     result = ModelResult(
         source=Source(label=label, folder=label),
         description="softmax, tied",
@@ -88,28 +78,33 @@ def model(label: str, relations: dict[str, dict[str, RelationResult]], **rest: A
         exponent=None,
         parameters=1000,
         tied=True,
-        vocabulary=VOCABULARY,
-        relations=relations,
-        planes={name: plane() for name in relations.get(PRESET, {})},
-        geometry={"input": shape, "centres": shape},
+        vocabulary=frozenset({("a", 0)}),
+        text=text,
+        checkpoints=list(checkpoints),
     )
-    measured = rest.get("text")
-    if measured is not None:
-        result.reliability = reliability_curve(measured.positions.confidence, measured.positions.correct)
-        result.quality = {"ece": Estimate(value=0.1, low=0.05, high=0.2)}
-    for name, value in rest.items():
-        setattr(result, name, value)
+    result.found = {
+        "parallelograms": relations,
+        "planes": {name: {"relation": plane(), "vocabulary": plane()} for name in relations.get(PRESET, {})},
+        "geometry": {"input": shape, "centres": shape},
+        "training": list(history),
+    }
+    if text is not None:
+        curve = calibration.reliability_curve(text.positions.confidence, text.positions.correct)
+        ece = Estimate(value=0.1, low=0.05, high=0.2)
+        result.found["calibration"] = calibration.Calibration(ece=ece, reliability=curve)
+        layer = {"loss": 3.0, "loss_error": 0.1, "accuracy": 0.2, "target_ratio": 0.9, "target_ratio_error": 0.01}
+        result.found[lens.NAME] = [layer] * 3
     return result
 
 
 def analysis(*models: ModelResult, **rest: Any) -> Analysis:
-    values: dict[str, Any] = {"comparisons": [], "cka": {}, "last_layer_cka": {}, "data": None, "data_source": None,
-                              "evaluated_tokens": 0, "windows": 0, "notes": []}  # fmt: skip
-    return Analysis(settings=AnalysisSettings(bootstrap=200), models=list(models), **(values | rest))
+    return Analysis(settings=AnalysisSettings(bootstrap=200), models=list(models), curves=CURVES, **rest)
 
 
-def drawn(found: Analysis) -> dict[str, Drawing]:
-    return {drawing.name: drawing for drawing in draw_all(found)}
+def drawn(found: Analysis, *measures: str) -> dict[str, Drawing]:
+    """The figures of some measures, or of all."""
+    shown = [measure for measure in MEASURES if not measures or measure.name in measures]
+    return {drawing.name: drawing for measure in shown for drawing in drawings(measure.section(found))}
 
 
 def legend(figure: Figure) -> list[str]:
@@ -165,7 +160,8 @@ def test_looks_differ_for_colour_blind_readers(kind):
 def test_an_interval_is_drawn_where_it_is_even_beside_its_value():
     outside = replace(relation(1.0), score=Estimate(value=1.0, low=2.0, high=3.0))
     unknown = replace(relation(1.5), score=Estimate(value=1.5, low=float("nan"), high=float("nan")))
-    figure = scores_by_relation(analysis(model("m", {PRESET: {"x": outside, "y": unknown}}))).figure
+    found = analysis(model("m", {PRESET: {"x": outside, "y": unknown}}))
+    figure = scores_by_relation(found, ["x", "y"]).figure
     lines = next(c for c in figure.axes[0].collections if isinstance(c, LineCollection))
     assert [segment[:, 0].tolist() for segment in lines.get_segments()] == [[2.0, 3.0]]
     assert sorted(figure.axes[0].lines[0].get_xdata()) == [1.0, 1.5]
@@ -175,7 +171,7 @@ def test_an_interval_is_drawn_where_it_is_even_beside_its_value():
 def test_a_model_without_usable_relations_is_left_out_and_named(without):
     models = [model("rich", {PRESET: {"x": relation(1.0), "y": relation(2.0)}})]
     models.insert(without, model("poor", {}))
-    figures = drawn(analysis(*models))
+    figures = drawn(analysis(*models), "parallelograms", "differences", "planes")
     assert "variants" not in figures
     for name in ("scores_by_relation", "score_cdfs"):
         assert legend(figures[name].figure) == ["rich"]
@@ -190,22 +186,24 @@ def test_a_model_without_usable_relations_is_left_out_and_named(without):
 
 
 def test_models_that_share_no_relation():
-    figures = drawn(analysis(model("a", {PRESET: {"x": relation(1.0)}}), model("b", {PRESET: {"y": relation(1.0)}}),
-                             model("c", {PRESET: {"x": relation(2.0), "y": relation(1.0)}})))  # fmt: skip
-    plane = figures["planes_of_relations"]
+    a, b = model("a", {PRESET: {"x": relation(1.0)}}), model("b", {PRESET: {"y": relation(1.0)}})
+    c = model("c", {PRESET: {"x": relation(2.0), "y": relation(1.0)}})
+    found = analysis(a, b, c)
+    plane = drawn(found, "planes")["planes_of_relations"]
     assert [axes.get_title().split(" · ")[:2] for axes in plane.figure.axes] == [["x", "a"], ["x", "c"]]
     assert "Not drawn: b." in plane.caption
-    difference = figures["variants"]
+    found.compared = {"differences": {"c": [{"variant": PRESET, "relation": "x", "difference": 1.0, "low": 0.0,
+                                             "high": 2.0, "p": 0.5, "p_holm": 0.5}]}}  # fmt: skip
+    difference = drawn(found, "differences")["variants"]
     assert legend(difference.figure) == ["c minus a"]
     assert "no relation that can be compared with a: b." in difference.caption
-    assert "variants" not in drawn(
-        analysis(model("a", {PRESET: {"x": relation(1.0)}}), model("b", {PRESET: {"y": relation(1.0)}}))
-    )
+    assert drawn(analysis(a, b), "differences") == {}
 
 
 def test_captions_of_planes_say_what_is_not_drawn():
     relations = {PRESET: {f"relation{i}": relation(1.0) for i in range(6)}}
-    caption = drawn(analysis(*(model(label, relations) for label in "abcde")))["planes_of_relations"].caption
+    found = analysis(*(model(label, relations) for label in "abcde"))
+    caption = drawn(found, "planes")["planes_of_relations"].caption
     assert "the first 4 of 6 relations by name, so that words can be read. Not drawn: relation4, relation5." in caption
     assert "at most 3 models, and such that share a relation. Not drawn: d, e." in caption
     assert "at most 8." in caption
@@ -220,50 +218,51 @@ def test_the_same_numbers_are_one_variant():
     # The same scores with other intervals are another way to measure.
     wider = tied | {"centres": {"x": relation(1.0, seed=1)}}
     assert duplicate_variants([model("a", wider), model("b", wider)]) == {}
-
-    def rows(*models: ModelResult) -> list[str]:
-        return [label.get_text() for label in drawn(analysis(*models))["variants"].figure.axes[0].get_yticklabels()]
-
-    assert rows(model("a", tied), model("b", other)) == [PRESET, "full space"]
-    assert rows(model("a", tied), model("b", other), model("c", untied)) == [PRESET, "centres", "full space"]
-    three = drawn(analysis(model("a", tied), model("b", other), model("c", untied)))["variants"]
+    two = variants(analysis(model("a", tied), model("b", other))).figure
+    three = variants(analysis(model("a", tied), model("b", other), model("c", untied)))
+    assert [label.get_text() for label in two.axes[0].get_yticklabels()] == [PRESET, "full space"]
+    labels = [label.get_text() for label in three.figure.axes[0].get_yticklabels()]
+    assert labels == [PRESET, "centres", "full space"]
     assert f"Drawn once, since the numbers are the same: “centres” and “{PRESET}” (b)." in three.caption
     markers = [line for line in three.figure.axes[0].lines if line.get_linestyle() == "None"]
     assert [len(line.get_xdata()) for line in markers] == [2, 3]
 
 
+def test_signs_of_variants():
+    tests = [{"variant": "x", "difference": d} for d in (1.0, -3.0)] + [{"variant": "y", "difference": 0.5}]
+    assert variant_signs(tests) == {"x": -1.0, "y": 0.5}
+
+
 def test_figures_are_signed_with_the_counts_that_were_measured():
     models = [model("a", {}, text=text(100, 60)), model("b", {}, text=text(80, 60)), model("c", {})]
-    figures = drawn(analysis(*models, data="folder", data_source="a book", cka={"b": np.eye(3)}))
+    figures = drawn(analysis(*models, data="folder", data_source="a book"), "calibration", "lens", "geometry")
     assert "Measured on 100 (a), 80 (b) validation tokens of: a book" in figures["reliability"].source
     assert "sample of 60 validation positions of: a book" in figures["layers"].source  # and not 512
-    assert "sample of 60 validation positions of: a book" in figures["cka"].source  # and not 1,024
     assert "c: softmax" not in figures["layers"].source
     assert "c: softmax" in figures["explained_variance"].source
-    assert "hidden states" not in drawn(analysis(model("c", {})))["explained_variance"].source
-    longer = drawn(analysis(model("a", {}, text=text(4000, 900)), data_source="a book"))
+    assert "hidden states" not in drawn(analysis(model("c", {})), "geometry")["explained_variance"].source
+    longer = drawn(analysis(model("a", {}, text=text(4000, 900)), data_source="a book"), "lens")
     assert "sample of 512 validation positions" in longer["layers"].source
     assert counts_text({"a": 5, "b": 5}) == "5" and counts_text({}) == "no"
 
 
 def test_scores_beyond_the_axis_are_said():
     far = np.concatenate([np.full(3, 5000.0), np.ones(397)])
-    figures = drawn(analysis(model("m", {PRESET: {"x": relation(1.0), "y": relation(1.0, sampled=far)}})))
-    assert "axis ends at 100. Scores beyond it are not drawn: at most 0.75% of a curve (y, m)." in (
-        figures["score_cdfs"].caption
-    )
-    near = drawn(analysis(model("m", {PRESET: {"x": relation(1.0)}})))
-    assert "axis ends" not in near["score_cdfs"].caption
+    for sampled, said in ((far, True), (None, False)):
+        relations = {PRESET: {"x": relation(1.0), "y": relation(1.0, sampled=sampled)}}
+        caption = parallelograms.score_distributions(analysis(model("m", relations)), ["x", "y"]).caption
+        assert ("axis ends at 100. Scores beyond it are not drawn: at most 0.75% of a curve (y, m)." in caption) == said
 
 
 def test_where_values_over_training_are_from():
     history = [{"kind": "eval", "step": s, "loss": 3.0, "x_norm_mean": 2.0} for s in (0, 10, 20)]
     kept = [{"step": s, "hidden_norm": 2.0, "centre_norm": 1.0} for s in (10, 20)]
-    figure = drawn(analysis(model("logs", {}, history=history), model("keeps", {}, checkpoints=kept)))["over_training"]
+    found = analysis(model("logs", {}, history=history), model("keeps", {}, checkpoints=kept))
+    figure = drawn(found, "training")["over_training"]
     assert "over the eval.diagnostic_windows of its configuration (16 unless set): logs." in figure.caption
-    text = f"over about {CHECKPOINT_TOKENS:,} validation tokens in windows of at most {CHECKPOINT_WINDOW}"
-    assert re.search(f"{text}, .*: keeps\\.", figure.caption)
-    # `keeps` is in the first panel and `logs` in the second only: the legend has both.
+    words = f"over about {CHECKPOINT_TOKENS:,} validation tokens in windows of at most {CHECKPOINT_WINDOW}"
+    assert re.search(f"{words}, .*: keeps\\.", figure.caption)
+    # `keeps` is in the centres' panel and `logs` is not: the legend has both.
     assert sorted(legend(figure.figure)) == ["keeps", "logs"]
 
 
@@ -295,3 +294,29 @@ def test_ten_arms_can_be_told_apart_and_nothing_is_cut_off(tmp_path: Path):
 def test_arms_without_exponents_keep_their_names():
     figure = measure_against_loss([{"arm": "a", "loss": 4.0, "m": 1.0}], {"m": "m"}, "one run")
     assert legend(figure) == ["a"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The protocol
+
+
+def test_a_new_measure_is_one_entry(monkeypatch):
+    """Its numbers are in the JSON, in the summary, in hgpt.compare's columns and in a section that is escaped."""
+    new = Measure(
+        name="answer",
+        title="The <answer>",
+        rows=lambda model: {"answer": model.found["answer"], "quality": {"answer": np.float32(0.5)}},
+        section=lambda found: [Prose(items=["one", "<two>"]), Details(title="more", blocks=[paragraph("folded")])],
+        quantities=(Quantity("the answer", lambda model: model.found["answer"], "higher", key="answer", axis="a"),),
+    )
+    monkeypatch.setattr(report, "MEASURES", (*MEASURES, new))
+    first = model("a", {PRESET: {"x": relation(1.0)}})
+    first.found["answer"] = Estimate(value=42.0, low=41.0, high=float("nan"))
+    found = analysis(first)
+    (entry,) = report._plain(report.to_json(found))["models"]
+    assert entry["answer"] == {"value": 42.0, "low": 41.0, "high": None} and entry["quality"] == {"answer": 0.5}
+    assert report.summary([first])[-1] == ("the answer ↑", [first.found["answer"]])
+    assert report.readability(first)["answer"] == 42.0
+    page = report.page(found, report.page_sections(found), defaultdict(str))
+    assert '<section id="answer"><h2>The &lt;answer&gt;</h2>' in page and '<a href="#answer">' in page
+    assert "<li>one</li><li>&lt;two&gt;</li>" in page and "<p>folded</p>" in page

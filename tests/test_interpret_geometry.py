@@ -1,22 +1,19 @@
-"""hgpt/interpret/geometry.py: against scikit-learn, NumPy's SVD, and clouds whose shape is known."""
+"""The shape of clouds of vectors and CKA: against scikit-learn, NumPy's SVD, and clouds whose shape is known."""
 
 import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
-from hgpt.interpret.geometry import (
-    centred_gram,
-    covariance,
-    debiased_cka,
+from hgpt.interpret.measures.geometry import (
     effective_rank,
     explained_variance,
     isotropy,
-    linear_cka,
     mean_cosine,
     norm_summary,
     participation_ratio,
-    principal_axes,
 )
+from hgpt.interpret.measures.similarity import centred_gram, debiased_cka, linear_cka
+from hgpt.interpret.vectors import covariance, principal_axes
 
 
 def cloud(n=300, d=10, seed=0):

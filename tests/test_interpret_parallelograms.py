@@ -1,4 +1,4 @@
-"""hgpt/interpret/parallelograms.py: hand-worked values, brute force, planted structure and planted nulls."""
+"""Parallelograms and analogies: hand-worked values, brute force, planted structure and planted nulls."""
 
 import itertools
 import tracemalloc
@@ -7,32 +7,27 @@ import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
-from hgpt.interpret.geometry import covariance, principal_axes
-from hgpt.interpret.parallelograms import (
-    EPSILON,
+from hgpt.interpret.measures.analogies import EPSILON, analogy_answers, offset_consistency, resampled_accuracy
+from hgpt.interpret.measures.differences import difference_over_relations
+from hgpt.interpret.measures.parallelograms import (
     PRESET,
     VARIANTS,
-    RelationVectors,
-    ScoreSettings,
-    analogy_answers,
+    RelationScore,
     disjoint_pairs_of_pairs,
-    distinct_pairs,
+    mean_over_relations,
     mean_parallelogram_score,
-    offset_consistency,
     pairs_of_pairs,
     parallelogram_scores,
-    project,
     random_pairings,
-    resampled_accuracy,
+    relative_to_random_pairs,
     shuffled_scores,
 )
-from hgpt.interpret.statistics import bootstrap_counts, percentile_interval, sign_flip_test
+from hgpt.interpret.statistics import Estimate, bootstrap_counts, percentile_interval, sign_flip_test
+from hgpt.interpret.vectors import Matrix, RelationVectors, ScoreSettings, project
 
 
 def projected(vectors, ids, settings):
-    spread = covariance(vectors)
-    located = RelationVectors(vectors, ids, spread.mean)
-    return project(located, spread, principal_axes(spread.matrix), settings)
+    return project(RelationVectors(Matrix(vectors), ids), settings)
 
 
 def random_ids(pairs, vocabulary, seed=0):
@@ -69,7 +64,7 @@ def test_perfect_parallelograms_score_zero_in_every_variant(name):
     ids = random_ids(30, 400)
     vectors[ids[:, 1]] = vectors[ids[:, 0]] + rng.normal(size=120)
     result = projected(vectors, ids, VARIANTS[name])
-    offsets = result.outputs - result.inputs
+    offsets = result.offsets
     assert mean_parallelogram_score(offsets, result.scale) == pytest.approx(0, abs=1e-12)
     shuffled = shuffled_scores(result.inputs, result.outputs, result.scale, random_pairings(30, 199, seed=0))
     assert shuffled.min() > 0.05  # the same words paired at random are no parallelograms
@@ -91,7 +86,7 @@ def test_a_random_embedding_scores_about_four(settings):
     for seed in range(40):
         vectors = np.random.default_rng(seed).normal(size=(500, 30)) * np.linspace(0.5, 2, 30) + 5
         result = projected(vectors, random_ids(40, 500, seed), settings)
-        means.append(mean_parallelogram_score(result.outputs - result.inputs, result.scale))
+        means.append(mean_parallelogram_score(result.offsets, result.scale))
     assert np.mean(means) == pytest.approx(4, abs=0.25)
 
 
@@ -105,7 +100,7 @@ def test_a_random_embedding_is_not_found_and_a_planted_relation_is():
             if planted:
                 vectors[ids[:, 1]] = vectors[ids[:, 0]] + rng.normal(size=20) + rng.normal(size=(40, 20))
             result = projected(vectors, ids, ScoreSettings(components=None))
-            score = mean_parallelogram_score(result.outputs - result.inputs, result.scale)
+            score = mean_parallelogram_score(result.offsets, result.scale)
             shuffled = shuffled_scores(result.inputs, result.outputs, result.scale, random_pairings(40, 99, seed))
             p_values.append((1 + np.sum(shuffled <= score)) / 100)
     assert np.mean(np.array(p_null) <= 0.05) < 0.15
@@ -121,11 +116,14 @@ def test_two_models_that_differ_are_told_apart_and_two_equal_ones_are_not():
         vectors[ids[:, 1]] = vectors[ids[:, 0]] + rng.normal(size=20) + noise * rng.normal(size=(len(ids), 20))
         result = projected(vectors, ids, ScoreSettings(components=None, normalisation="relation"))
         chosen = disjoint_pairs_of_pairs(len(ids), 0)
-        return parallelogram_scores(result.outputs - result.inputs, result.scale, chosen)
+        return parallelogram_scores(result.offsets, result.scale, chosen)
 
     ids = random_ids(50, 300)
-    same = [sign_flip_test(scores(2 * s, 1.0, ids) - scores(2 * s + 1, 1.0, ids), permutations=199) for s in range(80)]
-    other = [sign_flip_test(scores(2 * s, 1.0, ids) - scores(2 * s + 1, 1.5, ids), permutations=199) for s in range(20)]
+
+    def p_value(s, noise):
+        return sign_flip_test(scores(2 * s, 1.0, ids) - scores(2 * s + 1, noise, ids), permutations=999, seed=s)
+
+    same, other = [p_value(s, 1.0) for s in range(80)], [p_value(s, 1.5) for s in range(20)]
     assert np.mean(np.array(same) <= 0.05) < 0.13
     assert np.mean(np.array(other) <= 0.05) > 0.9
 
@@ -156,7 +154,7 @@ def test_planes_are_those_of_scikit_learn():
     pca = PCA(n_components=2, svd_solver="full").fit(words)
     result = projected(vectors, ids, ScoreSettings(plane="relation", normalisation="relation"))
     distance = np.linalg.norm(pca.transform(vectors[ids[:, 0]]) - pca.transform(vectors[ids[:, 1]]), axis=1)
-    assert np.linalg.norm(result.outputs - result.inputs, axis=1) == pytest.approx(distance, rel=1e-4)
+    assert np.linalg.norm(result.offsets, axis=1) == pytest.approx(distance, rel=1e-4)
     assert result.scale == pytest.approx(np.square(pca.transform(words)).sum(axis=1).mean(), rel=1e-5)
     assert result.plane_variance_of_words == pytest.approx(pca.explained_variance_ratio_.sum(), rel=1e-5)
 
@@ -184,7 +182,7 @@ def test_the_preset_is_the_papers():
 
 @pytest.mark.parametrize("block", [2, 7, 256])
 def test_shuffled_scores_are_scores_of_shuffled_pairs(block, monkeypatch):
-    monkeypatch.setattr("hgpt.interpret.parallelograms.INPUTS_AT_A_TIME", block)
+    monkeypatch.setattr("hgpt.interpret.measures.parallelograms.INPUTS_AT_A_TIME", block)
     rng = np.random.default_rng(2)
     inputs, outputs = rng.normal(size=(7, 3)) + 1, rng.normal(size=(7, 3)) - 2
     pairings = random_pairings(7, 5, seed=9)
@@ -210,15 +208,6 @@ def test_random_pairs_of_a_large_relation_need_little_memory():
     tracemalloc.stop()
     assert peak < 30e6
     assert found[3] == pytest.approx(mean_parallelogram_score(outputs[pairings[:, 3]] - inputs, 1.0))
-
-
-def test_distinct_pairs():
-    ids = np.array([[3, 4], [1, 1], [3, 4], [4, 3], [1, 2]])
-    assert distinct_pairs(ids).tolist() == [0, 3, 4]
-    # What is left has no perfect parallelogram that the tokens alone decide: a = b and c = d, or a = c and b = d.
-    kept = ids[distinct_pairs(ids)]
-    for first, second in itertools.combinations(kept, 2):
-        assert sorted([first[0], second[1]]) != sorted([first[1], second[0]]) or first[0] == second[1]
 
 
 def test_pairs_of_pairs():
@@ -258,22 +247,40 @@ def test_analogies_are_brute_force():
             assert found[method][number] == scores.argmax(), method
 
 
-def test_planted_analogies_are_answered():
-    rng = np.random.default_rng(6)
-    vectors = rng.normal(size=(500, 50)).astype(np.float32)
-    ids = random_ids(30, 500)
-    vectors[ids[:, 1]] = vectors[ids[:, 0]] + 1.5 * rng.normal(size=50)
-    chosen = pairs_of_pairs(30, 200, seed=0)
-    questions = np.column_stack([ids[chosen[:, 0]], ids[chosen[:, 1], 0]])
-    for answers in analogy_answers(vectors, questions).values():
-        assert np.mean(answers == ids[chosen[:, 1], 1]) > 0.95
-    scrambled = rng.normal(size=(500, 50)).astype(np.float32)
-    for answers in analogy_answers(scrambled, questions).values():
-        assert np.mean(answers == ids[chosen[:, 1], 1]) < 0.05
-
-
 def test_resampled_accuracy_weighs_questions_by_their_pairs():
     correct, chosen = np.array([True, False, False]), np.array([[0, 1], [1, 2], [0, 2]])
     counts = np.array([[1.0, 1.0, 1.0], [2.0, 1.0, 0.0], [1.0, 0.0, 2.0]])
     # Weights 1 1 1 → 1/3; 2 0 0 → 1; 0 0 2 → 0.
     assert resampled_accuracy(correct, chosen, counts).tolist() == pytest.approx([1 / 3, 1, 0])
+
+
+def result(score: float, shuffled: float, spread: float = 0.0) -> RelationScore:
+    replicates = score + spread * np.linspace(-1, 1, 401)
+    return RelationScore(
+        pairs=10,
+        dropped=0,
+        score=Estimate(value=score, low=score - spread, high=score + spread),
+        shuffled=shuffled,
+        p_shuffled=0.5,
+        plane_variance=0.1,
+        plane_variance_of_words=0.1,
+        replicates=replicates,
+        disjoint=np.empty(0),
+        sampled=np.empty(0),
+    )
+
+
+def test_means_over_relations_by_hand():
+    results = {"x": result(1.0, 2.0, 0.2), "y": result(3.0, 3.0, 0.2)}
+    mean = mean_over_relations(results)
+    assert (mean.value, mean.low, mean.high) == pytest.approx((2.0, 1.81, 2.19))
+    relative = relative_to_random_pairs(results)  # (1/2 + 3/3) / 2
+    assert relative.value == pytest.approx(0.75)
+    assert relative.high - relative.low == pytest.approx(0.38 * (1 / 2 + 1 / 3) / 2)
+
+
+def test_differences_are_paired_and_over_shared_relations():
+    mine, theirs = {"x": result(1.0, 2, 0.5), "y": result(9, 2)}, {"x": result(1.5, 2, 0.5), "z": result(0, 2)}
+    found = difference_over_relations(mine, theirs)
+    assert (found.value, found.low, found.high) == pytest.approx((-0.5, -0.5, -0.5))
+    assert difference_over_relations({"a": result(1, 2)}, {"b": result(1, 2)}) is None

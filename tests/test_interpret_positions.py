@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from hgpt.interpret.measures.lens import logit_lens
 from hgpt.interpret.models import LoadedModel, Source
 from hgpt.interpret.positions import distance_measures, log_probability_measures, measure_text
 from hgpt.model.configuration_hgpt import HGPTConfig
@@ -42,7 +43,7 @@ def test_every_measure_is_that_of_the_whole_matrix(kind, monkeypatch):
     loaded = model_of(kind)
     text = windows(4)
     seen = []
-    found = measure_text(loaded, text, sample=20, lens_sample=10, seed=0, advance=seen.append)
+    found = measure_text(loaded, text, sample=20, seed=0, advance=seen.append)
     exact = loaded.model.double()
     x, y, window = [], [], []
     for number, (inputs, targets) in enumerate(text):
@@ -76,32 +77,35 @@ def test_every_measure_is_that_of_the_whole_matrix(kind, monkeypatch):
     if kind == "harmonic":
         assert (found.positions.nearest == found.positions.correct).all()
 
-    # The lens reads the last layer as the model does, and earlier ones through the final norm.
-    assert len(found.lens) == LAYERS + 1
     assert found.sample.shape == (LAYERS + 1, 20, 16)
     assert found.sample[-1] == pytest.approx(x[found.sample_at].numpy(), abs=1e-4)
 
 
-def test_the_lens_of_the_last_layer_is_the_model(monkeypatch):
+def test_the_lens_reads_the_last_layer_as_the_model_does_and_earlier_ones_through_the_final_norm(monkeypatch):
+    monkeypatch.setattr("hgpt.interpret.measures.lens.CHUNK", 5)
     loaded = model_of("harmonic")
-    found = measure_text(loaded, windows(3), sample=1000, lens_sample=1000, seed=0)
-    assert found.lens[-1].loss == pytest.approx(found.positions.loss.mean(), rel=1e-5)
-    assert found.lens[-1].accuracy == pytest.approx(found.positions.correct.mean())
-    assert found.lens[-1].target_ratio == pytest.approx(found.positions.target_ratio.mean(), rel=1e-5)
-    error = found.positions.loss.std(ddof=1) / len(found.positions.loss) ** 0.5
-    assert found.lens[-1].loss_error == pytest.approx(error, rel=1e-4)
+    found = measure_text(loaded, windows(3), sample=1000, seed=0)
+    positions = found.positions
+    lens = logit_lens(loaded, found.sample, positions.target[found.sample_at])
+    assert [layer["layer"] for layer in lens] == [0, 1, 2]
+    last = {"loss": positions.loss, "accuracy": positions.correct, "target_ratio": positions.target_ratio}
+    for name, values in last.items():
+        assert lens[-1][name] == pytest.approx(values.mean(), rel=1e-5)
+    assert lens[-1]["loss_error"] == pytest.approx(positions.loss.std(ddof=1) / len(positions.loss) ** 0.5, rel=1e-4)
+    x = torch.from_numpy(found.sample[1])
+    logits = loaded.model.lm_head(loaded.model.transformer.ln_f(x)).double()
+    expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(positions.target[found.sample_at]))
+    assert lens[1]["loss"] == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_two_models_sample_the_same_positions():
-    first, second = (
-        measure_text(model_of(kind), windows(4), sample=15, lens_sample=5, seed=3) for kind in ("harmonic", "softmax")
-    )
+    first, second = (measure_text(model_of(kind), windows(4), sample=15, seed=3) for kind in ("harmonic", "softmax"))
     assert first.sample_at.tolist() == second.sample_at.tolist()
     assert len(set(first.sample_at)) == 15
 
 
 def test_window_sums():
-    found = measure_text(model_of("softmax"), windows(3), sample=4, lens_sample=4, seed=0).positions
+    found = measure_text(model_of("softmax"), windows(3), sample=4, seed=0).positions
     sums, sizes = found.window_sums(found.loss)
     assert sizes.tolist() == [T, T, T, 4]
     assert sums[1] == pytest.approx(found.loss[T : 2 * T].sum())

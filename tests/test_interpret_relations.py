@@ -6,10 +6,20 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hgpt.errors import UserError
-from hgpt.interpret.relations import SHIPPED, Relation, load_relations, read_relation, token_pairs, word_token
+from hgpt.interpret.relations import (
+    SHIPPED,
+    Relation,
+    TokenPairs,
+    distinct,
+    load_relations,
+    read_relation,
+    token_pairs,
+    word_token,
+)
 
 ROOT = Path(__file__).parent.parent
 # A tokenizer of the words "a" 1, "b" 2, "cd" → 3 4, " a" 5; everything else is unknown, 0, and "" has no token.
@@ -49,7 +59,8 @@ def test_an_installed_hgpt_has_the_sets_and_the_page(tmp_path):
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         names = set(wheel.namelist())
     expected = {f"hgpt/interpret/relation_sets/{path.name}" for path in SHIPPED.glob("*.json")}
-    assert expected | {"hgpt/interpret/page/style.css", "hgpt/interpret/page/browser.js"} <= names
+    expected |= {f"hgpt/interpret/page/{name}" for name in ("report.html", "style.css", "browser.js")}
+    assert expected | {"hgpt/interpret/measures/geometry.py"} <= names
 
 
 def test_reading_strips_and_keeps_each_pair_once(tmp_path):
@@ -111,3 +122,11 @@ def test_pairs_without_tokens_are_counted():
     single = token_pairs(relation, encode, "single", unknown=0)
     assert (single.ids.tolist(), single.dropped) == ([[1, 2]], 2)
     assert token_pairs(Relation(name="y", pairs=(("x", "y"),)), encode, "last", 0).ids.shape == (0, 2)
+
+
+def test_distinct_pairs():
+    ids = np.array([[3, 4], [1, 1], [3, 4], [4, 3], [1, 2]])
+    pairs = TokenPairs(words=tuple((f"in{i}", f"out{i}") for i in range(5)), ids=ids, dropped=2)
+    found = distinct(pairs)
+    assert found.ids.tolist() == [[3, 4], [4, 3], [1, 2]]
+    assert (found.words, found.dropped) == ((pairs.words[0], pairs.words[3], pairs.words[4]), 4)

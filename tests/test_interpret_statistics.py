@@ -1,4 +1,4 @@
-"""hgpt/interpret/statistics.py: against SciPy, values worked out by hand, and rates under a true null hypothesis."""
+"""Intervals and tests: values worked out by hand, SciPy, and rates under a true null hypothesis."""
 
 import itertools
 import math
@@ -8,7 +8,6 @@ import pytest
 from scipy import stats
 
 from hgpt.interpret.statistics import (
-    LARGEST_EXACT,
     bootstrap_counts,
     bootstrap_ratio,
     holm,
@@ -16,7 +15,6 @@ from hgpt.interpret.statistics import (
     sign_flip_test,
     smallest_shuffle_p,
     smallest_sign_flip_p,
-    wilson_interval,
 )
 
 
@@ -34,33 +32,27 @@ def test_holm_counts_only_tests_that_were_made():
     assert np.isnan(holm([0.02, float("nan")])[1])
 
 
-@pytest.mark.parametrize("size", [3, 7, LARGEST_EXACT])
-def test_exact_sign_flips_are_those_of_scipy(size):
+@pytest.mark.parametrize("size", [2, 3, 7, 13])
+def test_sign_flips_of_few_differences_are_every_pattern(size):
     differences = np.random.default_rng(size).normal(0.4, 1, size)
-    expected = stats.permutation_test(
-        (differences, np.zeros(size)), lambda a, b: np.mean(a - b), permutation_type="samples", n_resamples=np.inf
-    )
-    assert sign_flip_test(differences) == pytest.approx(expected.pvalue)
+    patterns = np.array(list(itertools.product((-1.0, 1.0), repeat=size)))
+    expected = np.mean(np.abs(patterns @ differences) >= abs(differences.sum()) - 1e-12)
+    assert sign_flip_test(differences) == pytest.approx(expected)
 
 
-def test_sampled_sign_flips_agree_with_scipy():
-    differences = np.random.default_rng(1).normal(0.3, 1, 40)
-    expected = stats.permutation_test(
-        (differences, np.zeros(40)),
-        lambda a, b, axis: np.mean(a - b, axis=axis),
-        permutation_type="samples",
-        n_resamples=20_000,
-        vectorized=True,
-        rng=np.random.default_rng(2),
-    )
-    assert sign_flip_test(differences) == pytest.approx(expected.pvalue, abs=0.015)
+def test_sign_flips_of_many_differences_are_a_sample():
+    """Against the normal distribution that the sum of 100 signed differences nearly has; reproducible by its seed."""
+    differences = np.random.default_rng(1).normal(0.15, 1, 100)
+    z = differences.sum() / np.sqrt(np.square(differences).sum())
+    found = sign_flip_test(differences)
+    assert found == pytest.approx(2 * stats.norm.sf(abs(z)), abs=0.015)
+    assert sign_flip_test(differences) == found != sign_flip_test(differences, seed=1)
 
 
 def test_sign_flips_by_hand():
     # Of the four sign patterns of (1, 2), the sums are ±3 and ±1: two are as large as 3.
     assert sign_flip_test(np.array([1.0, 2.0])) == 0.5
     assert sign_flip_test(np.zeros(5)) == 1.0
-    assert np.isnan(sign_flip_test(np.empty(0)))
     assert sign_flip_test(np.full(40, 1.0)) == 1 / 10_000  # never 0
 
 
@@ -72,11 +64,11 @@ def test_sign_flips_reject_a_true_null_as_often_as_they_should():
     assert np.mean(planted <= 0.05) > 0.9
 
 
-@pytest.mark.parametrize("size", [1, 2, 5, LARGEST_EXACT, LARGEST_EXACT + 1, 40])
+@pytest.mark.parametrize("size", [2, 5, 13, 14, 40])
 def test_smallest_p_of_sign_flips_is_that_of_differences_of_one_sign(size):
     # No two sums of subsets of powers of two are the same, and no pattern but the two extremes is as large.
     found = sign_flip_test(2.0 ** np.arange(size))
-    assert smallest_sign_flip_p(size) == pytest.approx(found, rel=1e-9 if size <= LARGEST_EXACT else 0.7)
+    assert smallest_sign_flip_p(size) == pytest.approx(found, rel=1e-9 if size < 14 else 0.7)
     assert smallest_sign_flip_p(40, permutations=99) == 0.01
 
 
@@ -87,14 +79,6 @@ def test_smallest_p_of_shuffles():
     assert smallest_shuffle_p(4, 999) == 1 / len(sums)
     assert smallest_shuffle_p(7, 999) == 0.001 > 1 / math.factorial(7)
     assert smallest_shuffle_p(500, 9) == 0.1
-
-
-def test_wilson_intervals_are_those_of_scipy():
-    hits, trials = np.array([0, 3, 10, 1, 250]), np.array([10, 10, 10, 1, 1000])
-    low, high = wilson_interval(hits / trials, trials)
-    for i in range(len(hits)):
-        expected = stats.binomtest(int(hits[i]), int(trials[i])).proportion_ci(method="wilson")
-        assert (low[i], high[i]) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
 def test_bootstrap_counts_are_resamples():

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hgpt.cli import Parser, run
 from hgpt.errors import UserError
 from hgpt.interpret.report import PAGE, interpret
-from hgpt.interpret.results import AnalysisSettings
+from hgpt.interpret.subject import AnalysisSettings
 from hgpt.model.distances import load_distances
 
 

@@ -92,9 +92,18 @@ def token_pairs(
             words.append(pair)
             ids.append(tokens)
     return TokenPairs(
-        words=tuple(words),
-        ids=np.array(ids, dtype=np.int64).reshape(-1, 2),
-        dropped=len(relation.pairs) - len(words),
+        words=tuple(words), ids=np.array(ids, dtype=np.int64).reshape(-1, 2), dropped=len(relation.pairs) - len(words)
+    )
+
+
+def distinct(pairs: TokenPairs) -> TokenPairs:
+    """Without pairs whose two tokens are the same, and with each pair of tokens once: its first."""
+    first = np.sort(np.unique(pairs.ids, axis=0, return_index=True)[1])
+    kept = first[pairs.ids[first, 0] != pairs.ids[first, 1]]
+    return TokenPairs(
+        words=tuple(pairs.words[index] for index in kept),
+        ids=pairs.ids[kept],
+        dropped=pairs.dropped + len(pairs.ids) - len(kept),
     )
 
 

@@ -1,17 +1,38 @@
 """Uncertainty: bootstrap intervals, permutation tests, and the correction for many of them."""
 
-import itertools
 import math
-from statistics import NormalDist
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+from scipy import stats
 
 CONFIDENCE = 0.95
+SIGNIFICANT = 1 - CONFIDENCE
+SIGN_FLIPS = 9999  # patterns of signs; where there are no more, all of them are counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A value and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def text(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def estimate(value: float, replicates: np.ndarray) -> Estimate:
+    """A value with the percentile interval of its bootstrap replicates."""
+    low, high = percentile_interval(replicates)
+    return Estimate(value=float(value), low=low, high=high)
 
 
 def percentile_interval(replicates: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """The percentile bootstrap interval: the (1 − c)/2 and (1 + c)/2 quantiles of the replicates, (B,); nan are left
-    out.
+    """The percentile bootstrap interval: the (1 − c)/2 and (1 + c)/2 quantiles of the replicates, (B,), without nan.
 
     Efron & Tibshirani, *An Introduction to the Bootstrap* (1993), §13.3.
     """
@@ -22,83 +43,60 @@ def percentile_interval(replicates: np.ndarray, confidence: float = CONFIDENCE) 
     return float(low), float(high)
 
 
+@lru_cache(maxsize=4)  # variants of a score ask for the same resamples one after the other
 def bootstrap_counts(items: int, replicates: int, seed: int) -> np.ndarray:
     """How often each of `items` is drawn in each of `replicates` samples with replacement, (B, items), float64.
 
-    Statistics of a resample are then weighted sums with these counts. The same seed gives the same resamples, so that
-    the replicates of two models are paired.
+    Statistics of a resample are then weighted sums with these counts. The same seed gives the same resamples, so the
+    replicates of two models are paired. The array is shared: it cannot be written to.
     """
     draws = np.random.default_rng(seed).integers(0, items, size=(replicates, items))
     flat = draws + items * np.arange(replicates)[:, None]
-    return np.bincount(flat.ravel(), minlength=replicates * items).reshape(replicates, items).astype(np.float64)
+    counts = np.bincount(flat.ravel(), minlength=replicates * items).reshape(replicates, items).astype(np.float64)
+    counts.setflags(write=False)
+    return counts
 
 
 def bootstrap_ratio(numerators: np.ndarray, denominators: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Replicates of Σ numerators / Σ denominators when whole clusters are resampled, (B,).
+    """Replicates of Σ numerators / Σ denominators when whole clusters are resampled, (B,); nan for 0 / 0.
 
     Args:
         numerators, denominators: sums of each cluster, (clusters,): a window's losses and its number of targets.
         counts: `bootstrap_counts(clusters, …)`.
     """
-    return (counts @ numerators) / (counts @ denominators)
-
-
-def wilson_interval(
-    share: np.ndarray, count: np.ndarray, confidence: float = CONFIDENCE
-) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's interval of a share p of n independent trials, element by element; inside [0, 1], and of some width
-    also for p = 0 and 1.
-
-        (p + z²/2n ± z √(p (1 − p)/n + z²/4n²)) / (1 + z²/n)
-
-    Wilson, J. Am. Stat. Assoc. 22 (1927).
-    """
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    middle = share + z**2 / (2 * count)
-    half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    scale = 1 + z**2 / count
-    return (middle - half) / scale, (middle + half) / scale
-
-
-# Up to here all 2^m sign patterns are counted, beyond it a sample of them is.
-LARGEST_EXACT = 12
-SIGN_FLIPS = 9999  # of the sample
+    with np.errstate(invalid="ignore"):
+        return (counts @ numerators) / (counts @ denominators)
 
 
 def sign_flip_test(differences: np.ndarray, *, permutations: int = SIGN_FLIPS, seed: int = 0) -> float:
-    """Two-sided p-value of the permutation test of paired samples: the mean of `differences` (m,) against 0.
+    """Two-sided p-value of the permutation test of paired samples: the mean of `differences` δ, (m ≥ 2,), against 0.
 
         p = #{s : |mean(s ⊙ δ)| ≥ |mean(δ)|} / #{s}        s ∈ {−1, 1}^m
 
     Under the null hypothesis the two members of each pair may be exchanged, which flips the sign of its difference. All
-    2^m patterns are counted up to m = 12; beyond it `permutations` random ones and the identity (Phipson & Smyth 2010,
-    arXiv:1603.05766: p is never 0). The same test as `scipy.stats.permutation_test(permutation_type="samples")`.
+    2^m patterns are counted where there are at most `permutations`. Otherwise `permutations` random ones and the
+    identity are counted, so p is never 0 (Phipson & Smyth 2010, arXiv:1603.05766).
     """
-    m = len(differences)
-    if m == 0:
-        return float("nan")
-    observed = abs(differences.sum())
-    # Sums that are equal but for the order of their terms count as equal.
-    slack = 1e-9 * np.abs(differences).sum()
-    if m <= LARGEST_EXACT:
-        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=m)))
-        return float(np.mean(np.abs(signs @ differences) >= observed - slack))
-    rng = np.random.default_rng(seed)
-    as_large = 1
-    for part in np.array_split(np.arange(permutations), max(1, permutations * m // 4_000_000)):
-        signs = rng.integers(0, 2, size=(len(part), m), dtype=np.int8) * 2.0 - 1.0
-        as_large += int(np.sum(np.abs(signs @ differences) >= observed - slack))
-    return as_large / (permutations + 1)
+    test = stats.permutation_test(
+        (differences,),
+        lambda x, axis: np.abs(np.sum(x, axis=axis)),
+        permutation_type="samples",
+        alternative="greater",
+        n_resamples=permutations,
+        vectorized=True,
+        batch=max(1, 4_000_000 // len(differences)),  # at most 32 MB at a time
+        rng=np.random.default_rng(seed),
+    )
+    return float(test.pvalue)
 
 
 def smallest_sign_flip_p(m: int, permutations: int = SIGN_FLIPS) -> float:
-    """The least p-value that `sign_flip_test` gives for m differences, whatever they are (on average where patterns are
-    sampled).
+    """The least p-value that `sign_flip_test` can give for m differences (on average where patterns are sampled).
 
-    Their own signs and the opposite ones always count, 2 / 2^m; of a sample p is never below 1 / (1 + permutations).
+    Their own signs and the opposite ones always count, 2 / 2^m; a sample never gives less than 1 / (1 + permutations).
     """
     exact = 2.0 ** (1 - m)
-    return exact if m <= LARGEST_EXACT else max(exact, 1 / (permutations + 1))
+    return exact if 2**m <= permutations else max(exact, 1 / (permutations + 1))
 
 
 def smallest_shuffle_p(pairs: int, permutations: int) -> float:

@@ -1,0 +1,219 @@
+"""How figures look: the same colours, legends and intervals in all of them, and below each what it was measured on."""
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.markers import MarkerStyle
+from matplotlib.transforms import Affine2D
+
+from hgpt.interpret.blocks import Drawing
+from hgpt.interpret.measure import ModelResult
+from hgpt.interpret.statistics import Estimate
+
+# Okabe & Ito's colours, which colour-blind readers can tell apart, without the yellow, which is faint on white. Line
+# styles and markers differ as well, for print in black and white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+WIDTH = 8.0  # inches
+DPI = 120
+GREY = "0.45"
+
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9,
+    "legend.frameon": False,
+    "svg.hashsalt": "hgpt",  # the same report gives the same file
+    "figure.dpi": DPI,
+}
+
+
+def look(index: int) -> dict[str, Any]:
+    """Colour, line style and marker of the model with this number, the same in every figure.
+
+    With index = 7 r + c: colour c, style (c + r) mod 4, marker (c + 2 r) mod 7. Any two of the first 28 differ in
+    their colour, or else in both line style and marker: some figures have lines only, others markers only.
+    """
+    again, colour = divmod(index, len(COLOURS))
+    return {
+        "color": COLOURS[colour],
+        "linestyle": STYLES[(colour + again) % len(STYLES)],
+        "marker": MARKERS[(colour + 2 * again) % len(MARKERS)],
+    }
+
+
+def line_look(index: int) -> dict[str, Any]:
+    """`look` without the marker."""
+    return {name: value for name, value in look(index).items() if name != "marker"}
+
+
+def swatch(index: int) -> Markup:
+    """Line and marker of `look(index)` as SVG for the page: what the legends of the figures show."""
+    style = look(index)
+    marker = MarkerStyle(style["marker"])
+    # To the middle of a box of 360 × 120, upright: y points down in SVG.
+    placed = marker.get_transform() + Affine2D().scale(80, -80).translate(180, 60)
+    outlines = marker.get_path().to_polygons(placed)
+    shapes = "".join(
+        f'<polygon points="{" ".join(f"{x:.0f},{y:.0f}" for x, y in np.asarray(outline))}" fill="{style["color"]}"/>'
+        for outline in outlines
+    )
+    defaults = matplotlib.rcParams
+    patterns = {
+        "--": defaults["lines.dashed_pattern"],
+        "-.": defaults["lines.dashdot_pattern"],
+        ":": defaults["lines.dotted_pattern"],
+    }
+    pattern = " ".join(f"{16 * length:.0f}" for length in patterns.get(style["linestyle"], ()))
+    dasharray = f' stroke-dasharray="{pattern}"' if pattern else ""
+    return Markup(
+        f'<svg class="swatch" viewBox="0 0 360 120" aria-hidden="true"><line x1="0" y1="60" x2="360" y2="60" '
+        f'stroke="{style["color"]}" stroke-width="16"{dasharray}/>{shapes}</svg>'
+    )
+
+
+def headings(models: Sequence[ModelResult]) -> list[Markup]:
+    """Swatch and label of each model, for the heads of tables."""
+    return [swatch(index) + model.label for index, model in enumerate(models)]
+
+
+def new_figure(rows: int = 1, columns: int = 1, height: float = 3.4, **options: Any) -> tuple[Figure, np.ndarray]:
+    """A figure and its panels, (rows, columns); `height` leaves room for one line of legend and two below."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def grid(count: int, columns: int, *, row_height: float, extra: float, **options: Any) -> tuple[Figure, np.ndarray]:
+    """`new_figure` for `count` panels, at most `columns` beside one another; the rest are hidden."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure, axes = new_figure(rows, columns, height=extra + row_height * rows, **options)
+    for panel in list(axes.flat)[count:]:
+        panel.set_visible(False)
+    return figure, axes
+
+
+def sign(
+    figure: Figure,
+    name: str,
+    title: str,
+    *,
+    caption: str,
+    models: Sequence[ModelResult],
+    source: str,
+    remarks: Iterable[str] = (),
+) -> Drawing:
+    """The finished figure, its legend above and below it which models, steps, tokens and settings it came from.
+
+    Args:
+        models: those that are in the figure.
+        source: what they were measured on.
+        remarks: sentences about what the figure leaves out, for the end of the caption.
+    """
+    legend(figure)
+    origin = f"{'; '.join(model.provenance for model in models)}. {source}"
+    write_below(figure, origin)
+    return Drawing(name=name, title=title, caption=" ".join([caption, *remarks]), source=origin, figure=figure)
+
+
+def legend(figure: Figure) -> None:
+    """One legend above all panels, of every model in one of them; each further line makes the figure higher."""
+    handles: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if not handles:
+        return
+    # About 125 characters fit beside one another. The line, long enough to show its style, and gaps take 13.
+    columns = max(1, min(3, 125 // (max(map(len, handles)) + 13)))
+    _grow(figure, 0.17 * (-(-len(handles) // columns) - 1))
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside upper left", ncols=columns, fontsize=8, handlelength=4.2
+    )
+
+
+def write_below(figure: Figure, text: str) -> None:
+    lines = textwrap.wrap(text, int(WIDTH * 18))
+    _grow(figure, 0.11 * (len(lines) - 2))
+    figure.supxlabel("\n".join(lines), fontsize=6.5, color=GREY, x=0.01, ha="left")
+
+
+def _grow(figure: Figure, inches: float) -> None:
+    figure.set_figheight(figure.get_figheight() + max(0.0, inches))
+
+
+def draw_intervals(
+    panel: Axes, found: Sequence[Estimate], places: np.ndarray, index: int, label: str, *, across: bool = True
+) -> None:
+    """A marker at each value and a line over its interval, with the look of model `index`.
+
+    The line is drawn where the interval is. A percentile interval need not hold its value, which the bars of
+    `Axes.errorbar`, lengths from the value, cannot show.
+    """
+    values = np.array([[estimate.value, estimate.low, estimate.high] for estimate in found])
+    known = np.isfinite(values).all(axis=1)
+    style = look(index)
+    lines = panel.hlines if across else panel.vlines
+    lines(places[known], values[known, 1], values[known, 2], color=style["color"], linewidth=1.2)
+    x, y = (values[:, 0], places) if across else (places, values[:, 0])
+    panel.plot(x, y, linestyle="none", marker=style["marker"], color=style["color"], markersize=4, label=label)
+
+
+def listed(sentence: str, labels: Sequence[str]) -> list[str]:
+    """`sentence: a, b.` as the only entry, nothing where there are no labels."""
+    return [f"{sentence}: {', '.join(labels)}."] if labels else []
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> Path:
+    """Write NAME.png and NAME.svg into `folder`; returns the PNG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(folder / f"{name}.png", dpi=DPI)
+        figure.set_layout_engine("none")  # the layout is found; finding it again takes most of the time
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    return folder / f"{name}.png"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Comparisons of many runs
+
+
+def measure_against_loss(rows: Sequence[dict[str, Any]], measures: dict[str, str], source: str) -> Figure:
+    """Each measure of readability against the validation loss, a point for each run, an arm by colour and marker.
+
+    Args:
+        rows: {"arm", "loss", and each measure}; a measure that is None is left out. With an "exponent" that is not
+            None in a row, the legend says the n of its arm.
+        measures: key → axis label.
+        source: what the runs were, to stand below the figure.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = grid(len(measures), 3, row_height=2.4, extra=1.6)
+        arms = list(dict.fromkeys(row["arm"] for row in rows))
+        for panel, (key, label) in zip(axes.flat, measures.items(), strict=False):
+            for index, arm in enumerate(arms):
+                own = [row for row in rows if row["arm"] == arm]
+                points = [(row["loss"], row[key]) for row in own if row[key] is not None]
+                style = look(index)
+                x, y = zip(*points, strict=True) if points else ((), ())
+                panel.plot(x, y, style["marker"], color=style["color"], markersize=5, alpha=0.8,
+                           label=arm + _exponent_text([row.get("exponent") for row in own]))  # fmt: skip
+            panel.set(xlabel="validation loss (nats)", ylabel=label)
+        legend(figure)
+        write_below(figure, source)
+    return figure
+
+
+def _exponent_text(exponents: Sequence[float | None]) -> str:
+    """`, n = 33.9`, or the range where the runs of an arm differ (n is learnt); nothing for a softmax head."""
+    known = sorted({f"{n:.4g}" for n in exponents if n is not None}, key=float)
+    return f", n = {' to '.join(dict.fromkeys((known[0], known[-1])))}" if known else ""

@@ -1,0 +1,183 @@
+"""Whether confidence can be taken at its word: the reliability curve and the expected calibration error."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from hgpt.interpret.blocks import Block
+from hgpt.interpret.drawing import GREY, look, new_figure, sign
+from hgpt.interpret.measure import Analysis, Measure, ModelResult, Quantity, counts_text, tokens_read
+from hgpt.interpret.positions import Positions
+from hgpt.interpret.statistics import CONFIDENCE, Estimate
+from hgpt.interpret.subject import Subject
+
+NAME = "calibration"
+BINS = 15  # of the reliability curve, as in Guo et al.
+SURE = 3.0  # standard errors beyond which the sign of a bin's gap counts as known
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reliability:
+    """The reliability curve: of each bin that is not empty its mean confidence, its accuracy and its positions."""
+
+    confidence: np.ndarray
+    accuracy: np.ndarray
+    count: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    ece: Estimate
+    reliability: Reliability
+
+
+def of(model: ModelResult) -> Calibration | None:
+    return model.found.get(NAME)
+
+
+def confidence_bins(confidence: np.ndarray, bins: int = BINS) -> np.ndarray:
+    """The bin of each position, (N,), in 0 … bins − 1: bin m holds the confidences in (m / M, (m + 1) / M]."""
+    return np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+
+
+def reliability_curve(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> Reliability:
+    """Accuracy against confidence in `bins` bins of equal width.
+
+    Args:
+        confidence: probability of the predicted token, (N,), in [0, 1].
+        correct: whether it was the target, (N,).
+    """
+    index = confidence_bins(confidence, bins)
+    count = np.bincount(index, minlength=bins)
+    kept = count > 0
+    return Reliability(
+        confidence=np.bincount(index, weights=confidence, minlength=bins)[kept] / count[kept],
+        accuracy=np.bincount(index, weights=correct.astype(np.float64), minlength=bins)[kept] / count[kept],
+        count=count[kept],
+    )
+
+
+def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:
+    """ECE = Σ_m |B_m| / N · |accuracy(B_m) − confidence(B_m)|, over bins of equal width.
+
+    Guo et al., *On Calibration of Modern Neural Networks*, arXiv:1706.04599, eq. 3. 0 for perfect calibration; on few
+    positions noise alone makes it positive.
+    """
+    curve = reliability_curve(confidence, correct, bins)
+    return float(np.sum(curve.count * np.abs(curve.accuracy - curve.confidence)) / curve.count.sum())
+
+
+def calibration_error_interval(
+    gaps: np.ndarray, sizes: np.ndarray, counts: np.ndarray, confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """An interval for the ECE that infinitely many positions would have, which is a norm, ‖g‖₁, of the bins' gaps g.
+
+    The ECE of a sample, ‖ĝ‖₁, is too large on average (noise in a gap that is 0 adds to it), and that of a resample is
+    so once more: quantiles of resamples miss a calibrated model. Resampled is the noise h = g* − ĝ of the gaps instead,
+    and what it does to the norm is that of the norm's directional derivative,
+
+        ‖ĝ‖₁ − ‖g‖₁ ≈ Σ_m [g_m ≠ 0] sign(g_m) h_m + [g_m = 0] |h_m|
+
+    in which a gap counts as 0 while it is below SURE standard errors (Fang & Santos, *Inference on Directionally
+    Differentiable Functions*, Review of Economic Studies 86, 2019, arXiv:1404.3763). The lower end subtracts the
+    upper quantile of that. The upper end subtracts the lower quantile of Σ_m sign(ĝ_m) h_m, which is smaller still:
+    noise can only hide an error as far as it has the opposite sign. So the sample's own ECE lies inside.
+
+    Args:
+        gaps: Σ correct − confidence of each cluster of positions in each bin, (clusters, M).
+        sizes: positions of each cluster, (clusters,).
+        counts: `statistics.bootstrap_counts(clusters, …)`, (B, clusters).
+    """
+    found = gaps.sum(axis=0) / sizes.sum()  # (M,)
+    noise = counts @ gaps / (counts @ sizes)[:, None] - found  # (B, M)
+    signed = noise * np.sign(found)
+    known = np.abs(found) > SURE * noise.std(axis=0)
+    error = np.abs(found).sum()
+    low = error - np.quantile(np.where(known, signed, np.abs(noise)).sum(axis=1), (1 + confidence) / 2)
+    high = error - np.quantile(signed.sum(axis=1), (1 - confidence) / 2)
+    return max(0.0, float(low)), min(1.0, float(high))
+
+
+def window_gaps(positions: Positions) -> tuple[np.ndarray, np.ndarray]:
+    """Σ correct − confidence of each window in each bin, (windows, BINS), and the positions of each, (windows,)."""
+    windows = np.unique(positions.window, return_inverse=True)[1]
+    index = windows * BINS + confidence_bins(positions.confidence)
+    gap = positions.correct.astype(np.float64) - positions.confidence
+    sizes = np.bincount(windows).astype(np.float64)
+    return np.bincount(index, weights=gap, minlength=len(sizes) * BINS).reshape(len(sizes), -1), sizes
+
+
+def compute(subject: Subject) -> Calibration | None:
+    if subject.read is None:
+        return None
+    positions = subject.read.measures.positions
+    low, high = calibration_error_interval(*window_gaps(positions), subject.read.counts)
+    error = expected_calibration_error(positions.confidence, positions.correct)
+    return Calibration(
+        ece=Estimate(value=error, low=low, high=high),
+        reliability=reliability_curve(positions.confidence, positions.correct),
+    )
+
+
+def rows(model: ModelResult) -> dict[str, Any]:
+    found = of(model)
+    return {"reliability": None} if found is None else {"quality": {"ece": found.ece}, "reliability": found.reliability}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def section(analysis: Analysis) -> list[Block]:
+    shown = [(index, found) for index, model in enumerate(analysis.models) if (found := of(model)) is not None]
+    if not shown:
+        return []
+    figure, axes = new_figure(2, 1, height=4.6, sharex=True, height_ratios=(3, 1))
+    curve_panel, count_panel = axes[:, 0]
+    for index, found in shown:
+        curve = found.reliability
+        style = look(index)
+        # A bin of a few positions says little, also where all of them are right or all wrong.
+        hits = np.rint(curve.accuracy * curve.count).astype(int)
+        intervals = [
+            stats.binomtest(hit, count).proportion_ci(CONFIDENCE, method="wilson")
+            for hit, count in zip(hits.tolist(), curve.count.tolist(), strict=True)
+        ]
+        curve_panel.vlines(curve.confidence, *zip(*intervals, strict=True), color=style["color"], linewidth=1)
+        label = f"{analysis.models[index].label}, ECE {found.ece.text}"
+        curve_panel.plot(curve.confidence, curve.accuracy, **style, markersize=4, label=label)
+        count_panel.plot(curve.confidence, curve.count, **style, markersize=3)
+    curve_panel.plot([0, 1], [0, 1], color=GREY, linewidth=1)
+    curve_panel.set(ylabel="accuracy", ylim=(0, 1))
+    count_panel.set(xlabel="confidence: probability of the predicted token", ylabel="positions", xlim=(0, 1))
+    count_panel.set_yscale("log")
+    models = [analysis.models[index] for index, _ in shown]
+    return [
+        sign(
+            figure,
+            "reliability",
+            "Reliability",
+            caption="Accuracy against confidence in 15 bins of equal width; on the diagonal confidence can be taken at "
+            "its word. Bars: Wilson's 95 % interval of a share, as if the positions of a bin were independent. Those "
+            "of one window are not, so the bars are rather too short; the interval of the ECE is over windows.",
+            models=models,
+            source=f"Measured on {counts_text(tokens_read(models))} validation tokens of: {analysis.data_source}. ECE "
+            f"with 95 % interval over windows, {analysis.resampled}.",
+        )
+    ]
+
+
+def _ece(model: ModelResult) -> Estimate | None:
+    return None if (found := of(model)) is None else found.ece
+
+
+MEASURE = Measure(
+    name=NAME,
+    title="Calibration",
+    compute=compute,
+    rows=rows,
+    section=section,
+    quantities=(Quantity("expected calibration error", _ece, "lower", key="ece", axis="expected calibration error"),),
+)

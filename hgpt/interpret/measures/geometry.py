@@ -1,0 +1,199 @@
+"""The shape of the clouds of vectors: ranks, isotropy, norms; of the input embedding, the centres, hidden states."""
+
+from typing import Any
+
+import numpy as np
+
+from hgpt.interpret.blocks import Block, Cell, paragraph
+from hgpt.interpret.drawing import line_look, new_figure, sign
+from hgpt.interpret.measure import Analysis, Curve, Measure, ModelResult, Quantity, counts_text, states_sampled
+from hgpt.interpret.subject import Subject
+from hgpt.interpret.vectors import CHUNK, Matrix
+
+NAME = "geometry"
+CLOUDS = {"input": "input embedding", "centres": "centres", "hidden": "hidden states at the head"}
+
+
+def of(model: ModelResult, cloud: str) -> dict[str, Any] | None:
+    """The measures of one cloud of `CLOUDS`; None for hidden states without text."""
+    return model.found.get(NAME, {}).get(cloud)
+
+
+def explained_variance(eigenvalues: np.ndarray) -> np.ndarray:
+    """Cumulated share of the variance, Σ_{i ≤ k} λ_i / Σ λ_i for k = 1 … D, of eigenvalues in falling order, (D,)."""
+    return np.cumsum(eigenvalues) / np.sum(eigenvalues)
+
+
+def effective_rank(eigenvalues: np.ndarray) -> float:
+    """exp(−Σ p_i log p_i) with p_i = σ_i / Σ σ_j and the singular values σ_i = √λ_i.
+
+    Between 1 and D; D when all directions are used alike. `eigenvalues` are those of the covariance, so the vectors
+    count as centred. Roy & Vetterli, *The effective rank: a measure of effective dimensionality*, EUSIPCO 2007.
+    """
+    singular = np.sqrt(np.maximum(eigenvalues, 0.0))
+    p = singular[singular > 0] / singular.sum()
+    return float(np.exp(-np.sum(p * np.log(p))))
+
+
+def participation_ratio(eigenvalues: np.ndarray) -> float:
+    """(Σ λ_i)² / Σ λ_i² of a covariance's eigenvalues: D for a round cloud, 1 for a line.
+
+    Gao et al., *A theory of multineuronal dimensionality, dynamics and measurement*, bioRxiv 214262 (2017).
+    """
+    return float(np.sum(eigenvalues) ** 2 / np.sum(np.square(eigenvalues)))
+
+
+def mean_cosine(x: np.ndarray) -> float:
+    """Mean cosine over all pairs of different rows, (|Σ u|² − N) / (N (N − 1)) with u = x/|x|; rows of zero left out.
+
+    0 for directions spread evenly, near 1 for a narrow cone: the anisotropy of Ethayarajh, arXiv:1909.00512.
+    """
+    total, count = np.zeros(x.shape[1]), 0
+    for start in range(0, len(x), CHUNK):
+        part = x[start : start + CHUNK].astype(np.float64)
+        norms = np.linalg.norm(part, axis=1)
+        part = part[norms > 0] / norms[norms > 0, None]
+        total += part.sum(axis=0)
+        count += len(part)
+    if count < 2:
+        return float("nan")
+    return float((total @ total - count) / (count * (count - 1)))
+
+
+def isotropy(x: np.ndarray) -> float:
+    """min_c Z(c) / max_c Z(c) with Z(c) = Σ_i exp(c·x_i / s), over ±c of the eigenvectors c of XᵀX; s = √mean |x|².
+
+    1 for an isotropic cloud, 0 for a degenerate one. Mu & Viswanath, *All-but-the-top*, arXiv:1702.01417, eq. 5;
+    vectors are brought to a root mean square norm of 1 first, without which the figure depends on their unit of length.
+    """
+    gram = np.zeros((x.shape[1], x.shape[1]))
+    for start in range(0, len(x), CHUNK):
+        part = x[start : start + CHUNK].astype(np.float64)
+        gram += part.T @ part
+    scale = np.sqrt(np.trace(gram) / len(x))
+    directions = np.linalg.eigh(gram)[1]  # (D, D)
+    partition = np.zeros((2, x.shape[1]))
+    for start in range(0, len(x), CHUNK):
+        projected = (x[start : start + CHUNK].astype(np.float64) / scale) @ directions
+        partition += np.stack([np.exp(projected).sum(axis=0), np.exp(-projected).sum(axis=0)])
+    return float(partition.min() / partition.max())
+
+
+def norm_summary(x: np.ndarray) -> dict[str, float]:
+    """Mean, standard deviation, 5 % and 95 % quantiles and maximum of |x_i|."""
+    norms = np.linalg.norm(x, axis=1).astype(np.float64)
+    low, high = np.quantile(norms, [0.05, 0.95])
+    return {
+        "mean": float(norms.mean()),
+        "sd": float(norms.std()),
+        "quantile_05": float(low),
+        "quantile_95": float(high),
+        "max": float(norms.max()),
+    }
+
+
+def shape(cloud: Matrix) -> dict[str, Any]:
+    """Every measure of the geometry of one cloud."""
+    variances = cloud.principal.variances
+    return {
+        "effective_rank": effective_rank(variances),
+        "participation_ratio": participation_ratio(variances),
+        "isotropy": isotropy(cloud.rows),
+        "mean_cosine": mean_cosine(cloud.rows),
+        "norms": norm_summary(cloud.rows),
+        "explained_variance": explained_variance(variances).tolist(),
+    }
+
+
+def compute(subject: Subject) -> dict[str, dict[str, Any]]:
+    found = {"input": shape(subject.input)}
+    found["centres"] = found["input"] if subject.model.tied else shape(subject.centres)
+    if subject.read is not None:
+        found["hidden"] = shape(Matrix(subject.read.measures.sample[-1]))
+    return found
+
+
+def checkpoint(subject: Subject) -> dict[str, float]:
+    variances = subject.centres.principal.variances
+    return {
+        "centre_norm": norm_summary(subject.centres.rows)["mean"],
+        "centre_effective_rank": effective_rank(variances),
+        "centre_participation_ratio": participation_ratio(variances),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def section(analysis: Analysis) -> list[Block]:
+    clouds = {name: title for name, title in CLOUDS.items() if any(of(model, name) for model in analysis.models)}
+    figure, axes = new_figure(1, len(clouds), height=3.3, sharey=True)
+    for panel, (name, title) in zip(axes[0], clouds.items(), strict=True):
+        for index, model in enumerate(analysis.models):
+            if (found := of(model, name)) is not None:
+                shares = found["explained_variance"]
+                panel.plot(range(1, len(shares) + 1), shares, **line_look(index), label=model.label)
+        panel.set_xscale("log")
+        panel.set(xlabel="principal components", title=title, ylim=(0, 1))
+    axes[0, 0].set_ylabel("cumulated share of the variance")
+    sampled = counts_text(states_sampled(analysis.models))
+    hidden = f"; hidden states: a sample of {sampled} validation positions of: {analysis.data_source}"
+    return [
+        paragraph(
+            "Ranks, participation ratio, isotropy, mean cosine and norms are in the summary. Those of the centres have "
+            "no interval: they are computed from all the weights, and vary over seeds only."
+            + (f" The rank of hidden states is that of a sample of {sampled} positions." if "hidden" in clouds else "")
+        ),
+        sign(
+            figure,
+            "explained_variance",
+            "Explained variance",
+            caption="The share of the variance in the first components. A curve that rises early means few directions "
+            "in use.",
+            models=analysis.models,
+            source=f"Principal components of all rows{hidden if 'hidden' in clouds else ''}.",
+        ),
+    ]
+
+
+def _value(cloud: str, name: str) -> Any:
+    def value(model: ModelResult) -> Cell:
+        found = of(model, cloud)
+        return None if found is None else found[name]
+
+    return value
+
+
+MEASURE = Measure(
+    name=NAME,
+    title="Geometry",
+    compute=compute,
+    checkpoint=checkpoint,
+    rows=lambda model: {"geometry": model.found[NAME]},
+    section=section,
+    quantities=(
+        Quantity(
+            "effective rank of the centres",
+            _value("centres", "effective_rank"),
+            key="effective_rank_centres",
+            axis="effective rank of the centres",
+        ),
+        Quantity("participation ratio of the centres", _value("centres", "participation_ratio")),
+        Quantity(
+            "share of the centres' variance in two components",
+            lambda model: model.found[NAME]["centres"]["explained_variance"][1],
+            key="explained_2_centres",
+            axis="share of the centres' variance\nin two components",
+        ),
+        Quantity("isotropy of the centres", _value("centres", "isotropy")),
+        Quantity("mean cosine of two centres", _value("centres", "mean_cosine")),
+        Quantity("effective rank of hidden states", _value("hidden", "effective_rank")),
+        Quantity("mean norm of the centres", lambda model: model.found[NAME]["centres"]["norms"]["mean"]),
+    ),
+    curves=(
+        Curve(key="centre_norm", logged="w_norm_mean", axis="mean norm of the centres", log_scale=True),
+        Curve(key="centre_effective_rank", axis="effective rank of the centres"),
+        Curve(key="centre_participation_ratio", axis="participation ratio\nof the centres"),
+    ),
+)

@@ -1,0 +1,110 @@
+"""The logit lens: what each block's output would predict, and how far the target's centre is from it.
+
+nostalgebraist, *interpreting GPT: the logit lens* (2020); here with distances too.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hgpt.interpret.blocks import Block
+from hgpt.interpret.drawing import look, new_figure, sign
+from hgpt.interpret.measure import Analysis, Measure, ModelResult, counts_text, states_sampled
+from hgpt.interpret.models import LoadedModel
+from hgpt.interpret.positions import CHUNK, measure_states, sampled_positions
+from hgpt.interpret.subject import Subject
+
+NAME = "lens"
+LENS_POSITIONS = 512
+
+
+def of(model: ModelResult) -> list[dict[str, float]]:
+    """Of each layer, the embedding first: "loss", "accuracy", "target_ratio", and standard errors as "loss_error", …"""
+    return model.found.get(NAME) or []
+
+
+def logit_lens(loaded: LoadedModel, states: np.ndarray, targets: np.ndarray) -> list[dict[str, float]]:
+    """Loss, accuracy and d_target / d_median of each layer's states, (layers + 1, S ≥ 2, D), read by the final norm
+    and the head.
+
+    The last layer's states are after the final norm already.
+    """
+    lens = []
+    y = torch.from_numpy(targets.astype(np.int64)).to(loaded.device)
+    bar = tqdm(states, desc=f"{loaded.source.label}: logit lens", unit="layer", disable=None, leave=False)
+    for layer, layer_states in enumerate(bar):
+        found: dict[str, list[Tensor]] = {"loss": [], "correct": [], "target_ratio": []}
+        for start in range(0, len(targets), CHUNK):
+            part = slice(start, start + CHUNK)
+            x = torch.from_numpy(layer_states[part]).to(loaded.device)
+            if layer < len(states) - 1:
+                x = loaded.final_norm(x)
+            measured = measure_states(loaded, x, y[part])
+            for name, values in found.items():
+                values.append(measured[name].double())
+        loss, correct, ratio = (torch.cat(values) for values in found.values())
+        lens.append(
+            {
+                "layer": layer,
+                "loss": float(loss.mean()),
+                "loss_error": float(loss.std() / len(loss) ** 0.5),
+                "accuracy": float(correct.mean()),
+                "target_ratio": float(ratio.mean()),
+                "target_ratio_error": float(ratio.std() / len(ratio) ** 0.5),
+            }
+        )
+    return lens
+
+
+def compute(subject: Subject) -> list[dict[str, float]] | None:
+    if subject.read is None:
+        return None
+    text = subject.read.measures
+    chosen = sampled_positions(len(text.positions.target), LENS_POSITIONS, subject.settings.seed)
+    inside = np.isin(text.sample_at, chosen)
+    return logit_lens(subject.model, text.sample[:, inside], text.positions.target[text.sample_at[inside]])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def section(analysis: Analysis) -> list[Block]:
+    models = [(index, model) for index, model in enumerate(analysis.models) if of(model)]
+    if not models:
+        return []
+    figure, axes = new_figure(1, 3, height=3.3)
+    for index, model in models:
+        for panel, name in zip(axes[0], ("loss", "accuracy", "target_ratio"), strict=True):
+            values = [layer[name] for layer in of(model)]
+            errors = [1.96 * layer[f"{name}_error"] for layer in of(model) if f"{name}_error" in layer]
+            panel.errorbar(range(len(values)), values, yerr=errors or None, **look(index), markersize=4,
+                           label=model.label)  # fmt: skip
+    labels = ("loss (nats per token)", "accuracy", "distance to the target's centre\nover the median distance")
+    for panel, label in zip(axes[0], labels, strict=True):
+        panel.set(xlabel="after block (0: embedding)", ylabel=label)
+        panel.xaxis.get_major_locator().set_params(integer=True)
+    shown = [model for _, model in models]
+    sampled = {label: min(LENS_POSITIONS, count) for label, count in states_sampled(shown).items()}
+    return [
+        sign(
+            figure,
+            "layers",
+            "Logit lens with distances",
+            caption="Each block's output read by the final norm and the head. Bars: 95 % intervals of the mean, as if "
+            "positions were independent; the accuracy has none.",
+            models=shown,
+            source=f"On a sample of {counts_text(sampled)} validation positions of: {analysis.data_source}. Distances "
+            "by the metric of a harmonic head, Euclidean for softmax.",
+        )
+    ]
+
+
+MEASURE = Measure(
+    name=NAME,
+    title="Logit lens",
+    compute=compute,
+    rows=lambda model: {"logit_lens": of(model)},
+    section=section,
+)

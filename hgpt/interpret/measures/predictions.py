@@ -1,0 +1,167 @@
+"""How well a model predicts: loss, accuracy and entropy, and how far the target's centre is."""
+
+from typing import Any
+
+import numpy as np
+
+from hgpt.interpret.blocks import Block, paragraph
+from hgpt.interpret.drawing import draw_intervals, new_figure, sign
+from hgpt.interpret.measure import Analysis, Curve, Measure, ModelResult, Quantity, counts_text, tokens_read
+from hgpt.interpret.measures.calibration import expected_calibration_error
+from hgpt.interpret.measures.geometry import norm_summary
+from hgpt.interpret.statistics import Estimate, bootstrap_ratio, estimate
+from hgpt.interpret.subject import Read, Subject
+
+NAME = "predictions"
+# Ranks of a token's frequency in the training set: the ten most frequent tokens, the next ninety, …
+BANDS = ((1, 10), (11, 100), (101, 1_000), (1_001, 10_000), (10_001, None))
+
+
+def of(model: ModelResult) -> dict[str, Any]:
+    """ "quality": name → mean over positions; "bands": the same by frequency of the target. Empty without text."""
+    return model.found.get(NAME) or {"quality": {}, "bands": []}
+
+
+def bits_per_byte(losses: np.ndarray, text_bytes: np.ndarray) -> float:
+    """Σ loss / (ln 2 · Σ bytes): losses of targets in nats, and the bytes of UTF-8 that these stand for, in any parts.
+
+    Comparable between tokenizers, which nats per token are not.
+    """
+    return float(losses.sum() / (np.log(2) * text_bytes.sum()))
+
+
+def frequency_ranks(counts: np.ndarray) -> np.ndarray:
+    """The rank of each token by its count in the training set, (V,): 1 for the most frequent; ties by token id."""
+    ranks = np.empty(len(counts), dtype=np.int64)
+    ranks[np.argsort(-counts, kind="stable")] = np.arange(1, len(counts) + 1)
+    return ranks
+
+
+def frequency_bands(counts: np.ndarray) -> np.ndarray:
+    """The band of `BANDS` that each token belongs to by the rank of its count, (V,)."""
+    limits = [last for _, last in BANDS if last is not None]
+    return np.searchsorted(np.array(limits), frequency_ranks(counts))
+
+
+def band_name(band: int) -> str:
+    first, last = BANDS[band]
+    return f"rank {first:,}–{last:,}" if last is not None else f"rank above {first - 1:,}"
+
+
+def compute(subject: Subject) -> dict[str, Any] | None:
+    read = subject.read
+    if read is None:
+        return None
+    positions = read.measures.positions
+    quality = {
+        "loss": read.mean(positions.loss),
+        "accuracy": read.mean(positions.correct),
+        "top5": read.mean(positions.top5),
+        "entropy": read.mean(positions.entropy),
+        "confidence": read.mean(positions.confidence),
+        "nearest_accuracy": read.mean(positions.nearest),
+        "log_margin": read.mean(positions.log_margin),
+        "target_ratio": read.mean(positions.target_ratio),
+    }
+    if read.text_bytes is not None:
+        losses, _ = positions.window_sums(positions.loss.astype(np.float64))
+        replicates = bootstrap_ratio(losses / np.log(2), read.text_bytes, read.counts)
+        quality["bits_per_byte"] = estimate(bits_per_byte(losses, read.text_bytes), replicates)
+    bands = []
+    if read.fits:
+        assert subject.text is not None
+        band_of = frequency_bands(subject.text.corpus.counts(subject.model.vocab_size))[positions.target]
+        bands = [_band(read, band, band_of == band) for band in range(len(BANDS)) if (band_of == band).any()]
+    return {"quality": quality, "bands": bands}
+
+
+def _band(read: Read, band: int, inside: np.ndarray) -> dict[str, Any]:
+    positions = read.measures.positions
+    names = ("loss", "correct", "top5", "entropy", "target_ratio")
+    return {
+        "band": band_name(band),
+        "positions": int(inside.sum()),
+        "ece": expected_calibration_error(positions.confidence[inside], positions.correct[inside]),
+    } | {name: read.mean(getattr(positions, name), inside) for name in names}
+
+
+def checkpoint(subject: Subject) -> dict[str, float]:
+    if subject.read is None:
+        return {}
+    measures = subject.read.measures
+    return {
+        "hidden_norm": norm_summary(measures.sample[-1])["mean"],
+        "target_ratio": float(measures.positions.target_ratio.mean()),
+        "loss": float(measures.positions.loss.mean()),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def section(analysis: Analysis) -> list[Block]:
+    shown = [(index, of(model)["bands"]) for index, model in enumerate(analysis.models) if of(model)["bands"]]
+    if not shown:
+        return []
+    figure, axes = new_figure(1, 3)
+    names = [band["band"] for band in shown[0][1]]
+    step = 0.6 / len(shown)
+    panels = (("loss", "loss (nats per token)"), ("correct", "accuracy"), ("entropy", "entropy (nats)"))
+    for panel, (name, label) in zip(axes[0], panels, strict=True):
+        for place, (index, all_bands) in enumerate(shown):
+            bands = [band for band in all_bands if band["band"] in names]
+            places = np.array([names.index(band["band"]) for band in bands]) - 0.3 + step * (place + 0.5)
+            means = [band[name] for band in bands]
+            draw_intervals(panel, means, places, index, analysis.models[index].label, across=False)
+        panel.set_xticks(range(len(names)), [name.replace("rank ", "") for name in names], rotation=30, ha="right")
+        panel.set(xlabel="frequency rank of the target", ylabel=label)
+    models = [analysis.models[index] for index, _ in shown]
+    drawing = sign(
+        figure,
+        "frequency_bands",
+        "By frequency of the target",
+        caption="Targets grouped by how often they occur in the training data, the most frequent on the left.",
+        models=models,
+        source=f"Measured on {counts_text(tokens_read(models))} validation tokens of: {analysis.data_source}. 95 % "
+        f"intervals, {analysis.resampled} of windows.",
+    )
+    return [paragraph("Means over all positions are in the summary."), drawing]
+
+
+def _mean(name: str) -> Any:
+    return lambda model: of(model)["quality"].get(name)
+
+
+def _harmonic_ratio(model: ModelResult) -> Estimate | None:
+    return of(model)["quality"].get("target_ratio") if model.harmonic else None
+
+
+MEASURE = Measure(
+    name=NAME,
+    title="Predictions",
+    compute=compute,
+    checkpoint=checkpoint,
+    rows=of,
+    section=section,
+    quantities=(
+        Quantity("validation loss, nats per token, unsmoothed", _mean("loss"), "lower"),
+        Quantity("bits per byte", _mean("bits_per_byte"), "lower"),
+        Quantity("accuracy", _mean("accuracy"), "higher"),
+        Quantity("top-5 accuracy", _mean("top5"), "higher"),
+        Quantity("entropy of predictions, nats", _mean("entropy")),
+        Quantity("nearest-centre accuracy", _mean("nearest_accuracy"), "higher"),
+        Quantity("margin log(d of the nearest other / d of the target)", _mean("log_margin"), "higher"),
+        Quantity("distance to the target over the median distance", _mean("target_ratio"), "lower"),
+        Quantity("", _harmonic_ratio, key="target_ratio", axis="distance to the target over\nthe median distance"),
+    ),
+    curves=(
+        Curve(key="hidden_norm", logged="x_norm_mean", axis="mean norm of hidden states", on_text=True, log_scale=True),
+        Curve(
+            key="target_ratio",
+            logged="target_over_median_distance",
+            axis="distance to the target's centre\nover the median distance",
+            on_text=True,
+        ),
+    ),
+)

@@ -1,0 +1,160 @@
+"""The text browser: what each model thought before every token of a text."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hgpt.errors import UserError
+from hgpt.interpret.blocks import Block, Html, paragraph
+from hgpt.interpret.measure import Analysis, Measure, ModelResult
+from hgpt.interpret.models import LoadedModel
+from hgpt.interpret.subject import Subject
+
+NAME = "reading"
+NEAREST = 5
+POSITIONS = 160
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """A position of a text as its hidden state sees the centres.
+
+    `token` is the target, `p` its probability, `rank` 1 where it is the most probable; `ratio` is d / d_min of its
+    centre and `nearest` holds (token, p, d / d_min) of the most probable tokens. Ratios are None for a softmax head.
+    """
+
+    token: str
+    p: float
+    rank: int
+    ratio: float | None
+    nearest: tuple[tuple[str, float, float | None], ...]
+
+
+def of(model: ModelResult) -> list[Reading]:
+    return model.found.get(NAME) or []
+
+
+@torch.inference_mode()
+def read_text(loaded: LoadedModel, inputs: np.ndarray, targets: np.ndarray, k: int) -> list[Reading]:
+    """For each position of `inputs`, (T,), its target and its `k` most probable tokens with their distance ratios.
+
+    With a harmonic head the most probable tokens are those with the nearest centres, and
+    d_i / d_min = exp((z_max − z_i) / n), in any metric.
+    """
+    x = loaded.hidden_states(torch.from_numpy(inputs.astype(np.int64))[None])[-1][0]
+    y = torch.from_numpy(targets.astype(np.int64)).to(loaded.device)
+    readings = []
+    for position in range(len(inputs)):
+        logits = loaded.logits(x[position : position + 1])[0]  # (V,): one row at a time, there are few
+        log_p = logits.log_softmax(-1)
+        own = log_p[y[position]]
+        best, tokens = log_p.topk(min(k, len(log_p)))
+        nearest = tuple(
+            (loaded.token_text(token), p, _ratio(loaded, best[0] - log_probability))
+            for token, p, log_probability in zip(tokens.tolist(), best.exp().tolist(), best, strict=True)
+        )
+        readings.append(
+            Reading(
+                token=loaded.token_text(int(y[position])),
+                p=float(own.exp()),
+                rank=int((log_p > own).sum()) + 1,
+                ratio=_ratio(loaded, best[0] - own),
+                nearest=nearest,
+            )
+        )
+    return readings
+
+
+def _ratio(loaded: LoadedModel, difference: Tensor) -> float | None:
+    """d / d_min from log p_max − log p; None without a metric."""
+    return None if loaded.exponent is None else float(torch.exp(difference / loaded.exponent))
+
+
+def compute(subject: Subject) -> list[Reading] | None:
+    passage = _passage(subject)
+    return None if passage is None else read_text(subject.model, *passage, NEAREST)
+
+
+def _passage(subject: Subject) -> tuple[np.ndarray, np.ndarray] | None:
+    """Inputs and targets of the user's text, or of the beginning of the validation text; None without either."""
+    file, longest = subject.settings.text, min(POSITIONS, subject.model.context)
+    if file is not None:
+        try:
+            text = Path(file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--text {file} cannot be read as UTF-8: {error}") from error
+        tokens = np.array(subject.model.encode(text)[: longest + 1], dtype=np.int64)
+        if len(tokens) < 2:
+            raise UserError(f"--text {file} has {len(tokens)} tokens, but at least 2 are needed to predict one")
+        return tokens[:-1], tokens[1:]
+    if subject.read is None:
+        return None
+    inputs, targets = subject.read.windows[0]
+    return inputs[:longest], targets[:longest]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The page
+
+# A panel keeps to the bottom of the window as long as its own text is in sight.
+TEMPLATE = """
+{% for group in groups %}
+<div class="reading">
+<p class="quiet">The darker a token, the more probable {{ group.models[0].label }} found it
+{%- if groups|length > 1 %}, in the tokens of {{ group.models|map(attribute="label")|join(", ") }}{% endif %}.</p>
+<div class="text" id="text-{{ loop.index0 }}">
+{%- for seen in group.models[0].reading -%}
+<span tabindex="0" data-position="{{ loop.index0 }}" style="background:rgba(86,180,233,{{ "%.2f"|format(seen.p) }})">
+{{- seen.token }}</span>
+{%- endfor -%}
+</div>
+<div class="panel" id="panel-{{ loop.index0 }}"></div>
+</div>
+{% endfor %}
+<script type="application/json" id="readings">{{ groups|tojson }}</script>
+"""
+
+
+def reading_groups(models: Sequence[ModelResult]) -> list[dict[str, Any]]:
+    """Models that read the same tokens together, [{"tokens", "models": [{"label", "number", "reading"}]}].
+
+    `number` is the model's place in the report.
+    """
+    groups: dict[tuple[str, ...], dict[str, Any]] = {}
+    for number, model in enumerate(models):
+        if found := of(model):
+            tokens = tuple(reading.token for reading in found)
+            group = groups.setdefault(tokens, {"tokens": list(tokens), "models": []})
+            reading = [asdict(seen) for seen in found]
+            group["models"].append({"label": model.label, "number": number, "reading": reading})
+    return list(groups.values())
+
+
+def section(analysis: Analysis) -> list[Block]:
+    groups = reading_groups(analysis.models)
+    if not groups:
+        return []
+    source = analysis.settings.text or "the beginning of the first window of validation text"
+    return [
+        paragraph(
+            "Point at a token, tap it or reach it with Tab: what each model thought before it came, the most probable "
+            "tokens first. Of a harmonic head these are the nearest centres, with d / d_min; the list of a softmax "
+            "head is by probability alone."
+        ),
+        paragraph(f"Text: {source}.", quiet=True),
+        Html(template=TEMPLATE, values={"groups": groups}),
+    ]
+
+
+MEASURE = Measure(
+    name=NAME,
+    title="Text browser",
+    compute=compute,
+    rows=lambda model: {"reading": of(model)},
+    section=section,
+)

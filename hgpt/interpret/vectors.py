@@ -1,0 +1,151 @@
+"""Vectors as rows of a matrix: mean and covariance, principal axes, and the words of a relation in a plane.
+
+Vectors have any float dtype; every sum is made in float64.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import scipy.linalg
+
+from hgpt.interpret.relations import WordForm
+
+CHUNK = 8192  # rows that are widened to float64 at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Covariance:
+    """Mean μ, (D,), and covariance C = (1/N) Σ (x − μ)(x − μ)ᵀ, (D, D), of N vectors, float64."""
+
+    mean: np.ndarray
+    matrix: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrincipalAxes:
+    """Eigenvectors of a covariance as columns, (D, k), and their eigenvalues, (k,), the largest first."""
+
+    axes: np.ndarray
+    variances: np.ndarray
+
+
+def covariance(x: np.ndarray) -> Covariance:
+    """Mean and covariance of the rows of x, (N, D), without a second copy of x in float64."""
+    mean = x.mean(axis=0, dtype=np.float64)
+    matrix = np.zeros((x.shape[1], x.shape[1]))
+    for start in range(0, len(x), CHUNK):
+        part = x[start : start + CHUNK] - mean
+        matrix += part.T @ part
+    return Covariance(mean=mean, matrix=matrix / len(x))
+
+
+def principal_axes(matrix: np.ndarray, components: int | None = None) -> PrincipalAxes:
+    """The first principal axes of a covariance, (D, D): all of them for None. Signs: the largest entry is positive."""
+    size = len(matrix)
+    first = 0 if components is None else max(0, size - components)
+    variances, axes = scipy.linalg.eigh(matrix, subset_by_index=(first, size - 1))  # rising
+    variances, axes = variances[::-1], axes[:, ::-1]
+    largest = np.abs(axes).argmax(axis=0)
+    axes = axes * np.where(axes[largest, np.arange(axes.shape[1])] < 0, -1.0, 1.0)
+    return PrincipalAxes(axes=axes, variances=np.maximum(variances, 0.0))
+
+
+class Matrix:
+    """A vector for each token as rows, (V, D) float32, with its covariance and all its principal axes."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self.rows = rows
+
+    @cached_property
+    def covariance(self) -> Covariance:
+        return covariance(self.rows)
+
+    @cached_property
+    def principal(self) -> PrincipalAxes:
+        return principal_axes(self.covariance.matrix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings:
+    """Which words of a relation are used, and in which plane and on which scale they are measured.
+
+    Args:
+        components: principal components that vectors are projected on; None: no projection.
+        plane: whose principal components: of all rows of the vocabulary, or of the relation's words.
+        normalisation: the scale: mean ‖E‖² of the vocabulary inside the plane ("vocabulary"), of the relation's words
+            inside the plane ("relation"), or of the vocabulary in the full space, whatever the plane ("full_space").
+        words: which token stands for a word.
+        vectors: rows of the input embedding, or the centres (rows of the unembedding).
+        distinct: leave out pairs whose two words have the same token, and pairs of tokens that occurred before. Where
+            a word is its last token there may be many of them, and the tokens alone make their parallelograms perfect.
+    """
+
+    components: int | None = 2
+    plane: Literal["vocabulary", "relation"] = "vocabulary"
+    normalisation: Literal["vocabulary", "relation", "full_space"] = "vocabulary"
+    words: WordForm = "last"
+    vectors: Literal["input", "centres"] = "input"
+    distinct: bool = False
+
+
+class RelationVectors:
+    """The vectors of a relation's pairs in the full space: what all planes and scales start from.
+
+    Attributes:
+        pairs: (pairs, 2, D), float64, without the vocabulary's mean (differences of vectors do not contain it).
+        words: mean and covariance of the relation's words, each token once.
+    """
+
+    def __init__(self, vocabulary: Matrix, ids: np.ndarray) -> None:
+        """`ids`: tokens of the pairs, (pairs, 2)."""
+        self.vocabulary = vocabulary
+        self.pairs = vocabulary.rows[ids].astype(np.float64) - vocabulary.covariance.mean
+        self.words = covariance(vocabulary.rows[np.unique(ids)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """The vectors of a relation as a score sees them.
+
+    `inputs`, `outputs`: (pairs, k), float64; `scale` > 0; `plane_variance`: the plane's share of the vocabulary's
+    variance, `plane_variance_of_words` of the relation's words'.
+    """
+
+    inputs: np.ndarray
+    outputs: np.ndarray
+    scale: float
+    plane_variance: float
+    plane_variance_of_words: float
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """o_i = E(b_i) − E(a_i), (pairs, k)."""
+        return self.outputs - self.inputs
+
+
+def project(relation: RelationVectors, settings: ScoreSettings) -> Projection:
+    """The vectors of a relation in the plane that `settings` name, and their scale."""
+    vocabulary, words = relation.vocabulary.covariance.matrix, relation.words.matrix
+    axes = None
+    if settings.components is not None:
+        own = settings.plane == "relation"
+        principal = principal_axes(words, settings.components) if own else relation.vocabulary.principal
+        axes = principal.axes[:, : settings.components]  # (D, k)
+
+    def inside(matrix: np.ndarray) -> float:
+        """Mean ‖E‖² inside the plane of vectors of this covariance: the trace of Aᵀ C A."""
+        return float(np.trace(matrix) if axes is None else np.sum(axes * (matrix @ axes)))
+
+    scale = {"vocabulary": inside(vocabulary), "relation": inside(words), "full_space": float(np.trace(vocabulary))}[
+        settings.normalisation
+    ]
+    pairs = relation.pairs if axes is None else relation.pairs @ axes
+    return Projection(
+        inputs=pairs[:, 0],
+        outputs=pairs[:, 1],
+        scale=scale,
+        plane_variance=inside(vocabulary) / float(np.trace(vocabulary)),
+        plane_variance_of_words=inside(words) / float(np.trace(words)),
+    )
