@@ -292,7 +292,7 @@ def test_bad_options(shipped, options, message):
             r"^warning: [\d.]+ GiB in the 22\.00 GiB of NVIDIA L4 does not fit; what helps: (--engine [\w, ]+ or )?"
             r"train\.activation_checkpointing = true \([\d.]+ GiB\) or a smaller train\.micro_batch$",
         ),
-        (["--memory", "8.2"], "^warning: .* is tight"),
+        (["--memory", "7.6"], "^warning: .* is tight"),
         (["--device", "NVIDIA B200"], "not estimated: the bf16 peak of 'NVIDIA B200' is not known"),
         (["--device", "NVIDIA B200"], "^warning: the memory of 'NVIDIA B200' is not known: give it with --memory GIB"),
         (["--engine", "zero3", "--train.compile", "true"], "^warning: zero3 does not work with train.compile = true"),
