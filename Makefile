@@ -9,7 +9,7 @@ WORKERS ?= 2
 export OMP_WAIT_POLICY ?= passive
 
 # Tests of the model and of all that is loaded and saved, which new versions of transformers break first.
-MODEL_TESTS := tests/test_modeling.py tests/test_model_card.py tests/test_pretrained.py tests/test_sample.py
+MODEL_TESTS := tests/test_modeling.py tests/test_model_card.py tests/test_source.py tests/test_sample.py tests/test_earlier_versions.py
 HUGGING_FACE := ^(transformers|accelerate|huggingface_hub|tokenizers|safetensors)==
 
 .PHONY: quickstart announce test test-all test-versions lint clean
