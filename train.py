@@ -209,7 +209,7 @@ def optimizer_step(
 def log_line(
     step: int, lr: float, recent: Recent, speed: Speed, config: RunConfig, engine: Engine
 ) -> dict[str, float | None]:
-    """The values of a "train" record of metrics.jsonl and of the trackers; `Report.log` leaves out those that are None."""
+    """The values of a "train" record of metrics.jsonl and of the trackers; `Report.log` leaves out None."""
     return {
         "loss": recent.loss,
         "lr": lr,

@@ -102,8 +102,8 @@ class Checkpoints:
     def to_resume(self) -> "Checkpoint | None":
         """The checkpoint that `resume` asks for, None for a new run. Nothing is written.
 
-        Raises UserError if a run folder would be overwritten, if the checkpoint is damaged or was trained on other data,
-        if a setting differs that must not, and if train.steps is less than the checkpoint's step.
+        Raises UserError if a run folder would be overwritten, if the checkpoint is damaged or was trained on other
+        data, if a setting differs that must not, and if train.steps is less than the checkpoint's step.
         """
         path = find_checkpoint(self.config, self.engine.say)
         if path is None:
@@ -250,7 +250,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def newest_checkpoint(run_folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest complete checkpoint of a run, None if there is none. Reports each damaged one to `warn` and skips it."""
+    """The newest complete checkpoint of a run, or None; each damaged one is reported to `warn` and skipped."""
     for checkpoint in reversed(checkpoints(run_folder)):
         fault = damage(checkpoint)
         if fault is None:
@@ -328,7 +328,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 class Writer:
-    """Writes one checkpoint at a time in a thread. `background`: training continues meanwhile; otherwise `submit` waits."""
+    """Writes one checkpoint at a time in a thread. Without `background`, `submit` waits for it."""
 
     def __init__(self, background: bool) -> None:
         self._background = background
@@ -352,7 +352,7 @@ class Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Finish the submitted write, however the run ends. Its UserError is raised unless another error is on its way."""
+        """Finish the submitted write, however the run ends. Raises its UserError unless another error ends the run."""
         try:
             self.wait()
         except UserError:

@@ -5,10 +5,10 @@
     tokens_per_joule = training tokens while energy was measured / (3.6·10⁶ energy_kwh)
 
 The accuracy depends on the machine; `method` says what was measured and what was estimated. Counters measure GPUs
-(NVML, AMDSMI) and, on Linux if /sys/class/powercap is readable, the CPU's package (RAPL). Otherwise the CPU is estimated
-from its load, as P (0.1 + 0.9 load³), where P is its rated power if codecarbon knows the model, else 4 W a core. RAM is
-always estimated, from its size. CODECARBON_FORCE_CPU_POWER sets P and CODECARBON_FORCE_RAM_POWER the power of RAM, in
-watts. Estimates may be wrong by a factor: use them to compare runs on one machine, not machines.
+(NVML, AMDSMI) and, on Linux if /sys/class/powercap is readable, the CPU's package (RAPL). Otherwise the CPU is
+estimated from its load, as P (0.1 + 0.9 load³), where P is its rated power if codecarbon knows the model, else 4 W a
+core. RAM is always estimated, from its size. CODECARBON_FORCE_CPU_POWER sets P and CODECARBON_FORCE_RAM_POWER the
+power of RAM, in watts. Estimates may be wrong by a factor: use them to compare runs on one machine, not machines.
 
 One process of each node measures the whole machine, with every process on it, but only the GPUs in
 CUDA_VISIBLE_DEVICES. Nothing is sent over the network, and nothing is written but the run's metrics.
@@ -97,8 +97,8 @@ class EnergyMeter:
             def out(self, total: Any, delta: Any) -> None:
                 meter._latest = total
 
-        # codecarbon takes other arguments from ~/.codecarbon.config and the environment. Given here: every argument that
-        # makes it send, write or replace the country.
+        # codecarbon takes other arguments from ~/.codecarbon.config and the environment. Given here: every
+        # argument that makes it send, write or replace the country.
         self._tracker = OfflineEmissionsTracker(
             country_iso_code=country,
             region=None,

@@ -187,8 +187,8 @@ class Engine:
     def clip(self, model: nn.Module) -> Tensor:
         """Clip the gradient to a global norm of optim.grad_clip (0: not at all). Collective.
 
-        Returns the norm before clipping, a scalar on the device. With train.skip_non_finite the optimiser skips the step if the
-        norm is not finite: fused AdamW checks found_inf on the device without a sync; Muon needs one.
+        Returns the norm before clipping, a scalar on the device. With train.skip_non_finite the optimiser skips the
+        step if the norm is not finite: fused AdamW checks found_inf on the device without a sync; Muon needs one.
         """
         limit = self.config.optim.grad_clip or float("inf")
         norm = _whole(torch.as_tensor(self.accelerator.clip_grad_norm_(model.parameters(), limit)))
@@ -202,10 +202,7 @@ class Engine:
         if not self.is_main and engine not in (DistributedType.DEEPSPEED, DistributedType.FSDP):
             return None  # nothing is sharded: the main process has all
         full = FullState(weights={}, optimizer={})
-        for (
-            name,
-            parameter,
-        ) in self.plain_model.named_parameters():  # only one tensor at a time is gathered on the device
+        for name, parameter in self.plain_model.named_parameters():  # gather one at a time on the device
             if engine == DistributedType.DEEPSPEED:
                 weight, state = _gather_zero(parameter, self.optimizer.optimizer)
             else:
@@ -418,8 +415,8 @@ def _partitions(zero: Any) -> list[tuple[Tensor, dict[str, Any]]]:
 
 def _fill_zero(zero: Any, model: nn.Module, weights: dict[str, Tensor], states: OptimizerState) -> None:
     """Write this process's shards of the float32 weights and optimiser states into DeepSpeed's `zero`. Collective."""
-    # A new optimiser gets a state of zeros too: with several parameter groups DeepSpeed links the state to the parameters
-    # of the first group only, unless it exists before the first step.
+    # A new optimiser gets a state of zeros too: with several parameter groups DeepSpeed links the state to the
+    # parameters of the first group only, unless it exists before the first step.
     step = float(next(iter(states.values()))["step"]) if states else 0.0
     on_cpu = type(zero.optimizer).__module__.startswith("deepspeed.")  # DeepSpeedCPUAdam counts steps in an int
     for flat, state in _partitions(zero):

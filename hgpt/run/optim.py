@@ -19,8 +19,8 @@ DECAY_FRACTION = 0.2  # of all steps, at the end of the trapezoidal schedule
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     """The learning rate of step `step`, 0 ≤ step < total_steps.
 
-    The warm-up is linear, from lr / warmup_steps to lr. After it the rate falls to min_lr at the last step: along half a
-    cosine ("cosine"), linearly ("linear"), or linearly over the last fifth of all steps and constant before
+    The warm-up is linear, from lr / warmup_steps to lr. After it the rate falls to min_lr at the last step: along half
+    a cosine ("cosine"), linearly ("linear"), or linearly over the last fifth of all steps and constant before
     ("trapezoidal"). With "constant" it stays at lr.
     """
     if step < config.warmup_steps:

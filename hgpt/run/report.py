@@ -45,7 +45,7 @@ def flops_per_token(config: HGPTConfig, seq_len: int) -> float:
 
 
 class Recent(NamedTuple):
-    """Loss and gradient norm of the last step, mean over processes; numbers of spikes and skipped steps since `read`."""
+    """Loss and gradient norm of the last step, mean over processes; spikes and skipped steps since `read`."""
 
     loss: float
     grad_norm: float
@@ -54,10 +54,10 @@ class Recent(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """Speed of the steps since the last log line. `seconds`: of this process by phase; `own` and `memory`: lists by rank.
+    """Speed of the steps since the last log line.
 
-    `own`: seconds outside collectives (data and forward): the rank with the most is the one the others wait for.
-    `memory`: the peak since the start, in GiB.
+    `seconds`: of this process, by phase. `own` and `memory` are lists by rank. `own`: seconds outside collectives
+    (data and forward): the rank with the most is the one the others wait for. `memory`: peak since the start, in GiB.
     """
 
     tokens_per_second: float
@@ -166,8 +166,8 @@ class Report:
     def read(self, step: int, lr: float, batches: TrainingBatches) -> Recent:
         """Read the steps since the last call; a sync with the device. Collective.
 
-        Writes each step with a non-finite loss or gradient norm to non_finite.jsonl, with its windows, so that it can be
-        replayed. Raises UserError when there are more such steps than train.skip_non_finite.
+        Writes each step with a non-finite loss or gradient norm to non_finite.jsonl, with its windows, so that it can
+        be replayed. Raises UserError when there are more such steps than train.skip_non_finite.
         """
         recent = self.engine.accelerator.reduce(torch.stack(self._pending), reduction="mean").tolist()
         self._pending.clear()

@@ -45,7 +45,7 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 
 class StopSignals:
-    """Handles SIGINT (Ctrl-C), SIGTERM and SIGUSR1: finish the step, save a checkpoint, stop. A second one stops at once.
+    """Handles SIGINT (Ctrl-C), SIGTERM and SIGUSR1: finish the step, save a checkpoint, stop; stop at once if repeated.
 
         with StopSignals(engine) as signals:
             ...
@@ -89,7 +89,7 @@ class StopSignals:
         return self.seen
 
     def leave_if_seen(self, step: int, checkpoints: Checkpoints) -> None:
-        """If a signal was seen, wait for the checkpoint; raise KeyboardInterrupt for SIGINT, Preempted for the others."""
+        """If a signal was seen, wait for the checkpoint and raise KeyboardInterrupt (SIGINT) or Preempted."""
         if not self.seen:
             return
         checkpoints.wait()
@@ -102,11 +102,11 @@ class StopSignals:
 
 
 class Watchdog:
-    """Ends this process with exit code 70 after `timeout` seconds without progress, and names the processes it waits for.
+    """Ends a process with exit code 70 after `timeout` seconds without progress, and names those it waits for.
 
-    A process that hangs in a collective cannot report it, so a thread does. Each process writes its step to the key-value
-    store of the process group. The message on standard error names the step, and the processes that are behind or
-    silent. A single process is not watched.
+    A process that hangs in a collective cannot report it, so a thread does. Each process writes its step to the
+    key-value store of the process group. The message on standard error names the step, and the processes that are
+    behind or silent. A single process is not watched.
 
         with Watchdog(timeout=1800) as watchdog:
             for step in range(steps):
