@@ -540,7 +540,7 @@ MEASURED = (
         "J per token",
         ".3g",
         " J per token: energy of the whole machine, evaluations included, over training tokens. The metrics.jsonl of "
-        "each run says whether it was measured or estimated; of two runs at a time each counts the whole.",
+        "each run says whether it was measured or estimated; each of two simultaneous runs counts the whole machine.",
     ),
 )
 

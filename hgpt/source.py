@@ -220,10 +220,10 @@ def check_tokenizer(init_from: str, data: TokenShards) -> str:
     try:
         of_model = source.load_tokenizer()
     except UserError:
-        return f"no tokenizer lies in {source.folder} to compare: make sure that the data has the model's tokens"
+        return f"{source.folder} has no tokenizer to compare: make sure that the data has the model's tokens"
     of_data = _tokenizer_of(data)
     if of_data is None:
-        return f"no tokenizer lies in {data.folder} to compare: make sure that its tokens are those of the model"
+        return f"{data.folder} has no tokenizer to compare: make sure that its tokens are those of the model"
     difference = _difference(of_data, of_model)
     if difference is None:
         return "the model and the data have the same tokenizer"

@@ -352,8 +352,8 @@ class TokenShards:
         if meta is None:
             if vocab_size is None:
                 raise UserError(
-                    f"{folder} has no {META_FILE} (it is a bare nanoGPT folder, or holds shards of others), so nothing "
-                    "says how large its vocabulary is: state vocab_size (50257 for GPT-2's tokenizer; the number of "
+                    f"{folder} has no {META_FILE} (a bare nanoGPT folder, or shards of other tools), so its vocabulary "
+                    "size is unknown: state vocab_size (50257 for GPT-2's tokenizer; the number of "
                     "characters for a character model)."
                 )
         elif vocab_size is None:

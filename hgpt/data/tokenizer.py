@@ -66,7 +66,7 @@ class Tokenizer:
         return [self._encode_long(text) for text in texts]
 
     def _encode_long(self, text: str) -> np.ndarray:
-        # Only with a byte-level BPE are the tokens of the pieces those of the whole text.
+        # Pieces are known to have the tokens of the whole text only for a byte-level BPE.
         if self._fast is None or len(text) <= PIECE:
             return self._encode(text)
         return np.concatenate([self._encode(piece) for piece in _pieces(text)])

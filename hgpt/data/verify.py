@@ -28,7 +28,7 @@ def verify(folder: str | Path, vocab_size: int | None = None) -> None:
     """Read every byte of a data folder; raise one UserError that lists all damage.
 
     Checked for each shard: what `TokenShards.open` checks, the checksum, and that every token is in the vocabulary.
-    `vocab_size` as for `TokenShards.open`.
+    `vocab_size`: as for `TokenShards.open`.
     """
     damage = [line for split in SPLITS for line in find_damage(folder, split, vocab_size)]
     if damage:

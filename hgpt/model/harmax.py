@@ -82,8 +82,8 @@ def squared_norms(w: Tensor) -> Tensor:
 def distance_floor(x_sq: Tensor) -> Tensor:
     """The smallest d² that |x|² + |w|² − 2 x·w can tell from rounding noise, for |x|² of shape (N, 1).
 
-    16 ε |x|², and never 0: at x = 0 it is 4e-29 in float32, small beside any d², yet large enough for d² / floor to be
-    finite. d² is near the floor only where |w| ≈ |x|, so |w| need not enter it.
+    16 ε |x|², and never 0: at x = 0 it is 4e-29 in float32, small compared with any d², yet large enough for d² / floor
+    to be finite. d² is near the floor only where |w| ≈ |x|, so |w| need not enter it.
     """
     limits = torch.finfo(x_sq.dtype)
     return (_ROUNDING_ULPS * limits.eps * x_sq).clamp_min(limits.tiny**0.75)

@@ -369,7 +369,7 @@ def point_latest(run_folder: Path, checkpoint: Path) -> None:
 
 
 def remove_old(run_folder: Path, config: CheckpointConfig) -> None:
-    """Delete checkpoints before `latest`, but not the newest `keep_last` nor those that are kept for good.
+    """Delete checkpoints up to `latest`, but not the newest `keep_last` of them nor those that are kept for good.
 
     A run that resumed from an earlier checkpoint leaves later ones after `latest`: they are kept and not counted.
     """

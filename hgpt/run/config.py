@@ -245,9 +245,9 @@ class CheckpointConfig:
     Args:
         every: steps between checkpoints; the last step is always saved.
         keep_last: number of newest checkpoints to keep; 0: all.
-        keep_every: keep checkpoints at multiples of this many steps for good; 0: none.
-        log_spaced_until: also save at the steps 0, 1, 2, 4, 8, … up to this one, and keep these for good, to study how
-            a model learns; 0: none.
+        keep_every: never delete checkpoints at multiples of this many steps; 0: none.
+        log_spaced_until: also save at the steps 0, 1, 2, 4, 8, … up to this one, and never delete these, to study how a
+            model learns; 0: none.
         background: write while training continues, from a copy in the main process's memory (weights and optimiser
             state, 12 bytes a parameter). The next checkpoint and the end of the run wait until it is written.
     """

@@ -290,7 +290,7 @@ def build_accelerator(precision: str, hang_timeout: float) -> Accelerator:
         plugin = accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
             raise UserError(
-                "the launcher asks for the first version of FSDP, which cannot share the embedding with the head: set "
+                "the launcher asks for the first version of FSDP, which cannot tie the embedding to the head: set "
                 "fsdp_version to 2, as configs/accelerate/fsdp2.yaml does"
             )
         if (policy := plugin.mixed_precision_policy) is not None:  # reductions in float32, as under other engines
@@ -319,8 +319,8 @@ def _deepspeed_plugin(mixed_precision: str) -> DeepSpeedPlugin:
             f"the launcher asks for DeepSpeed, which is not installed: {way_out}; or launch DDP, "
             "configs/accelerate/multi_gpu.yaml"
         )
-    # DeepSpeed compiles its CPU operators with ninja, which pip installs beside Python: a folder that is not in PATH if
-    # the environment is not activated.
+    # DeepSpeed compiles its CPU operators with ninja, which pip installs next to python, in a folder that is
+    # not in PATH unless the environment is activated.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     plugin = DeepSpeedPlugin()
     for name in ("fp16", "bf16"):

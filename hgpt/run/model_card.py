@@ -55,7 +55,7 @@ A GPT-2 with a {config.head} head, trained with hgpt: {parameters:,} parameters,
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-# The code of the model lies in the folder: trust_remote_code=True runs it. With hgpt installed, `import hgpt` instead.
+# trust_remote_code=True runs the model's code in the folder. With hgpt installed, `import hgpt` does instead.
 model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)
 inputs = tokenizer("The", return_tensors="pt")

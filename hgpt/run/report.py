@@ -315,7 +315,7 @@ class LossSpikes:
 
 
 class MetricsLog:
-    """`metrics.jsonl`, one object per line, and the trackers that the run asked for.
+    """Writes `metrics.jsonl`, one object per line, and to the trackers of the run.
 
     A resumed run first drops the lines after the step of its checkpoint, so that each step is in the file once. Values
     that are not finite are written as null: JSON has no NaN.

@@ -29,7 +29,7 @@ from hgpt.model.configuration_hgpt import HGPTConfig
 from hgpt.run.config import RunConfig
 
 CONFIG_FILE = "config.toml"
-OPTIONS = "model.head.distance_options"  # the one table with keys that this module does not know
+OPTIONS = "model.head.distance_options"  # the only table whose keys are not fields of a dataclass
 
 
 class Setting(NamedTuple):
@@ -147,7 +147,7 @@ def _merged(given: list[tuple[str, str, Any]]) -> dict[str, Any]:
     for place, name, value in given:
         name = RENAMED.get(name, name)
         _check_name(name, place)
-        if name == OPTIONS and isinstance(value, dict | None):  # the whole table replaces all options before it
+        if name == OPTIONS and isinstance(value, dict | None):  # a whole table replaces all earlier options
             values = {key: old for key, old in values.items() if not key.startswith(f"{OPTIONS}.")}
             values |= {f"{OPTIONS}.{key}": option for key, option in (value or {}).items()}
         else:
@@ -243,7 +243,7 @@ def _as(value: Any, kind: Any) -> Any:
 
 
 def _in_words(kind: Any) -> str:
-    """A type for a reader: "a whole number", 'one of "harmonic", "softmax"'."""
+    """A type in words: "a whole number", 'one of "harmonic", "softmax"'."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     if kind in names:
         return names[kind]
