@@ -137,7 +137,7 @@ def loop(
         Watchdog(config.train.hang_timeout) as watchdog,
         Report(config, engine, checkpoints) as report,
     ):
-        # The loop runs steps + 1 times: the last pass only evaluates and saves.
+        # One pass more than there are steps: the last pass only evaluates and saves.
         while True:
             last = step >= config.train.steps
             evaluating = last or step % config.eval.every == 0
@@ -187,7 +187,7 @@ def optimizer_step(
     engine: Engine,
     report: Report,
 ) -> tuple[Tensor, Tensor]:
-    """Forward, backward, clipping and the optimiser; returns loss and gradient norm, scalars on the device."""
+    """One optimiser step; returns this process's mean loss and the gradient norm before clipping, () on the device."""
     step_loss = torch.zeros((), device=engine.device)
     for micro_step in range(batches.accumulation):
         with report.phase("data"):

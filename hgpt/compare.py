@@ -173,6 +173,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def parse_axis(text: str, option: str) -> Axis:
+    """The `Axis` of [ARM:]KEY=V1,V2. Raises UserError, which names the `option` of the command line."""
     match = re.fullmatch(r"(?:(?P<arm>[\w.-]+):)?(?P<key>[\w.]+)=(?P<values>.+)", text)
     if match is None:
         raise UserError(f"{option} takes [ARM:]KEY=V1,V2, for example optim.lr=1e-3,3e-3; got {text!r}")
@@ -224,6 +225,7 @@ def short(key: str, value: str) -> str:
 
 
 def run_name(arm: Arm, point: dict[str, str], seed: int) -> str:
+    """The name of a run and its folder: ARM-SETTINGS-seedN, where N counts seeds from 0."""
     return "-".join([arm.name, *(short(key, value) for key, value in point.items()), f"seed{seed}"])
 
 

@@ -69,8 +69,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
     After an error the new folder is removed and `target` is as it was before. An older folder is renamed to
     .NAME.replaced before the new one gets its name: a process that is killed between the two renames leaves no
-    `target`, and the next call puts the older folder back. Temporary folders of killed processes next to `target` are removed
-    first. Raises UserError for an error of the disk.
+    `target`, and the next call puts the older folder back. It also removes temporary folders of killed processes.
+    Raises UserError for an error of the disk.
     """
     partial, older = partial_name(target), target.with_name(f".{target.name}.replaced")
     for pattern in (".*.partial", ".*.deleted"):

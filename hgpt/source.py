@@ -335,6 +335,7 @@ def _gpt2(source: Source) -> _Weights:
 
 
 def _gpt2_config(source: Source) -> Any:
+    """The configuration of a GPT-2 or hgpt model. Raises UserError for another kind of model."""
     config = source.load_config()
     if config.model_type not in GPT2_KINDS:
         raise UserError(f"{source.folder} is a {config.model_type} model; it must be a gpt2 or an hgpt")
@@ -342,6 +343,7 @@ def _gpt2_config(source: Source) -> Any:
 
 
 def _nanogpt(path: Path) -> _Weights:
+    """The weights of nanoGPT's ckpt.pt. Raises UserError if it cannot be loaded or is none."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # the unpickler may raise anything for a file that is no pickle
@@ -406,6 +408,7 @@ def _differences(found: _Weights, config: Any) -> list[str]:
 
 @contextmanager
 def _naming_the_setting(init_from: str) -> Iterator[None]:
+    """Add the setting model.init_from and its rule to the message of a UserError."""
     try:
         yield
     except UserError as error:

@@ -146,6 +146,8 @@ class HGPTAttention(nn.Module):
 
 
 class HGPTMLP(nn.Module):
+    """The MLP of a block: linear D → 4 D, activation function, linear 4 D → D, dropout."""
+
     def __init__(self, config: HGPTConfig) -> None:
         super().__init__()
         self.config = config

@@ -217,6 +217,7 @@ class Checkpoints:
 
 
 def checkpoint_folder(run_folder: Path, step: int) -> Path:
+    """The folder of the checkpoint of `step`, RUN_FOLDER/checkpoints/step_0000500."""
     return run_folder / CHECKPOINTS / f"step_{step:07d}"
 
 

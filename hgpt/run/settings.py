@@ -33,6 +33,8 @@ OPTIONS = "model.head.distance_options"  # the only table whose keys are not fie
 
 
 class Setting(NamedTuple):
+    """What is known of a setting from its dataclass."""
+
     kind: Any  # the type, as the dataclass has it
     default: Any  # MISSING for a required setting
     doc: str
