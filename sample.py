@@ -169,7 +169,6 @@ def check_greedy(options: argparse.Namespace) -> None:
 
 
 def note(subject: str, text: str) -> None:
-    """Print a line to standard error."""
     print(f"{subject:<9} {text}", file=sys.stderr, flush=True)
 
 
@@ -178,7 +177,6 @@ def note(subject: str, text: str) -> None:
 
 
 def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, on the CPU, and its tokenizer. Raises UserError if one of them cannot be loaded."""
     if options.distance_file is not None:
         try:
             load_distances(options.distance_file)
@@ -195,7 +193,6 @@ def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokeni
 
 
 def describe(model: PreTrainedModel, exponent: float | None, context: int | None) -> str:
-    """Head, size, context, device and dtype of the model in one line. `exponent`: n, None for a softmax head."""
     head = "softmax head" if exponent is None else f"harmonic head, {model.config.distance}, n = {exponent:.4g}"
     length = f"context {context}, " if context else ""
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -271,7 +268,6 @@ def fit_context(ids: list[int], new: int, context: int | None) -> tuple[list[int
 
 
 def describe_sampling(options: argparse.Namespace, exponent: float | None) -> str:
-    """The sampling options in one line. `exponent`: n, None for a softmax head."""
     if options.temperature == 0:
         return "greedy"
     power = "" if exponent is None else f" (exponent n/T = {exponent / options.temperature:.4g})"
