@@ -57,7 +57,7 @@ class Distance(nn.Module):
     `torch.nn.init`.
 
     Attributes:
-        power, scale: d = scale · |x′ − w′|₂^power; `power = None` where that is not so.
+        power, scale: d = scale · |x′ − w′|₂^power; `power` is None for any other d.
         apart: whether `forward` computes x′ from x alone and w′ from w alone. Generation then computes w′ once per
             text, not once per token.
         traffic: how often the loss and its gradients read or write a tensor (tokens, V, D), from which `hgpt.plan`
