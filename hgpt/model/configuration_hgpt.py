@@ -33,7 +33,7 @@ class HGPTConfig(PreTrainedConfig):
         n_layer: number of blocks.
         n_head: attention heads.
         bias: whether linear layers and layer norms have biases.
-        dropout: probability, after the embedding, in attention and after each block's projections.
+        dropout: dropout probability, after the embedding, in attention and after each block's projections.
         activation_function: "gelu" as in nanoGPT, "gelu_pytorch_tanh" as in GPT-2 (there "gelu_new"), or another that
             transformers knows.
         layer_norm_epsilon: ε of the layer norms.

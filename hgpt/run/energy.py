@@ -233,8 +233,8 @@ class RunEnergy:
     def read(self, tokens: int) -> dict[str, float] | None:
         """Energy of the run after `tokens` training tokens; keys and units as in metrics.jsonl. Collective.
 
-        None once the measurement of any machine has failed, because a sum without it would be too low; the main process
-        prints this once.
+        None once the measurement of any machine has failed, because a sum without it would be too low; this is printed
+        once per node.
         """
         if self._failed:
             return None

@@ -214,7 +214,7 @@ class Engine:
         return full if self.is_main else None
 
     def say(self, line: str) -> None:
-        """Print on the main process."""
+        """Print on the first process of each node."""
         self.accelerator.print(line)
 
     def gather_objects(self, mine: Any) -> list[Any]:
