@@ -2,9 +2,9 @@
 
     python -m hgpt.compare --config A.toml B.toml --seeds 3 --sweep optim.lr=1e-3,3e-3,6e-3 --out comparisons/heads
 
-An arm is a configuration; with --vary, a configuration with one of the values. Every arm is trained with the first seed
-at all points of its sweeps (with --search coordinate at fewer). The point with the lowest validation loss is then
-trained with the other seeds. Data, their order, the number of steps and the seeds must be the same in all arms,
+An arm is a configuration; with --vary, a configuration with one of the values. Each arm is trained with the first seed
+at all points of its sweeps (with --search coordinate, at fewer points). Its point with the lowest validation loss is
+then trained with the other seeds. Data, order of the data, number of steps and seeds must be the same in all arms,
 otherwise nothing is trained. Finished runs are kept: the same command resumes.
 """
 
@@ -48,18 +48,18 @@ TRAIN = Path(hgpt.__file__).parent.parent / "train.py"
 RESULT_FILE = "comparison.json"
 CONFIDENCE = 0.95
 
-# Threads wait for the runs, and jsonargparse's parsers share state.
+# Held by the threads that wait for runs while they parse a configuration.
 _PARSING = threading.Lock()
 
 # Settings that must be the same in all runs; otherwise a difference between two arms could come from them.
 MATCHED = ("data.", "train.steps", "train.global_batch", "train.seed")
-# Settings that may differ between a finished run and the wanted one: no result depends on them.
+# Settings that may differ between a finished run and the requested one, because the results do not depend on them.
 FREE = ("name", "runs_dir", "resume", "data.verify", "log.", "checkpoint.", "train.micro_batch")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """`[ARM:]KEY=V1,V2`: a setting and its values, in every arm or in those of the configuration ARM."""
+    """`[ARM:]KEY=V1,V2`: a setting and its values, for every arm or for those of the configuration ARM."""
 
     arm: str | None
     key: str
@@ -68,7 +68,7 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """A configuration file, the settings that replace some of it, and the points of its sweeps."""
+    """A configuration file, the settings that are replaced in it, and the points of its sweeps."""
 
     name: str
     file: str
@@ -78,7 +78,7 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A run that has ended: its last evaluation, or the message of its error."""
+    """A run that has ended: its last evaluation, or None and the message of its error."""
 
     folder: Path
     evaluation: dict[str, float] | None
@@ -92,7 +92,7 @@ class Outcome:
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Train the missing runs, write the table and the report, and return the content of comparison.json."""
-    out = Path(options.out).resolve()  # jsonargparse changes the working directory of all threads for a moment
+    out = Path(options.out).resolve()  # absolute in the configurations that are written
     arms = build_arms(options.config, options.vary, options.sweep, options.set)
     check_matched({run_name(arm, point, 0): run_config(arm, point, 0, out) for arm in arms for point in arm.points})
     if not TRAIN.is_file():
@@ -133,25 +133,25 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     axes: dict[str, Any] = {"action": "append", "default": [], "metavar": "[ARM:]KEY=V1,V2"}
     add("--config", nargs="+", required=True, metavar="FILE", help="TOML files; each is an arm")
-    add("--vary", **axes, help="one arm per value; ARM limits it to the configuration of that file name")
+    add("--vary", **axes, help="one arm per value; ARM, a file's name without .toml, limits it to one file")
     add(
         "--sweep",
         **axes,
-        help="values among which each arm takes its best; several sweeps make a grid. A sweep of optim.lr keeps the "
+        help="values of which each arm uses the best; several sweeps make a grid. A sweep of optim.lr keeps the "
         "configuration's ratio of optim.min_lr to optim.lr",
     )
     add(
         "--search",
         choices=("grid", "coordinate"),
         default="grid",
-        help="grid: every combination of the sweeps. coordinate: one sweep after the other, in the order given, from "
-        "the middle values on; fewer runs, but it misses values that are good only together (default: %(default)s)",
+        help="grid: every combination of the sweeps. coordinate: one sweep after the other, in the given order, from "
+        "the middle values; fewer runs, but it may miss values that are good only together (default: %(default)s)",
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every arm")
     add("--seeds", type=int, default=3, metavar="N", help="runs of each arm's best point (default: %(default)s)")
     add("--out", required=True, metavar="DIR", help="folder of the runs, the table and the report")
     add("--gpus", nargs="+", metavar="ID", help="one run at a time on each of these GPUs (default: one run at a time)")
-    add("--jobs", type=int, metavar="N", help="runs at a time on the CPU, which share its cores; good for small models")
+    add("--jobs", type=int, metavar="N", help="runs at a time on the CPU, which share its cores; for small models")
     add("--relations", metavar="DIR", help="relation sets of the report (default: those that ship)")
     add("--no-report", action="store_true", help="only train, and print the table")
     options = parser.parse_args(argv)
@@ -173,6 +173,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def parse_axis(text: str, option: str) -> Axis:
+    """The `Axis` of [ARM:]KEY=V1,V2. Raises UserError, which names the `option` of the command line."""
     match = re.fullmatch(r"(?:(?P<arm>[\w.-]+):)?(?P<key>[\w.]+)=(?P<values>.+)", text)
     if match is None:
         raise UserError(f"{option} takes [ARM:]KEY=V1,V2, for example optim.lr=1e-3,3e-3; got {text!r}")
@@ -224,6 +225,7 @@ def short(key: str, value: str) -> str:
 
 
 def run_name(arm: Arm, point: dict[str, str], seed: int) -> str:
+    """The name of a run and its folder: ARM-SETTINGS-seedN, where N counts seeds from 0."""
     return "-".join([arm.name, *(short(key, value) for key, value in point.items()), f"seed{seed}"])
 
 
@@ -247,7 +249,8 @@ def check_matched(configs: dict[str, RunConfig]) -> None:
     found = {name: settings(config) for name, config in configs.items()}
     keys = sorted({key for values in found.values() for key in values if key.startswith(MATCHED)})
     for key in keys:
-        first = {json.dumps(values.get(key)): name for name, values in reversed(found.items())}  # where each is found
+        # value → the first run that has it
+        first = {json.dumps(values.get(key)): name for name, values in reversed(found.items())}
         if len(first) > 1:
             listed = ", ".join(f"{value} in {name}" for value, name in reversed(first.items()))
             raise UserError(
@@ -261,7 +264,7 @@ def check_matched(configs: dict[str, RunConfig]) -> None:
 
 
 def run_places(gpus: Sequence[str] | None, jobs: int | None) -> list[dict[str, str]]:
-    """One entry for each run that may train at the same time: the variables to add to its environment."""
+    """The environment variables of each place where a run trains; one run per place at a time."""
     if gpus:
         return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
     if jobs is None:
@@ -302,7 +305,7 @@ def swept_values(arm: Arm) -> dict[str, list[str]]:
 def train_all(
     configs: Sequence[RunConfig], places: Sequence[dict[str, str]], out: Path, stage: str
 ) -> dict[str, Outcome]:
-    """Train every run that has not finished, at each place one at a time; outcomes by name."""
+    """Train every run that has not finished, one at a time at each place; returns outcomes by name."""
     free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
     for place in places:
         free.put(place)
@@ -347,7 +350,7 @@ def train(config: RunConfig, place: dict[str, str], out: Path) -> Outcome:
         return Outcome(folder=folder, evaluation=evaluation)
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     message = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")
-    # A run that trained and then stopped with an error has diverged: a result, and not an error of the comparison.
+    # A run that has trained and then exits with status 2 counts as diverged: a result, no error of the comparison.
     if status == 2 and records(folder, "train"):
         failure.write_text(message, encoding="utf-8")
         return Outcome(folder=folder, evaluation=None, message=message)
@@ -422,7 +425,7 @@ def mean_or_none(values: Iterable[float | None]) -> float | None:
 def gradient_norm_spread(folder: Path) -> float | None:
     """sd / mean of the gradient norms, before clipping, that were logged in the second half of the training.
 
-    The warm-up and the first fall of the loss lie before it. None for fewer than two values.
+    That half excludes the warm-up and the first fall of the loss. None for fewer than two values.
     """
     norms = [(record["step"], record["grad_norm"]) for record in records(folder) if "grad_norm" in record]
     late = [norm for step, norm in norms if 2 * step > norms[-1][0]]
@@ -430,7 +433,7 @@ def gradient_norm_spread(folder: Path) -> float | None:
 
 
 def median_tokens_per_second(folders: Sequence[Path]) -> float | None:
-    """Of all logged values but each run's first, which contains the start-up; without evaluation and checkpoints."""
+    """Median of the logged values without each run's first, which includes the start-up; None if there are none."""
     logged = [[line["tokens_per_second"] for line in records(f) if "tokens_per_second" in line] for f in folders]
     rates = [rate for values in logged for rate in values[1:]]
     return statistics.median(rates) if rates else None
@@ -449,12 +452,12 @@ def best_point(arm: Arm, tuned: dict[str, Outcome]) -> dict[str, str]:
 
 
 def finite(value: float) -> float | None:
-    """JSON has no infinity."""
+    """`value`, or None for infinity, which JSON does not have."""
     return None if value == float("inf") else value
 
 
 def at_the_edge(values: Sequence[str], best: str) -> bool:
-    """Whether the best of several numbers is the smallest or the largest, so that a better one may lie beyond it."""
+    """Whether `best` is the smallest or largest of several numbers, so that a better one may lie beyond."""
     try:
         numbers = sorted(float(value) for value in values)
     except ValueError:
@@ -539,7 +542,7 @@ MEASURED = (
         "J per token",
         ".3g",
         " J per token: energy of the whole machine, evaluations included, over training tokens. The metrics.jsonl of "
-        "each run says whether it was measured or estimated; of two runs at a time each counts the whole.",
+        "each run says whether it was measured or estimated; each of two simultaneous runs counts the whole machine.",
     ),
 )
 
@@ -624,4 +627,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, interrupted="interrupted; the same command goes on where it stopped"))
+    sys.exit(run_command(main, interrupted="interrupted; the same command resumes"))

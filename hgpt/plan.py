@@ -1,10 +1,10 @@
-"""What a run needs, computed before it is started: parameters, memory per GPU, tokens, FLOPs and time.
+"""What a run needs, computed before it starts: parameters, memory per GPU, tokens, FLOPs and time.
 
     python -m hgpt.plan --config configs/gpt2_small_harmonic.toml --gpus 8 [--section.key value ...]
     python -m hgpt.plan --gpus 8 --table configs/gpt2_*_harmonic.toml
 
-Nothing is trained, and no GPU is needed. Parameters are counted in the model, which is built without memory for its
-weights. Memory is computed by the formulas below: bytes at the peak of a training step, on one GPU.
+Nothing is trained, and no GPU is needed. Parameters are counted in a model on the meta device. Memory is computed by
+the formulas below, in bytes on one GPU at the peak of a training step.
 
     engine          parameters   gradients   optimiser   buckets and gathered weights
     ddp             4 P          4 P         8 P         - (its buckets are the gradients)
@@ -17,28 +17,28 @@ weights. Memory is computed by the formulas below: bytes at the peak of a traini
 P: parameters, B of them in each block and E outside the blocks. W: processes (world size). R = 5·10⁸: DeepSpeed's
 reduce bucket. c: bytes of an operand of a matrix product, 2 in bf16 and 4 in fp32. AdamW keeps two float32 numbers per
 parameter; Muon (ddp only) keeps one for the matrices of the blocks. ZeRO keeps float32 master weights. ZeRO-1 also
-accumulates float32 gradients beside the bf16 ones; in fp32 it has 4 P of gradients, and ZeRO-2's bucket has no copy.
-ZeRO engines allocate whole buckets, even for a small model.
+accumulates float32 gradients beside the bf16 ones. In fp32, ZeRO-1 has 4 P of gradients, and ZeRO-2 has no
+4 min(P, R), a float32 copy of its bucket. ZeRO-2 and 3 allocate whole buckets, even for a small model.
 
     activations            L N (D (2 r + 14 c) + 4 H + 16) + N (D r + 16)
       with checkpointing   L N D r + N (D r + 16)
       with dropout         1 byte per element of a mask: N D after the embedding, 2 N D in each block
       ddp in bf16          2 bytes per weight of the blocks' matrices: the copies that autocast makes
-    a block's backward     N D (3 r + 4 c); with checkpointing also its activations, which are recomputed
+    a block's backward     N D (3 r + 4 c); with checkpointing also the recomputed activations of the block
 
-L: blocks. N = micro_batch · seq_len: tokens. D: width. H: heads. r: bytes of an element of the residual stream, 4 where
-autocast is used (ddp, fsdp2), otherwise c. A block keeps the inputs of its two norms (r each), their outputs, q, k, v
+L: blocks. N = micro_batch · seq_len: tokens. D: width. H: heads. r: bytes of an element of the residual stream, 4 with
+autocast (ddp, fsdp2), otherwise c. A block keeps the inputs of its two norms (r each), their outputs, q, k, v
 and the output of attention (c each), input and output of the activation function (4 c each), and for each token the
 statistics of the norms and the log-sum-exp of attention. An activation function other than gelu and gelu_pytorch_tanh
 may keep more; torch.compile usually keeps less.
 
-`head_memory` has the formula of the head's loss. The loss has its peak when all activations exist; the backward pass of
-the last block comes after it, so the larger of the two counts. Gradients exist by then, because they are accumulated
+`head_memory` has the formula of the head's loss. All activations exist during the loss and during the backward pass of
+the last block, which follows it, so the larger of the two counts. Gradients exist then too, as they are accumulated
 over micro-batches. Not counted: the CUDA context, workspaces of kernels and fragmentation, often 1 to 3 GiB together.
 
-The tests compare activations, the loss and the row of ddp with what the code allocates, without a GPU. Parameters,
-gradients and optimiser state of ZeRO agreed to 0.2 % with two CPU processes (DeepSpeed 0.19.8). Buckets, gathered
-weights and fsdp2 (torch 2.13) follow the source code of the libraries and were not measured.
+Tests compare activations, the loss and the row of ddp with what the code allocates on a CPU. Parameters, gradients and
+optimiser state of ZeRO agree to 0.2 % with a measurement in two CPU processes (DeepSpeed 0.19.8). Buckets, gathered
+weights and fsdp2 follow the source code of the libraries (torch 2.13) and were not measured.
 """
 
 import sys
@@ -72,9 +72,9 @@ GIB = 2**30
 # DeepSpeed's defaults of zero_optimization.reduce_bucket_size and stage3_max_live_parameters, in elements.
 _REDUCE_BUCKET, _MAX_LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 
-# Bytes/s of a distance in blocks on a CPU; the blocks stay in the caches. Measured in GB/s on two idle cores of an AMD
-# EPYC (Zen 3) with `python -m benchmarks.head_loss --shape 64x768x50304 --distances ...`: 22 (chebyshev), 43 (hamming),
-# 58 (bray_curtis), 61 (manhattan), 72 (canberra), 81 (minkowski); a quarter of it beside another process.
+# Bytes/s of a distance in blocks on a CPU, where the blocks stay in the caches. Measured in GB/s on two idle cores of
+# an AMD EPYC (Zen 3) with `python -m benchmarks.head_loss --shape 64x768x50304 --distances ...`: 22 (chebyshev),
+# 43 (hamming), 58 (bray_curtis), 61 (manhattan), 72 (canberra), 81 (minkowski); a quarter beside another process.
 _CPU_BANDWIDTH = 60e9
 _H100_BANDWIDTH = 3350e9
 _DAY = 86400
@@ -86,8 +86,8 @@ _DAY = 86400
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Numbers of parameters. `head` is 0 where the centres are the token embedding; `matrices` (the weights of the
-    blocks' linear layers) are part of `blocks`."""
+    """Numbers of parameters. `head` is 0 if the centres are the token embedding. `matrices`, the weights of the linear
+    layers in the blocks, are part of `blocks`."""
 
     token_embedding: int
     positions: int
@@ -102,7 +102,7 @@ class Parameters:
 
 
 def count_parameters(config: HGPTConfig) -> Parameters:
-    """Build the model that `config` describes, without memory for its weights, and count its parameters."""
+    """Count the parameters of the model that `config` describes, built on the meta device."""
 
     def size(module: nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
@@ -135,14 +135,14 @@ class Precision(NamedTuple):
 
 
 def precision_of(engine: str, precision: str) -> Precision:
-    """The dtypes under an engine on a GPU, for a value of train.precision ("auto" is bf16 there)."""
+    """The dtypes under an engine on a GPU. `precision`: a value of train.precision; "auto" means bf16 on a GPU."""
     if precision == "fp32":
         return Precision(torch.float32, torch.float32)
     return Precision(torch.bfloat16, torch.bfloat16 if engine.startswith("zero") else torch.float32)
 
 
 class Activations(NamedTuple):
-    """Bytes that the forward pass keeps, and bytes that the backward pass of one block needs in addition."""
+    """Bytes that the forward pass keeps, and additional bytes of the backward pass of one block."""
 
     kept: int
     block: int
@@ -165,9 +165,10 @@ def activation_memory(config: HGPTConfig, tokens: int, precision: Precision, *, 
 
 
 class HeadMemory(NamedTuple):
-    """Bytes at the peak of the head's loss: operands with gradients, and one chunk; all of it for a dense head.
+    """Bytes at the peak of the head's loss.
 
-    `chunk_positions` is None for a distance in blocks.
+    `operands`: operands and their gradients. `chunk`: one chunk of `chunk_positions` positions, which is None for a
+    distance in blocks. `dense`: the whole peak of a head that computes all logits at once.
     """
 
     operands: int
@@ -187,9 +188,9 @@ def head_memory(config: HGPTConfig, tokens: int, precision: Precision) -> HeadMe
         float32, (V, D); norms and column sums, (V,).
     chunk: C = `loss.chunk_positions` positions · V · 4 bytes of products and, harmonic, 4 of scores and 1 of a mask, or
         (bf16) 2 of G and a chunk's share of the gradient of w.
-    dense: N · V · 17 bytes in the backward pass of `harmax.harmonic_loss`, 12 in that of softmax, and the operands.
+    dense: the operands, and N · V · 17 bytes in the backward pass of `harmax.harmonic_loss`, 12 in that of softmax.
 
-    A distance that transforms its operands adds the transformed ones and their gradients in float32. A distance in
+    A distance that transforms its operands adds x′, w′ and their gradients in float32. A distance in
     blocks needs its operands and their gradients in float32, and `distances.memory_of` in place of the chunk.
     """
     rows, width, metric = config.padded_vocab_size, config.n_embd, distance_of(config)
@@ -210,7 +211,7 @@ def head_memory(config: HGPTConfig, tokens: int, precision: Precision) -> HeadMe
 
 
 def distance_of(config: HGPTConfig) -> Distance | None:
-    """The distance of a harmonic head, without memory for its weights."""
+    """The distance of a harmonic head on the meta device; None for softmax."""
     if config.head != "harmonic":
         return None
     with torch.device("meta"):
@@ -222,9 +223,9 @@ def distance_seconds(config: HGPTConfig, tokens: float, device: str) -> float:
 
         tokens · V · D · traffic · 4 bytes / bandwidth
 
-    `Distance.traffic` is how often the operations of the blocks read or write an element. The time of a GPU is
-    computed, not measured: each operation alone is bound by memory bandwidth. Caches and a fused kernel may be faster.
-    A GPU of unknown bandwidth counts as an H100. "cpu" is two cores, measured (`_CPU_BANDWIDTH`).
+    `Distance.traffic` is how often the blocks' operations read or write an element. The time on a GPU is computed, not
+    measured, as if every operation were bound by memory bandwidth; caches or a fused kernel may be faster. A GPU of
+    unknown bandwidth counts as an H100. "cpu" means the two cores of `_CPU_BANDWIDTH`, measured.
     """
     metric = distance_of(config)
     if metric is None or metric.power is not None:
@@ -240,7 +241,7 @@ def distance_seconds(config: HGPTConfig, tokens: float, device: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """The machine: `gpus` on each of `nodes`, an engine, and the share of the peak FLOP/s that the run is to reach."""
+    """Machine and engine. `gpus`: per node; `mfu`: assumed share of peak FLOP/s; `memory`: GiB per GPU, if given."""
 
     gpus: int = 1
     nodes: int = 1
@@ -285,7 +286,7 @@ class Memory(NamedTuple):
 
     @property
     def transient(self) -> int:
-        """The larger of the head's loss and a block's backward pass, which comes after it."""
+        """The larger of the head's loss and a block's backward pass, which do not overlap."""
         return max(self.head, self.block)
 
     @property
@@ -295,7 +296,7 @@ class Memory(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run on a machine, with its model and what is known about its data."""
+    """A run on a machine, with its model and, if the data folder exists, its number of training tokens."""
 
     run: RunConfig
     launch: Launch
@@ -316,11 +317,11 @@ class Plan:
 
     @property
     def distance_seconds(self) -> float:
-        """Seconds that the run needs in addition for a distance in blocks."""
+        """Additional seconds of the run for a distance in blocks, 0 for any other distance."""
         return distance_seconds(self.config, self.tokens, self.launch.device) / self.launch.processes
 
     def memory(self, engine: str, *, checkpointing: bool | None = None) -> Memory:
-        """Memory under one of `ENGINES`, by the formulas of this module; `checkpointing`: None is the run's setting."""
+        """Memory under one of `ENGINES`, by this module's formulas. `checkpointing`: None takes the run's setting."""
         train = self.run.train
         precision = precision_of(engine, train.precision)
         if checkpointing is None:
@@ -351,10 +352,10 @@ class Plan:
 
 
 def make_plan(run: RunConfig, launch: Launch) -> Plan:
-    """The plan of a run. A data folder that does not exist is noted; its vocabulary is taken to be GPT-2's.
+    """The plan of a run. If the data folder does not exist, a note says so, and the vocabulary size is that of
+    data.vocab_size or GPT-2.
 
-    Raises UserError where train.py would: a batch that cannot be reached, data that are damaged or too short, a model
-    that cannot be built.
+    Raises UserError where train.py does: for an impossible batch size, damaged or too short data, an invalid model.
     """
     data, train = run.data, run.train
     notes, shards = [], None
@@ -388,7 +389,7 @@ def make_plan(run: RunConfig, launch: Launch) -> Plan:
 
 
 def warnings(plan: Plan) -> list[str]:
-    """What goes wrong, or is close to it, each with the way out."""
+    """What will fail or may fail, each with a way out."""
     found = []
     run, launch = plan.run, plan.launch
     need, capacity = plan.memory(launch.engine).total, launch.capacity
@@ -548,7 +549,7 @@ def markdown_table(plans: Sequence[Plan]) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of a table as lines: the first column to the left, all others to the right."""
+    """Rows of a table as lines, the first column left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(row[1:], widths[1:], strict=True))])
@@ -571,7 +572,7 @@ def _gib(size: float) -> str:
 
 
 def _short(number: float) -> str:
-    """124.4 M, 294.9 G, 2.5e+20: three or four digits and a unit, up to 10¹⁵."""
+    """124.4 M, 294.9 G, 2.5e+20: at most four digits, and a unit up to 10¹⁵."""
     for unit, value in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if value <= number < 1e15:
             return f"{number / value:.4g} {unit}"
