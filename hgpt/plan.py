@@ -1,10 +1,10 @@
-"""What a run needs, computed before it starts: parameters, memory per GPU, tokens, FLOPs and time.
+"""Plan a run before it is started: parameters, memory per GPU, tokens, FLOPs and time.
 
     python -m hgpt.plan --config configs/gpt2_small_harmonic.toml --gpus 8 [--section.key value ...]
     python -m hgpt.plan --gpus 8 --table configs/gpt2_*_harmonic.toml
 
-Nothing is trained, and no GPU is needed. Parameters are counted in a model on the meta device. Memory is computed by
-the formulas below, in bytes on one GPU at the peak of a training step.
+Nothing is trained, and no GPU is needed. The model is built without memory for its weights, and its parameters are
+counted. Memory is computed by the formulas below: bytes on one GPU at the peak of a training step.
 
     engine          parameters   gradients   optimiser   buckets and gathered weights
     ddp             4 P          4 P         8 P         - (its buckets are the gradients)
@@ -14,7 +14,7 @@ the formulas below, in bytes on one GPU at the peak of a training step.
     zero3           c P/W        4 P/W       12 P/W      4 R + c min(P, 10⁹)
     fsdp2           4 P/W        4 P/W       8 P/W       c (2 E + 3 B)
 
-P: parameters, B of them in each block and E outside the blocks. W: processes (world size). R = 5·10⁸: DeepSpeed's
+P: parameters; B: those of one block; E: those outside the blocks. W: processes (world size). R = 5·10⁸: DeepSpeed's
 reduce bucket. c: bytes of an operand of a matrix product, 2 in bf16 and 4 in fp32. AdamW keeps two float32 numbers per
 parameter; Muon (ddp only) keeps one for the matrices of the blocks. ZeRO keeps float32 master weights. ZeRO-1 also
 accumulates float32 gradients beside the bf16 ones. In fp32, ZeRO-1 has 4 P of gradients, and ZeRO-2 has no
@@ -32,13 +32,13 @@ and the output of attention (c each), input and output of the activation functio
 statistics of the norms and the log-sum-exp of attention. An activation function other than gelu and gelu_pytorch_tanh
 may keep more; torch.compile usually keeps less.
 
-`head_memory` has the formula of the head's loss. All activations exist during the loss and during the backward pass of
-the last block, which follows it, so the larger of the two counts. Gradients exist then too, as they are accumulated
-over micro-batches. Not counted: the CUDA context, workspaces of kernels and fragmentation, often 1 to 3 GiB together.
+`head_memory` has the formula of the head's loss, which is computed when all activations exist. The backward pass of the
+last block comes later, so the larger of the two counts. Gradients exist all the time, because they are accumulated over
+micro-batches. Not counted: the CUDA context, workspaces of kernels and fragmentation, often 1 to 3 GiB together.
 
-Tests compare activations, the loss and the row of ddp with what the code allocates on a CPU. Parameters, gradients and
-optimiser state of ZeRO agree to 0.2 % with a measurement in two CPU processes (DeepSpeed 0.19.8). Buckets, gathered
-weights and fsdp2 follow the source code of the libraries (torch 2.13) and were not measured.
+The tests compare activations, the loss and the row of ddp with what the code allocates, without a GPU. The formulas for
+ZeRO's parameters, gradients and optimiser state were within 0.2 % of two CPU processes (DeepSpeed 0.19.8). Those for
+buckets, gathered weights and fsdp2 (torch 2.13) follow the source code of the libraries and were not measured.
 """
 
 import sys
@@ -72,9 +72,9 @@ GIB = 2**30
 # DeepSpeed's defaults of zero_optimization.reduce_bucket_size and stage3_max_live_parameters, in elements.
 _REDUCE_BUCKET, _MAX_LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 
-# Bytes/s of a distance in blocks on a CPU, where the blocks stay in the caches. Measured in GB/s on two idle cores of
-# an AMD EPYC (Zen 3) with `python -m benchmarks.head_loss --shape 64x768x50304 --distances ...`: 22 (chebyshev),
-# 43 (hamming), 58 (bray_curtis), 61 (manhattan), 72 (canberra), 81 (minkowski); a quarter beside another process.
+# Bytes/s of a distance in blocks on a CPU; the blocks stay in the caches. Measured in GB/s on two idle cores of an AMD
+# EPYC (Zen 3) with `python -m benchmarks.head_loss --shape 64x768x50304 --distances ...`: 22 (chebyshev), 43 (hamming),
+# 58 (bray_curtis), 61 (manhattan), 72 (canberra), 81 (minkowski). A second busy process reduces it to a quarter.
 _CPU_BANDWIDTH = 60e9
 _H100_BANDWIDTH = 3350e9
 _DAY = 86400
@@ -219,13 +219,13 @@ def distance_of(config: HGPTConfig) -> Distance | None:
 
 
 def distance_seconds(config: HGPTConfig, tokens: float, device: str) -> float:
-    """Seconds that one device needs for loss and gradients of a distance in blocks, 0 for any other distance.
+    """Seconds that one device takes for the loss and gradients of a distance in blocks; 0 for any other distance.
 
         tokens · V · D · traffic · 4 bytes / bandwidth
 
-    `Distance.traffic` is how often the blocks' operations read or write an element. The time on a GPU is computed, not
-    measured, as if every operation were bound by memory bandwidth; caches or a fused kernel may be faster. A GPU of
-    unknown bandwidth counts as an H100. "cpu" means the two cores of `_CPU_BANDWIDTH`, measured.
+    `Distance.traffic` is how often the operations of the blocks read or write an element. For a GPU the time is an
+    estimate: each operation is taken to be bound by memory bandwidth; caches or a fused kernel may be faster. A GPU of
+    unknown bandwidth counts as an H100. For "cpu" the bandwidth was measured on two cores (`_CPU_BANDWIDTH`).
     """
     metric = distance_of(config)
     if metric is None or metric.power is not None:
@@ -241,7 +241,7 @@ def distance_seconds(config: HGPTConfig, tokens: float, device: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """Machine and engine. `gpus`: per node; `mfu`: assumed share of peak FLOP/s; `memory`: GiB per GPU, if given."""
+    """The machines: `gpus` on each of `nodes`, the engine, and the expected share of the peak FLOP/s (`mfu`)."""
 
     gpus: int = 1
     nodes: int = 1
@@ -296,7 +296,7 @@ class Memory(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run on a machine, with its model and, if the data folder exists, its number of training tokens."""
+    """A run on given machines, with its model and the size of its data."""
 
     run: RunConfig
     launch: Launch
@@ -317,7 +317,7 @@ class Plan:
 
     @property
     def distance_seconds(self) -> float:
-        """Additional seconds of the run for a distance in blocks, 0 for any other distance."""
+        """Additional seconds of the run for a distance in blocks."""
         return distance_seconds(self.config, self.tokens, self.launch.device) / self.launch.processes
 
     def memory(self, engine: str, *, checkpointing: bool | None = None) -> Memory:
@@ -352,10 +352,10 @@ class Plan:
 
 
 def make_plan(run: RunConfig, launch: Launch) -> Plan:
-    """The plan of a run. If the data folder does not exist, a note says so, and the vocabulary size is that of
-    data.vocab_size or GPT-2.
+    """The plan of a run. Without the data folder it has a note, and GPT-2's vocabulary unless data.vocab_size is set.
 
-    Raises UserError where train.py does: for an impossible batch size, damaged or too short data, an invalid model.
+    Raises UserError where train.py would: a global_batch that cannot be reached, data that are damaged or too short, a
+    model that cannot be built.
     """
     data, train = run.data, run.train
     notes, shards = [], None
@@ -389,7 +389,7 @@ def make_plan(run: RunConfig, launch: Launch) -> Plan:
 
 
 def warnings(plan: Plan) -> list[str]:
-    """What will fail or may fail, each with a way out."""
+    """Settings that will fail or hardly fit, each with what helps."""
     found = []
     run, launch = plan.run, plan.launch
     need, capacity = plan.memory(launch.engine).total, launch.capacity
@@ -410,7 +410,7 @@ def warnings(plan: Plan) -> list[str]:
         )
     if plan.distance_seconds > _DAY:
         found.append(
-            f'model.head.distance = "{plan.config.distance}" visits every coordinate of every pair of a token and a '
+            f'model.head.distance = "{plan.config.distance}" visits every coordinate of every pair of a position and a '
             f"centre: about {_duration(plan.distance_seconds)} for {_short(plan.tokens)} tokens and "
             f"{plan.config.vocab_size:,} centres, estimated from the memory bandwidth. What helps: cosine, mahalanobis "
             "or euclidean, which are matrix products, a smaller vocabulary, or fewer tokens"
@@ -528,8 +528,8 @@ def _training_lines(plan: Plan) -> list[str]:
     ]
     if plan.distance_seconds:
         lines.append(
-            f"distance         about {_duration(plan.distance_seconds)} more for {plan.config.distance}, which is "
-            "no matrix product"
+            f"distance         about {_duration(plan.distance_seconds)} more for {plan.config.distance}, which no "
+            "matrix product computes"
         )
     return lines
 
@@ -591,18 +591,18 @@ def _duration(seconds: float) -> str:
 def main(arguments: Sequence[str]) -> str:
     """The text that the command line asks for. Raises UserError."""
     description = (
-        "What a run needs: parameters, memory per GPU, tokens, FLOPs, time. All other arguments are those of train.py: "
+        "Print what a run needs: parameters, memory per GPU, tokens, FLOPs, time. All other arguments are train.py's: "
         "--config FILE and --section.key VALUE."
     )
     parser = Parser(prog="python -m hgpt.plan", description=description, allow_abbrev=False)
     add, default = parser.add_argument, Launch()
-    add("--gpus", type=int, default=default.gpus, help="GPUs on each node (%(default)s)")
-    add("--nodes", type=int, default=default.nodes, help="nodes (%(default)s)")
-    add("--engine", choices=ENGINES, default=default.engine, help="what trains (%(default)s)")
-    add("--mfu", type=float, default=default.mfu, help="share of the peak reached (%(default)s)")
-    add("--device", default=default.device, help='the GPU, as CUDA calls it, or "cpu" (%(default)s)')
-    add("--memory", type=float, metavar="GIB", help="memory of a GPU, default: that of the device")
-    add("--table", nargs="+", metavar="FILE", help="only a Markdown table: GiB per GPU of these configurations")
+    add("--gpus", type=int, default=default.gpus, help="GPUs on each node (default: %(default)s)")
+    add("--nodes", type=int, default=default.nodes, help="number of nodes (default: %(default)s)")
+    add("--engine", choices=ENGINES, default=default.engine, help="engine of the run (default: %(default)s)")
+    add("--mfu", type=float, default=default.mfu, help="expected share of the peak FLOP/s (default: %(default)s)")
+    add("--device", default=default.device, help='CUDA\'s name of the GPU, or "cpu" (default: %(default)s)')
+    add("--memory", type=float, metavar="GIB", help="memory of a GPU (default: that of the device)")
+    add("--table", nargs="+", metavar="FILE", help="print only a Markdown table: GiB per GPU of these configurations")
     known, settings = parser.parse_known_args(arguments)
     files = known.table
     launch = Launch(**{name: value for name, value in vars(known).items() if name != "table"})

@@ -128,7 +128,7 @@ def test_each_arm_is_tuned_and_then_repeated(arms, capsys):
     assert softmax["difference_interval"] == pytest.approx((-0.1, -0.1))
     table = capsys.readouterr().out
     assert "| softmax | lr 3e-3 | 3.9100 |" in table
-    assert "chosen on the first seed" in table
+    assert "chosen with the first seed" in table
     assert Path("out/table.csv").read_text().count("\n") == 3
 
 

@@ -185,7 +185,7 @@ def test_a_download_that_was_interrupted_goes_on(tmp_path, on_hub, capsys, monke
     on_hub.refused.add(f"plain_text/{THIRD}")
     message = failed(capsys, tmp_path / "out")
     assert "The download of Skylion007/openwebtext was interrupted (HfHubHTTPError: " in message
-    assert "The same command goes on with it. Alternatives: " in message and "--source openwebtext" in message
+    assert "The same command resumes it. Alternatives: " in message and "--source openwebtext" in message
     assert not (tmp_path / "out").exists()
     with monkeypatch.context() as patch:
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

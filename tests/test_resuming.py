@@ -174,8 +174,8 @@ def interrupt(name, source, out, monkeypatch, *options, unit=9):
 def test_ctrl_c_keeps_what_is_finished(tmp_path, source, whole, monkeypatch, capsys, name):
     out = interrupt(name, source, tmp_path / "out", monkeypatch)
     assert units_done(out) == 9
-    assert capsys.readouterr().err.endswith("interrupted: what is finished stays, the same command goes on\n")
-    with pytest.raises(UserError, match=r"has not finished\. Run the command that began it again: it resumes"):
+    assert capsys.readouterr().err.endswith("interrupted: finished work is kept, and the same command resumes\n")
+    with pytest.raises(UserError, match=r"has not finished\. The command that began it goes on"):
         TokenShards.open(out, "train")
     assert contents(prepare(name, source, out)) == whole[name]
 
@@ -226,7 +226,7 @@ def test_a_worker_that_dies_is_told_of_and_gone_on_from(tmp_path, source, whole,
     with monkeypatch.context() as patch:
         patch.setattr(ProgressBar, "update", kill_the_workers)
         message = fails(capsys, *command("documents", source, tmp_path / "out", "--workers", "2"))
-    assert "A worker process died" in message and "fewer --workers; what is finished stays" in message
+    assert "A worker process died" in message and "fewer --workers: it resumes" in message
     assert contents(prepare("documents", source, tmp_path / "out")) == whole["documents"]
 
 
@@ -268,7 +268,7 @@ def test_out_is_never_overwritten(tmp_path, source, whole, capsys):
     assert "holds prepared data already" in fails(capsys, *command("documents", source, out, "--seed", "1"))
     assert contents(out) == whole["documents"]
     (out / "meta.json").unlink()
-    assert "no preparation in it to go on with" in fails(capsys, *command("documents", source, out))
+    assert "no preparation in it to resume" in fails(capsys, *command("documents", source, out))
     assert "is a file" in fails(capsys, *command("documents", source, out / "tokenizer.json"))
     assert "cannot be written" in fails(capsys, *command("documents", source, "/sys/hgpt"))  # not even by root
 
@@ -313,7 +313,7 @@ def test_a_full_disk_is_a_clean_error_and_can_be_gone_on_from(tmp_path, source, 
     process.join()
     message = (tmp_path / "stderr").read_text()
     assert process.exitcode == 2 and "Traceback" not in message
-    assert "failed: File too large. Mend that (a full disk: free space)" in message
+    assert "failed: File too large. Remove the cause (if the disk is full, free space)" in message
     assert units_done(out) > 1 and not list(out.glob("*.bin"))
     expected = contents(prepare("documents", source, tmp_path / "whole", *options))
     assert contents(prepare("documents", source, out, *options)) == expected
