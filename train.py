@@ -111,7 +111,7 @@ def build_model(config: RunConfig, shards: TokenShards, resumed: Checkpoint | No
     model.lm_head.label_smoothing = config.train.label_smoothing  # has an effect in training mode only; is not exported
     model.lm_head.compiled = config.train.compile_loss
     if config.train.activation_checkpointing:
-        # transformers before 5.18 has the second name only.
+        # Early versions of transformers 5 have the second name only.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     if config.train.compile:

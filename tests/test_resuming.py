@@ -175,7 +175,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, source, whole, monkeypatch, cap
     out = interrupt(name, source, tmp_path / "out", monkeypatch)
     assert units_done(out) == 9
     assert capsys.readouterr().err.endswith("interrupted: finished work is kept, and the same command resumes\n")
-    with pytest.raises(UserError, match=r"has not finished\. The command that began it goes on"):
+    with pytest.raises(UserError, match=r"has not finished\. Run the command that began it again: it resumes"):
         TokenShards.open(out, "train")
     assert contents(prepare(name, source, out)) == whole[name]
 

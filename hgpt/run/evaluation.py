@@ -23,7 +23,6 @@ class Validation(NamedTuple):
     values: dict[str, float]
 
     @property
-    @torch.no_grad()
     def loss(self) -> float:
         return self.values["loss"]
 
