@@ -77,6 +77,16 @@ def test_what_travels_with_an_export_imports_its_neighbours_relatively(name: str
     assert roots <= {"hgpt", "torch", "transformers"} | sys.stdlib_module_names, "a requirement of every export"
 
 
+def test_a_handful_of_folders_and_modules() -> None:
+    """A new module needs a reason: the house is to stay small enough to know."""
+    ours = [name for name in ALL if name.startswith("hgpt.") and not name.startswith("hgpt.interpret")]
+    folders = {
+        name.split(".")[1] for name, path in ALL.items() if name.startswith("hgpt.") and path.name == "__init__.py"
+    }
+    assert folders == {"data", "interpret", "model", "run"}
+    assert len([name for name in ours if name.split(".")[1:] not in ([folder] for folder in folders)]) <= 30
+
+
 def test_imports_go_down() -> None:
     for name, path in ALL.items():
         for module in own(imports(name, path)) - {name}:

@@ -46,10 +46,11 @@ WITHOUT_EFFECT = {
 }
 
 
-def attention_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
+def attention_keywords(keywords: dict[str, Any], attention_mask: Any) -> dict[str, Any]:
     """The keywords in FOR_ATTENTION, out of those that are no parameters of `forward`.
 
     Raises:
+        ValueError: `is_causal=False` without a 4-dimensional mask.
         TypeError: a keyword in neither FOR_ATTENTION nor WITHOUT_EFFECT, unless its value is None or False.
     """
     known = FOR_ATTENTION | WITHOUT_EFFECT
@@ -60,6 +61,8 @@ def attention_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
             "transformers passes it by itself, use a version that this code was tested with (config.json: "
             "transformers_tested)"
         )
+    if keywords.get("is_causal") is False and (attention_mask is None or attention_mask.ndim != 4):
+        raise ValueError("is_causal=False needs a 4-dimensional attention_mask: this is a causal language model")
     return {name: value for name, value in keywords.items() if name in FOR_ATTENTION}
 
 
@@ -265,7 +268,7 @@ class HGPTModel(HGPTPreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
-        """Hidden states after the final norm, (B, T, D).
+        """Hidden states after the final norm, (B, T, D). The signature is that of transformers' decoders.
 
         Without `position_ids`, positions count attended tokens, so that left padding does not shift them. `cache` is
         the name of `past_key_values` since transformers 5.24. The other arguments are as in any transformers decoder.
@@ -277,9 +280,7 @@ class HGPTModel(HGPTPreTrainedModel):
         """
         config = self.config
         cache = one_cache(past_key_values, cache)
-        kwargs = attention_keywords(kwargs)
-        if kwargs.get("is_causal") is False and (attention_mask is None or attention_mask.ndim != 4):
-            raise ValueError("is_causal=False needs a 4-dimensional attention_mask: this is a causal language model")
+        kwargs = attention_keywords(kwargs, attention_mask)
         use_cache = config.use_cache and not self.training if use_cache is None else use_cache
         return_dict = config.return_dict if return_dict is None else return_dict
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
