@@ -1,8 +1,6 @@
 """Every distance in a model: trained, resumed bit for bit, exported, loaded with and without hgpt, sampled, read."""
 
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run as launch
-from remote_code import WITHOUT_HGPT
+from remote_code import assert_same_without_hgpt, write_expected
 from safetensors.torch import load_file
 from scipy.spatial.distance import cdist
 from small_models import relation_set
@@ -172,30 +170,14 @@ def test_reading_uses_the_heads_metric(run: Callable, case: str) -> None:
         torch.testing.assert_close(model.log_distances(x, model.logits(x)), d.log(), rtol=1e-3, atol=1e-4)
 
 
-REMOTE = (
-    WITHOUT_HGPT
-    + """
-import torch
-from transformers import AutoModelForCausalLM
-
-*folders, unknown = sys.argv[1:]
-for folder in folders:
-    expected = torch.load(f"{folder}/expected.pt", weights_only=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    assert torch.equal(model(expected["ids"]).logits, expected["logits"]), folder
-    loss = model(expected["ids"], labels=expected["ids"]).loss
-    assert torch.equal(loss, expected["loss"]), folder
-    assert torch.equal(model.generate(expected["ids"], max_new_tokens=3, do_sample=False), expected["generated"])
+LOADS_A_DISTANCE_THAT_NOBODY_KNOWS = """
 try:
-    AutoModelForCausalLM.from_pretrained(unknown, trust_remote_code=True)
+    AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code=True)
 except ValueError as error:
     assert "distance must be one of euclidean, cosine" in str(error) and "got 'lorentzian'" in str(error), error
 else:
     raise SystemExit("a distance that nobody knows was loaded")
-assert not any(name.split(".")[0] == "hgpt" for name in sys.modules)
-print("loaded without hgpt")
 """
-)
 
 
 @pytest.mark.parametrize("cases", [QUICK, pytest.param(tuple(CASES), marks=pytest.mark.slow)], ids=["quick", "every"])
@@ -204,63 +186,37 @@ def test_remote_code_where_hgpt_cannot_be_imported(run: Callable, tmp_path: Path
     for case in cases:
         folder = tmp_path / f"{case}_model"
         shutil.copytree(run(case)[0].run_folder / "latest" / "model", folder)
-        model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        ids = torch.arange(6)[None]
-        with torch.no_grad():
-            expected = {
-                "ids": ids,
-                "logits": model(ids).logits,
-                "loss": model(ids, labels=ids).loss,
-                "generated": model.generate(ids, max_new_tokens=3, do_sample=False),
-            }
-        torch.save(expected, folder / "expected.pt")
-        folders.append(str(folder))
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HOME": str(tmp_path / "hub")}
-    environment.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        [sys.executable, "-c", REMOTE, *folders],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "loaded without hgpt" in done.stdout
+        write_expected(AutoModelForCausalLM.from_pretrained(folder).eval(), folder, torch.arange(6)[None])
+        folders.append(folder)
+    *known, unknown = folders
+    assert_same_without_hgpt(known, tmp_path, LOADS_A_DISTANCE_THAT_NOBODY_KNOWS.format(folder=str(unknown)))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # A checkpoint and another configuration
 
 
-def test_a_checkpoint_of_an_unknown_distance(
-    run: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = run("lorentzian")[0].run_folder
-    monkeypatch.delitem(hgpt.model.distances._REGISTRY, "lorentzian")
-    with pytest.raises(ValueError, match=r"distance must be one of .*got 'lorentzian'.*hgpt\.register_distance"):
-        AutoModelForCausalLM.from_pretrained(folder / "latest" / "model")
-    arguments = ["--checkpoint", str(folder), "--max-new-tokens", "1"]
-    assert cli.run(sample.main, arguments) == 2
-    assert "no model can be loaded" in (error := capsys.readouterr().err) and "got 'lorentzian'" in error
-    hgpt.model.distances._load_distances.cache_clear()
-    assert cli.run(sample.main, [*arguments, "--distance-file", LORENTZIAN]) == 0
-
-
-def test_a_report_on_a_distance_of_ones_own(
+def test_a_distance_of_ones_own_needs_its_file(
     run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = run("lorentzian")[0].run_folder
-    monkeypatch.delitem(hgpt.model.distances._REGISTRY, "lorentzian")
-    hgpt.model.distances._load_distances.cache_clear()
-    options = [str(folder), "--out", str(tmp_path / "out"), "--bootstrap", "100", "--final-only"]
-    options += ["--relations", relation_set(tmp_path / "relations", [("one", "two"), ("three", "four")])]
-    assert cli.run(report, options) == 2
-    assert "got 'lorentzian'" in capsys.readouterr().err
-    assert cli.run(report, [*options, "--distance-file", str(tmp_path / "none.py")]) == 2
-    assert "--distance-file: " in capsys.readouterr().err
-    assert cli.run(report, [*options, "--distance-file", LORENTZIAN]) == 0
-    assert (tmp_path / "out" / "index.html").exists()
+    with monkeypatch.context() as patch:
+        patch.delitem(hgpt.model.distances._REGISTRY, "lorentzian")
+        with pytest.raises(ValueError, match=r"distance must be one of .*got 'lorentzian'.*hgpt\.register_distance"):
+            AutoModelForCausalLM.from_pretrained(folder / "latest" / "model")
+    relations = relation_set(tmp_path / "relations", [("one", "two"), ("three", "four")])
+    out = tmp_path / "out"
+    sampling = ["--checkpoint", str(folder), "--max-new-tokens", "1"]
+    reporting = [str(folder), "--out", str(out), "--bootstrap", "100", "--final-only", "--relations", relations]
+    for command, arguments in ((sample.main, sampling), (report, reporting)):
+        monkeypatch.delitem(hgpt.model.distances._REGISTRY, "lorentzian")
+        hgpt.model.distances._load_distances.cache_clear()
+        assert cli.run(command, arguments) == 2
+        assert "got 'lorentzian'" in capsys.readouterr().err
+        assert cli.run(command, [*arguments, "--distance-file", str(tmp_path / "none.py")]) == 2
+        assert "none.py" in capsys.readouterr().err
+        assert cli.run(command, [*arguments, "--distance-file", LORENTZIAN]) == 0
+    assert (out / "index.html").exists()
 
 
 def test_going_on_with_another_distance_is_refused(run: Callable) -> None:

@@ -85,8 +85,6 @@ def test_leading_dimensions_and_reductions() -> None:
     torch.testing.assert_close(d_sq[1, 2], squared_distances(x[1, 2], w))
     each = harmonic_loss(x, w, targets, 3.0, reduction="none")
     assert each[1] == 0 and each[5] == 0
-    torch.testing.assert_close(harmonic_loss(x, w, targets, 3.0, reduction="sum"), each.sum())
-    torch.testing.assert_close(harmonic_loss(x, w, targets, 3.0), each.sum() / 4)
     torch.testing.assert_close(harmonic_loss(x, w, targets.where(targets >= 0, 9), 3.0, ignore_index=9), each.sum() / 4)
 
 
@@ -270,12 +268,9 @@ def test_resolve_exponent_refuses(given: float | str) -> None:
 @pytest.mark.parametrize("rows", [1, 1024, 2500])
 def test_squared_norms(rows: int, dtype: torch.dtype) -> None:
     w = torch.randn(rows, 37).to(dtype)
-    expected = w.double().square().sum(-1)
     found = squared_norms(w)
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
-    w.requires_grad_()
-    tracked = squared_norms(w)
-    assert torch.equal(tracked, found) or torch.allclose(tracked, found, rtol=1e-6)
-    (grad,) = torch.autograd.grad(tracked.sum(), w)
-    torch.testing.assert_close(grad, 2 * w.detach())
+    torch.testing.assert_close(found.double(), w.double().square().sum(-1), rtol=1e-6, atol=0)
+    tracked = squared_norms(w.requires_grad_())
+    torch.testing.assert_close(tracked, found, rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(tracked.sum(), w)[0], 2 * w.detach())

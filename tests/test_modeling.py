@@ -1,6 +1,7 @@
 """The language model: against transformers' GPT-2, against itself without its shortcuts, and as a checkpoint."""
 
 import inspect
+import itertools
 import math
 import sys
 import tomllib
@@ -25,7 +26,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
-    pipeline,
 )
 from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
 from transformers.utils.generic import TransformersKwargs
@@ -65,29 +65,14 @@ TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("scale_by_layer", [False, True])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_equals_gpt2(scale_by_layer: bool, attention: str) -> None:
-    sizes = {"vocab_size": V, "n_positions": 32, "n_embd": 32, "n_layer": 3, "n_head": 4}
-    gpt2 = GPT2LMHeadModel(
-        GPT2Config(
-            **sizes,
-            initializer_range=0.3,
-            scale_attn_by_inverse_layer_idx=scale_by_layer,
-            attn_implementation=attention,
-        )
-    ).eval()
+    both = {"vocab_size": V, "n_positions": 32, "n_embd": 32, "n_layer": 3, "n_head": 4}
+    both |= {"scale_attn_by_inverse_layer_idx": scale_by_layer, "attn_implementation": attention}
+    gpt2 = GPT2LMHeadModel(GPT2Config(**both, initializer_range=0.3)).eval()
     for name, parameter in gpt2.named_parameters():
         if name.endswith("bias") or "ln" in name:  # GPT-2 starts them at 0 and 1
             nn.init.normal_(parameter, mean=float(name.endswith("weight")), std=0.3)
-    model = HGPTForCausalLM(
-        HGPTConfig(
-            **sizes,
-            head="softmax",
-            bias=True,
-            activation_function="gelu_pytorch_tanh",
-            pad_vocab_to_multiple_of=1,
-            scale_attn_by_inverse_layer_idx=scale_by_layer,
-            attn_implementation=attention,
-        )
-    ).eval()
+    ours = {"head": "softmax", "bias": True, "activation_function": "gelu_pytorch_tanh", "pad_vocab_to_multiple_of": 1}
+    model = HGPTForCausalLM(HGPTConfig(**both, **ours)).eval()
     conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored transposed
     state = {name: t.T if name.endswith(conv1d) else t for name, t in gpt2.state_dict().items()}
     model.load_state_dict(state, strict=True)
@@ -143,11 +128,9 @@ def test_padding_changes_no_loss_no_logits_and_no_sample(head: str) -> None:
         state[name] = state[name][:V]
     plain.load_state_dict(state)
     ids = tokens()
-    for batch in ({"input_ids": ids}, {"input_ids": ids, "labels": ids}):
-        ours, theirs = padded(**batch), plain(**batch)
-        torch.testing.assert_close(ours.logits, theirs.logits)
-        if "labels" in batch:
-            torch.testing.assert_close(ours.loss, theirs.loss)
+    ours, theirs = padded(ids, labels=ids), plain(ids, labels=ids)
+    torch.testing.assert_close(ours.logits, theirs.logits)
+    torch.testing.assert_close(ours.loss, theirs.loss)
     samples = []
     for model in (padded, plain):
         torch.manual_seed(3)
@@ -163,13 +146,6 @@ def test_logits_are_log_harmax_of_the_final_hidden_states() -> None:
         p = d ** -(4 * 32**0.5 / temperature)
         p = p / p.sum(-1, keepdim=True)
         torch.testing.assert_close((logits / temperature).softmax(-1), p, rtol=1e-3, atol=1e-6)
-
-
-def test_logits_to_keep() -> None:
-    model = tiny_model()
-    logits = model(tokens()).logits
-    torch.testing.assert_close(model(tokens(), logits_to_keep=3).logits, logits[:, -3:])
-    torch.testing.assert_close(model(tokens(), logits_to_keep=torch.tensor([0, 5])).logits, logits[:, [0, 5]])
 
 
 # Attention, cache, padding on the left
@@ -304,30 +280,21 @@ def test_generation_makes_of_the_centres_once_what_no_token_changes(
         model.lm_head.weight.data.mul_(torch.linspace(0.5, 1.5, ROWS)[:, None].to(dtype))  # seen by no version counter
 
 
-def left_padded(prompts: list[Tensor]) -> dict[str, Tensor]:
-    length = max(len(prompt) for prompt in prompts)
-    ids = torch.stack([F.pad(prompt, (length - len(prompt), 0), value=V - 1) for prompt in prompts])
-    mask = torch.stack([F.pad(torch.ones_like(p), (length - len(p), 0)) for p in prompts])
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 @HEADS
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_left_padded_batch_equals_one_by_one(head: str, attention: str) -> None:
     model = tiny_model(head=head, attn_implementation=attention, pad_token_id=V - 1)
     prompts = [tokens(1, length)[0] for length in (3, 9, 6)]
-    batch = left_padded(prompts)
-    logits = model(**batch).logits
+    rows = [F.pad(prompt, (9 - len(prompt), 0), value=V - 1) for prompt in prompts]
+    mask = torch.arange(9) >= torch.tensor([[9 - len(prompt)] for prompt in prompts])
+    batch = {"input_ids": torch.stack(rows), "attention_mask": mask.long()}
     alone = [model(prompt[None]).logits[0] for prompt in prompts]
-    for row, expected in zip(logits, alone, strict=True):
+    for row, expected in zip(model(**batch).logits, alone, strict=True):
         torch.testing.assert_close(row[-len(expected) :], expected, rtol=1e-5, atol=1e-4)
-    labels = batch["input_ids"].where(batch["attention_mask"].bool(), -100)
-    expected_loss = torch.cat(
-        [F.cross_entropy(a[:-1], p[1:], reduction="none") for a, p in zip(alone, prompts, strict=True)]
-    ).mean()
-    # Each prompt's first token is scored from a padding position: drop it, as nothing precedes it.
-    labels[torch.arange(3), [len(row) - len(p) for row, p in zip(labels, prompts, strict=True)]] = -100
-    torch.testing.assert_close(model(**batch, labels=labels).loss, expected_loss, rtol=1e-5, atol=1e-5)
+    losses = [F.cross_entropy(a[:-1], p[1:], reduction="none") for a, p in zip(alone, prompts, strict=True)]
+    # Nothing precedes a prompt's first token, which a position of padding would score.
+    labels = batch["input_ids"].where(mask & mask.roll(1, dims=1), -100)
+    torch.testing.assert_close(model(**batch, labels=labels).loss, torch.cat(losses).mean(), rtol=1e-5, atol=1e-5)
 
     settings = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": V - 1}
     free = [model.generate(prompt[None], **settings)[0, len(prompt) :] for prompt in prompts]
@@ -339,15 +306,6 @@ def test_left_padded_batch_equals_one_by_one(head: str, attention: str) -> None:
         assert (row[len(expected) :] == V - 1).all()
 
 
-def test_packed_sequences_by_position_ids() -> None:
-    """Positions that start again without a mask separate documents, as elsewhere in transformers."""
-    model, ids = tiny_model(), tokens(1)
-    positions = torch.tensor([[*range(5), *range(7)]])
-    packed = model(ids, position_ids=positions, use_cache=False).logits
-    parts = [model(ids[:, :5]).logits, model(ids[:, 5:]).logits]
-    torch.testing.assert_close(packed, torch.cat(parts, 1), rtol=1e-5, atol=1e-4)
-
-
 def test_too_long_a_sequence() -> None:
     model = tiny_model()
     with pytest.raises(ValueError, match=r"32 positions \(n_positions\), and the sequence has 33 tokens: shorten"):
@@ -357,13 +315,21 @@ def test_too_long_a_sequence() -> None:
         model(tokens(1, 3), past_key_values=past)
 
 
-def test_inputs_embeds_and_their_errors() -> None:
+def test_other_inputs_give_the_same_logits() -> None:
     model, ids = tiny_model(), tokens()
+    logits = model(ids).logits
+    torch.testing.assert_close(model(ids, logits_to_keep=3).logits, logits[:, -3:])
+    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([0, 5])).logits, logits[:, [0, 5]])
     embeds = model.get_input_embeddings()(ids)
-    torch.testing.assert_close(model(inputs_embeds=embeds).logits, model(ids).logits)
+    torch.testing.assert_close(model(inputs_embeds=embeds).logits, logits)
     for wrong in ({}, {"input_ids": ids, "inputs_embeds": embeds}):
         with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
             model(**wrong)
+    # Positions that start again without a mask separate documents, as elsewhere in transformers.
+    positions = torch.tensor([[*range(5), *range(7)]])
+    packed = model(ids[:1], position_ids=positions, use_cache=False).logits
+    parts = [model(ids[:1, :5]).logits, model(ids[:1, 5:]).logits]
+    torch.testing.assert_close(packed, torch.cat(parts, 1), rtol=1e-5, atol=1e-4)
 
 
 def test_optional_outputs() -> None:
@@ -397,25 +363,6 @@ def test_beam_search_finds_the_best_of_all_continuations(head: str) -> None:
     total = first[:, None] + model(every).logits[:, -1].log_softmax(-1)  # (V, V)
     best = total.flatten().argmax().item()
     assert beams[0, 5:].tolist() == [best // V, best % V]
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    words = {f"w{i}": i for i in range(V - 1)} | {"<end>": V - 1}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
-
-
-def test_text_generation_pipeline() -> None:
-    model = tiny_model(pad_token_id=V - 1, eos_token_id=V - 1)
-    generator = pipeline("text-generation", model=model, tokenizer=tiny_tokenizer(), device="cpu")
-    prompts = ["w1 w2 w3", "w4 w5 w6 w7 w8"]
-    for options in ({}, {"num_beams": 3}):
-        settings = {"max_new_tokens": 5, "do_sample": False, "return_full_text": False} | options
-        batched = generator(prompts, batch_size=2, **settings)
-        alone = [generator(prompt, **settings) for prompt in prompts]
-        assert batched == alone
-        assert len(alone[0][0]["generated_text"].split()) <= 5
 
 
 # Checkpoints
@@ -469,6 +416,13 @@ def test_only_missing_weights_are_initialised(tmp_path: Path) -> None:
     assert std == pytest.approx(LIVELY["initializer_range"] / 2, rel=0.05)
     for name, value in state.items():
         assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    words = {f"w{i}": i for i in range(V - 1)} | {"<end>": V - 1}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
 
 
 def test_remote_code_where_hgpt_cannot_be_imported(tmp_path: Path) -> None:
@@ -560,23 +514,17 @@ def test_bfloat16_autocast() -> None:
 def test_initial_weights() -> None:
     sizes = {"n_embd": 64, "n_layer": 3, "vocab_size": 1000, "initializer_range": 0.02, "bias": True}
     scales = {"final_norm_gain": 0.05, "centre_init_std": 0.07}
-    for tied in (True, False):
-        for head in ("harmonic", "softmax"):
-            model = HGPTForCausalLM(tiny_config(**sizes | scales, head=head, tie_word_embeddings=tied))
-            for name, parameter in model.named_parameters():
-                if name.endswith(".bias"):
-                    assert (parameter == 0).all(), name
-                elif "ln_f" in name:
-                    assert (parameter == 0.05).all(), name
-                elif "ln_" in name:
-                    assert (parameter == 1).all(), name
-                else:
-                    if "lm_head" in name or (tied and "wte" in name):
-                        std = 0.07
-                    else:
-                        std = 0.02 / math.sqrt(6) if "c_proj" in name else 0.02
-                    assert parameter.std().item() == pytest.approx(std, rel=0.05), name
-                    assert abs(parameter.mean().item()) < 0.1 * std, name
+    for head, tied in itertools.product(("harmonic", "softmax"), (True, False)):
+        model = HGPTForCausalLM(tiny_config(**sizes | scales, head=head, tie_word_embeddings=tied))
+        for name, parameter in model.named_parameters():
+            constant = 0 if name.endswith(".bias") else 0.05 if "ln_f" in name else 1 if "ln_" in name else None
+            if constant is not None:
+                assert (parameter == constant).all(), name
+                continue
+            centres = "lm_head" in name or (tied and "wte" in name)
+            std = 0.07 if centres else 0.02 / math.sqrt(6) if "c_proj" in name else 0.02
+            assert parameter.std().item() == pytest.approx(std, rel=0.05), name
+            assert abs(parameter.mean().item()) < 0.1 * std, name
     trunk = HGPTModel(tiny_config(**sizes | scales))
     assert (trunk.ln_f.weight == 0.05).all()
     assert trunk.wte.weight.std().item() == pytest.approx(0.07, rel=0.05)
@@ -599,22 +547,19 @@ def test_builds_on_the_meta_device() -> None:
 def test_compiles(head: str, tied: bool) -> None:
     """The trunk and the logits as one graph; the loss is a break in it."""
     model = tiny_model(head=head, tie_word_embeddings=tied).train()
-    expected = model(tokens(), labels=tokens()).loss
-    expected.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    model.zero_grad()
+    batch = {"input_ids": tokens(), "labels": tokens(), "use_cache": False}
+
+    def step(forward: Any) -> tuple[Tensor, ...]:
+        loss = forward(**batch).loss
+        return loss, *torch.autograd.grad(loss, list(model.parameters()))
+
+    expected = step(model)
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager")
-    loss = compiled(tokens(), labels=tokens(), use_cache=False).loss
-    loss.backward()
-    torch.testing.assert_close(loss, expected)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], msg=name)
+    torch.testing.assert_close(step(compiled), expected)
     model.eval()
     with torch.no_grad():
-        torch.testing.assert_close(
-            compiled(tokens(), labels=tokens(), loss_only=True, use_cache=False).loss, expected.detach()
-        )
+        torch.testing.assert_close(compiled(**batch, loss_only=True).loss, expected[0].detach())
 
 
 @pytest.mark.slow
@@ -624,11 +569,9 @@ def test_inductor_compiles(blocks_in_place: bool) -> None:
     names = list(model.state_dict())
     expected = model(tokens(), labels=tokens()).loss
     torch.compiler.reset()
-    if blocks_in_place:
-        for block in model.transformer.h:
-            block.compile()
-    compiled = model if blocks_in_place else torch.compile(model)
-    loss = compiled(tokens(), labels=tokens(), use_cache=False).loss
+    for block in model.transformer.h if blocks_in_place else [model]:
+        block.compile()
+    loss = model(tokens(), labels=tokens(), use_cache=False).loss
     torch.testing.assert_close(loss, expected)
     loss.backward()
     assert list(model.state_dict()) == names
@@ -659,24 +602,23 @@ def test_config_defaults() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"vocab_size": 0}, "vocab_size must be at least 1; got 0"),
-        ({"n_positions": 0}, "n_positions must be at least 1; got 0"),
-        ({"n_embd": 0}, "n_embd must be at least 1; got 0"),
-        ({"n_layer": -1}, "n_layer must be at least 1; got -1"),
-        ({"n_head": 0}, "n_head must be at least 1; got 0"),
-        ({"pad_vocab_to_multiple_of": 0}, "pad_vocab_to_multiple_of must be at least 1; got 0"),
+        *(
+            ({name: value}, f"{name} must be at least 1; got {value}")
+            for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "pad_vocab_to_multiple_of")
+            for value in (0, -1)
+        ),
+        *(
+            ({name: value}, f"{name} must be positive; got {value}")
+            for name in ("layer_norm_epsilon", "initializer_range", "final_norm_gain", "centre_init_std")
+            for value in (0.0, -1.0)
+        ),
+        *(({"dropout": value}, rf"dropout must lie in \[0, 1\); got {value}") for value in (1.0, -0.1)),
         ({"n_head": 5}, "n_embd must be divisible by n_head = 5; got 32"),
         ({"head": "linear"}, "head must be one of harmonic, softmax; got 'linear'"),
         ({"distance": "cosinus"}, "distance must be one of euclidean, cosine, .*; got 'cosinus'"),
         ({"exponent": 0}, "must be a positive number"),
         ({"exponent": "root"}, "got 'root'"),
         ({"activation_function": "gelo"}, "activation_function must be one that transformers knows"),
-        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\); got 1.0"),
-        ({"dropout": -0.1}, r"dropout must lie in \[0, 1\); got -0.1"),
-        ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon must be positive; got 0.0"),
-        ({"initializer_range": -1.0}, "initializer_range must be positive; got -1.0"),
-        ({"final_norm_gain": 0.0}, "final_norm_gain must be positive; got 0.0"),
-        ({"centre_init_std": 0.0}, "centre_init_std must be positive; got 0.0"),
     ],
 )
 def test_config_errors(setting: dict[str, Any], message: str) -> None:
