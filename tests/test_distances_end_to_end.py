@@ -12,7 +12,6 @@ import torch
 from processes import run as launch
 from remote_code import assert_same_without_hgpt, write_expected
 from safetensors.torch import load_file
-from scipy.spatial.distance import cdist
 from small_models import relation_set
 from small_run import VOCAB, assert_same_checkpoint, losses, make_config
 from transformers import AutoModelForCausalLM
@@ -116,13 +115,6 @@ def test_what_it_exports_is_what_it_trained(run: Callable, case: str) -> None:
     card = (config.run_folder / "latest" / "model" / "README.md").read_text()
     assert f"n = {n:g}" in card and ("learnt, from 11.3137" in card) == ("exponent" in evaluation)
     assert f"`{head.distance}`" in card or head.distance == "euclidean"
-    ids = torch.randint(VOCAB, (1, 12))
-    with torch.no_grad():
-        hidden, logits = model.transformer(ids).last_hidden_state, model(ids).logits
-        torch.testing.assert_close(logits, -n * head.distances(hidden).log(), rtol=1e-4, atol=1e-4)
-        loss = model(ids, labels=ids, loss_only=True).loss
-    expected = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
-    torch.testing.assert_close(loss, expected)
 
 
 @EVERY
@@ -148,21 +140,16 @@ def test_reading_uses_the_heads_metric(run: Callable, case: str) -> None:
     (source,) = find_sources([str(config.run_folder)])
     with loaded(source, torch.device("cpu")) as model:
         assert model.description.startswith(f"harmonic ({model.model.config.distance}), n = ")
-        w = torch.from_numpy(model.centre_rows()).double()
+        centre = torch.from_numpy(model.centre_rows()[7:8]).double()
         neighbours = centres.neighbours(model, 7, 3)
-        by_metric = model.model.lm_head.double().distances(w[7:8])[0].detach()
+        by_metric = model.model.lm_head.double().distances(centre)[0].detach()
         by_metric[7] = torch.inf
         model.model.float()
         nearest = by_metric.topk(3, largest=False)
         assert [text for text, _ in neighbours] == [model.token_text(int(token)) for token in nearest.indices]
         assert [d for _, d in neighbours] == pytest.approx(nearest.values.tolist(), rel=2e-2)
-        scipy = {"manhattan": "cityblock", "chebyshev": "chebyshev", "canberra": "canberra", "cosine": "cosine"}
-        if case in scipy:
-            expected = torch.from_numpy(cdist(w[7:8], w, scipy[case]))[0]
-            torch.testing.assert_close(by_metric[8:], expected[8:])
         x = model.hidden_states(torch.arange(10)[None])[-1][0].clone()
-        states = x.numpy()
-        index, ratio = centres.nearest_contexts(model, states, 7, 1)[0]
+        index, ratio = centres.nearest_contexts(model, x.numpy(), 7, 1)[0]
         with torch.inference_mode():
             d = model.model.lm_head.distances(x)
         assert index == int(d[:, 7].argmin())
