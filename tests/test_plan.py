@@ -319,7 +319,7 @@ def test_a_distance_that_takes_days(shipped, distance, traffic, device, bandwidt
     assert f'warning: model.head.distance = "{distance}"' in text and f"about {days:.1f} days for 294.9 G" in text
     assert f"harmonic head ({distance}), n = " in text
     short = plan.main([*options, "--train.steps", "2100", "--data.vocab_size", "512"])
-    assert f"more for {distance}" in short and "warning" not in short
+    assert f"more for {distance}" in short and "visits every" not in short
 
 
 def test_vocabulary_and_epochs_come_from_the_data(tmp_path, shipped):
