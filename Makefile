@@ -1,15 +1,15 @@
-# Two commands on a fresh machine: make quickstart, make test (which adds its requirements to the same environment).
+# Two commands on a fresh machine: make quickstart, and make test, which installs its requirements in the same .venv.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Processes that run tests; each uses one core.
 WORKERS ?= 2
-# Threads that spin while they wait slow down every other process of a busy machine several times.
+# passive: waiting threads sleep. Threads that spin slow down other processes on a busy machine several times.
 export OMP_WAIT_POLICY ?= passive
 
-# Tests of the model and of all that is loaded and saved, which new versions of transformers break first.
-MODEL_TESTS := tests/test_modeling.py tests/test_model_card.py tests/test_pretrained.py tests/test_sample.py
+# Tests of the model and of loading and saving, which a new version of transformers is most likely to break.
+MODEL_TESTS := tests/test_modeling.py tests/test_model_card.py tests/test_source.py tests/test_sample.py tests/test_earlier_versions.py
 HUGGING_FACE := ^(transformers|accelerate|huggingface_hub|tokenizers|safetensors)==
 
 .PHONY: quickstart announce test test-all test-versions lint clean
@@ -20,7 +20,7 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
-# And what the tests and the linters need.
+# What the tests and the linters need in addition.
 $(VENV)/.installed: $(VENV)/.base
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
@@ -34,7 +34,7 @@ quickstart: announce $(VENV)/.base
 	@echo
 	@echo "What to try next:"
 	@echo "  $(BIN)/python sample.py --checkpoint runs/quickstart --prompt \"Raise an\" --show-distances"
-	@echo "  $(BIN)/python train.py --config configs/quickstart_softmax.toml     # the softmax twin, as long again"
+	@echo "  $(BIN)/python train.py --config configs/quickstart_softmax.toml     # the softmax twin, takes as long"
 	@echo "  $(BIN)/python -m hgpt.runs runs/ --plot losses.png                  # both loss curves in one picture"
 
 announce:

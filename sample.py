@@ -4,7 +4,7 @@
     python sample.py --checkpoint runs/quickstart --prompt-file start.txt --num-samples 4 --top-p 0.9
     echo "The with statement" | python sample.py --checkpoint runs/quickstart --prompt - --show-distances
 
-Text goes to standard output, notes about it go to standard error. Read it once, downwards.
+The text goes to standard output, notes go to standard error. Read this file once, downwards.
 """
 
 import argparse
@@ -36,12 +36,12 @@ MOST_NEAREST = 4  # centres that the table shows for each token, unless --neares
 
 @torch.inference_mode()
 def main(arguments: Sequence[str]) -> None:
-    """From the command line to the printed text."""
+    """Read the options, load the model, print the text and, if asked for, its distances. Raises UserError."""
     options = parse_arguments(arguments)
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a model may write a character that the terminal does not know
+        sys.stdout.reconfigure(errors="replace")  # for characters that the terminal's encoding lacks
 
-    # Prompt and model. The prompt comes first: a mistake in it should cost no time.
+    # Prompt and model. The prompt comes first, so that a mistake in it shows before the model is loaded.
     prompt = read_prompt(options)
     device = choose_device(options.device)
     model, tokenizer = load(options)
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
     note("model", f"{options.checkpoint} ({describe(model, exponent, context)})")
     prompt_ids, new_tokens = fit_context(encode_prompt(tokenizer, prompt, model), options.max_new_tokens, context)
 
-    # Text: all samples are one batch, of which the first may be printed while it is generated.
+    # Text. All samples are one batch; with --stream the first is printed while it is generated.
     note("sampling", describe_sampling(options, exponent))
     prompt_text = decode(tokenizer, prompt_ids)
     print_prompt(prompt_text, 1, options.num_samples)
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options, checked as far as that is possible without the model."""
+    """The options, with all checks that need no model. Raises UserError."""
     parser = cli.Parser(prog="sample.py", description=str(__doc__).split("\n")[0], allow_abbrev=False)
     add = parser.add_argument_group("model").add_argument
     add("--checkpoint", required=True, metavar="PATH", help="run folder (its latest checkpoint), checkpoint folder, "
@@ -102,10 +102,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--num-samples", type=count, default=1, metavar="N", help="number of texts (default: 1)")
     add("--max-new-tokens", type=count, default=200, metavar="N", help="longest text (default: 200)")
     add("--seed", type=checked(int, "lie between 0 and 2^63 - 1", lambda n: 0 <= n < 2**63),
-        default=secrets.randbelow(2**31), help="of the random numbers; the same one writes the same text on "
-        "the same kind of device (default: another one each time, which is printed)")  # fmt: skip
+        default=secrets.randbelow(2**31), help="seed of the random numbers; the same seed gives the same text on "
+        "the same kind of device (default: a random seed, which is printed)")  # fmt: skip
     add("--stream", action=argparse.BooleanOptionalAction, default=sys.stdout.isatty(),
-        help="print tokens as they come; of several samples the first (default: on a terminal)")  # fmt: skip
+        help="print the first sample while it is generated (default: on a terminal)")  # fmt: skip
 
     group = parser.add_argument_group("sampling", "Applied in this order.")
     add = group.add_mutually_exclusive_group().add_argument
@@ -153,7 +153,7 @@ def checked(kind: Callable[[str], Any], rule: str, holds: Callable[[Any], bool])
 
 
 def check_greedy(options: argparse.Namespace) -> None:
-    """Make --greedy temperature 0, which draws no random numbers, and refuse options that would then do nothing."""
+    """Set temperature 0 for --greedy; with temperature 0 refuse options that have no effect. Raises UserError."""
     if options.greedy:
         options.temperature = 0.0
     if options.temperature > 0:
@@ -185,7 +185,7 @@ def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokeni
     if is_hub_id(options.checkpoint):
         note("model", f"there is no folder {options.checkpoint} here; looking on the Hugging Face hub")
     model, tokenizer = find_source(options.checkpoint).load(options.dtype)
-    # A model of the hub brings its own sampling defaults. Only the tokens that end a text are taken from them.
+    # A model of the hub has its own sampling defaults: keep only the tokens that end a text.
     end = model.generation_config.eos_token_id
     end = tokenizer.eos_token_id if end is None else end
     model.generation_config = GenerationConfig(eos_token_id=[end] if isinstance(end, int) else end)
@@ -236,7 +236,7 @@ def read_prompt(options: argparse.Namespace) -> str:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, model: PreTrainedModel) -> list[int]:
-    """The tokens of the prompt; of an empty one end-of-text alone, which every training document starts at."""
+    """The tokens of the prompt; if it is empty, end-of-text alone, which precedes every training document."""
     if prompt:
         return tokenizer(prompt, add_special_tokens=model.config.model_type != "hgpt").input_ids
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -246,9 +246,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, model: PreTra
 
 
 def fit_context(ids: list[int], new: int, context: int | None) -> tuple[list[int], int]:
-    """The tokens of the prompt to use and the number of new ones, together at most `context`.
+    """The last tokens of the prompt and the number of new tokens, together at most `context`.
 
-    The prompt is cut first, but not below half of the context; then the new tokens are.
+    First the prompt is shortened, to no less than half of the context, then the number of new tokens.
     """
     if context is None:
         return ids, new
@@ -279,7 +279,7 @@ def describe_sampling(options: argparse.Namespace, exponent: float | None) -> st
 def generate(
     model: PreTrainedModel, prompt_ids: list[int], new: int, options: argparse.Namespace, stream: Any = None
 ) -> list[list[int]]:
-    """The tokens of each sample, at most `new`, up to and with its first end-of-text."""
+    """The new tokens of each sample, at most `new`, up to and including the first end-of-text."""
     end_ids = model.generation_config.eos_token_id or []
     sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     config = GenerationConfig(
@@ -299,12 +299,12 @@ def generate(
             f"{model.device} ran out of memory with --num-samples {options.num_samples} of up to {new} tokens; "
             "lower one of them, or try --dtype bfloat16"
         ) from error
-    rows = output[:, len(prompt_ids) :].tolist()  # behind end-of-text they are padded
+    rows = output[:, len(prompt_ids) :].tolist()  # padded after end-of-text
     return [row[: 1 + next((i for i, token in enumerate(row) if token in end_ids), len(row))] for row in rows]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], after: Sequence[int] = ()) -> str:
-    """The text of `ids` as it reads behind the tokens `after`; special tokens are left out."""
+    """The text of `ids` when it follows the tokens `after`, without special tokens."""
     settings = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     # Decoded alone, the first token could lose the space that it begins with.
     before = tokenizer.decode(list(after), **settings) if after else ""
@@ -312,15 +312,15 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], after: Sequence[i
 
 
 class TextStream(BaseStreamer):
-    """Prints the first sample of a batch while it is generated, a token at a time.
+    """Prints the first sample of a batch while it is generated, token by token.
 
-    transformers' own TextStreamer takes one sequence only, and holds text back until the next space.
+    transformers' TextStreamer accepts one sequence only, and holds text back until the next space.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int]) -> None:
         self.tokenizer, self.prompt_ids = tokenizer, prompt_ids
-        self.ids: list[int] | None = None  # None until `generate` has put the prompt
-        self.shown = 0  # characters
+        self.ids: list[int] | None = None  # new tokens; None until `generate` has passed the prompt
+        self.shown = 0  # characters printed so far
 
     def put(self, value: torch.Tensor) -> None:
         self.ids = [] if self.ids is None else [*self.ids, int(value[0])]
@@ -332,13 +332,13 @@ class TextStream(BaseStreamer):
     def show(self, complete: bool) -> None:
         text = decode(self.tokenizer, self.ids or [], after=self.prompt_ids)
         if not complete:
-            text = text.rstrip("\ufffd")  # a character whose other bytes are still to come
+            text = text.rstrip("\ufffd")  # an incomplete character, whose other bytes come later
         print(text[self.shown :], end="", flush=True)
         self.shown = max(self.shown, len(text))
 
 
 def print_prompt(text: str, number: int, num_samples: int) -> None:
-    """What is printed before the new text: the sample's number if there are several, and the prompt."""
+    """Print the sample's number, if there are several, and the prompt."""
     if num_samples > 1:
         print(f"--- sample {number} of {num_samples} ---")
     if text and sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb":

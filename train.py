@@ -5,8 +5,8 @@
 
 Read it once, downwards: `main` sets up, `loop` trains, `optimizer_step` is one step. `--help` lists every setting.
 
-Exit codes: 0 finished; 2 bad input, or a fault that the message tells how to mend; 70 the processes hung or lost each
-other; 75 stopped by SIGTERM or SIGUSR1 after a checkpoint, start it again; 130 interrupted.
+Exit codes: 0 finished; 2 bad input or a failure, and the message says what to do; 70 a process hung or lost contact
+with the others; 75 stopped by SIGTERM or SIGUSR1 after a checkpoint, to be resumed; 130 interrupted by Ctrl-C.
 """
 
 import sys
@@ -34,16 +34,16 @@ from hgpt.source import check_tokenizer, initialize_from, shape_of
 
 
 def main(config: RunConfig) -> dict[str, float]:
-    """Train as `config` says; returns the last evaluation (`loss`, and the diagnostics of the head)."""
+    """Train the run that `config` describes; returns the values of the last evaluation, as `Evaluation` does."""
     # ------------------------------------------------------------------------------------------------------------
-    # Data first: most mistakes are here, and finding them should take no time.
+    # Data first: most mistakes are in the data settings, and they should show at once.
     check_country(config.log.energy_country)
     train_shards = TokenShards.open(config.data.path, "train", config.data.vocab_size)
     val_shards = TokenShards.open(config.data.path, "val", config.data.vocab_size)
     evaluation = Evaluation(train_shards, val_shards, config)
 
     # ------------------------------------------------------------------------------------------------------------
-    # Processes. How many there are, and whether DDP, ZeRO or FSDP trains the model, is the launcher's choice.
+    # Processes. The launcher chooses their number, and whether DDP, ZeRO or FSDP trains the model.
     engine = Engine.start(config)
     batches = TrainingBatches(
         train_shards,
@@ -77,7 +77,7 @@ def main(config: RunConfig) -> dict[str, float]:
     model.train()
 
     # ------------------------------------------------------------------------------------------------------------
-    # What is about to happen, in three lines.
+    # Print what the run will do, in three lines.
     hf, tokens_per_step = engine.model_config, config.train.global_batch * config.data.seq_len
     engine.say(
         f"{config.name}: {engine.num_parameters:,} parameters, {hf.head_in_words}, vocabulary {hf.vocab_size:,}\n"
@@ -96,7 +96,7 @@ def main(config: RunConfig) -> dict[str, float]:
 
 
 def build_model(config: RunConfig, shards: TokenShards, resumed: Checkpoint | None, engine: Engine) -> HGPTForCausalLM:
-    """The model of a checkpoint, or a new one with random or given initial weights; on the CPU."""
+    """The model of the checkpoint to resume, or a new one with random weights or those of init_from; on the CPU."""
     model_config = config.model.to_hf(
         vocab_size=shards.vocab_size, seq_len=config.data.seq_len, end_of_text=shards.end_of_text
     )
@@ -108,13 +108,15 @@ def build_model(config: RunConfig, shards: TokenShards, resumed: Checkpoint | No
             same_tokenizer = check_tokenizer(config.model.init_from, shards)
             for note in [same_tokenizer, *initialize_from(model, config.model.init_from)]:
                 engine.say(f"model.init_from: {note}")
-    model.lm_head.label_smoothing = config.train.label_smoothing  # in training mode only, and not exported
+    model.lm_head.label_smoothing = config.train.label_smoothing  # has an effect in training mode only; is not exported
     model.lm_head.compiled = config.train.compile_loss
     if config.train.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        # Early versions of transformers 5 have the second name only.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if config.train.compile:
         for block in model.transformer.h:  # in place, so that parameters keep their names
-            # Blocks share one compilation, unless each has a constant of its own.
+            # Blocks share one compilation, unless each scales attention by a constant of its own.
             block.compile(isolate_recompiles=config.model.scale_attn_by_inverse_layer_idx)
     return model
 
@@ -133,11 +135,11 @@ def loop(
     step, validation = (0, None) if resumed is None else (resumed.state.step, resumed.state.validation)
     with (
         StopSignals(engine) as signals,
-        checkpoints.claim(),  # from here on things are written
+        checkpoints.claim(),  # creates the run folder; nothing was written before
         Watchdog(config.train.hang_timeout) as watchdog,
         Report(config, engine, checkpoints) as report,
     ):
-        # The loop runs steps + 1 times: the last pass only evaluates and saves.
+        # One pass more than there are steps: the last pass only evaluates and saves.
         while True:
             last = step >= config.train.steps
             evaluating = last or step % config.eval.every == 0
@@ -157,20 +159,20 @@ def loop(
                 break
             signals.leave_if_seen(step, checkpoints)  # exit code 75, or 130 for Ctrl-C
 
-            # One optimiser step. The learning rate is set before the backward pass, in which some engines step.
+            # One optimiser step. The learning rate is set first: DeepSpeed steps in the backward pass.
             watchdog.beat(step, "training")
             lr = learning_rate(step, config.train.steps, config.optim)
             set_learning_rate(optimizer, lr)
             report.stepped(*optimizer_step(step, model, optimizer, batches, engine, report))
             step += 1
 
-            # The losses are on the device. They are read only now and then, but always before an evaluation or a
-            # checkpoint, which a loss that is not finite would spoil.
+            # Losses stay on the device, because reading them is a sync. They are read for a log line, and always before
+            # an evaluation or a checkpoint, so that no diverged model is saved.
             logging = report.due(step)
             signals.ask(together=logging)
             if logging or signals.seen or checkpoints.due(step) or step % config.eval.every == 0:
-                recent = report.read(step, lr, batches)  # ends the run at more non-finite steps than are allowed
-                checkpoints.check()  # raises the error of a checkpoint that was written in the background
+                recent = report.read(step, lr, batches)  # ends the run after too many non-finite steps
+                checkpoints.check()  # raises the error of writing a checkpoint in the background
             if logging:
                 speed = report.speed()
                 report.log(step, log_line(step, lr, recent, speed, config, engine), speed)
@@ -187,7 +189,7 @@ def optimizer_step(
     engine: Engine,
     report: Report,
 ) -> tuple[Tensor, Tensor]:
-    """Forward, backward, clipping and the optimiser; returns loss and gradient norm, scalars on the device."""
+    """One optimiser step; returns this process's mean loss and the gradient norm before clipping, () on the device."""
     step_loss = torch.zeros((), device=engine.device)
     for micro_step in range(batches.accumulation):
         with report.phase("data"):
@@ -201,7 +203,7 @@ def optimizer_step(
             with report.phase("step"):
                 if engine.at_last_micro_batch:
                     grad_norm = engine.clip(model)
-                optimizer.step()  # does nothing before the last micro-batch, as zero_grad
+                optimizer.step()  # this and zero_grad do nothing before the last micro-batch
                 optimizer.zero_grad()
     return step_loss, grad_norm
 
@@ -209,7 +211,7 @@ def optimizer_step(
 def log_line(
     step: int, lr: float, recent: Recent, speed: Speed, config: RunConfig, engine: Engine
 ) -> dict[str, float | None]:
-    """The values of a "train" line of metrics.jsonl and of the trackers; None is left out."""
+    """The values of a "train" record of metrics.jsonl and of the trackers; `Report.log` leaves out None."""
     return {
         "loss": recent.loss,
         "lr": lr,

@@ -1,17 +1,17 @@
-"""Preparing and reading token shards, against what people use and against what the machine can do.
+"""The speed of preparing and reading token shards, beside nanoGPT's script and tiktoken alone.
 
-    python -m benchmarks.data_prep --source ../shared/data/documents
+    python -m benchmarks.data_prep --source FOLDER
 
-Preparing, of the same documents in the same run, each way in a fresh process and all ways in turn:
+Preparation of the same documents in four ways, which take turns, each in a new process:
 
     ours            python -m data_prep.openwebtext with all processors
-    nanoGPT's way   datasets.map with a process per processor, then a copy into a memory map (its cache is emptied)
-    bare            tiktoken's encode_ordinary of each document in one process, text in memory, tokens thrown away
-    our pattern     as "bare", with the regular expression and the call of hgpt.data.tokenizer, for the same tokens
+    nanoGPT's way   datasets.map with one process per processor, then a copy into a memory map; without a warm cache
+    bare            tiktoken's encode_ordinary of each document in one process; text in memory, tokens discarded
+    our pattern     as "bare", with the regular expression and the call of hgpt.data.tokenizer; the same tokens
 
-The time of the first two is that of the work: reading, encoding and writing, with the start of the worker processes,
-but without the start of Python and its imports. Reading is measured on 2 billion tokens in shards of 100 million,
-sparse on disk (they take no space), as GPT-2 small reads OpenWebText.
+The time of the first two contains reading, encoding, writing and the start of the worker processes, but not the start
+of Python and its imports. Reading is measured on 2 billion tokens in shards of 100 million, as GPT-2 small reads
+OpenWebText. The shards are sparse files, which take no space on the disk.
 """
 
 import argparse
@@ -52,8 +52,8 @@ from hgpt.data.shards import (
 from hgpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 
 OPENWEBTEXT_WINDOWS = num_windows(9_035_582_198, 1024)
-COPIES = 1024  # batches in which nanoGPT's script copies
-H100_TOKENS_PER_SECOND = 468_000  # of GPT-2 small in llm.c: the fastest that a loader has to keep up with
+COPIES = 1024  # number of batches that nanoGPT's script copies
+H100_TOKENS_PER_SECOND = 468_000  # GPT-2 small in llm.c: the rate that a loader has to reach
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def read_texts(files: list[Path]) -> list[str]:
 
 
 def tiktokens_own() -> tiktoken.Encoding:
-    """What tiktoken.get_encoding("gpt2") returns, without its download."""
+    """The encoding of tiktoken.get_encoding("gpt2"), without its download."""
     tokenizer = load_tokenizer("gpt2")
     assert tokenizer._fast is not None
     return tiktoken.Encoding(
@@ -83,7 +83,7 @@ def tiktokens_own() -> tiktoken.Encoding:
 
 
 def ours(files: list[Path], folder: Path, workers: int) -> Timing:
-    """The shards of the documents in `files`, which lie in one folder."""
+    """Write the shards of the documents in `files`, which lie in one folder."""
     start = time.perf_counter()
     recipe = OpenWebText(tokenizer="gpt2", val_fraction=VAL_FRACTION, seed=SEED, source=str(files[0].parent))
     prepare(folder / "ours", recipe, workers=workers)
@@ -93,7 +93,7 @@ def ours(files: list[Path], folder: Path, workers: int) -> Timing:
 
 
 def nanogpts_way(files: list[Path], folder: Path, workers: int) -> Timing:
-    """The same tokens by datasets, as nanoGPT's data/openwebtext/prepare.py makes them."""
+    """Write the same tokens with datasets, as nanoGPT's data/openwebtext/prepare.py does."""
     import datasets
 
     encoding = tiktokens_own()
@@ -126,7 +126,7 @@ def nanogpts_way(files: list[Path], folder: Path, workers: int) -> Timing:
 
 
 def bare(files: list[Path], folder: Path, workers: int) -> Timing:
-    """`encode_ordinary` of all documents, one after the other in this process."""
+    """Call `encode_ordinary` on all documents, one after the other, in this process."""
     encoding = tiktokens_own()
     texts = read_texts(files)
     start = time.perf_counter()
@@ -135,7 +135,7 @@ def bare(files: list[Path], folder: Path, workers: int) -> Timing:
 
 
 def our_pattern(files: list[Path], folder: Path, workers: int) -> Timing:
-    """All documents, one after the other, by the tokenizer that encodes in `ours`."""
+    """Encode all documents, one after the other, in this process, with the tokenizer of `ours`."""
     tokenizer = load_tokenizer("gpt2")
     texts = read_texts(files)
     start = time.perf_counter()
@@ -163,7 +163,7 @@ def measure_preparation(source: str, folder: Path, *, workers: int, copies: int,
     inputs.mkdir()
     for copy in range(copies):
         for file in originals:
-            shutil.copy(file, inputs / f"{copy:03}_{file.name}")  # a link to a file read already is left out
+            shutil.copy(file, inputs / f"{copy:03}_{file.name}")  # copies: find_files lists a linked file once
     files = sorted(inputs.iterdir())
     print(
         f"preparation of {copies} x {size / 1e6:.1f} MB of text in {len(files)} files; {workers} processors; {rounds} "
@@ -209,7 +209,7 @@ def measure_preparation(source: str, folder: Path, *, workers: int, copies: int,
 
 
 def sparse_data_set(folder: Path, tokens: int) -> None:
-    """A data folder of `tokens` zeros for training in whole shards, and one shard for val; holes on the disk."""
+    """A data folder of sparse files: `tokens` zeros for train, and one shard for val."""
     splits = {}
     for split, count in (("train", tokens), ("val", 1_000_000)):
         records: list[ShardRecord] = []
@@ -279,17 +279,17 @@ def measure_reading(folder: Path, *, tokens: int, seq_len: int, micro_batch: int
         if device == "cuda":
             torch.cuda.synchronize()
         waited += (time.perf_counter() - start) * (number > 0)
-        time.sleep(compute)  # the computation, during which the next one is read
+        time.sleep(compute)  # in place of the computation, during which the next micro-batch is read
     print(f"read ahead, on {device:<13}{waited / 49 * 1e6:8.0f} us, {waited / 49 / compute:.2%}")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", help="folder of Parquet files to prepare; without it reading alone is measured")
+    parser.add_argument("--source", help="folder of Parquet files to prepare; without it only reading is measured")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--copies", type=int, default=32, help="of the source, so that starting counts for little")
+    parser.add_argument("--copies", type=int, default=32, help="copies of the source, to make start-up times small")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=2_000_000_000, help="of the data set that is read")
+    parser.add_argument("--tokens", type=int, default=2_000_000_000, help="tokens of the data set that is read")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--micro-batch", type=int, default=16)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

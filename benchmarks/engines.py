@@ -1,11 +1,11 @@
-"""The same run under every engine and number of processes: how far the losses are apart, and what it costs.
+"""The same run under every engine and number of processes: differences of losses and weights, and seconds per step.
 
     python -m benchmarks.engines [--steps 20] [--processes 1 2 4] [--engines multi_cpu zero1 zero2 zero3]
 
-Trains the quickstart's model with AdamW on random tokens on the CPU, launched with the files of configs/accelerate, and
-prints for each engine the largest difference from one process: of the loss and the gradient norm over all steps, of the
-validation loss, of the exported weights and of AdamW's state. Seconds are the median of a step, with every process on
-one thread: they mean nothing on a machine with fewer cores than processes.
+Trains a small version of the quickstart's model (D = 64) with AdamW on random tokens on the CPU, launched with the
+files of configs/accelerate. Prints for each engine the largest difference from one process: of the loss and the
+gradient norm over all steps, of the validation loss, of the exported weights and of AdamW's state. Seconds are the
+median of a step, with one thread per process; they mean nothing on a machine with fewer cores than processes.
 """
 
 import argparse
@@ -32,7 +32,7 @@ SETTINGS = (
 
 
 def train(folder: Path, launcher: str, processes: int, head: str, tied: bool, steps: int) -> Path:
-    """One run under a launcher's file, on the data in `folder`; its run folder."""
+    """Train one run with a launcher's file on the data in `folder`; returns its run folder."""
     name = f"{head}-{tied}-{launcher}-{processes}"
     command = ["accelerate", "launch", "--config_file", f"configs/accelerate/{launcher}.yaml"]
     command += ["--num_processes", str(processes), *(["--main_process_port", "0"] if processes > 1 else [])]

@@ -1,4 +1,4 @@
-"""Loss and gradients of a language model's head: the harmonic losses beside the known ways to compute softmax's.
+"""Time, memory and errors of a head's loss and gradients: the harmonic losses beside known softmax losses.
 
     python -m benchmarks.head_loss                                     GPT-2 small's head, 2048 positions, float32
     python -m benchmarks.head_loss --shape 2048x1600x50304             GPT-2 xl's
@@ -6,11 +6,12 @@
     python -m benchmarks.head_loss --distances cosine mahalanobis:metric=low_rank,rank=16 --only "fused harmonic"
     python -m benchmarks.head_loss --distances manhattan minkowski:p=3 --shape 64x768x50304 --rounds 1   minutes
 
-Prints a table. `time` is the median of forward + backward over rounds in which every variant runs once, so that what
-else the machine does meets all of them, with the quartiles; the ratios are medians over the rounds of the ratio within
-a round. `memory` is the largest extra memory of one forward + backward, gradients included, measured in a process of
-its own: the peak resident set above that before (Linux), on a GPU the allocator's peak. `errors` are relative to
-float64 on the same rounded operands, over the first positions: of the loss, of the gradients by x and by w (2-norms).
+Prints a table. Every variant runs once in each round, so that other programs on the machine slow down all variants.
+`time` is the median and the quartiles of forward + backward over the rounds; a ratio is the median over rounds of the
+ratio within a round. `memory` is the peak extra memory of one forward + backward, gradients included, measured in its
+own process: the peak resident set minus that before (Linux), on a GPU the allocator's peak. `errors` are those of the
+loss and of the gradients by x and by w (2-norms), relative to float64 on the same rounded operands, over the first
+positions.
 """
 
 import argparse
@@ -66,9 +67,9 @@ def torch_chunked(x: Tensor, w: Tensor, targets: Tensor, chunk: int | None = Non
 
 @dataclass
 class DistanceLoss:
-    """The loss of a head with this distance, "minkowski:p=3": all that the model does, with the weight as an argument.
+    """The loss of a harmonic head with this distance, such as "minkowski:p=3", with the weight as an argument.
 
-    `parameters` are what is learnt of the distance, whose gradients belong to the loss.
+    `parameters`: the learned parameters of the distance. Their gradients are computed with the loss.
     """
 
     text: str
@@ -84,7 +85,7 @@ class DistanceLoss:
         return tuple(self.head.metric.parameters())
 
     def __call__(self, x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
-        self.head.num_classes = len(w)  # fewer than the settings' rows where it is warmed up
+        self.head.num_classes = len(w)  # fewer rows than in the settings during the warm-up
         return torch.func.functional_call(self.head, {"weight": w}, (x, targets))
 
     def dense(self, x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ def is_harmonic(name: str) -> bool:
 
 
 def problem(settings: Settings, harmonic: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """x, w and targets, at the scales that a model starts from: normed x times the initial gain, w ~ N(0, 0.02²)."""
+    """x, w and targets with the scales of a new model: normed x times the initial gain, w ~ N(0, 0.02²)."""
     torch.manual_seed(0)
     x = torch.randn(settings.positions, settings.dim) * (0.05 if harmonic else 1.0)
     w = torch.randn(settings.rows, settings.dim) * 0.02
@@ -164,7 +165,7 @@ def synchronize(device: str) -> None:
 
 
 def measure_times(losses: dict[str, Loss], settings: Settings, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round, after a first one that does not count."""
+    """Seconds of each round; a first round is not counted."""
     operands = {harmonic: problem(settings, harmonic) for harmonic in (True, False)}
     times: dict[str, list[float]] = {name: [] for name in losses}
     for number in range(rounds + 1):
@@ -191,12 +192,12 @@ def measure_errors(loss: Loss, settings: Settings, harmonic: bool) -> list[float
 def status_bytes(field: str) -> int:
     match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     if match is None:
-        raise SystemExit("the memory of the CPU is read from /proc/self/status, which is Linux's: use --skip memory")
+        raise SystemExit("memory on the CPU is read from /proc/self/status, which only Linux has: use --skip memory")
     return int(match[1]) * 1024
 
 
 def measure_alone(name: str, settings: Settings, passes: int) -> tuple[list[float], int]:
-    """Seconds of each pass, and the bytes of the first; to be called once, in a process that does nothing else."""
+    """Seconds of each pass, and the bytes of the first. Call it once, in a process that does nothing else."""
     torch.set_num_threads(settings.threads)
     loss = variants(settings)[name]
     x, w, targets = problem(settings, is_harmonic(name))
@@ -253,11 +254,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shape", type=parse_shape, default=(2048, 768, 50304), help="positions x dim x rows")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--chunk", type=int, help="positions per chunk of the fused losses; default their own rule")
-    parser.add_argument("--exponent", default="2*sqrt_dim", help="n on the distance d")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--chunk", type=int, help="positions per chunk of the fused losses (default: their own choice)")
+    parser.add_argument("--exponent", default="2*sqrt_dim", help="exponent n of the distance d")
     parser.add_argument(
-        "--distances", nargs="+", default=[], metavar="NAME[:OPTION=VALUE,...]", help="rows for other distances as well"
+        "--distances", nargs="+", default=[], metavar="NAME[:OPTION=VALUE,...]", help="also measure these distances"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="variants by name; default all")

@@ -1,11 +1,12 @@
-"""Time and memory of the heads' losses over the number of positions and of classes, as a figure.
+"""A figure of the time and memory of the heads' losses over the number of positions and the number of classes.
 
     python -m benchmarks.head_scaling --out head_scaling.png
     python -m benchmarks.head_scaling --device cuda --dtype bfloat16 --rounds 5 --out head_scaling.png
 
-The positions double up to --max-positions at GPT-2's vocabulary, and the classes up to --max-rows at --positions. Each
-point is measured in a process of its own: the median of --rounds passes, and the memory of the first. A loss ends where
-its estimated scores would not fit into --limit GiB, or twice the time of its last point would be more than --patience.
+The positions double up to --max-positions with --rows classes, and the classes up to --max-rows with --positions. Each
+point is measured in its own process: the median time of --rounds passes, and the memory of the first pass. The curve of
+a loss ends where its estimated scores would take more than --limit GiB, or where a point would take longer than
+--patience seconds, at twice the time of the previous point.
 """
 
 import argparse
@@ -23,7 +24,7 @@ DENSE_MATRICES = {"dense harmonic": 8, "F.cross_entropy(x @ W.T)": 3}  # (positi
 
 
 def doublings(first: int, last: int) -> list[int]:
-    """first, twice that, and so on, and last."""
+    """first, 2 · first, 4 · first, … below last, then last."""
     sizes = [first]
     while sizes[-1] * 2 < last:
         sizes.append(sizes[-1] * 2)
@@ -36,7 +37,7 @@ Point = tuple[int, float, float]  # the size, seconds, MiB
 def measure(
     base: Settings, field: str, sizes: list[int], rounds: int, limit: float, patience: float
 ) -> dict[str, list[Point]]:
-    """Loss → its points, as far as memory and time allow; each is printed as it comes."""
+    """Loss → its points, as far as memory and time allow. Prints each point when it is measured."""
     curves: dict[str, list[Point]] = {name: [] for name in LOSSES}
     for number, size in enumerate(sizes):
         settings = replace(base, **{field: size})
@@ -59,13 +60,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--positions", type=int, default=2048, help="positions while the classes vary")
     parser.add_argument("--max-positions", type=int, default=65_536)
     parser.add_argument("--max-rows", type=int, default=200_000)
-    parser.add_argument("--first", type=int, default=1024, help="the smallest of both")
+    parser.add_argument("--first", type=int, default=1024, help="smallest number of positions and of classes")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--limit", type=float, default=8, help="GiB of the dense losses")
-    parser.add_argument("--patience", type=float, default=300, help="seconds of a point")
+    parser.add_argument("--limit", type=float, default=8, help="most GiB of a dense loss")
+    parser.add_argument("--patience", type=float, default=300, help="most seconds of a point, as estimated")
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(options.threads)

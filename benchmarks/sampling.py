@@ -4,9 +4,9 @@
     python -m benchmarks.sampling --device cuda --dtype bfloat16
     python -m benchmarks.sampling --layers 4 --heads 4 --dim 128 --vocab 2048      the quickstart's model
 
-Both ways draw the same number of tokens from the whole distribution. "with cache" is transformers' `generate`, which
-`sample.py` uses; "without" runs the model on the whole text again for each token, as nanoGPT's `generate` does. Heads
-and ways take turns, so that other load on the machine meets all of them.
+Both ways sample the same number of tokens from the whole distribution. "with cache" is transformers' `generate`, which
+`sample.py` uses; "without" runs the model on the whole text for each token, as nanoGPT's `generate` does. Heads and
+ways take turns, so that other programs on the machine slow down all of them.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def seconds(generate: Generate, model: HGPTForCausalLM, prompt: Tensor, count: i
 
 
 def share_of_head(model: HGPTForCausalLM, prompt: Tensor, count: int) -> float:
-    """The part of the time with the cache that is spent in the head; waiting for the device slows the rest down."""
+    """The head's share of the time with the cache. On a GPU the synchronisation for it slows down the rest."""
     times: list[float] = []
     hooks = [
         model.lm_head.register_forward_pre_hook(lambda *_: times.append(-now())),
@@ -74,10 +74,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--prompt", type=int, default=16, help="tokens of the prompt")
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
-    parser.add_argument("--uncached-batch", type=int, nargs="+", default=[1], help="batches also run without the cache")
+    parser.add_argument("--uncached-batch", type=int, nargs="+", default=[1], help="batch sizes without the cache")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(arguments)
 
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str]) -> None:
     print("| --- | --- | --- | --- | --- | --- |")
     for batch in options.batch:
         prompt = torch.randint(options.vocab, (batch, options.prompt), device=device)
-        # Warm-up: libraries load, and the C library takes and keeps the memory of a whole text.
+        # Warm-up: libraries load, and the C library allocates and keeps the memory of a whole text.
         for model, count in zip(models.values(), (new, 2), strict=True):
             seconds(with_cache, model, prompt, count)
         rounds: dict[str, list[tuple[float, float, float]]] = {head: [] for head in models}

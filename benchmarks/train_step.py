@@ -1,14 +1,15 @@
-"""The whole training step, forward, backward, clipping and AdamW, with the harmonic head and with its softmax twin.
+"""The training step (forward, backward, clipping, AdamW) with the harmonic head, the softmax head and a plain GPT-2.
 
     python -m benchmarks.train_step                                          the quickstart's model on the CPU
     python -m benchmarks.train_step --layers 12 --heads 12 --dim 768 --seq-len 1024 --vocab 50257 --micro-batch 32 \\
         --exponent "2*sqrt_dim" --device cuda --precision bf16 --compile --compile-loss     GPT-2 small on a GPU
 
-Also "plain": a GPT-2 with a softmax head in PyTorch alone, as nanoGPT trains it: dense logits and F.cross_entropy,
+"plain" is a GPT-2 with a softmax head in PyTorch alone, as nanoGPT trains it: dense logits and F.cross_entropy,
 scaled_dot_product_attention, fused AdamW, and with --compile the whole model compiled.
 
-They take their steps in turn, so that other load on the machine hits all of them. Prints tokens per second (median
-step, with quartiles), model FLOPs utilisation if the device's peak is known, and median ratios within a round.
+In each round every model takes one step, so that other programs on the machine slow down all models. The output is
+tokens per second (median and quartiles), model FLOPs utilisation if the device's peak is known, and the medians of the
+ratios within a round.
 """
 
 import argparse
@@ -27,8 +28,8 @@ from hgpt.run.config import OptimConfig
 from hgpt.run.optim import build_optimizer
 from hgpt.run.report import flops_per_token
 
-# All orders of the three: nobody follows itself from one round to the next, since who does finds its weights in the
-# cache, and everybody follows each of the others equally often.
+# The order of each round. No model runs twice in succession (its weights would still be in the cache), and each follows
+# each other model equally often.
 ORDERS = [order.split() for order in (
     "harmonic softmax plain", "harmonic plain softmax", "plain softmax harmonic",
     "softmax harmonic plain", "softmax plain harmonic", "plain harmonic softmax",
@@ -55,7 +56,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """GPT-2 with tied embeddings and dense logits, in PyTorch alone: what the others are measured against."""
+    """The baseline: GPT-2 with tied embeddings and dense logits, in PyTorch alone."""
 
     def __init__(self, config: HGPTConfig) -> None:
         super().__init__()
@@ -118,12 +119,12 @@ def main(arguments: list[str] | None = None) -> None:
     for name, default in (("layers", 4), ("heads", 4), ("dim", 128), ("seq-len", 128), ("micro-batch", 16)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--vocab", type=int, default=2048)
-    parser.add_argument("--exponent", default="34", help="n of the harmonic head, as [model.head] takes it")
+    parser.add_argument("--exponent", default="34", help="n of the harmonic head, as in model.head.exponent")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--compile", action="store_true", help="torch.compile each block")
-    parser.add_argument("--compile-loss", action="store_true", help="and what our loss does with its products")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--compile", action="store_true", help="torch.compile each block; of plain the whole model")
+    parser.add_argument("--compile-loss", action="store_true", help="torch.compile the losses of our two heads")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args(arguments)
     if options.rounds < 2:
@@ -140,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     for number in range(options.rounds + 3):
         for name in ORDERS[number % len(ORDERS)]:
             seconds = steps[name]()
-            if number >= 3:  # the first compile, and allocate
+            if number >= 3:  # the first steps compile and allocate
                 times[name].append(seconds)
 
     name, tokens = device_name(torch.device(options.device)), options.micro_batch * options.seq_len

@@ -2,8 +2,8 @@
 
     python -m data_prep.documents --out data/mine --tokenizer gpt2 FILES...
 
-Documents are split into train and val by a hash of their words. Killed at any moment, the same command goes on where it
-was and ends with the same bytes.
+Documents are split into train and val by a hash of their words. After an interruption the same command resumes and
+writes the same bytes.
 """
 
 import argparse
@@ -97,8 +97,8 @@ def main(arguments: Sequence[str]) -> str:
     parser = Parser(
         prog="python -m data_prep.documents",
         description="Turn text files into token shards to train on. Documents are separated by end-of-text "
-        "and split into train and val by a hash of their words, so that copies of a text stay on one side. When it was "
-        "stopped, the same command goes on.",
+        "and split into train and val by a hash of their words, so that copies of a text are in the same split. After "
+        "an interruption the same command resumes.",
     )
     parser.add_argument(
         "files",
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str]) -> str:
         "--separator",
         type=_unescape,
         metavar="TEXT",
-        help=r"what separates the documents inside a .txt file, for example '\n\n'; without it a file is one document",
+        help=r"text between the documents of a .txt file, for example '\n\n'; without it a file is one document",
     )
     add_text_options(parser)
     options = parser.parse_args(arguments)
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str]) -> str:
 
 
 def _unescape(text: str) -> str:
-    r"""A command-line argument in which \n, \t and the like stand for the characters."""
+    r"""Replace \n, \t and the like in a command-line argument by the characters that they name."""
     value = text.encode("latin-1", "backslashreplace").decode("unicode_escape")
     if not value:
         raise argparse.ArgumentTypeError("must not be empty")

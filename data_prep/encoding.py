@@ -1,8 +1,8 @@
-"""Documents to tokens: in worker processes, one unit at a time, in the order of the source.
+"""Documents to tokens, in worker processes, in the order of the source.
 
-A unit is a few megabytes of text: consecutive sections of files (data_prep/text_files.py). A worker returns the tokens
-of each split and counts what it met. The results come back in the order of the units, so they do not depend on the
-number of workers.
+A unit of work is a few megabytes of text: consecutive sections of files (data_prep/text_files.py). A worker encodes one
+unit at a time and returns the tokens and counts of each split. The results come back in the order of the units, so they
+do not depend on the number of workers.
 """
 
 from collections import deque
@@ -20,20 +20,20 @@ from hgpt.data.shards import SPLITS, TOKEN
 from hgpt.data.tokenizer import Tokenizer
 from hgpt.errors import UserError
 
-UNITS_AHEAD = 3  # per worker: encoded or being encoded, and not yet written; bounds the memory that they take
-FEW_BYTES = 32 << 20  # less text is encoded before worker processes have imported their modules
+UNITS_AHEAD = 3  # per worker: units that are submitted and not yet written; bounds the memory
+FEW_BYTES = 32 << 20  # less text than this is encoded faster than worker processes import their modules
 LENGTH_CLASSES = 40  # powers of two
 
 
 class Split(Protocol):
-    """Says on which side a document is; data_prep/splits.py."""
+    """Decides whether a document is in train or val; see data_prep/splits.py."""
 
     def side(self, place: int, text: str) -> str: ...
 
 
 @dataclass
 class Counts:
-    """What one side of the split holds."""
+    """The size of one split."""
 
     documents: int = 0
     tokens: int = 0
@@ -49,11 +49,11 @@ class Counts:
 
 @dataclass
 class Tally:
-    """What some documents are, summed up.
+    """Statistics of a number of documents.
 
-    `missing` documents held no text and were left out, `replaced` documents held invalid UTF-8, `bad` names what could
-    not be read. A document of n tokens, its end-of-text not counted, is of length class ⌊log2 n⌋ + 1 (0 for n = 0); it
-    adds 1 to `length_documents` and n to `length_tokens` of its class.
+    `counts`: of each split. `missing`: documents without text, which were left out. `replaced`: documents with invalid
+    UTF-8. `bad`: messages about what could not be read. A document of n tokens, without its end-of-text, is in length
+    class ⌊log2 n⌋ + 1 (0 for n = 0); it adds 1 to `length_documents` and n to `length_tokens` of its class.
     """
 
     counts: dict[str, Counts] = field(default_factory=lambda: {split: Counts() for split in SPLITS})
@@ -66,7 +66,7 @@ class Tally:
 
     @property
     def rows(self) -> int:
-        """Documents, those without text among them."""
+        """Number of documents, including those without text."""
         return self.missing + self.both.documents
 
     @property
@@ -99,7 +99,7 @@ class Tally:
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """Consecutive sections, encoded by one process. `first` is the place of the first document in the source."""
+    """Consecutive sections, encoded by one process. `first`: index of the first document in the source."""
 
     sections: tuple[Section, ...]
     first: int
@@ -108,7 +108,7 @@ class Unit:
 
 
 def plan_units(sections: Sequence[Section]) -> list[Unit]:
-    """The sections in units of at least SECTION_BYTES each, but for the last one."""
+    """Group sections into units of at least SECTION_BYTES; the last unit may be smaller."""
     units: list[Unit] = []
     group: list[Section] = []
     first = documents = size = 0
@@ -125,7 +125,7 @@ def plan_units(sections: Sequence[Section]) -> list[Unit]:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """A unit after encoding: the tokens of each split (uint16, end-of-text behind each document), and its tally."""
+    """A unit after encoding: the tokens of each split (uint16, end-of-text after each document), and its tally."""
 
     tokens: dict[str, np.ndarray]
     tally: Tally
@@ -133,10 +133,9 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """Encodes a unit. Pickled once into each worker.
+    """Encodes a unit. Pickled once for each worker.
 
-    Documents of white space alone are documents if `keep_empty`; else they are left out. `skip_bad` leaves out and
-    names what cannot be read.
+    `keep_empty` keeps documents that are empty or white space. `skip_bad` leaves out what cannot be read, and names it.
     """
 
     tokenizer: Tokenizer
@@ -167,7 +166,7 @@ class Encoder:
 def read_documents(
     sections: Iterable[Section], fields: Fields, bad: list[str], skip_bad: bool = True
 ) -> Iterator[bytes | None]:
-    """The documents of some sections; `skip_bad` adds to `bad` what cannot be read, instead of raising UserError."""
+    """Documents of the sections. What cannot be read raises UserError; with `skip_bad` a message goes to `bad`."""
     for section in sections:
         yield from read_section(section, fields, bad.append if skip_bad else None)
 
@@ -181,7 +180,7 @@ def decode_utf8(document: bytes) -> tuple[str, bool]:
 
 
 def needs_workers(units: Sequence[Unit], workers: int) -> bool:
-    """Whether there is enough work for processes other than this one."""
+    """Whether there is enough work for worker processes."""
     return workers > 1 and len(units) > 1 and sum(unit.bytes for unit in units) >= FEW_BYTES
 
 
@@ -201,8 +200,8 @@ def encode_in_order(encoder: Encoder, units: Sequence[Unit], workers: int) -> Ge
                 yield pending.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
-            "A worker process died, most likely killed because memory ran out. Go on with the same command and fewer "
-            "--workers; what is finished stays."
+            "A worker process died, most likely because memory ran out. Run the same command with fewer --workers: it "
+            "resumes, and finished work is kept."
         ) from error
 
 

@@ -1,8 +1,8 @@
-"""Text files to a data folder: the way that every command of data_prep goes.
+"""Text files to a data folder: the steps that all commands of data_prep share.
 
-`prepare` finds the documents, gets or trains the tokenizer, encodes the documents in worker processes, and writes the
-shards, the tokenizer and meta.json (hgpt/data/shards.py says what is in a data folder). Killed at any moment, it goes
-on where it was (data_prep/state.py). The bytes of the folder depend neither on that nor on the number of workers.
+`prepare` finds the documents, loads or trains the tokenizer, encodes the documents in worker processes, and writes the
+shards, the tokenizer and meta.json (hgpt/data/shards.py says what is in a data folder). After an interruption it
+resumes (data_prep/state.py). The bytes of the folder depend neither on interruptions nor on the number of workers.
 """
 
 import hashlib
@@ -52,23 +52,23 @@ from hgpt.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, packa
 from hgpt.durable import publish
 from hgpt.errors import UserError
 
-SAVE_SECONDS = 5.0  # so much work is lost at most when a preparation is killed, beside that of the workers
-SHARD_BYTES_PER_BYTE = 0.45  # of text: English has 4.4 bytes for a token of GPT-2, which takes 2 bytes in a shard
+SAVE_SECONDS = 5.0  # between saves of the progress: a kill loses this much work and the units in the workers
+SHARD_BYTES_PER_BYTE = 0.45  # of text: a token of GPT-2 is 4.4 bytes of English, and 2 bytes in a shard
 ONE_DOCUMENT = (
     "All the text is one document, and the split into train and val is by document. Give several files, a .jsonl file "
-    "with one document per line, or say with --separator what separates the documents of a .txt file (a blank line: "
-    r"--separator '\n\n')."
+    "with one document per line, or name the text between the documents of a .txt file with --separator (a blank "
+    r"line: --separator '\n\n')."
 )
-INTERRUPTED = "interrupted: what is finished stays, the same command goes on"
+INTERRUPTED = "interrupted: finished work is kept, and the same command resumes"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is to be done: the documents in sections, how they are split, and the units of this part of the work."""
+    """The work of a preparation: the documents in sections, their split, and the units of this part."""
 
     source: Source
     sections: list[Section]
-    left_out: list[str]  # what is wrong with files that cannot be read
+    left_out: list[str]  # messages about files that cannot be read
     documents: int
     split: Split
     units: list[Unit]
@@ -78,7 +78,7 @@ def prepare(out: Path, recipe: Recipe, *, workers: int = 1, part: tuple[int, int
     """Write the data folder `out`, or with `part` = (i, k) the i-th of k parts of it; returns the summary to print.
 
     The shards hold the documents of each split in the order of the source, each followed by one end-of-text. Raises
-    UserError; what was finished then stays, to go on with. Only of a run of a few seconds nothing stays.
+    UserError. Progress that was saved (every SAVE_SECONDS) is kept then, and the next call resumes.
     """
     if workers < 1:
         raise UserError(f"--workers must be at least 1, not {workers}.")
@@ -86,7 +86,7 @@ def prepare(out: Path, recipe: Recipe, *, workers: int = 1, part: tuple[int, int
     started = time.perf_counter()
     target = out if part is None else part_folder(out, part)
     if _is_done(target, recipe):
-        return f"{target} was prepared before, with the same settings. To prepare it again, delete it."
+        return f"{target} was prepared before with the same settings. To prepare it again, delete it."
     with Preparation(target) as preparation:
         if preparation.complete:
             preparation.finish()
@@ -134,7 +134,7 @@ def prepare(out: Path, recipe: Recipe, *, workers: int = 1, part: tuple[int, int
 
 
 def _is_done(target: Path, recipe: Recipe) -> bool:
-    """Whether the same preparation has finished, as far as its record says."""
+    """Whether meta.json records a finished preparation with the same source and settings."""
     if not os.path.isfile(target / META_FILE) or os.path.exists(target / UNFINISHED_FOLDER):
         return False
     meta = read_meta(target)
@@ -165,7 +165,7 @@ def _plan(recipe: Recipe, preparation: Preparation, part: tuple[int, int] | None
 
 
 def _tokenizer(recipe: Recipe, plan: Plan) -> Tokenizer:
-    """The tokenizer of the recipe; one that is trained sees train documents from all over the source."""
+    """The tokenizer of the recipe. A bpe:N tokenizer is trained on train documents spread over the source."""
 
     def training_texts() -> Iterator[str]:
         step = max(1, int(sum(section.bytes for section in plan.sections) / recipe.training_bytes))
@@ -187,7 +187,7 @@ def _tokenizer(recipe: Recipe, plan: Plan) -> Tokenizer:
 
 
 def _settings(recipe: Recipe, plan: Plan, tokenizer_json: Path) -> dict[str, Any]:
-    """What decides the bytes of the shards."""
+    """The settings that determine the bytes of the shards."""
     versions = {name: importlib.metadata.version(name) for name in recipe.packages}
     return {
         "revision": plan.source.revision,
@@ -199,13 +199,13 @@ def _settings(recipe: Recipe, plan: Plan, tokenizer_json: Path) -> dict[str, Any
         "seed": recipe.seed,
         "tokens_per_shard": recipe.tokens_per_shard,
         "packages": {**versions, "python": platform.python_version(), **package_versions()},
-        # Last: it follows from the others, and the first one that differs is named.
+        # Last, because an error names the first setting that differs, and this one follows from the others.
         "tokenizer_json": hashlib.sha256(tokenizer_json.read_bytes()).hexdigest(),
     }
 
 
 def files_digest(sections: Iterable[Section], files: Sequence[Path]) -> str:
-    """SHA-256 of the names of the files and what their sections hold, wherever their folder lies."""
+    """SHA-256 of the files' names, relative to their common folder, and of the sizes of their sections."""
     root = os.path.commonpath([path.parent.absolute() for path in files])
     lines = [
         f"{os.path.relpath(section.path.absolute(), root)} {section.row_group} {section.first} {section.documents} "
@@ -218,16 +218,16 @@ def files_digest(sections: Iterable[Section], files: Sequence[Path]) -> str:
 def _encode(
     preparation: Preparation, recipe: Recipe, plan: Plan, tokenizer: Tokenizer, workers: int
 ) -> tuple[Counts, Tally, dict[str, tuple[ShardRecord, ...]]]:
-    """Write the shards, from where an earlier run was stopped on.
+    """Write the shards, resuming from the saved progress.
 
-    Returns what this run has encoded, what all runs have, and the records of the shards. Raises UserError, and OSError
+    Returns the counts of this run, the tally of all runs, and the records of the shards. Raises UserError, and OSError
     for a full disk.
     """
     progress = preparation.progress()
     todo = plan.units[progress.units :]
     tally = progress.tally
     if progress.units:
-        print(f"going on: {tally.rows:,} documents are encoded already", file=sys.stderr)
+        print(f"resuming: {tally.rows:,} documents are encoded already", file=sys.stderr)
     check_disk_space(preparation.out, sum(unit.bytes for unit in todo))
     encoder = Encoder(
         tokenizer=tokenizer,
@@ -278,6 +278,5 @@ def check_disk_space(out: Path, text: int) -> None:
     if needed > free:
         raise UserError(
             f"--out {out}: the shards will need about {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on that "
-            "disk. Free some (what is finished stays, and the same command goes on), or choose a folder on another "
-            "disk."
+            "disk. Free some and run the same command, which resumes, or choose a folder on another disk."
         )

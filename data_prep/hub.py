@@ -22,17 +22,17 @@ from huggingface_hub.errors import (
 from hgpt.errors import UserError
 
 REPOSITORY = "Skylion007/openwebtext"
-REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"  # 80 Parquet files, with the 8,013,769 documents
-HUB_TIMEOUT = 10  # seconds until a hub that does not answer is given up
+REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"  # 80 Parquet files with 8,013,769 documents
+HUB_TIMEOUT = 10  # seconds to wait for an answer of the hub
 DOWNLOADS = 8  # files at once
 
 Found = tuple[list[Path], str]  # the files, sorted by their paths in the data set, and their commit
 
 
 def cached(repository: str, revision: str, files: int | None) -> Found | None:
-    """What `download` returns, without the hub, if all of its files are in the Hugging Face cache; else None.
+    """What `download` returns, but without the hub; None unless all files are in the Hugging Face cache.
 
-    All are `files`, or when that is None as many as the names of the files say (train-00003-of-00080.parquet).
+    `files` is their number. None: the number that the names say (train-00003-of-00080.parquet).
     """
     try:
         folder = Path(
@@ -40,7 +40,7 @@ def cached(repository: str, revision: str, files: int | None) -> Found | None:
                 repository, repo_type="dataset", revision=revision, local_files_only=True, allow_patterns="*.parquet"
             )
         )
-    except (LocalEntryNotFoundError, ValueError):  # ValueError: no valid id, of which the hub says more
+    except (LocalEntryNotFoundError, ValueError):  # ValueError: not a valid id; the hub's own message says more
         return None
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet") if path.is_file())
     numbered = [re.fullmatch(r"(.+)-\d+-of-(\d+)\.parquet", name) for name in names]
@@ -53,10 +53,10 @@ def cached(repository: str, revision: str, files: int | None) -> Found | None:
 
 
 def download(repository: str, revision: str) -> Found:
-    """Download the Parquet files of a data set into the Hugging Face cache, but for those that it holds already.
+    """Download the Parquet files of a data set into the Hugging Face cache; files that it holds are not downloaded.
 
-    All come from the commit that `revision` was at the start. Raises UserError, with the alternatives when the hub
-    cannot be reached.
+    `revision` is resolved to a commit once, and all files come from this commit. Raises UserError; if the hub cannot be
+    reached, the message lists the alternatives.
     """
     alternatives = (
         f"Alternatives: on a machine that can reach it, run\n"
@@ -67,9 +67,8 @@ def download(repository: str, revision: str) -> Found:
     sizes, commit = _listing(repository, revision, alternatives)
     if not sizes:
         raise UserError(
-            f"{repository} holds no Parquet files at revision {revision}, and the scripts that older revisions hold "
-            f"are run by no version of datasets from 4 on. The Parquet files of {REPOSITORY} are at --revision "
-            f"{REVISION}."
+            f"{repository} holds no Parquet files at revision {revision}. Older revisions hold a script, which "
+            f"datasets 4 and later do not run. The Parquet files of {REPOSITORY} are at --revision {REVISION}."
         )
     cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
     in_cache = huggingface_hub.try_to_load_from_cache
@@ -94,10 +93,10 @@ def download(repository: str, revision: str) -> Found:
     except Exception as error:  # of the HTTP client, and a full disk
         raise UserError(
             f"The download of {repository} was interrupted ({type(error).__name__}: {_first_line(error)}). The same "
-            f"command goes on with it. {alternatives}"
+            f"command resumes it. {alternatives}"
         ) from error
     with suppress(Exception):
-        fetch(names[0], revision)  # it is there; the cache notes which commit that is, for a run with HF_HUB_OFFLINE
+        fetch(names[0], revision)  # makes the cache record the commit of `revision`, for a run with HF_HUB_OFFLINE
     return files, commit
 
 
@@ -115,8 +114,8 @@ def _listing(repository: str, revision: str, alternatives: str) -> tuple[dict[st
         ) from error
     except (RepositoryNotFoundError, GatedRepoError) as error:
         raise UserError(
-            f"--source {repository} is no folder on this machine, and no data set on the hub that can be read without "
-            f"more rights: {_first_line(error)}. Is the name right? For a private one, run: hf auth login"
+            f"--source {repository} is no folder on this machine, and no data set on the hub that you may read: "
+            f"{_first_line(error)}. Check the name. For a private data set, run: hf auth login"
         ) from error
     except HfHubHTTPError as error:
         raise UserError(f"The Hugging Face hub answers with an error: {_first_line(error)}. {alternatives}") from error
@@ -136,13 +135,13 @@ def _listing(repository: str, revision: str, alternatives: str) -> tuple[dict[st
 def all_at_once(fetch: Callable[[str], Path], names: Sequence[str]) -> list[Path]:
     """`fetch` of each name, DOWNLOADS of them at a time.
 
-    In daemon threads: a ThreadPoolExecutor would keep the process after Ctrl-C until all files under way have come.
+    The threads are daemons: after Ctrl-C a ThreadPoolExecutor would wait until all running downloads have ended.
     """
     todo = deque(names)
     done: SimpleQueue[tuple[str, Path | Exception]] = SimpleQueue()
 
     def work() -> None:
-        with suppress(IndexError):  # nothing is left
+        with suppress(IndexError):  # `todo` is empty
             while name := todo.popleft():
                 try:
                     done.put((name, fetch(name)))
@@ -158,7 +157,7 @@ def all_at_once(fetch: Callable[[str], Path], names: Sequence[str]) -> list[Path
             name, path = done.get()
             if isinstance(path, Exception):
                 todo.clear()
-                for thread in threads:  # what is under way may come, and stays
+                for thread in threads:  # running downloads finish and are kept
                     thread.join()
                 raise path
             paths[name] = path

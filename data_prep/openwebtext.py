@@ -2,9 +2,9 @@
 
     python -m data_prep.openwebtext --out data/openwebtext
 
-takes it from the Hugging Face hub, or with `--source` from a folder of Parquet, JSONL or text files, and uses all
-processors. Killed at any moment, the same command goes on where it was and ends with the same bytes. Several machines
-share the work: `--part 1/4` ... `--part 4/4`, then `--merge`.
+The documents come from the Hugging Face hub, or with `--source` from a folder of Parquet, JSONL or text files. All
+processors encode. After an interruption the same command resumes and writes the same bytes. Several machines can share
+the work: `--part 1/4` ... `--part 4/4`, then `--merge`.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from data_prep.text_files import find_files, kind_of
 from hgpt.cli import Parser, run
 from hgpt.errors import UserError
 
-# OpenWebText, and what nanoGPT's data/openwebtext/prepare.py makes of it (its readme.md).
+# OpenWebText, and the counts that nanoGPT's data/openwebtext/readme.md reports for its prepare.py.
 DOCUMENTS = 8_013_769
 VAL_FRACTION = 0.0005
 SEED = 2357
 TOKENS = {"train": 9_035_582_198, "val": 4_434_897}
-# On the files of REVISION, nanoGPT's script gives the same total with 291 fewer validation tokens, as others report; a
+# On the files of REVISION, others report that nanoGPT's script gives the same total with 291 fewer validation tokens; a
 # few documents were probably reordered after 2022.
 TOKENS_AT_REVISION = {"train": 9_035_582_489, "val": 4_434_606}
 
@@ -43,7 +43,7 @@ TOKENS_AT_REVISION = {"train": 9_035_582_489, "val": 4_434_606}
 class OpenWebText(Recipe):
     """The documents of a data set on the hub or of a folder, with nanoGPT's split.
 
-    Empty documents are kept, as nanoGPT keeps them. A row without text (null) is left out, but keeps its place in the
+    Empty documents are kept, as in nanoGPT. A row without text (null) is left out, but counts as a document in the
     split.
     """
 
@@ -68,7 +68,7 @@ class OpenWebText(Recipe):
             ) from error
 
     def find_source(self, preparation: Preparation) -> Source:
-        """A folder or file on this machine, if there is one of that name; else a data set on the hub."""
+        """The files of `source`: a folder or file on this machine if it exists, otherwise a data set on the hub."""
         if self._is_here():
             return self._local_source()
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.source):
@@ -98,8 +98,8 @@ class OpenWebText(Recipe):
         kinds = sorted({kind for kind in map(kind_of, files) if kind is not None})
         if len(kinds) > 1:
             raise UserError(
-                f"The source holds {' and '.join(kinds)} files, and it cannot be told whether they are the same "
-                "documents twice, nor in which order they come. Give a folder with files of one kind."
+                f"The source holds {' and '.join(kinds)} files. They may hold the same documents twice, and their "
+                "order is not defined. Give a folder with files of one kind."
             )
         return Source(files=files, name=self.source_name)
 
@@ -110,8 +110,8 @@ class OpenWebText(Recipe):
         if documents == DOCUMENTS:
             return []
         return [
-            f"note: {documents:,} documents, and OpenWebText has {DOCUMENTS:,}: this is not all of it or another "
-            "text, the validation split is not nanoGPT's, and losses cannot be compared with those on OpenWebText."
+            f"note: {documents:,} documents, but OpenWebText has {DOCUMENTS:,}: this is a part of it or another text. "
+            "The validation split is not nanoGPT's, and losses cannot be compared with those on OpenWebText."
         ]
 
     def describe(self, record: Record, tally: Tally) -> dict[str, Any]:
@@ -130,19 +130,19 @@ class OpenWebText(Recipe):
         }
 
     def remarks(self, record: Record, tally: Tally) -> list[str]:
-        """For all of OpenWebText with nanoGPT's split: how the numbers of tokens compare with nanoGPT's."""
+        """How the token counts compare with nanoGPT's; only for all of OpenWebText with nanoGPT's split."""
         usual = (record.settings["val_fraction"], record.settings["seed"], record.tokenizer)
         if not (record.settings["documents"] == tally.rows == DOCUMENTS and usual == (VAL_FRACTION, SEED, "gpt2")):
             return []
         found = {split: counts.tokens for split, counts in tally.counts.items()}
         theirs = f"{TOKENS['train']:,} and {TOKENS['val']:,}, which nanoGPT reports"
         if found == TOKENS:
-            return [f"the tokens of train and val are as many as nanoGPT's: {theirs}"]
+            return [f"train and val have as many tokens as nanoGPT's: {theirs}"]
         if sum(found.values()) != sum(TOKENS.values()):
-            return [f"note: not the {theirs}: this is another text, and losses cannot quite be compared"]
+            return [f"note: not the {theirs}: the text differs, so losses are only roughly comparable"]
         known = ", as others found at this revision" if found == TOKENS_AT_REVISION else ""
         return [
-            f"note: in all as many tokens as nanoGPT's, but {abs(found['val'] - TOKENS['val']):,} "
+            f"note: the total is nanoGPT's, with {abs(found['val'] - TOKENS['val']):,} "
             f"{'fewer' if found['val'] < TOKENS['val'] else 'more'} in val than the {theirs}: the same documents in "
             f"another order{known}"
         ]
@@ -156,7 +156,7 @@ def merged(out: Path, recipe: OpenWebText) -> str:
     tally = total(parts)
     lines = [*summary(parts, tally, recipe.missing), *recipe.remarks(parts[0], tally)]
     lines.append(
-        f"merged from       {len(parts)} parts, by the sizes of their shards; to check every byte: "
+        f"merged from       {len(parts)} parts; the sizes of their shards were checked; to check every byte: "
         f"python -m data_prep.verify {out}"
     )
     return "\n".join([*lines, f"written to        {out}"])
@@ -166,7 +166,7 @@ def main(arguments: Sequence[str]) -> str:
     parser = Parser(
         prog="python -m data_prep.openwebtext",
         description="Turn OpenWebText, from the Hugging Face hub or from a folder, into token shards to train on, with "
-        "nanoGPT's validation split. When it was stopped, the same command goes on.",
+        "nanoGPT's validation split. After an interruption the same command resumes.",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="data folder to write, new or empty")
     parser.add_argument(
@@ -178,9 +178,9 @@ def main(arguments: Sequence[str]) -> str:
     )
     parser.add_argument(
         "--revision",
-        help="of a data set on the hub, one with Parquet files: a commit, or a branch, a tag or a pull request, which "
-        "may move. The commit that it is when encoding begins is recorded in meta.json, and a preparation that was "
-        f"stopped goes on with that one (default: the commit {REVISION})",
+        help="revision of the data set on the hub, with Parquet files: a commit, branch, tag or pull request. It is "
+        "resolved to a commit, which meta.json records and from which an interrupted preparation resumes (default: the "
+        f"commit {REVISION})",
     )
     parser.add_argument(
         "--part", type=_part, metavar="I/K", help="write only the I-th of K parts, into a folder of its own in --out"
@@ -188,7 +188,7 @@ def main(arguments: Sequence[str]) -> str:
     parser.add_argument(
         "--merge",
         action="store_true",
-        help="make one data folder of the finished parts in --out; sizes are checked, by data_prep.verify every byte",
+        help="make one data folder of the finished parts in --out; checks sizes (data_prep.verify checks every byte)",
     )
     add_options(parser, tokenizer="gpt2", val_fraction=VAL_FRACTION, seed=SEED)
     add_text_options(parser)

@@ -1,7 +1,7 @@
-"""Parts of a preparation that several machines share, and the whole that they become.
+"""Parts of a preparation that several machines share, and their merge.
 
 Each part is a folder `part_I_of_K` with shards, a tokenizer and part.json (`Record`). `merge` makes one data folder of
-all of them.
+all parts.
 """
 
 import json
@@ -35,7 +35,7 @@ PARTS = re.compile(r"part_(\d+)_of_(\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What part.json says about a finished part; a preparation on one machine is the only part, (1, 1)."""
+    """The content of part.json for a finished part. A preparation on one machine is part (1, 1)."""
 
     part: tuple[int, int]
     settings: dict[str, Any]
@@ -68,7 +68,7 @@ class Record:
             ) from error
 
     def meta(self, parts: Sequence["Record"], preparation: dict[str, Any]) -> DataMeta:
-        """meta.json of the folder that these parts, of which this is the first, are together."""
+        """The content of meta.json for the folder merged from `parts`, of which this is the first."""
         counts = total(parts).counts
         splits = {}
         for split in SPLITS:
@@ -106,7 +106,7 @@ def part_folder(out: Path, part: tuple[int, int]) -> Path:
 
 
 def units_of_part(units: Sequence[Unit], part: tuple[int, int]) -> list[Unit]:
-    """The i-th of k consecutive shares with about as much text in each."""
+    """The i-th of k runs of consecutive units, each with about the same amount of text."""
     index, parts = part
     size = max(1, sum(unit.bytes for unit in units))
     share = []
@@ -124,11 +124,10 @@ def units_of_part(units: Sequence[Unit], part: tuple[int, int]) -> list[Unit]:
 
 
 def merge(out: Path, describe: Callable[[Record, Tally], dict[str, Any]]) -> list[Record]:
-    """Make one data folder of the finished parts in `out`, and return them; none if the folder was complete.
+    """Make one data folder of the finished parts in `out`; returns the parts, none if the folder was complete.
 
-    The shards keep their bytes and get consecutive numbers; their sizes are checked, and their checksums only by
-    data_prep.verify, which reads them. `describe` gives `preparation` of meta.json. May be killed and called again.
-    Raises UserError.
+    The shards are renamed, not copied. Their sizes are checked; data_prep.verify checks their checksums. `describe`
+    returns `preparation` of meta.json. An interrupted merge resumes when it is called again. Raises UserError.
     """
     if not os.path.isdir(out):
         raise UserError(f"--out {out} is no folder that can be read. Give the one in which the parts were written.")
@@ -137,7 +136,7 @@ def merge(out: Path, describe: Callable[[Record, Tally], dict[str, Any]]) -> lis
         if not preparation.complete:
             parts = _finished_parts(out)
             preparation.begin({"parts": parts[0].part[1], **parts[0].settings})
-            preparation.save(Progress())  # from here on, an error leaves in `out` what is there
+            preparation.save(Progress())  # after the first save, an error removes nothing from `out`
             for split in SPLITS:
                 _move_shards(out, split, parts)
             shutil.copy(part_folder(out, parts[0].part) / TOKENIZER_FILE, out)
@@ -166,15 +165,15 @@ def _move_shards(out: Path, split: str, parts: Sequence[Record]) -> None:
 
 
 def _finished_parts(out: Path) -> list[Record]:
-    """The parts in order, checked to be all of them and of one preparation."""
+    """All parts in order. Raises UserError if one is missing or belongs to another preparation."""
     numbers = [(int(match[1]), int(match[2])) for path in out.iterdir() if (match := PARTS.fullmatch(path.name))]
     if not numbers:
         raise UserError(f"--out {out} holds no parts (part_1_of_4 and so on). Prepare them with --part 1/4 and so on.")
     counts = sorted({parts for _, parts in numbers})
     if len(counts) > 1:
         raise UserError(
-            f"--out {out} holds parts of different divisions, of {' and of '.join(map(str, counts))} parts. Remove the "
-            "ones that do not belong."
+            f"--out {out} holds parts of different preparations, of {' and of '.join(map(str, counts))} parts. Remove "
+            "those that do not belong."
         )
     wanted = [(number, counts[0]) for number in range(1, counts[0] + 1)]
     missing = [f"{part[0]}/{part[1]}" for part in wanted if not (part_folder(out, part) / PART_FILE).exists()]
@@ -190,7 +189,7 @@ def _finished_parts(out: Path) -> list[Record]:
             if part.settings[name] != value:
                 raise UserError(
                     f"--merge: part {part.part[0]} was prepared with another {name} than part 1: "
-                    f"{part.settings[name]!r}, not {value!r}. Prepare it again with the same."
+                    f"{part.settings[name]!r}, not {value!r}. Prepare it again with the value of part 1."
                 )
     tokenizer = part_folder(out, wanted[0]) / TOKENIZER_FILE
     if not tokenizer.is_file() or sha256(tokenizer) != parts[0].settings["tokenizer_json"]:

@@ -1,10 +1,10 @@
-"""The embedded corpus: the English of Python's own documentation, found on every machine that runs Python.
+"""A corpus without a download: Python's own documentation, which every Python has.
 
     python -m data_prep.python_docs --out data/python_docs
 
-It is made of the language reference that `help()` shows (`pydoc_data.topics`) and of the docstrings of the
-standard library, read from its source with `ast`; no module is imported. It depends on the version of Python
-and on nothing else: neither on the file system's order nor on installed packages.
+The documents are the topics of the language reference that `help()` shows (`pydoc_data.topics`) and the docstrings of
+the standard library, which are read from its source with `ast`, not imported. The corpus depends on the version of
+Python alone, not on the order of the file system or on installed packages.
 """
 
 import ast
@@ -32,7 +32,7 @@ from hgpt.cli import Parser, run
 from hgpt.data.baselines import unigram_loss
 from hgpt.data.shards import SPLITS, TokenShards
 
-# Folders of the standard library that are not its documentation: tests, what pip put there, vendored code.
+# Folders of the standard library that are left out: tests, installed packages, vendored code.
 EXCLUDED = {"__pycache__", "_bundled", "dist-packages", "idle_test", "pydoc_data", "site-packages", "test", "tests"}
 
 
@@ -42,8 +42,8 @@ Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 def python_docs() -> list[str]:
     """The documents, in a fixed order: the topics, then one for each module and for each of its classes.
 
-    A document of the library begins with what it is about, and each docstring stands indented under its
-    signature, as `help()` prints it:
+    A document of a module or class begins with its name. Each docstring is indented under its signature, as `help()`
+    prints it:
 
         class textwrap.TextWrapper
 
@@ -53,7 +53,7 @@ def python_docs() -> list[str]:
 
             Reformat the single paragraph in 'text' so it fits in lines of ...
 
-    A docstring that is not prose, or was seen before (as overriding methods have it), is left out.
+    A docstring that is not prose is left out, and so is a repeated one (overriding methods often repeat docstrings).
     """
     from pydoc_data.topics import topics
 
@@ -71,12 +71,12 @@ def python_docs() -> list[str]:
 
 
 def _modules(stdlib: Path) -> list[tuple[str, Path]]:
-    """(dotted name, path) of each module, public ones first, so that they keep a docstring that both have."""
+    """(dotted name, path) of each module, public ones first: of two equal docstrings the public module's is kept."""
     modules = []
     for folder, subfolders, files in os.walk(stdlib):
         subfolders[:] = [name for name in subfolders if name not in EXCLUDED]
         for file in files:
-            # _sysconfigdata and the like are written by the build and differ from machine to machine.
+            # The build writes the files _sysconfigdata*, which differ between machines.
             if file.endswith(".py") and not file.startswith("_sysconfigdata"):
                 path = Path(folder, file)
                 parts = path.relative_to(stdlib).with_suffix("").parts
@@ -111,14 +111,14 @@ def _section(heading: str, node: Documented, seen: set[str]) -> str | None:
 
 
 def _is_prose(docstring: str) -> bool:
-    """Some words, and mostly letters: neither empty, nor a single word, nor a table or a code."""
+    """Whether a docstring has at least four words and is mostly letters: no table and no code."""
     letters = sum(character.isalpha() or character.isspace() for character in docstring)
     return len(re.findall(r"[A-Za-z]{2,}", docstring)) >= 4 and letters >= 0.7 * len(docstring)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PythonDocs(Documents):
-    """The documents of `python_docs`, in a file made for the purpose."""
+    """The documents of `python_docs`, in a temporary file."""
 
     @property
     def source_name(self) -> str:
@@ -152,7 +152,7 @@ def main(arguments: Sequence[str]) -> str:
         file.write_text("".join(json.dumps({"text": document}) + "\n" for document in python_docs()))
         summary = prepare(options.out, PythonDocs.of(options, files=[str(file)]), workers=options.workers)
     train, val = (TokenShards.open(options.out, split) for split in SPLITS)
-    return f"{summary}\nunigram model     {unigram_loss(train, val):.4f} nats/token on val: what a model has to beat"
+    return f"{summary}\nunigram model     {unigram_loss(train, val):.4f} nats/token on val: a baseline for models"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a command prepares: its options, where its documents come from, and how they are split."""
+"""A recipe: the options of a preparation, the source of its documents, and their split."""
 
 import argparse
 import os
@@ -19,8 +19,8 @@ from hgpt.errors import UserError
 class Source:
     """The files that hold the documents, in order.
 
-    `name` and `revision` go into meta.json. `asked` is what was asked of the Hugging Face hub: whoever goes on with the
-    preparation must ask the same.
+    `name` and `revision` go into meta.json. `asked` is the request to the Hugging Face hub; a run that resumes the
+    preparation must make the same request.
     """
 
     files: Sequence[Path]
@@ -31,7 +31,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The options that all commands share. Each command has a subclass with the methods."""
+    """The options that all commands share. A subclass for each command implements the methods."""
 
     tokenizer: str
     val_fraction: float
@@ -41,34 +41,34 @@ class Recipe:
     separator: str | None = None
     skip_bad: bool = False
 
-    keep_empty: ClassVar[bool]  # whether documents of white space alone are documents
-    training_bytes: ClassVar[float]  # of text, about, on which a tokenizer of one's own is trained
-    missing: ClassVar[str]  # what the summary calls documents without text
-    packages: ClassVar[tuple[str, ...]]  # whose versions meta.json records, beside those of the tokenizer
+    keep_empty: ClassVar[bool]  # whether to keep documents that are empty or white space
+    training_bytes: ClassVar[float]  # about how many bytes of text a bpe:N tokenizer is trained on
+    missing: ClassVar[str]  # the summary's name for documents without text
+    packages: ClassVar[tuple[str, ...]]  # meta.json records their versions, and those of the tokenizer's packages
 
     def check(self) -> None:
-        """Raise UserError for options that are wrong whatever the documents are."""
+        """Raise UserError for options that are wrong for any documents."""
         if self.tokens_per_shard < 1:
             raise UserError(f"--tokens-per-shard must be at least 1, not {self.tokens_per_shard}.")
 
     @property
     def source_name(self) -> str:
-        """`source` of meta.json, found without the hub."""
+        """`source` of meta.json; needs no request to the hub."""
         raise NotImplementedError
 
     def find_source(self, preparation: Preparation) -> Source:
-        """Find, and download if need be, the files. Raises UserError."""
+        """Find the files, and download them if necessary. Raises UserError."""
         raise NotImplementedError
 
     def split(self, documents: int) -> Split:
-        """How to split that many documents. Raises UserError if a side would be empty."""
+        """The split of that many documents. Raises UserError if train or val would be empty."""
         raise NotImplementedError
 
     def check_sides(self, tally: Tally, sections: Sequence[Section]) -> None:
-        """Raise UserError if a side of the split has got no documents; `sections` hold all documents."""
+        """Raise UserError if train or val has no documents. `sections`: those of all documents."""
 
     def remarks(self, record: Record, tally: Tally) -> list[str]:
-        """Lines to print at the end, behind the summary."""
+        """Lines to print after the summary."""
         return []
 
     def describe(self, record: Record, tally: Tally) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Recipe:
 
     @classmethod
     def of(cls, options: argparse.Namespace, **others: Any) -> Self:
-        """The recipe of a command line; `others` are fields that are no options."""
+        """The recipe of a command line; `others`: fields that are not options."""
         names = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in vars(options).items() if name in names}, **others)
 
@@ -104,7 +104,7 @@ def add_options(parser: argparse.ArgumentParser, *, tokenizer: str, val_fraction
         default=val_fraction,
         help="share of the documents kept for validation (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=seed, help="of the split (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=seed, help="seed of the split (default: %(default)s)")
     parser.add_argument(
         "--workers",
         type=int,
@@ -112,7 +112,7 @@ def add_options(parser: argparse.ArgumentParser, *, tokenizer: str, val_fraction
         help="processes that encode (default: the number of processors, here %(default)s)",
     )
     parser.add_argument(
-        "--tokens-per-shard", type=int, default=TOKENS_PER_SHARD, help="tokens in a file (default: %(default)s)"
+        "--tokens-per-shard", type=int, default=TOKENS_PER_SHARD, help="tokens per shard file (default: %(default)s)"
     )
 
 
@@ -122,5 +122,5 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
         "--text-column", default="text", help="field or column that holds the text (default: %(default)s)"
     )
     parser.add_argument(
-        "--skip-bad", action="store_true", help="leave out, count and name what cannot be read, instead of stopping"
+        "--skip-bad", action="store_true", help="leave out what cannot be read and name it, instead of stopping"
     )

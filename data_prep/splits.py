@@ -1,9 +1,9 @@
 """Which documents are for training and which for validation.
 
-A split says the side of a document from its text and from its place in the source, which starts at 0:
+A split decides between "train" and "val", the side of a document, by its text or by its place in the source (from 0):
 
-    HashSplit    by the words of the document, for own texts
-    PlaceSplit   by the place of the document, for OpenWebText: the places that nanoGPT's split picks
+    HashSplit    by the words of the document, for your own text
+    PlaceSplit   by the place of the document, for OpenWebText: nanoGPT's validation documents
 """
 
 import hashlib
@@ -22,9 +22,9 @@ class HashSplit:
         hash = BLAKE2b(words joined by single spaces; key = seed) / 2^64 ∈ [0, 1)
         val ⟺ hash < val_fraction
 
-    So the split depends neither on the order of the documents nor on the tokenizer, and a document that is added
-    later moves no other one. Texts that are equal up to white space fall on the same side: no copy of a training
-    document is validated on.
+    So the split depends neither on the order of the documents nor on the tokenizer, and an added document does not
+    change the side of the others. Texts that differ only in white space are on the same side: val holds no copy of a
+    training document.
     """
 
     seed: int = 0
@@ -60,7 +60,7 @@ class PlaceSplit:
 
 
 def nanogpt_places(documents: int, val_fraction: float, seed: int) -> np.ndarray:
-    """The places of the validation documents, sorted, as Hugging Face's datasets picks them.
+    """The places of the validation documents, sorted, as the datasets library of Hugging Face draws them.
 
     `train_test_split(test_size=val_fraction, seed=seed, shuffle=True)` takes the first ⌈val_fraction · documents⌉ of
     `numpy.random.default_rng(seed).permutation(documents)`. A test compares the two. Raises UserError if one side
@@ -69,8 +69,8 @@ def nanogpt_places(documents: int, val_fraction: float, seed: int) -> np.ndarray
     val = ceil(val_fraction * documents) if 0 < val_fraction < 1 else 0
     if not 0 < val < documents:
         raise UserError(
-            f"--val-fraction {val_fraction} of {documents} documents leaves train or val without any: it must lie "
-            "between 0 and 1 and leave a document for each. nanoGPT's is 0.0005."
+            f"--val-fraction {val_fraction} of {documents} documents leaves train or val empty: it must lie between 0 "
+            "and 1 and leave at least one document for each. nanoGPT's is 0.0005."
         )
     if seed < 0:
         raise UserError(f"--seed must be at least 0, not {seed}.")

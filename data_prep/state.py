@@ -1,13 +1,13 @@
-"""A data folder while it is being prepared, so that a preparation that was stopped can go on.
+"""The state of a data folder during its preparation, from which an interrupted preparation resumes.
 
 The hidden folder `.preparation` of the data folder holds
 
     lock             held while a process works on the folder
-    settings.json    what decides the bytes of the shards; whoever goes on must have the same
-    progress.json    how far the shards are (`Progress`); saved when what it counts has been flushed to the disk
-    tokenizer.json   until the shards are whole
+    settings.json    the settings that determine the bytes of the shards; a run that resumes must have the same
+    progress.json    the progress of the shards (`Progress`), saved after their content was flushed to the disk
+    tokenizer.json   until the shards are complete
 
-All of them are whole or absent. To go on, the shards are cut back to what progress.json says.
+Each file is whole or absent. On resume, the shards are truncated to the sizes in progress.json.
 """
 
 import json
@@ -27,8 +27,14 @@ from hgpt.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """The units whose tokens are in the shards: their number, their tally, and per split the shards that are whole
-    and the number of tokens in the one that is not."""
+    """The progress of the shards.
+
+    Attributes:
+        units: number of units whose tokens are in the shards.
+        tally: their statistics.
+        shards: complete shards of each split.
+        unfinished: tokens in each split's incomplete shard.
+    """
 
     units: int = 0
     tally: Tally = field(default_factory=Tally)
@@ -37,13 +43,14 @@ class Progress:
 
 
 class Preparation(AbstractContextManager["Preparation"]):
-    """The data folder `out`; as a context it holds the folder's lock.
+    """The data folder `out`; as a context manager it holds the folder's lock.
 
-    `out` is made if it does not exist. Else it must be empty, but for names that `may_hold` accepts, or hold a
-    preparation to go on with. When the context ends before the first progress was saved, everything that was made is
-    removed again. Raises UserError for any other folder, for one that another process is preparing, for one that is
-    finished, and for an OSError that leaves the context. `complete` says that an earlier run was killed when all but
-    `finish` was done.
+    `out` is created if it does not exist. Otherwise it must hold an interrupted preparation, or nothing but names that
+    `may_hold` accepts. If the context ends before progress was saved, all that it created is removed. An OSError inside
+    the context becomes a UserError. `complete`: an earlier run was killed when only `finish` was left to do.
+
+    Raises:
+        UserError: any other folder, a finished one, or one that another process is preparing.
     """
 
     def __init__(self, out: Path, may_hold: Callable[[str], bool] = lambda name: False) -> None:
@@ -61,8 +68,8 @@ class Preparation(AbstractContextManager["Preparation"]):
             self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
             busy = (
-                f"--out {self.out}: another process is preparing data in this folder. Wait for it, or end it; what it "
-                "has finished stays."
+                f"--out {self.out}: another process is preparing data in this folder. Wait for it, or end it; its "
+                "finished work is kept."
             )
             self._lock.enter_context(folder_lock(self.folder / "lock", busy))
             if not (self.folder / "lock").exists():  # the process that held it has finished, and removed it
@@ -93,7 +100,7 @@ class Preparation(AbstractContextManager["Preparation"]):
         if names:
             raise UserError(
                 f"--out {self.out} is not empty (it holds {names[0]}{', ...' if len(names) > 1 else ''}), and "
-                "there is no preparation in it to go on with. Choose another folder or delete it."
+                "there is no preparation in it to resume. Choose another folder or delete it."
             )
 
     def __exit__(
@@ -106,10 +113,10 @@ class Preparation(AbstractContextManager["Preparation"]):
                     path.unlink(missing_ok=True)
             self._remove_made()
         self._lock.close()
-        if isinstance(error, OSError):  # those of reading the source are UserErrors by now
+        if isinstance(error, OSError):  # from writing: errors of reading the source have become UserErrors
             raise UserError(
-                f"Writing to {self.out} failed: {error.strerror or error}. Mend that (a full disk: free space), and go "
-                "on with the same command; what is finished stays."
+                f"Writing to {self.out} failed: {error.strerror or error}. Remove the cause (if the disk is full, free "
+                "space) and run the same command: it resumes."
             ) from error
 
     def _remove_made(self) -> None:
@@ -118,7 +125,7 @@ class Preparation(AbstractContextManager["Preparation"]):
                 folder.rmdir()
 
     def begun(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """All settings of the earlier run, {} if there is none; raises UserError if one of `settings` was another."""
+        """All settings of the earlier run, {} if there is none. Raises UserError if one of `settings` differs."""
         if not self._settings.exists():
             return {}
         begun: dict[str, Any] = json.loads(self._settings.read_text())
@@ -126,19 +133,19 @@ class Preparation(AbstractContextManager["Preparation"]):
             if begun.get(name) != value:
                 raise UserError(
                     f"--out {self.out} holds a preparation that was begun with another {name}: "
-                    f"{begun.get(name)!r}, now {value!r}. Go on with the same, or delete the folder."
+                    f"{begun.get(name)!r}, now {value!r}. Use the same, or delete the folder."
                 )
         return begun
 
     def begin(self, settings: dict[str, Any]) -> None:
-        """Record the settings that decide the bytes, or raise UserError if those of an earlier run are others."""
+        """Record the settings that determine the bytes. Raises UserError if those of an earlier run differ."""
         begun = self.begun({})
         self.begun({**dict.fromkeys(begun), **settings})
         if not begun:
             self._write(self._settings, settings)
 
     def save(self, progress: Progress) -> None:
-        """Record `progress`; what it counts must be flushed to the disk."""
+        """Record `progress`. The shards must be flushed to the disk before."""
         self._write(self._progress, asdict(progress))
 
     def progress(self) -> Progress:
@@ -150,7 +157,7 @@ class Preparation(AbstractContextManager["Preparation"]):
         return Progress(**{**content, "tally": Tally.from_json(content["tally"]), "shards": shards})
 
     def finish(self) -> None:
-        """Remove the state, when meta.json (or the record of a part) has made the folder complete."""
+        """Remove the state. meta.json (or part.json) must have been written before."""
         shutil.rmtree(self.folder)
 
     def _write(self, path: Path, content: dict[str, Any]) -> None:

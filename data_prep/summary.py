@@ -1,4 +1,4 @@
-"""What a preparation prints: the bar while it works, and the tables at the end."""
+"""The output of a preparation: a progress bar, and tables at the end."""
 
 import sys
 import time
@@ -14,7 +14,7 @@ from hgpt.data.shards import SPLITS
 class ProgressBar:
     """Documents, tokens, tokens/s, MB/s of text, time left; the rates are those of this run.
 
-    `new` counts what this run has encoded, `earlier` is what runs before it have.
+    `new`: counts of this run. `earlier`: the tally of the runs before it.
     """
 
     def __init__(self, documents: int, earlier: Tally) -> None:
@@ -45,7 +45,7 @@ class ProgressBar:
 
 
 def summary(parts: Sequence[Record], tally: Tally, missing: str) -> list[str]:
-    """Lines for the terminal: what was written. `missing` names the documents without text."""
+    """Lines for the terminal about what was written. `missing`: the name for documents without text."""
     counts = [*(tally.counts[split] for split in SPLITS), tally.both]
     shards = [sum(len(part.shards[split]) for part in parts) for split in SPLITS]
     rows: list[tuple[str, ...]] = [("", *SPLITS, "both")]
@@ -69,7 +69,7 @@ def summary(parts: Sequence[Record], tally: Tally, missing: str) -> list[str]:
 
 
 def length_table(tally: Tally) -> list[str]:
-    """The distribution of document lengths: per power of two the documents, and their share of all tokens."""
+    """The distribution of document lengths: for each power of two the documents and their share of all tokens."""
     documents, tokens = sum(tally.length_documents), max(1, sum(tally.length_tokens))
     if not documents:
         return []

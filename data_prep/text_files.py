@@ -1,9 +1,8 @@
 """Text files to documents: .txt, .jsonl and .parquet, the first two also compressed by gzip or zstd.
 
-`find_files` finds the files, `find_sections` cuts them into sections of a few megabytes, and several processes read
-sections at once with `read_section`. A document is the bytes of UTF-8 text; whoever decodes it meets invalid bytes.
-Only one document is in memory at a time, and none may be larger than LARGEST_DOCUMENT. (pyarrow reads whole values: it
-holds up to BATCH_ROWS of them.)
+`find_files` finds the files, `find_sections` cuts them into sections of a few megabytes, and worker processes read
+sections with `read_section`. A document is bytes, which should be UTF-8; this module does not decode them. Only one
+document is in memory at a time (of a Parquet file up to BATCH_ROWS), and none may be larger than LARGEST_DOCUMENT.
 """
 
 import codecs
@@ -29,9 +28,9 @@ SUFFIXES = (".txt", ".jsonl", ".parquet")
 READ_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException)
 
 LARGEST_DOCUMENT = 64 << 20  # bytes of a text file, of a line of JSON, of a value in a Parquet file
-SECTION_BYTES = 4 << 20  # of text: about 0.4 s of work with tiktoken, so that the processes finish together
-# A row group is decompressed from its beginning for each of its sections, a compressed file for each process that reads
-# sections of it. So these have few sections, and larger ones.
+SECTION_BYTES = 4 << 20  # of text: about 0.4 s of work with tiktoken, so that workers finish at about the same time
+# Each section of a row group is read by decompressing the row group from its beginning, and each process that reads a
+# section of a compressed file decompresses that file. So both have few and large sections.
 SECTIONS_PER_ROW_GROUP = 4
 LARGEST_SECTION = 32 << 20
 BLOCK = 1 << 20  # bytes that are read from a file at a time
@@ -39,7 +38,7 @@ BATCH_ROWS = 16  # rows that are read from a Parquet file at a time
 
 
 class BadDocument(UserError):
-    """A document that cannot be used; the documents behind it can be read."""
+    """A document that cannot be used; the documents after it can be read."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -47,10 +46,10 @@ class BadDocument(UserError):
 
 
 def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
-    """The text files named by `paths`, sorted, and the other files in the folders among them, which are left out.
+    """The text files in `paths` (files and folders), sorted, and the files of other kinds in the folders.
 
-    Folders are searched in full, linked folders too; hidden files and folders are left out without a word. A file that
-    is named itself must be of a kind that can be read. A file that is found twice is taken once. Raises UserError.
+    Folders are searched recursively, through links too; hidden files and folders are skipped. A file that `paths` names
+    must be of a kind that can be read. A file that is found twice is listed once. Raises UserError.
     """
     found: list[Path] = []
     ignored: list[Path] = []
@@ -70,7 +69,7 @@ def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
                 raise UserError(f"{path} does not exist. Give the path of a file or a folder of text.")
             elif kind_of(path) is None:
                 raise UserError(
-                    f"{path}: cannot tell from its name what it holds. Wanted: {', '.join(SUFFIXES)}, the first "
+                    f"{path}: its name does not say what kind of file it is. Wanted: {', '.join(SUFFIXES)}, the first "
                     "two also with .gz or .zst; rename it if it is one of these."
                 )
             else:
@@ -88,7 +87,7 @@ def _files_below(folder: Path) -> list[Path]:
         raise error
 
     found = []
-    seen = {os.path.realpath(folder)}  # a link may lead back to a folder above it
+    seen = {os.path.realpath(folder)}  # a link may point to a folder above it
     for parent, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         wanted = []
         for name in sorted(folders):
@@ -118,7 +117,7 @@ def _open(path: Path) -> IO[bytes]:
     if suffix == ".gz":
         return io.BufferedReader(gzip.open(path, "rb"))
     if suffix == ".zst":
-        # By pyarrow, because the reader of the package zstandard takes a truncated file for a whole one.
+        # pyarrow, because the zstandard package reads a truncated file without an error.
         return io.BufferedReader(pa.input_stream(str(path), compression="zstd"), BLOCK)
     return open(path, "rb")
 
@@ -128,15 +127,15 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Sections: what a process reads without reading what stands before it
+# Sections, which can be read independently
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fields:
     """Where the documents are in a file.
 
-    `column` is the field of a line of JSON or the column of a Parquet file that holds the text; `separator` stands
-    between the documents of a .txt file, which without one is a single document.
+    `column`: the field of a line of JSON, or the column of a Parquet file, that holds the text. `separator`: the text
+    between the documents of a .txt file; None if a file is one document.
     """
 
     column: str = "text"
@@ -147,9 +146,9 @@ class Fields:
 class Section:
     """Consecutive documents of one file.
 
-    Of a Parquet file: `documents` rows of row group `row_group` from row `first` on. Of a text file: `documents`
-    documents from byte `offset` of the decompressed content on, before which there are `first` lines or documents.
-    `bytes` is about the size of their text.
+    In a Parquet file: `documents` rows of row group `row_group`, from row `first`. In a text file: `documents`
+    documents from byte `offset` of the decompressed content, after the first `first` lines or documents. `bytes`: the
+    approximate size of their text.
     """
 
     path: Path
@@ -163,11 +162,11 @@ class Section:
 def find_sections(
     files: Sequence[Path], fields: Fields, *, skip_bad: bool = False, refuse_empty: bool = False
 ) -> tuple[list[Section], list[str]]:
-    """The sections of all files, in order, and what is wrong with the files that `skip_bad` leaves out.
+    """The sections of all files, in order, and messages about the files that `skip_bad` leaves out.
 
     Of a Parquet file only the footer is read; any other file is read once, to count its documents. Raises UserError
-    for files that cannot be read (unless `skip_bad`) and for Parquet files without the column. A file of 0 bytes cannot
-    be read if `refuse_empty`.
+    for files that cannot be read (unless `skip_bad`) and for Parquet files without the column. `refuse_empty` treats a
+    file of 0 bytes as one that cannot be read.
     """
     sections: list[Section] = []
     bad: list[str] = []
@@ -200,10 +199,10 @@ def find_sections(
 def read_section(
     section: Section, fields: Fields, on_bad: Callable[[str], None] | None = None
 ) -> Iterator[bytes | None]:
-    """The documents of a section, exactly `section.documents`; None for one that is null.
+    """The documents of a section, exactly `section.documents`; None for a null.
 
-    What cannot be read is a UserError. With `on_bad` it is None instead, and `on_bad` is told what is wrong: of a
-    single document, or of all documents behind the damage in a file that cannot be read on.
+    Raises UserError for what cannot be read. With `on_bad` it yields None instead and calls `on_bad` with a message:
+    once for a single bad document, or once for all remaining documents of the section if the file is damaged.
     """
     documents = _parquet_documents if kind_of(section.path) == ".parquet" else _text_documents
     found = 0
@@ -222,7 +221,7 @@ def read_section(
         if on_bad is None:
             raise UserError(
                 f"{_unreadable(section.path, error)} With --skip-bad the documents that cannot be read are left out "
-                "and counted in the summary; what is finished stays, and the same command goes on."
+                "and counted in the summary. Finished work is kept, and the same command resumes."
             ) from error
         on_bad(f"{section.path}: {section.documents - found} documents cannot be read: {error}")
         yield from [None] * (section.documents - found)
@@ -230,8 +229,8 @@ def read_section(
 
 def _too_large(where: str) -> BadDocument:
     return BadDocument(
-        f"{where}: a document of more than {LARGEST_DOCUMENT >> 20} MB. Cut it into several; of a .txt file, "
-        "--separator says what stands between its documents. With --skip-bad it is left out."
+        f"{where}: a document of more than {LARGEST_DOCUMENT >> 20} MiB. Cut it into several; for a .txt file, "
+        "--separator gives the text between its documents. With --skip-bad it is left out."
     )
 
 
@@ -240,23 +239,23 @@ def _too_large(where: str) -> BadDocument:
 
 
 class _Reader:
-    """Reads a text file piece by piece: a line of a .jsonl file, what stands between separators of a .txt file.
+    """Reads a text file in pieces: the lines of a .jsonl file, or the text between the separators of a .txt file.
 
-    `position` is that of the next piece in the decompressed content.
+    `position`: the offset of the next piece in the decompressed content.
     """
 
     def __init__(self, path: Path, fields: Fields) -> None:
         self.position = 0
         self._path = path
         self._stream = _open(path)
-        self._held = b""  # what was read, from byte `position - _start` on
-        self._start = 0  # of the next piece in `_held`
+        self._held = b""  # bytes read, from byte `position - _start` of the content
+        self._start = 0  # offset of the next piece in `_held`
         self._ended = False
         separator = b"\n" if kind_of(path) == ".jsonl" else (fields.separator or "").encode()
-        # A line break in the separator also matches that of Windows, \r\n.
+        # A line break in the separator also matches \r\n.
         pattern = rb"\r?\n".join(map(re.escape, separator.split(b"\n")))
         self._separator = re.compile(pattern) if separator else None
-        self._overlap = 2 * len(separator)  # no separator is longer
+        self._overlap = 2 * len(separator)  # the longest match, if each \n matches \r\n
 
     def skip_to(self, offset: int) -> None:
         if not is_compressed(self._path) and not self._held:
@@ -268,7 +267,7 @@ class _Reader:
             self.position += skipped
 
     def pieces(self) -> Iterator[bytes | None]:
-        """What is between separators, without them, to the end of the file; None for more than LARGEST_DOCUMENT."""
+        """The pieces up to the end of the file, without separators; None for one larger than LARGEST_DOCUMENT."""
         while not self._ended:
             piece: bytes | None = None
             too_large = False
@@ -338,7 +337,7 @@ def _is_document(piece: bytes | None, path: Path) -> bool:
     return piece is None or kind_of(path) == ".txt" or bool(piece.strip())
 
 
-# The reader of the compressed file that this process read last: the next section of it is not far.
+# The reader of the compressed file that this process read last. It continues if the next section is of the same file.
 _kept: dict[Any, _Reader] = {}
 
 
@@ -371,12 +370,12 @@ def _text_documents(section: Section, fields: Fields) -> Iterator[bytes | BadDoc
 
 
 def _text_of_line(line: bytes | None, where: str, column: str) -> bytes | BadDocument | None:
-    """The text in a line of JSON, as UTF-8, invalid where the text is; None for null."""
+    """The text in a line of JSON as bytes, with invalid UTF-8 as it was; None for null."""
     if line is None:
         return _too_large(where)
     reason = ""
     try:
-        # Invalid bytes become surrogates here, and the same bytes again below: whoever decodes them counts them.
+        # Invalid bytes become surrogates here and the same bytes again below; data_prep.encoding counts them.
         row = json.loads(line.decode(errors="surrogateescape"))
     except ValueError as error:
         reason = str(error)
@@ -384,13 +383,14 @@ def _text_of_line(line: bytes | None, where: str, column: str) -> bytes | BadDoc
         reason = "nested too deep"
     if reason:
         return BadDocument(
-            f"{where}: cannot be read as JSON ({reason}). Every line must be one JSON object; mend or delete the line."
+            f"{where}: cannot be read as JSON ({reason}). Every line must be a JSON object; correct or delete the line."
         )
     if not isinstance(row, dict) or column not in row:
-        found = f"has the keys {', '.join(sorted(row)) or 'none'}" if isinstance(row, dict) else "is none"
+        keys = ", ".join(sorted(row)) or "none" if isinstance(row, dict) else ""
+        found = f"an object with the keys {keys}" if keys else "another value"
         return BadDocument(
-            f"{where}: no JSON object with a field {column!r}; this one {found}. Name the field that holds the text "
-            "with --text-column."
+            f"{where}: no JSON object with a field {column!r}, but {found}. Name the field that holds the text with "
+            "--text-column."
         )
     text = row[column]
     if text is None:
@@ -402,7 +402,7 @@ def _text_of_line(line: bytes | None, where: str, column: str) -> bytes | BadDoc
         )
     try:
         return text.encode(errors="surrogateescape")
-    except UnicodeEncodeError:  # lone surrogates, written as escapes
+    except UnicodeEncodeError:  # lone surrogates that the JSON writes as escapes
         return b"".join(
             character.encode(errors="surrogateescape" if "\udc80" <= character <= "\udcff" else "surrogatepass")
             for character in text
@@ -414,12 +414,12 @@ def _text_of_line(line: bytes | None, where: str, column: str) -> bytes | BadDoc
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
-    # Without pre_buffer a row group is read a block at a time and not as a whole.
+    # With pre_buffer=False a row group is read block by block, not at once.
     return pq.ParquetFile(path, pre_buffer=False, buffer_size=BLOCK, page_checksum_verification=True)
 
 
 def _wrong_column(schema: pa.Schema, column: str) -> str | None:
-    """Why `column` of a Parquet file holds no text, to stand behind the name of the file; None if it does."""
+    """Why `column` of a Parquet file holds no text, as a continuation of the file's name; None if it does."""
     names = ", ".join(schema.names) or "none"
     if column not in schema.names:
         return (
@@ -461,7 +461,7 @@ def _parquet_documents(section: Section, fields: Fields) -> Iterator[bytes | Bad
             position += len(texts)
             if pa.types.is_dictionary(wanted.type):
                 wanted = wanted.dictionary_decode()
-            for value in wanted.cast(pa.large_binary()):  # bytes: pyarrow makes no str of invalid UTF-8
+            for value in wanted.cast(pa.large_binary()):  # as bytes: pyarrow cannot convert invalid UTF-8 to str
                 document = value.as_py()
                 if document is not None and len(document) > LARGEST_DOCUMENT:
                     document = _too_large(f"{section.path}, row group {section.row_group}")

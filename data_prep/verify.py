@@ -1,9 +1,10 @@
-"""Whether a data folder is whole, and what is in it.
+"""Check a data folder and show what is in it.
 
     python -m data_prep.verify data/openwebtext
     python -m data_prep.verify data/openwebtext --decode 3 --split val
 
-reads every byte again: headers, sizes, checksums, counts, the range of the tokens, end-of-text behind each document.
+The command reads every byte. It checks headers, sizes, checksums, counts, the range of the tokens, and the end-of-text
+after each document.
 """
 
 import sys
@@ -23,7 +24,7 @@ SHOWN_CHARACTERS = 2000  # of a document that is decoded
 
 
 def verify_folder(folder: Path, vocab_size: int | None = None) -> list[str]:
-    """Lines that say what is in a whole data folder. Raises UserError with a line for everything that is damaged."""
+    """Lines about the content of an undamaged data folder. Raises UserError with a line for each damage."""
     damage: list[str] = []
     lines = []
     for split in SPLITS:
@@ -46,14 +47,13 @@ def verify_folder(folder: Path, vocab_size: int | None = None) -> list[str]:
 def main(arguments: Sequence[str]) -> str:
     parser = Parser(
         prog="python -m data_prep.verify",
-        description="Read every byte of a data folder, check all that can be checked, and name what is damaged (exit "
-        "status 2).",
+        description="Read every byte of a data folder, check it, and list all damage (exit status 2 if there is any).",
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="as data_prep writes it, nanoGPT's, or llm.c's")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="data folder of data_prep, nanoGPT or llm.c")
     parser.add_argument("--decode", type=int, default=0, metavar="N", help="print the first N documents as text")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="of --decode (default: %(default)s)")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="split to decode (default: %(default)s)")
     parser.add_argument(
-        "--vocab-size", type=int, help="size of the vocabulary, for folders without meta.json: nanoGPT's, llm.c's"
+        "--vocab-size", type=int, help="size of the vocabulary, for folders without meta.json (nanoGPT, llm.c)"
     )
     options = parser.parse_args(arguments)
     if options.decode < 0:
@@ -62,7 +62,9 @@ def main(arguments: Sequence[str]) -> str:
     if not options.decode:
         return "\n".join(lines)
     if not (options.folder / TOKENIZER_FILE).is_file():
-        raise UserError(f"--decode needs {options.folder / TOKENIZER_FILE}, which shards of others do not have.")
+        raise UserError(
+            f"--decode needs {options.folder / TOKENIZER_FILE}, which data_prep writes and other tools do not."
+        )
     for number, text in enumerate(islice(decoded_documents(options.folder, options.split), options.decode)):
         lines.append(f"\n--- {options.split}, document {number}: {len(text):,} characters")
         lines.append(text[:SHOWN_CHARACTERS] + (" ..." if len(text) > SHOWN_CHARACTERS else ""))

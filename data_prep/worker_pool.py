@@ -1,4 +1,4 @@
-"""Processes that encode: started safely beside threads, and gone when the process that started them is."""
+"""Worker processes: started safely in a process with threads, and ended when their parent ends."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -7,7 +7,7 @@ import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, SpawnContext
@@ -17,16 +17,17 @@ State = TypeVar("State")
 
 
 def start_imports() -> ForkServerContext | SpawnContext:
-    """Begin to import, in the background, what workers need; this takes seconds, which a caller may use."""
-    # Not a plain fork: tokenizers and pyarrow have threads by now, whose locks a forked child would inherit.
+    """Start a server process that imports the workers' modules, which takes seconds, while the caller goes on."""
+    # Not a plain fork: a child would inherit locks that threads of tokenizers and pyarrow may hold.
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    # Imported once and not by every worker. Not the module of the command: it is __main__, and would be imported twice.
+    # The server imports this module once for all workers. The command's own module is not preloaded: it is __main__ and
+    # would be imported twice.
     context.set_forkserver_preload(["data_prep.encoding"])
-    resource_tracker.ensure_running()  # it unblocks SIGINT when it has started, so it comes first
-    # Ctrl-C reaches every process of the terminal. The server and all processes that it forks inherit the blocked
-    # signal, so none of them prints a traceback.
+    resource_tracker.ensure_running()  # unblocks SIGINT when it starts, so it must start before the mask is set
+    # Ctrl-C reaches all processes of the terminal. The server and the workers inherit the blocked signal, so they print
+    # no traceback.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
@@ -35,17 +36,41 @@ def start_imports() -> ForkServerContext | SpawnContext:
     return context
 
 
+def _wait_for_imports() -> None:
+    """Return when what `start_imports` begins is done.
+
+    In a thread that may be left behind: Ctrl-C then ends this process at once, before any worker was asked for. A
+    worker that starts after this process has ended prints a traceback.
+    """
+    finished: Future[None] = Future()
+
+    def wait() -> None:
+        try:
+            start_imports().Process(target=_nothing).start()  # returns when the server has forked it
+            finished.set_result(None)
+        except BaseException as error:
+            finished.set_exception(error)
+
+    threading.Thread(target=wait, daemon=True).start()
+    finished.result()
+
+
+def _nothing() -> None:
+    pass
+
+
 @contextmanager
 def worker_pool(workers: int, start: Callable[[State], None], state: State) -> Iterator[ProcessPoolExecutor]:
-    """A pool of `workers` processes, each of which begins with `start(state)`; `state` is pickled once.
+    """A pool of `workers` processes, each of which first calls `start(state)`; `state` is pickled once.
 
-    If the context ends by an exception, the workers end at once, in the middle of their work. They also end when this
-    process is killed, and they ignore Ctrl-C, which this process handles.
+    If the context ends with an exception, the workers are terminated. They also end when this process is killed. They
+    ignore Ctrl-C, which this process handles.
     """
     context = start_imports()
+    _wait_for_imports()
     others = set(multiprocessing.active_children())
-    # As bytes: starting a process blocks until the process has read its arguments, and unpickling a tokenizer takes
-    # time.
+    # `state` is passed as bytes: starting a process blocks until it has unpickled its arguments, and unpickling a
+    # tokenizer takes time.
     pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(start, pickle.dumps(state)))
     try:
         yield pool
@@ -64,7 +89,7 @@ def _start(start: Callable[[State], None], state: bytes) -> None:
 
 
 def _end_with_parent() -> None:
-    """Without this, a worker would wait forever for work from a process that was killed."""
+    """Exit when the parent ends; a worker would otherwise wait forever for work from a killed parent."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])

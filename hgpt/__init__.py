@@ -15,7 +15,7 @@ from .model.modeling_hgpt import HGPTForCausalLM, HGPTModel
 AutoConfig.register(HGPTConfig.model_type, HGPTConfig, exist_ok=True)
 AutoModel.register(HGPTConfig, HGPTModel, exist_ok=True)
 AutoModelForCausalLM.register(HGPTConfig, HGPTForCausalLM, exist_ok=True)
-# What is saved takes its code along, for processes where hgpt is not installed (trust_remote_code=True).
+# save_pretrained also saves the code, for processes without hgpt (trust_remote_code=True).
 HGPTConfig.register_for_auto_class()
 HGPTModel.register_for_auto_class("AutoModel")
 HGPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")

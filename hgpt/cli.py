@@ -1,4 +1,4 @@
-"""One parser and one ending for every command. The file of a command ends with
+"""Parser and exit of every command but train.py, whose exit codes are in hgpt/run/stop.py. A command ends with
 
 if __name__ == "__main__":
     sys.exit(run(main))
@@ -35,8 +35,8 @@ def run(
     traceback. 130: Ctrl-C. Other exceptions are raised.
 
     Args:
-        arguments: default: those of the command line.
-        interrupted: what to print after Ctrl-C; says what became of the work.
+        arguments: default: the command line's.
+        interrupted: what to print after Ctrl-C, such as what is saved and how to resume.
     """
     try:
         text = main(sys.argv[1:] if arguments is None else arguments)
@@ -57,7 +57,7 @@ def run(
 
 
 def _output_is_closed() -> bool:
-    """Whether nobody reads standard output any more."""
+    """Whether the reader of standard output has closed it."""
     poll = select.poll()
     poll.register(sys.stdout, 0)
     return bool(poll.poll(0))

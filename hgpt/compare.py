@@ -1,11 +1,11 @@
-"""Compare configurations: train a matched grid of runs, then write one table and one report.
+"""Compare configurations: train matched runs of each, then write a table and a report.
 
     python -m hgpt.compare --config A.toml B.toml --seeds 3 --sweep optim.lr=1e-3,3e-3,6e-3 --out comparisons/heads
 
-An arm is a configuration; with --vary, a configuration with one of the values. Every arm is trained with the first seed
+An arm is a configuration; with --vary, a configuration with one of the values. Each arm is trained with the first seed
 at all points of its sweeps (with --search coordinate at fewer). The point with the lowest validation loss is then
-trained with the other seeds. Data, their order, the number of steps and the seeds must be the same in all arms,
-otherwise nothing is trained. Finished runs are kept: the same command resumes.
+trained with the other seeds. The data, their order, the number of steps and the seeds must be the same in all arms;
+otherwise the command stops before it trains. After an interruption the same command resumes; finished runs are kept.
 """
 
 import argparse
@@ -48,18 +48,18 @@ TRAIN = Path(hgpt.__file__).parent.parent / "train.py"
 RESULT_FILE = "comparison.json"
 CONFIDENCE = 0.95
 
-# Threads wait for the runs, and jsonargparse's parsers share state.
+# Runs are waited for in threads. One thread at a time reads a configuration, which may execute its distance_file.
 _PARSING = threading.Lock()
 
 # Settings that must be the same in all runs; otherwise a difference between two arms could come from them.
 MATCHED = ("data.", "train.steps", "train.global_batch", "train.seed")
-# Settings that may differ between a finished run and the wanted one: no result depends on them.
+# Settings in which a finished run may differ from the wanted one, because no result depends on them.
 FREE = ("name", "runs_dir", "resume", "data.verify", "log.", "checkpoint.", "train.micro_batch")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """`[ARM:]KEY=V1,V2`: a setting and its values, in every arm or in those of the configuration ARM."""
+    """`[ARM:]KEY=V1,V2`: a setting and its values, for every arm or for those of the configuration ARM."""
 
     arm: str | None
     key: str
@@ -68,7 +68,7 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """A configuration file, the settings that replace some of it, and the points of its sweeps."""
+    """A configuration file, the settings that replace some of its own, and the points of the sweeps."""
 
     name: str
     file: str
@@ -78,7 +78,7 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A run that has ended: its last evaluation, or the message of its error."""
+    """A run that has ended: its last evaluation, or None and the message of its error."""
 
     folder: Path
     evaluation: dict[str, float] | None
@@ -92,7 +92,7 @@ class Outcome:
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Train the missing runs, write the table and the report, and return the content of comparison.json."""
-    out = Path(options.out).resolve()  # jsonargparse changes the working directory of all threads for a moment
+    out = Path(options.out).resolve()  # absolute, so that train.py and the report find the runs from any folder
     arms = build_arms(options.config, options.vary, options.sweep, options.set)
     check_matched({run_name(arm, point, 0): run_config(arm, point, 0, out) for arm in arms for point in arm.points})
     if not TRAIN.is_file():
@@ -133,26 +133,27 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     axes: dict[str, Any] = {"action": "append", "default": [], "metavar": "[ARM:]KEY=V1,V2"}
     add("--config", nargs="+", required=True, metavar="FILE", help="TOML files; each is an arm")
-    add("--vary", **axes, help="one arm per value; ARM limits it to the configuration of that file name")
+    add("--vary", **axes, help="one arm per value; ARM, a file's name without .toml, limits it to one file")
     add(
         "--sweep",
         **axes,
-        help="values among which each arm takes its best; several sweeps make a grid. A sweep of optim.lr keeps the "
+        help="values from which each arm takes the best; several sweeps make a grid. A sweep of optim.lr keeps the "
         "configuration's ratio of optim.min_lr to optim.lr",
     )
     add(
         "--search",
         choices=("grid", "coordinate"),
         default="grid",
-        help="grid: every combination of the sweeps. coordinate: one sweep after the other, in the order given, from "
-        "the middle values on; fewer runs, but it misses values that are good only together (default: %(default)s)",
+        help="grid: every combination of the sweeps. coordinate: one sweep after the other, in the order given, "
+        "starting at the middle values; fewer runs, but misses values that are good only together (default: "
+        "%(default)s)",
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every arm")
     add("--seeds", type=int, default=3, metavar="N", help="runs of each arm's best point (default: %(default)s)")
-    add("--out", required=True, metavar="DIR", help="folder of the runs, the table and the report")
+    add("--out", required=True, metavar="DIR", help="folder for the runs, the table and the report")
     add("--gpus", nargs="+", metavar="ID", help="one run at a time on each of these GPUs (default: one run at a time)")
-    add("--jobs", type=int, metavar="N", help="runs at a time on the CPU, which share its cores; good for small models")
-    add("--relations", metavar="DIR", help="relation sets of the report (default: those that ship)")
+    add("--jobs", type=int, metavar="N", help="N runs at a time on the CPU, which share its cores; for small models")
+    add("--relations", metavar="DIR", help="folder of relation sets for the report (default: those of hgpt)")
     add("--no-report", action="store_true", help="only train, and print the table")
     options = parser.parse_args(argv)
     options.argv = list(argv)
@@ -173,6 +174,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def parse_axis(text: str, option: str) -> Axis:
+    """The `Axis` of [ARM:]KEY=V1,V2. Raises UserError, which names the `option` of the command line."""
     match = re.fullmatch(r"(?:(?P<arm>[\w.-]+):)?(?P<key>[\w.]+)=(?P<values>.+)", text)
     if match is None:
         raise UserError(f"{option} takes [ARM:]KEY=V1,V2, for example optim.lr=1e-3,3e-3; got {text!r}")
@@ -219,11 +221,12 @@ def combinations(axes: Iterable[Axis]) -> list[dict[str, str]]:
 
 
 def short(key: str, value: str) -> str:
-    """A setting as part of a folder's name: `exponent2xsqrt_dim` for model.head.exponent = 2*sqrt_dim."""
+    """A setting as part of a folder name: `exponent2xsqrt_dim` for model.head.exponent = 2*sqrt_dim."""
     return key.rsplit(".", 1)[-1] + re.sub(r"[^\w.+-]", "", value.replace("*", "x"))
 
 
 def run_name(arm: Arm, point: dict[str, str], seed: int) -> str:
+    """The name of a run and its folder: ARM-SETTINGS-seedN, where N counts seeds from 0."""
     return "-".join([arm.name, *(short(key, value) for key, value in point.items()), f"seed{seed}"])
 
 
@@ -243,11 +246,11 @@ def configured(file: str, **chosen: str) -> RunConfig:
 
 
 def check_matched(configs: dict[str, RunConfig]) -> None:
-    """Raises UserError, with the name of the setting, unless all runs agree in the settings of `MATCHED`."""
+    """Raise UserError, naming the setting, unless the settings in `MATCHED` are the same in all runs."""
     found = {name: settings(config) for name, config in configs.items()}
     keys = sorted({key for values in found.values() for key in values if key.startswith(MATCHED)})
     for key in keys:
-        first = {json.dumps(values.get(key)): name for name, values in reversed(found.items())}  # where each is found
+        first = {json.dumps(values.get(key)): name for name, values in reversed(found.items())}  # value → first run
         if len(first) > 1:
             listed = ", ".join(f"{value} in {name}" for value, name in reversed(first.items()))
             raise UserError(
@@ -261,7 +264,7 @@ def check_matched(configs: dict[str, RunConfig]) -> None:
 
 
 def run_places(gpus: Sequence[str] | None, jobs: int | None) -> list[dict[str, str]]:
-    """One entry for each run that may train at the same time: the variables to add to its environment."""
+    """One entry for each run that can train at the same time: the variables to add to its environment."""
     if gpus:
         return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
     if jobs is None:
@@ -271,7 +274,7 @@ def run_places(gpus: Sequence[str] | None, jobs: int | None) -> list[dict[str, s
 
 
 def tune(arms: Sequence[Arm], search: str, places: Sequence[dict[str, str]], out: Path) -> dict[str, Outcome]:
-    """Train the points of each arm with the first seed, by --search; returns the outcomes by name of the run."""
+    """Train the points of each arm with the first seed, as --search says; returns the outcomes by run name."""
     tuned: dict[str, Outcome] = {}
 
     def train_points(points: Mapping[str, Sequence[dict[str, str]]], stage: str) -> None:
@@ -302,7 +305,7 @@ def swept_values(arm: Arm) -> dict[str, list[str]]:
 def train_all(
     configs: Sequence[RunConfig], places: Sequence[dict[str, str]], out: Path, stage: str
 ) -> dict[str, Outcome]:
-    """Train every run that has not finished, at each place one at a time; outcomes by name."""
+    """Train every run that has not finished, one at a time in each place; returns the outcomes by run name."""
     free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
     for place in places:
         free.put(place)
@@ -325,7 +328,7 @@ def train_all(
 
 
 def train(config: RunConfig, place: dict[str, str], out: Path) -> Outcome:
-    """Train one run with train.py, unless it has already finished or failed."""
+    """Train one run with train.py, unless it has finished or failed before."""
     folder = config.run_folder
     failure = out / "logs" / f"{config.name}.failed"
     if failure.exists():
@@ -347,7 +350,7 @@ def train(config: RunConfig, place: dict[str, str], out: Path) -> Outcome:
         return Outcome(folder=folder, evaluation=evaluation)
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     message = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")
-    # A run that trained and then stopped with an error has diverged: a result, and not an error of the comparison.
+    # A run that trained and then stopped with an error has diverged. That is a result, not an error of the comparison.
     if status == 2 and records(folder, "train"):
         failure.write_text(message, encoding="utf-8")
         return Outcome(folder=folder, evaluation=None, message=message)
@@ -386,7 +389,7 @@ def finished(config: RunConfig) -> dict[str, float] | None:
 
 
 def row(arm: Arm, best: dict[str, str], outcomes: dict[str, Outcome], seeds: int) -> dict[str, Any]:
-    """The results of one arm: its best point, the losses of its seeds, their mean and spread, and means over seeds."""
+    """The results of one arm: its best point, the losses of its seeds, their mean and spread, and other means."""
     names = [run_name(arm, best, seed) for seed in range(seeds)]
     runs = [outcomes[name] for name in names]
     evaluations = [run.evaluation for run in runs if run.evaluation is not None]
@@ -422,7 +425,7 @@ def mean_or_none(values: Iterable[float | None]) -> float | None:
 def gradient_norm_spread(folder: Path) -> float | None:
     """sd / mean of the gradient norms, before clipping, that were logged in the second half of the training.
 
-    The warm-up and the first fall of the loss lie before it. None for fewer than two values.
+    That leaves out the warm-up and the initial drop of the loss. None for fewer than two values.
     """
     norms = [(record["step"], record["grad_norm"]) for record in records(folder) if "grad_norm" in record]
     late = [norm for step, norm in norms if 2 * step > norms[-1][0]]
@@ -430,7 +433,10 @@ def gradient_norm_spread(folder: Path) -> float | None:
 
 
 def median_tokens_per_second(folders: Sequence[Path]) -> float | None:
-    """Of all logged values but each run's first, which contains the start-up; without evaluation and checkpoints."""
+    """The median of all logged values without each run's first, which contains the start-up.
+
+    Logged values contain no evaluations and checkpoints.
+    """
     logged = [[line["tokens_per_second"] for line in records(f) if "tokens_per_second" in line] for f in folders]
     rates = [rate for values in logged for rate in values[1:]]
     return statistics.median(rates) if rates else None
@@ -449,12 +455,12 @@ def best_point(arm: Arm, tuned: dict[str, Outcome]) -> dict[str, str]:
 
 
 def finite(value: float) -> float | None:
-    """JSON has no infinity."""
+    """`value`, or None for infinity, which JSON does not have."""
     return None if value == float("inf") else value
 
 
 def at_the_edge(values: Sequence[str], best: str) -> bool:
-    """Whether the best of several numbers is the smallest or the largest, so that a better one may lie beyond it."""
+    """Whether the best of several numbers is the smallest or the largest: a better one may lie beyond."""
     try:
         numbers = sorted(float(value) for value in values)
     except ValueError:
@@ -472,9 +478,9 @@ def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def add_differences(table: list[dict[str, Any]]) -> None:
-    """Add to each row but the first: its loss minus that of the first arm, Student's interval, and Holm's p.
+    """Add to each row but the first its loss minus that of the first arm, Student's interval, and Holm's p.
 
-    Losses are paired by seed: both runs see the data in the same order, and the noise of the order cancels.
+    Losses are paired by seed: both runs of a pair see the data in the same order, so the noise of the order cancels.
     """
     p_values = []
     for entry in table[1:]:
@@ -522,10 +528,10 @@ def write_tables(out: Path, result: dict[str, Any]) -> None:
 
 NOTES = (
     "Losses in nats per token over the validation set. Intervals: Student's, over seeds; differences are paired by "
-    "seed. The best point was chosen on the first seed and the same validation set, which flatters every arm a "
-    "little. (edge): the best value is the smallest or the largest that was tried, so a better one may lie beyond."
+    "seed. The best point was chosen with the first seed and on the same validation set, so the loss of every arm is a "
+    "little too low. (edge): the best value is the smallest or the largest that was tried; a better one may lie beyond."
 )
-# Columns for what some runs have logged: key, title, format, and what the notes say about it.
+# Optional columns, for values that only some runs log: key, title, format, and text for the notes.
 MEASURED = (
     ("gradient_norm_spread", "gradient norm, sd / mean", ".2f", ""),
     (
@@ -538,8 +544,8 @@ MEASURED = (
         "joules_per_token",
         "J per token",
         ".3g",
-        " J per token: energy of the whole machine, evaluations included, over training tokens. The metrics.jsonl of "
-        "each run says whether it was measured or estimated; of two runs at a time each counts the whole.",
+        " J per token: energy of the whole machine, evaluations included, over training tokens; each of two runs at "
+        "the same time counts the whole machine. metrics.jsonl says whether energy was measured or estimated.",
     ),
 )
 
@@ -571,7 +577,7 @@ def difference_text(mean: float | None, interval: tuple[float, float] | None) ->
 def report(out: Path, table: Sequence[dict[str, Any]], outcomes: dict[str, Outcome], relations: str | None) -> None:
     """Analyse the runs at the best points; write the report page, the figure and the tables of readability."""
     runs = [(entry, name) for entry in table for name in entry["runs"] if outcomes[name].evaluation is not None]
-    # The first seed of each arm comes first: the page shows these runs, the figure and the tables show all.
+    # The first seed of each arm comes first: the page shows these runs, the figure and the tables show all runs.
     runs.sort(key=lambda run: run[0]["runs"].index(run[1]))
     shown = len({entry["arm"] for entry, _ in runs})
     analysis = analyse(
@@ -593,7 +599,7 @@ def report(out: Path, table: Sequence[dict[str, Any]], outcomes: dict[str, Outco
 
 
 def readability_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: mean and standard deviation over the runs of each arm, then the differences from the first arm."""
+    """Markdown: mean and standard deviation over the seeds of each arm, then the differences from the first arm."""
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     runs = {arm: [row for row in rows if row["arm"] == arm] for arm in arms}
     first = {row["seed"]: row for row in runs[arms[0]]}
@@ -624,4 +630,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, interrupted="interrupted; the same command goes on where it stopped"))
+    sys.exit(run_command(main, interrupted="interrupted; the same command resumes"))

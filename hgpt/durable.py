@@ -1,7 +1,7 @@
-"""Files and folders that are whole or absent, checksums, and one process at a time in a folder.
+"""Atomic writes of files and folders, checksums, and a lock on a folder.
 
-A file or folder is written under a temporary name (.NAME.partial), flushed to the disk and then renamed. Whatever goes
-wrong, its name stands for the old content or for the whole new content. Two processes must not write the same name.
+A file or folder is written under a temporary name (.NAME.partial), flushed to the disk and then renamed. After a crash
+its name has the old content or the complete new content. Two processes must not write the same name.
 """
 
 import errno
@@ -69,7 +69,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
     After an error the new folder is removed and `target` is as it was before. An older folder is renamed to
     .NAME.replaced before the new one gets its name: a process that is killed between the two renames leaves no
-    `target`, and the next call puts the older folder back. What killed processes left beside `target` is removed first.
+    `target`, and the next call puts the older folder back. It also removes temporary folders of killed processes.
     Raises UserError for an error of the disk.
     """
     partial, older = partial_name(target), target.with_name(f".{target.name}.replaced")
@@ -93,7 +93,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         # Libraries written in Rust (safetensors, tokenizers) raise exceptions that are no OSError.
         if isinstance(error, OSError) or "os error" in str(error):
             raise UserError(
-                f"could not write {target}: {error}. Nothing of it was left behind, and older folders are untouched; "
+                f"could not write {target}: {error}. The unfinished folder was removed, older ones are unchanged; "
                 "make room, then repeat the command (train.py: with --resume auto)"
             ) from error
         raise
@@ -107,7 +107,7 @@ def _put_back(older: Path, target: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder. It is renamed first, so an interrupted deletion leaves no half folder under its name."""
+    """Delete a folder. It is renamed first, so an interrupted deletion leaves nothing under its name."""
     doomed = folder.with_name(f".{folder.name}.deleted")
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
@@ -120,7 +120,7 @@ def folder_lock(file: Path, busy: str) -> Iterator[None]:
     Raises UserError with the message `busy` if another process holds the lock, and OSError if the file cannot be
     written. Prints a warning and holds no lock where the file system does not support locks.
     """
-    # A soft lock, which filelock would otherwise fall back to, outlives a killed process.
+    # No fallback to filelock's soft lock, which a killed process would not release.
     lock = FileLock(file, blocking=False, fallback_to_soft=False)
     try:
         lock.acquire()

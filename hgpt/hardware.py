@@ -10,14 +10,14 @@ from hgpt.errors import UserError
 
 
 class Device(NamedTuple):
-    """Figures of a GPU from its vendor's data sheet; None where the name leaves open which of two sizes it is."""
+    """Data-sheet figures of a GPU; None if the name does not say which of several models it is."""
 
     peak_flops: float  # bf16, dense: without sparsity
     memory_gib: int | None  # as CUDA reports it, rounded down
     bandwidth: float | None  # of the memory, bytes/s
 
 
-# Words of the device's name: TFLOP/s, GiB, GB/s. The first entry of which the name has all words counts.
+# Words of the device's name: (TFLOP/s, GiB, GB/s). The first entry whose words are all in the name is used.
 _DEVICES: dict[str, tuple[float, int | None, int | None]] = {
     "H100 PCIe": (756, 79, 2000),
     "H100 NVL": (835, 93, 3900),
@@ -35,7 +35,7 @@ _DEVICES: dict[str, tuple[float, int | None, int | None]] = {
     "RTX 4090": (165, 23, 1008),
     "RTX 3090": (71, 23, 936),
 }
-# Words that make it another device: a slice of a GPU, and consumer variants of a name above.
+# Names with these words are other devices: a slice of a GPU (MIG), or a variant of one above.
 _OTHER_DEVICE = {"MIG", "Laptop", "Ti", "D"}
 
 
@@ -51,31 +51,30 @@ def known_device(name: str) -> Device | None:
 
 
 def peak_flops(name: str) -> float | None:
-    """Dense bf16 peak of a device in FLOP/s, None if unknown: no MFU is better than a wrong one."""
+    """Dense bf16 peak of a device in FLOP/s, None if unknown."""
     device = known_device(name)
     return None if device is None else device.peak_flops
 
 
 def device_name(device: torch.device) -> str:
-    """What CUDA calls a GPU; elsewhere the kind of the device."""
+    """CUDA's name of a GPU; for other devices their type, such as "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def memory_in_use(device: torch.device) -> float:
-    """The most memory that this process has held, in GiB: allocated on its GPU, or resident where it uses the CPU."""
+    """Peak memory of this process in GiB: allocated on its GPU, or resident if it uses the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of this name, by default a GPU if there is one. Raises UserError if it cannot be used."""
+    """The device `name`; None: a GPU if there is one, else the CPU. Raises UserError if it cannot be used."""
     if name is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return torch.device("cpu") if accelerator is None else accelerator
     try:
-        return torch.empty(1, device=name).device  # torch.device(name) accepts a device that is not there
+        return torch.empty(1, device=name).device  # torch.device(name) also accepts a missing device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error

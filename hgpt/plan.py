@@ -1,10 +1,10 @@
-"""What a run needs, computed before it is started: parameters, memory per GPU, tokens, FLOPs and time.
+"""Plan a run before it is started: parameters, memory per GPU, tokens, FLOPs and time.
 
     python -m hgpt.plan --config configs/gpt2_small_harmonic.toml --gpus 8 [--section.key value ...]
     python -m hgpt.plan --gpus 8 --table configs/gpt2_*_harmonic.toml
 
-Nothing is trained, and no GPU is needed. Parameters are counted in the model, which is built without memory for its
-weights. Memory is computed by the formulas below: bytes at the peak of a training step, on one GPU.
+Nothing is trained, and no GPU is needed. The model is built without memory for its weights, and its parameters are
+counted. Memory is computed by the formulas below: bytes on one GPU at the peak of a training step.
 
     engine          parameters   gradients   optimiser   buckets and gathered weights
     ddp             4 P          4 P         8 P         - (its buckets are the gradients)
@@ -14,31 +14,31 @@ weights. Memory is computed by the formulas below: bytes at the peak of a traini
     zero3           c P/W        4 P/W       12 P/W      4 R + c min(P, 10⁹)
     fsdp2           4 P/W        4 P/W       8 P/W       c (2 E + 3 B)
 
-P: parameters, B of them in each block and E outside the blocks. W: processes (world size). R = 5·10⁸: DeepSpeed's
+P: parameters; B: those of one block; E: those outside the blocks. W: processes (world size). R = 5·10⁸: DeepSpeed's
 reduce bucket. c: bytes of an operand of a matrix product, 2 in bf16 and 4 in fp32. AdamW keeps two float32 numbers per
 parameter; Muon (ddp only) keeps one for the matrices of the blocks. ZeRO keeps float32 master weights. ZeRO-1 also
-accumulates float32 gradients beside the bf16 ones; in fp32 it has 4 P of gradients, and ZeRO-2's bucket has no copy.
-ZeRO engines allocate whole buckets, even for a small model.
+accumulates float32 gradients beside the bf16 ones. In fp32, ZeRO-1 has 4 P of gradients, and ZeRO-2 has no
+4 min(P, R), a float32 copy of its bucket. ZeRO-2 and 3 allocate whole buckets, even for a small model.
 
     activations            L N (D (2 r + 14 c) + 4 H + 16) + N (D r + 16)
       with checkpointing   L N D r + N (D r + 16)
       with dropout         1 byte per element of a mask: N D after the embedding, 2 N D in each block
       ddp in bf16          2 bytes per weight of the blocks' matrices: the copies that autocast makes
-    a block's backward     N D (3 r + 4 c); with checkpointing also its activations, which are recomputed
+    a block's backward     N D (3 r + 4 c); with checkpointing also the recomputed activations of the block
 
-L: blocks. N = micro_batch · seq_len: tokens. D: width. H: heads. r: bytes of an element of the residual stream, 4 where
-autocast is used (ddp, fsdp2), otherwise c. A block keeps the inputs of its two norms (r each), their outputs, q, k, v
+L: blocks. N = micro_batch · seq_len: tokens. D: width. H: heads. r: bytes of an element of the residual stream, 4 with
+autocast (ddp, fsdp2), otherwise c. A block keeps the inputs of its two norms (r each), their outputs, q, k, v
 and the output of attention (c each), input and output of the activation function (4 c each), and for each token the
 statistics of the norms and the log-sum-exp of attention. An activation function other than gelu and gelu_pytorch_tanh
 may keep more; torch.compile usually keeps less.
 
-`head_memory` has the formula of the head's loss. The loss has its peak when all activations exist; the backward pass of
-the last block comes after it, so the larger of the two counts. Gradients exist by then, because they are accumulated
-over micro-batches. Not counted: the CUDA context, workspaces of kernels and fragmentation, often 1 to 3 GiB together.
+`head_memory` has the formula of the head's loss, which is computed when all activations exist. The backward pass of the
+last block comes later, so the larger of the two counts. Gradients exist all the time, because they are accumulated over
+micro-batches. Not counted: the CUDA context, workspaces of kernels and fragmentation, often 1 to 3 GiB together.
 
-The tests compare activations, the loss and the row of ddp with what the code allocates, without a GPU. Parameters,
-gradients and optimiser state of ZeRO agreed to 0.2 % with two CPU processes (DeepSpeed 0.19.8). Buckets, gathered
-weights and fsdp2 (torch 2.13) follow the source code of the libraries and were not measured.
+The tests compare activations, the loss and the row of ddp with what the code allocates, without a GPU. The formulas for
+ZeRO's parameters, gradients and optimiser state were within 0.2 % of two CPU processes (DeepSpeed 0.19.8). Those for
+buckets, gathered weights and fsdp2 (torch 2.13) follow the source code of the libraries and were not measured.
 """
 
 import sys
@@ -74,7 +74,7 @@ _REDUCE_BUCKET, _MAX_LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 
 # Bytes/s of a distance in blocks on a CPU; the blocks stay in the caches. Measured in GB/s on two idle cores of an AMD
 # EPYC (Zen 3) with `python -m benchmarks.head_loss --shape 64x768x50304 --distances ...`: 22 (chebyshev), 43 (hamming),
-# 58 (bray_curtis), 61 (manhattan), 72 (canberra), 81 (minkowski); a quarter of it beside another process.
+# 58 (bray_curtis), 61 (manhattan), 72 (canberra), 81 (minkowski). A second busy process reduces it to a quarter.
 _CPU_BANDWIDTH = 60e9
 _H100_BANDWIDTH = 3350e9
 _DAY = 86400
@@ -86,8 +86,8 @@ _DAY = 86400
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Numbers of parameters. `head` is 0 where the centres are the token embedding; `matrices` (the weights of the
-    blocks' linear layers) are part of `blocks`."""
+    """Numbers of parameters. `head` is 0 if the centres are the token embedding. `matrices`, the weights of the linear
+    layers in the blocks, are part of `blocks`."""
 
     token_embedding: int
     positions: int
@@ -102,7 +102,7 @@ class Parameters:
 
 
 def count_parameters(config: HGPTConfig) -> Parameters:
-    """Build the model that `config` describes, without memory for its weights, and count its parameters."""
+    """Count the parameters of the model that `config` describes, built on the meta device."""
 
     def size(module: nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
@@ -135,14 +135,14 @@ class Precision(NamedTuple):
 
 
 def precision_of(engine: str, precision: str) -> Precision:
-    """The dtypes under an engine on a GPU, for a value of train.precision ("auto" is bf16 there)."""
+    """The dtypes under an engine on a GPU. `precision`: a value of train.precision; "auto" means bf16 on a GPU."""
     if precision == "fp32":
         return Precision(torch.float32, torch.float32)
     return Precision(torch.bfloat16, torch.bfloat16 if engine.startswith("zero") else torch.float32)
 
 
 class Activations(NamedTuple):
-    """Bytes that the forward pass keeps, and bytes that the backward pass of one block needs in addition."""
+    """Bytes that the forward pass keeps, and additional bytes of the backward pass of one block."""
 
     kept: int
     block: int
@@ -165,9 +165,10 @@ def activation_memory(config: HGPTConfig, tokens: int, precision: Precision, *, 
 
 
 class HeadMemory(NamedTuple):
-    """Bytes at the peak of the head's loss: operands with gradients, and one chunk; all of it for a dense head.
+    """Bytes at the peak of the head's loss.
 
-    `chunk_positions` is None for a distance in blocks.
+    `operands`: operands and their gradients. `chunk`: one chunk of `chunk_positions` positions, which is None for a
+    distance in blocks. `dense`: the whole peak of a head that computes all logits at once.
     """
 
     operands: int
@@ -187,9 +188,9 @@ def head_memory(config: HGPTConfig, tokens: int, precision: Precision) -> HeadMe
         float32, (V, D); norms and column sums, (V,).
     chunk: C = `loss.chunk_positions` positions · V · 4 bytes of products and, harmonic, 4 of scores and 1 of a mask, or
         (bf16) 2 of G and a chunk's share of the gradient of w.
-    dense: N · V · 17 bytes in the backward pass of `harmax.harmonic_loss`, 12 in that of softmax, and the operands.
+    dense: the operands, and N · V · 17 bytes in the backward pass of `harmax.harmonic_loss`, 12 in that of softmax.
 
-    A distance that transforms its operands adds the transformed ones and their gradients in float32. A distance in
+    A distance that transforms its operands adds x′, w′ and their gradients in float32. A distance in
     blocks needs its operands and their gradients in float32, and `distances.memory_of` in place of the chunk.
     """
     rows, width, metric = config.padded_vocab_size, config.n_embd, distance_of(config)
@@ -210,7 +211,7 @@ def head_memory(config: HGPTConfig, tokens: int, precision: Precision) -> HeadMe
 
 
 def distance_of(config: HGPTConfig) -> Distance | None:
-    """The distance of a harmonic head, without memory for its weights."""
+    """The distance of a harmonic head on the meta device; None for softmax."""
     if config.head != "harmonic":
         return None
     with torch.device("meta"):
@@ -218,13 +219,13 @@ def distance_of(config: HGPTConfig) -> Distance | None:
 
 
 def distance_seconds(config: HGPTConfig, tokens: float, device: str) -> float:
-    """Seconds that one device needs for loss and gradients of a distance in blocks, 0 for any other distance.
+    """Seconds that one device takes for the loss and gradients of a distance in blocks; 0 for any other distance.
 
         tokens · V · D · traffic · 4 bytes / bandwidth
 
-    `Distance.traffic` is how often the operations of the blocks read or write an element. The time of a GPU is
-    computed, not measured: each operation alone is bound by memory bandwidth. Caches and a fused kernel may be faster.
-    A GPU of unknown bandwidth counts as an H100. "cpu" is two cores, measured (`_CPU_BANDWIDTH`).
+    `Distance.traffic` is how often the operations of the blocks read or write an element. For a GPU the time is an
+    estimate: each operation is taken to be bound by memory bandwidth; caches or a fused kernel may be faster. A GPU of
+    unknown bandwidth counts as an H100. For "cpu" the bandwidth was measured on two cores (`_CPU_BANDWIDTH`).
     """
     metric = distance_of(config)
     if metric is None or metric.power is not None:
@@ -240,7 +241,7 @@ def distance_seconds(config: HGPTConfig, tokens: float, device: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """The machine: `gpus` on each of `nodes`, an engine, and the share of the peak FLOP/s that the run is to reach."""
+    """The machines: `gpus` on each of `nodes`, the engine, and the expected share of the peak FLOP/s (`mfu`)."""
 
     gpus: int = 1
     nodes: int = 1
@@ -285,7 +286,7 @@ class Memory(NamedTuple):
 
     @property
     def transient(self) -> int:
-        """The larger of the head's loss and a block's backward pass, which comes after it."""
+        """The larger of the head's loss and a block's backward pass, which do not overlap."""
         return max(self.head, self.block)
 
     @property
@@ -295,7 +296,7 @@ class Memory(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run on a machine, with its model and what is known about its data."""
+    """A run on given machines, with its model and the size of its data."""
 
     run: RunConfig
     launch: Launch
@@ -316,11 +317,11 @@ class Plan:
 
     @property
     def distance_seconds(self) -> float:
-        """Seconds that the run needs in addition for a distance in blocks."""
+        """Additional seconds of the run for a distance in blocks."""
         return distance_seconds(self.config, self.tokens, self.launch.device) / self.launch.processes
 
     def memory(self, engine: str, *, checkpointing: bool | None = None) -> Memory:
-        """Memory under one of `ENGINES`, by the formulas of this module; `checkpointing`: None is the run's setting."""
+        """Memory under one of `ENGINES`, by this module's formulas. `checkpointing`: None takes the run's setting."""
         train = self.run.train
         precision = precision_of(engine, train.precision)
         if checkpointing is None:
@@ -351,10 +352,10 @@ class Plan:
 
 
 def make_plan(run: RunConfig, launch: Launch) -> Plan:
-    """The plan of a run. A data folder that does not exist is noted; its vocabulary is taken to be GPT-2's.
+    """The plan of a run. Without the data folder it has a note, and GPT-2's vocabulary unless data.vocab_size is set.
 
-    Raises UserError where train.py would: a batch that cannot be reached, data that are damaged or too short, a model
-    that cannot be built.
+    Raises UserError where train.py would: a global_batch that cannot be reached, data that are damaged or too short, a
+    model that cannot be built.
     """
     data, train = run.data, run.train
     notes, shards = [], None
@@ -388,7 +389,7 @@ def make_plan(run: RunConfig, launch: Launch) -> Plan:
 
 
 def warnings(plan: Plan) -> list[str]:
-    """What goes wrong, or is close to it, each with the way out."""
+    """Settings that will fail or hardly fit, each with what helps."""
     found = []
     run, launch = plan.run, plan.launch
     need, capacity = plan.memory(launch.engine).total, launch.capacity
@@ -409,7 +410,7 @@ def warnings(plan: Plan) -> list[str]:
         )
     if plan.distance_seconds > _DAY:
         found.append(
-            f'model.head.distance = "{plan.config.distance}" visits every coordinate of every pair of a token and a '
+            f'model.head.distance = "{plan.config.distance}" visits every coordinate of every pair of a position and a '
             f"centre: about {_duration(plan.distance_seconds)} for {_short(plan.tokens)} tokens and "
             f"{plan.config.vocab_size:,} centres, estimated from the memory bandwidth. What helps: cosine, mahalanobis "
             "or euclidean, which are matrix products, a smaller vocabulary, or fewer tokens"
@@ -527,8 +528,8 @@ def _training_lines(plan: Plan) -> list[str]:
     ]
     if plan.distance_seconds:
         lines.append(
-            f"distance         about {_duration(plan.distance_seconds)} more for {plan.config.distance}, which is "
-            "no matrix product"
+            f"distance         about {_duration(plan.distance_seconds)} more for {plan.config.distance}, which no "
+            "matrix product computes"
         )
     return lines
 
@@ -548,7 +549,7 @@ def markdown_table(plans: Sequence[Plan]) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of a table as lines: the first column to the left, all others to the right."""
+    """Rows of a table as lines, the first column left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(row[1:], widths[1:], strict=True))])
@@ -571,7 +572,7 @@ def _gib(size: float) -> str:
 
 
 def _short(number: float) -> str:
-    """124.4 M, 294.9 G, 2.5e+20: three or four digits and a unit, up to 10¹⁵."""
+    """124.4 M, 294.9 G, 2.5e+20: at most four digits, and a unit up to 10¹⁵."""
     for unit, value in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if value <= number < 1e15:
             return f"{number / value:.4g} {unit}"
@@ -590,18 +591,18 @@ def _duration(seconds: float) -> str:
 def main(arguments: Sequence[str]) -> str:
     """The text that the command line asks for. Raises UserError."""
     description = (
-        "What a run needs: parameters, memory per GPU, tokens, FLOPs, time. All other arguments are those of train.py: "
+        "Print what a run needs: parameters, memory per GPU, tokens, FLOPs, time. All other arguments are train.py's: "
         "--config FILE and --section.key VALUE."
     )
     parser = Parser(prog="python -m hgpt.plan", description=description, allow_abbrev=False)
     add, default = parser.add_argument, Launch()
-    add("--gpus", type=int, default=default.gpus, help="GPUs on each node (%(default)s)")
-    add("--nodes", type=int, default=default.nodes, help="nodes (%(default)s)")
-    add("--engine", choices=ENGINES, default=default.engine, help="what trains (%(default)s)")
-    add("--mfu", type=float, default=default.mfu, help="share of the peak reached (%(default)s)")
-    add("--device", default=default.device, help='the GPU, as CUDA calls it, or "cpu" (%(default)s)')
-    add("--memory", type=float, metavar="GIB", help="memory of a GPU, default: that of the device")
-    add("--table", nargs="+", metavar="FILE", help="only a Markdown table: GiB per GPU of these configurations")
+    add("--gpus", type=int, default=default.gpus, help="GPUs on each node (default: %(default)s)")
+    add("--nodes", type=int, default=default.nodes, help="number of nodes (default: %(default)s)")
+    add("--engine", choices=ENGINES, default=default.engine, help="engine of the run (default: %(default)s)")
+    add("--mfu", type=float, default=default.mfu, help="expected share of the peak FLOP/s (default: %(default)s)")
+    add("--device", default=default.device, help='CUDA\'s name of the GPU, or "cpu" (default: %(default)s)')
+    add("--memory", type=float, metavar="GIB", help="memory of a GPU (default: that of the device)")
+    add("--table", nargs="+", metavar="FILE", help="print only a Markdown table: GiB per GPU of these configurations")
     known, settings = parser.parse_known_args(arguments)
     files = known.table
     launch = Launch(**{name: value for name, value in vars(known).items() if name != "table"})

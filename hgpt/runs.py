@@ -1,19 +1,19 @@
-"""Runs in a folder: progress, losses, speed and state as a table, and loss curves as a plot.
+"""List the runs in a folder, with progress, losses, speed and state, and plot their losses.
 
     python -m hgpt.runs runs/ [--sort validation] [--plot losses.png] [--terminal]
 
 Everything is read from the files of a run: metrics.jsonl, config.toml and checkpoints/. A folder with none of these is
-searched for runs. The table needs only the end of metrics.jsonl; a plot needs all of it.
+searched for runs. The table reads only the end of metrics.jsonl, a plot all of it.
 
-The states:
+The first of these states that applies is shown:
 
     finished        the newest checkpoint is that of the last step
-    running         the last record of metrics.jsonl is younger than two minutes, or than three times the longest pause
-                    between the last records if that is more; never older than half an hour
-    preempted       a cluster took the machine away, and there is a checkpoint to resume from
-    stopped         none of these; --resume auto resumes it
-    no checkpoint   the same, without a checkpoint
-    damaged         a file of the newest checkpoint is missing or has another size than its manifest says
+    preempted       SIGTERM or SIGUSR1 stopped the run, and there is a checkpoint to resume from
+    running         the last record of metrics.jsonl is younger than two minutes or, if that is longer, than three times
+                    the longest pause between the last records, but at most half an hour
+    damaged         a file of the newest checkpoint is missing, or its size is not that in the manifest
+    stopped         there is a checkpoint: --resume auto resumes the run
+    no checkpoint   --resume auto starts the run again
 """
 
 import json
@@ -38,12 +38,12 @@ from hgpt.run.settings import CONFIG_FILE
 
 LINE_WIDTH = 100
 
-_LARGEST = 1e300  # larger numbers are damage; JSON integers can exceed the range of a float
+_LARGEST = 1e300  # larger numbers come from damaged files; JSON integers can exceed the range of a float
 _RECENT_LINES = 8
 _DEPTH = 3  # levels of folders that are searched for runs
-_POINTS = 2000  # training losses of a curve; a plot has fewer pixels
+_POINTS = 2000  # training losses per curve; a plot has fewer pixels
 
-# Okabe and Ito's colours, which colour-blind people can tell apart, without their yellow, which is faint on white.
+# Okabe and Ito's colours, which colour-blind people can distinguish, without yellow, which is faint on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
 _LINES = ("-", "--", "-.", ":")
@@ -56,7 +56,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What the table shows of a run; None where it is unknown. `age`: seconds since the last record."""
+    """A row of the table; None: unknown. `age`: seconds since the last record."""
 
     name: str
     folder: Path
@@ -72,7 +72,7 @@ class Run:
 
 
 def find_runs(root: Path) -> list[tuple[str, Path]]:
-    """Names and folders of the runs in `root`, or of `root` if it is one. Raises UserError if it is no folder."""
+    """(name, folder) of the runs in `root`, or of `root` if it is a run. Raises UserError if it is no folder."""
     if not root.is_dir():
         raise UserError(f"{root} is no folder; give a run folder or a folder of runs, such as runs/")
     if _is_run(root):
@@ -94,7 +94,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def read_run(name: str, folder: Path, now: float) -> Run:
-    """The run in `folder` at the time `now` (seconds since 1970). What cannot be read is None."""
+    """The run in `folder` at the time `now` (seconds since 1970). Values that cannot be read are None."""
     recent, last = _last_records(folder)
     train, evaluation = last.get("train", {}), last.get("eval", {})
     steps = _integer(_settings(folder).get("train"), "steps")
@@ -125,7 +125,7 @@ def _state(folder: Path, steps: float | None, age: float | None, times: list[flo
     if (folder / PREEMPTED).exists() and found and not fault:
         return "preempted"
     pauses = [later - earlier for earlier, later in pairwise(times)]
-    # The time between a crash and the restart is a pause too; hence the upper bound.
+    # A crash and a later restart make a long pause too; hence the upper bound.
     if age is not None and age <= min(max(120.0, 3 * max(pauses, default=0.0)), 1800.0):
         return "running"
     if fault:
@@ -154,8 +154,8 @@ def _settings(folder: Path) -> dict[str, Any]:
 def _last_records(folder: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
     """The last few records, the oldest first, and the last record of each kind.
 
-    Reads from the end of metrics.jsonl until a training step and an evaluation are found. The record of energy follows
-    its evaluation, so it is found too.
+    Reads metrics.jsonl from the end until a training step and an evaluation are found. An energy record follows its
+    evaluation, so it is found too.
     """
     recent: list[dict[str, Any]] = []
     last: dict[str, dict[str, Any]] = {}
@@ -186,7 +186,7 @@ def _integer(record: Any, name: str) -> int | None:
 
 
 def sort_runs(runs: Sequence[Run], by: str) -> list[Run]:
-    """By "name", "age" (youngest first) or "validation" loss (lowest first); runs without one come last."""
+    """By "name", "age" (youngest first) or "validation" loss (lowest first); runs without the value come last."""
     keys = {
         "name": lambda run: (False, 0.0),
         "age": lambda run: (run.age is None, run.age or 0.0),
@@ -196,7 +196,7 @@ def sort_runs(runs: Sequence[Run], by: str) -> list[Run]:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """One line per run, at most `LINE_WIDTH` columns wide; the middle of a long name is left out."""
+    """One line per run, at most `LINE_WIDTH` columns wide; long names are shortened in the middle."""
     rows = [["run", "step", "train", "val", "tok/s", "tokens", "kWh", "age", "state"], *map(_cells, runs)]
     if all(run.energy_kwh is None for run in runs):
         rows = [row[:6] + row[7:] for row in rows]
@@ -261,7 +261,7 @@ class Curves:
 
 
 def read_curves(run: Run, axis: str) -> Curves:
-    """The losses of a run over "tokens" or "steps"; of a long run every k-th training loss, about 2000 in all."""
+    """The losses of a run over "tokens" or "steps"; in a long run every k-th training loss, about 2000."""
     found = records(run.folder)
     every = max(1, len(found) // _POINTS)
     chosen = [record for number, record in enumerate(found) if number % every == 0 or record["kind"] == "eval"]
@@ -275,7 +275,7 @@ def read_curves(run: Run, axis: str) -> Curves:
 
 
 def _tokens_per_step(run: Run, found: list[dict[str, Any]]) -> float | None:
-    """Tokens per step: from the log, otherwise from config.toml. Records of evaluations have no number of tokens."""
+    """Tokens per step: from a training record, otherwise from config.toml. Evaluation records have no tokens."""
     for record in reversed(found):
         if (tokens := _number(record, "tokens")) and record["step"] > 0:
             return tokens / record["step"]
@@ -286,7 +286,7 @@ def _tokens_per_step(run: Run, found: list[dict[str, Any]]) -> float | None:
 
 
 def _ranges(curves: Sequence[Curves]) -> tuple[float, tuple[float, float]]:
-    """The largest x, and the range of losses after the first twentieth of the axis (the first losses are far above)."""
+    """The largest x, and the range of losses without the first twentieth of the axis, where losses are much larger."""
     points = [point for curve in curves for point in (*curve.training, *curve.validation)]
     last = max(x for x, _ in points)
     losses = [loss for x, loss in points if x >= last / 20]
@@ -305,7 +305,7 @@ def plot(curves: Sequence[Curves], axis: str, target: Path) -> None:
         raise UserError(
             "--plot needs matplotlib, which is not installed: pip install matplotlib, or use --terminal"
         ) from error
-    many = len(curves) > 6  # the legend would lie over the curves
+    many = len(curves) > 6  # a legend inside the axes would cover the curves
     height = max(4.5, 0.21 * len(curves) + 0.8)
     figure = Figure(figsize=(11.5 if many else 8, height), dpi=120, layout="constrained")
     axes = figure.subplots()
@@ -313,7 +313,7 @@ def plot(curves: Sequence[Curves], axis: str, target: Path) -> None:
         colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
         line = _LINES[number // len(_COLOURS) % len(_LINES)]
         last = f", validation {curve.validation[-1][1]:.3f}" if curve.validation else ""
-        # Hollow, so that the points of two runs can be told apart where they lie over each other.
+        # Hollow markers, so that overlapping points of two runs can be distinguished.
         points: dict[str, Any] = {"color": colour, "marker": marker, "markerfacecolor": "none", "markeredgewidth": 1.6}
         axes.plot([], [], linestyle=line, label=curve.name + last, **points)
         if curve.training:
@@ -339,7 +339,7 @@ def plot(curves: Sequence[Curves], axis: str, target: Path) -> None:
 
 
 def _smoothed(losses: Sequence[float]) -> np.ndarray:
-    """Means over about √n of n losses: centred, but near the start over fewer, and near the end over earlier ones."""
+    """Moving average over about √n of n losses: centred, shorter near the start, one-sided near the end."""
     place = np.arange(len(losses))
     before = np.minimum(round(len(losses) ** 0.5 / 2), place)
     after = np.minimum(before, place[::-1])
@@ -384,12 +384,17 @@ def terminal_plot(curves: Sequence[Curves], axis: str, width: int = LINE_WIDTH, 
 
 def main(arguments: Sequence[str]) -> str:
     """The table and plots that the command line asks for. Raises UserError."""
-    parser = Parser(prog="python -m hgpt.runs", description="Runs, their states and their losses.")
+    parser = Parser(prog="python -m hgpt.runs", description="List runs with their states, and plot their losses.")
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders of runs")
-    parser.add_argument("--sort", choices=("name", "age", "validation"), default="name", help="(%(default)s)")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the loss curves as a .png, .svg or .pdf")
+    parser.add_argument(
+        "--sort",
+        choices=("name", "age", "validation"),
+        default="name",
+        help="order of the table: by name, youngest first, or lowest validation loss first (default: %(default)s)",
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the loss curves as .png, .svg or .pdf")
     parser.add_argument("--terminal", action="store_true", help="print the loss curves as text")
-    parser.add_argument("--x", choices=("tokens", "steps"), default="tokens", help="horizontal axis (%(default)s)")
+    parser.add_argument("--x", choices=("tokens", "steps"), default="tokens", help="x axis (default: %(default)s)")
     known = parser.parse_args(arguments)
     found = dict.fromkeys(entry for folder in known.folders for entry in find_runs(folder))
     if not found:

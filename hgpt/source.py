@@ -1,11 +1,10 @@
-"""A model by the name that somebody gives: where it lies, what it is, and its weights as the start of a run.
+"""Find and load a model by name, and initialise a run with its weights.
 
 A name is a run folder (its latest checkpoint), a checkpoint folder, an exported model or an id on the Hugging Face hub:
 
     model, tokenizer = find_source("runs/quickstart").load()
 
-Code that lies beside a model is never executed (trust_remote_code=False), and pickles are loaded with
-weights_only=True.
+Code in a model's folder is never executed (trust_remote_code=False), and pickles are loaded with weights_only=True.
 """
 
 import json
@@ -42,13 +41,13 @@ GPT2_TOKENS = 50_257
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a model lies, and what its folder says about it.
+    """The location of a model, and what its checkpoint says about it.
 
     Attributes:
-        label: what a report calls it.
-        folder: the exported model, or the id on the hub: what transformers loads.
+        label: its name in reports.
+        folder: what transformers loads: the folder of the exported model, or the id on the hub.
         run: the run folder that the checkpoint belongs to, if any.
-        step, tokens_seen: of the checkpoint, where its state.json says so.
+        step, tokens_seen: from the checkpoint's state.json; None without one.
     """
 
     label: str
@@ -57,9 +56,9 @@ class Source:
     step: int | None = None
     tokens_seen: int | None = None
 
-    # Any: transformers' annotations name every kind of model and tokenizer at once.
+    # Any: transformers annotates these with unions of all its models and tokenizers.
     def load_config(self) -> Any:
-        """The configuration; from the hub a small download. Raises UserError unless it can be read."""
+        """The configuration, a small download from the hub. Raises UserError if it cannot be read."""
         with _loading(self.folder):
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
 
@@ -76,7 +75,7 @@ class Source:
         return model
 
     def load(self, dtype: str | torch.dtype = "auto") -> tuple[Any, Any]:
-        """The model and its tokenizer. Raises UserError too if they do not belong together."""
+        """The model and its tokenizer. Raises UserError if one cannot be loaded or they do not belong together."""
         model, tokenizer = self.load_model(dtype), self.load_tokenizer()
         tokens, vocab_size = max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size
         # Other models than hgpt's count rows of padding in vocab_size.
@@ -104,7 +103,7 @@ class Source:
 
 
 def find_source(name: str) -> Source:
-    """The model that `name` stands for. Raises UserError for a path that is no model; a hub id is not looked up."""
+    """The model called `name`. Raises UserError for a path that is no model; does not look up a hub id."""
     if is_hub_id(name):
         return Source(label=name, folder=name)
     folder = model_folder(name)
@@ -122,14 +121,14 @@ def find_source(name: str) -> Source:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` can only be an id on the hub: of the form owner/name or name, and no path on this machine."""
+    """Whether `name` is an id on the hub: of the form owner/name or name, and no path on this machine."""
     owner = name.split("/")[0]
-    # train.py writes to runs/: a mistyped run must not become the download of a stranger's model.
+    # Names that begin with runs/ are never ids: a mistyped run must not download somebody's model.
     return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None and owner != "runs" and not Path(owner).exists()
 
 
 def model_folder(path: str | Path) -> Path:
-    """The exported model in a run folder, a checkpoint folder or an exported model's folder, else a UserError."""
+    """The exported model in a run folder, a checkpoint folder or its own folder. Raises UserError if there is none."""
     path = Path(path)
     for candidate in (path, path / MODEL, path / LATEST / MODEL):
         if (candidate / "config.json").is_file():
@@ -137,7 +136,7 @@ def model_folder(path: str | Path) -> Path:
     if not path.exists():
         raise UserError(f"{path}: there is no such folder; give a run folder, a checkpoint folder or an exported model")
     if (path / "config.toml").is_file():
-        raise UserError(f"{path}: the run has no checkpoint yet; wait for checkpoint.every steps or train on")
+        raise UserError(f"{path}: the run has no checkpoint yet; wait for checkpoint.every steps, or resume the run")
     raise UserError(
         f"{path} is no model: a run folder holds {LATEST}/, a checkpoint folder {MODEL}/, an exported model config.json"
     )
@@ -145,7 +144,7 @@ def model_folder(path: str | Path) -> Path:
 
 @contextmanager
 def _loading(folder: str) -> Iterator[None]:
-    """Keep transformers quiet, and turn what it raises for a missing or damaged model into a UserError."""
+    """Silence transformers, and turn its errors for a missing or damaged model into UserError."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
@@ -161,13 +160,13 @@ def _loading(folder: str) -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out. On a CPU torch says so in a plain RuntimeError, numpy in a MemoryError."""
+    """Whether `error` means that memory ran out; on a CPU torch raises RuntimeError for it, numpy MemoryError."""
     words = r"out of memory|not enough memory|(can't|cannot) allocate memory"
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or re.search(words, str(error), re.I) is not None
 
 
 def first_line(error: BaseException) -> str:
-    """The beginning of a message that may go on for a page."""
+    """The first line of the error's message; the error's type if it is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -182,14 +181,14 @@ _EXPONENT, _METRIC = "lm_head.log_exponent", "lm_head.metric."
 _MOST_PADDING = 127  # rows that an embedding may have beyond the vocabulary: it is padded to multiples of up to 128
 # GPT-2's Conv1D stores (in, out) where nn.Linear stores (out, in).
 _CONV1D = re.compile(r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
-# Causal masks, which older checkpoints hold as buffers, and the prefixes that torch.compile and DDP add to names.
+# Causal masks, which are buffers in older checkpoints; prefixes that torch.compile and DDP add to names.
 _MASKS, _PREFIXES = re.compile(r"\.attn\.(bias|masked_bias)$"), re.compile(r"^(_orig_mod\.|module\.)+")
 
 
 def shape_of(init_from: str, resume: str = "never", run_folder: Path | None = None) -> dict[str, int]:
     """n_layer, n_head and n_embd of the model that a run starts from. Raises UserError as `initialize_from` does.
 
-    A run that is resumed (the setting `resume`) starts from its own checkpoint: `init_from` may be gone by then.
+    If the run resumes (`resume`), the shape comes from its checkpoint: `init_from` may not exist any more.
     """
     if resume not in ("never", "auto"):
         init_from = resume
@@ -202,29 +201,29 @@ def shape_of(init_from: str, resume: str = "never", run_folder: Path | None = No
 
 
 def check_tokenizer(init_from: str, data: TokenShards) -> str:
-    """Compare the tokenizer of the model that a run starts from with the tokenizer of its data.
+    """Compare the tokenizer of `init_from` with the tokenizer of the data.
 
-    They are the same if each token of the data has the same id in the model's vocabulary, and if both encode the text
-    of all tokens, one after the other, to the same ids. Their files may differ.
+    They are the same if each token of the data has the same id in the model's vocabulary, and if both encode the
+    concatenation of all tokens to the same ids. Their files may differ.
 
     Returns:
-        A line for the user: that they are the same, or why they could not be compared.
+        A line for the user: the tokenizers are the same, or could not be compared, and why.
 
     Raises:
-        UserError: they differ. The message gives the command that prepares data with the model's tokenizer.
+        UserError: they differ. The message contains the command that prepares data with the model's tokenizer.
     """
     if Path(init_from).is_file():
         return "nanoGPT's ckpt.pt holds no tokenizer to compare: make sure that the data has the model's tokens"
     with _naming_the_setting(init_from):
         source = find_source(init_from)
-        source.load_config()  # so that a model that is not there is not taken for one without a tokenizer
+        source.load_config()  # UserError for a missing model, which is not one without a tokenizer
     try:
         of_model = source.load_tokenizer()
     except UserError:
-        return f"no tokenizer lies in {source.folder} to compare: make sure that the data has the model's tokens"
+        return f"{source.folder} has no tokenizer to compare: make sure that the data has the model's tokens"
     of_data = _tokenizer_of(data)
     if of_data is None:
-        return f"no tokenizer lies in {data.folder} to compare: make sure that its tokens are those of the model"
+        return f"{data.folder} has no tokenizer to compare: make sure that its tokens are those of the model"
     difference = _difference(of_data, of_model)
     if difference is None:
         return "the model and the data have the same tokenizer"
@@ -245,15 +244,15 @@ def initialize_from(model: HGPTForCausalLM, init_from: str) -> list[str]:
     """Copy the weights of `init_from` into `model`.
 
     Args:
-        model: freshly initialised; what the source does not hold keeps its initial value.
+        model: a new model; parameters that `init_from` does not contain keep their initial values.
         init_from: a name as `find_source` takes it, of a GPT-2 or an hgpt model, or nanoGPT's ckpt.pt.
 
     Returns:
-        Lines for the user: whose weights they are; every parameter that did not fit, on either side; every setting in
-        which the run differs from the source. Vocabulary padding is not a difference, and a longer context is cropped.
+        Lines for the user: the origin of the weights; the parameters that only the model or only `init_from` has; the
+        settings that differ. Padding of the vocabulary is no difference, and a longer context is cropped.
 
     Raises:
-        UserError: an unreadable source, another n_layer, n_head or n_embd, another vocabulary, a shorter context.
+        UserError: `init_from` cannot be read, or has another n_layer, n_head, n_embd or vocabulary, or less context.
     """
     if Path(init_from).is_file():
         found = _nanogpt(Path(init_from))
@@ -272,12 +271,12 @@ def initialize_from(model: HGPTForCausalLM, init_from: str) -> list[str]:
     notes = [f"weights of {found.what}", *_differences(found, config)]
     if _HEAD in parameters and _TOKENS in weights:
         weights.setdefault(_HEAD, weights[_TOKENS])
-    elif _HEAD in weights:  # the model is tied and names these rows once, as the embedding
+    elif _HEAD in weights:  # the model is tied: its only name for these rows is the embedding's
         head = weights.pop(_HEAD)
         if not torch.equal(head, weights.get(_TOKENS, head)):
             notes.append(f"not used from the checkpoint: {_HEAD} (its embeddings are not tied, the run's are)")
 
-    # The weights of a metric mean something to their own distance only.
+    # The weights of a metric are used only for the same distance with the same options.
     same_distance = all(found.behaviour.get(name) == getattr(config, name) for name in ("distance", "distance_options"))
     shared = sorted(
         name for name in parameters.keys() & weights.keys() if same_distance or not name.startswith(_METRIC)
@@ -305,9 +304,10 @@ def initialize_from(model: HGPTForCausalLM, init_from: str) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Weights:
-    """Weights in hgpt's names and layouts, and what is known of the model they come from.
+    """Weights with hgpt's names and layouts, and the settings of their model.
 
-    `shape` has to be the run's; where `behaviour` (what the model computes with the weights) is not, the user is told.
+    `shape` must agree with the run. A difference in `behaviour` (settings that change what the weights compute) is only
+    reported to the user. `what` describes the origin.
     """
 
     what: str
@@ -335,6 +335,7 @@ def _gpt2(source: Source) -> _Weights:
 
 
 def _gpt2_config(source: Source) -> Any:
+    """The configuration of a GPT-2 or hgpt model. Raises UserError for another kind of model."""
     config = source.load_config()
     if config.model_type not in GPT2_KINDS:
         raise UserError(f"{source.folder} is a {config.model_type} model; it must be a gpt2 or an hgpt")
@@ -342,9 +343,10 @@ def _gpt2_config(source: Source) -> Any:
 
 
 def _nanogpt(path: Path) -> _Weights:
+    """The weights of nanoGPT's ckpt.pt. Raises UserError if it cannot be loaded or is none."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a file that is no pickle makes the unpickler raise anything
+    except Exception as error:  # the unpickler may raise anything for a file that is no pickle
         raise UserError(
             f"model.init_from = {path} is no checkpoint of tensors and plain values, which is all that is loaded "
             f"(weights_only=True): {' '.join(str(error).split())[:300]}"
@@ -357,8 +359,8 @@ def _nanogpt(path: Path) -> _Weights:
     arguments = content["model_args"]
     if absent := set(_SHAPE) - arguments.keys():
         raise UserError(f"model.init_from = {path}: its model_args lack {', '.join(sorted(absent))}")
-    # nanoGPT's block is fixed, but for the bias. The code of the first harmonic paper comes from an older nanoGPT, with
-    # GPT-2's GELU, and records one setting more.
+    # nanoGPT's blocks have one option, the bias. The code of arXiv:2502.01628 is based on an older nanoGPT with GPT-2's
+    # tanh GELU, whose checkpoints also contain scale_attn_by_inverse_layer_idx.
     older = "scale_attn_by_inverse_layer_idx" in arguments
     behaviour = {
         "bias": arguments.get("bias", True),
@@ -376,26 +378,26 @@ def _shape(config: Any) -> dict[str, int]:
 
 
 def _clean(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` without mask buffers, and their names without the prefixes of torch.compile and DDP."""
+    """`weights` without mask buffers, with names without the prefixes of torch.compile and DDP."""
     return {_PREFIXES.sub("", name): value for name, value in weights.items() if not _MASKS.search(name)}
 
 
 def _fits(name: str, value: Tensor, parameter: Tensor, vocab_size: int) -> bool:
-    """Whether `value` has every entry of `parameter` that is ever used."""
+    """Whether `value` has all entries of `parameter` that are used; extra positions and padding do not count."""
     if value.ndim != parameter.ndim or value.shape[1:] != parameter.shape[1:]:
         return False
     if name == _POSITIONS:
         return len(value) >= len(parameter)
-    if name in (_TOKENS, _HEAD):  # far more rows would mean another tokenizer
+    if name in (_TOKENS, _HEAD):  # more padding would mean another tokenizer
         return vocab_size <= len(value) <= vocab_size + _MOST_PADDING
     return len(value) == len(parameter)
 
 
 def _differences(found: _Weights, config: Any) -> list[str]:
-    """A line for each setting in which the run computes something else than the source."""
+    """A line for each setting in `found.behaviour` that differs in the run."""
     now = {name: getattr(config, name) for name in found.behaviour}
     if now.get("learn_exponent") and _EXPONENT in found.weights:
-        now["exponent"] = found.behaviour["exponent"]  # which is among the weights
+        now["exponent"] = found.behaviour["exponent"]  # the learned value is loaded with the weights
     return [
         f"model.{'head.' if name in _HEAD_SETTINGS else ''}{name} is {now[name]!r}, the checkpoint was "
         f"trained with {value!r}"
@@ -406,6 +408,7 @@ def _differences(found: _Weights, config: Any) -> list[str]:
 
 @contextmanager
 def _naming_the_setting(init_from: str) -> Iterator[None]:
+    """Add the setting model.init_from and its rule to the message of a UserError."""
     try:
         yield
     except UserError as error:
@@ -433,7 +436,7 @@ def _tokenizer_of(data: TokenShards) -> Any:
 
 
 def _difference(of_data: Any, of_model: Any) -> str | None:
-    """A sentence on the first difference between two tokenizers of transformers, None if they are the same."""
+    """A sentence on the first difference between two Hugging Face tokenizers, None if they are the same."""
     in_data, in_model = of_data.get_vocab(), of_model.get_vocab()
     for token, number in sorted(in_data.items(), key=lambda item: item[1]):
         if in_model.get(token) != number:

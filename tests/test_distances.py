@@ -545,7 +545,7 @@ def test_the_registry() -> None:
     [
         (None, r"own.py cannot be executed: FileNotFoundError"),
         ("1 / 0", r"own.py cannot be executed: ZeroDivisionError"),
-        ("x = 1", r"own.py registers no distance: it has to use @hgpt.register_distance"),
+        ("x = 1", r"own.py registers no distance: it must use @hgpt.register_distance"),
     ],
 )
 def test_a_file_without_a_distance(tmp_path: Path, text: str | None, message: str) -> None:
@@ -559,7 +559,7 @@ def test_a_file_without_a_distance(tmp_path: Path, text: str | None, message: st
 @pytest.mark.parametrize(
     ("distance", "options", "message"),
     [
-        ("cosinus", {}, r"distance must be one of euclidean, cosine, mahalanobis, .*; got 'cosinus'. One of your own"),
+        ("cosinus", {}, r"distance must be one of euclidean, cosine, mahalanobis, .*; got 'cosinus'. Your own"),
         ("minkowski", {}, 'p is required with distance = "minkowski"'),
         ("minkowski", {"p": 0.5}, r"p must be a number of at least 1 .*; got 0.5"),
         ("minkowski", {"p": math.inf}, r'p must be .*for infinity: distance = "chebyshev"\); got inf'),

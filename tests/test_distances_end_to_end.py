@@ -116,7 +116,7 @@ def test_what_it_exports_is_what_it_trained(run: Callable, case: str) -> None:
     n = float(torch.as_tensor(head.exponent).detach())
     assert n == pytest.approx(evaluation.get("exponent", 2 * 32**0.5))
     card = (config.run_folder / "latest" / "model" / "README.md").read_text()
-    assert f"n = {n:g}" in card and ("learnt, from 11.3137" in card) == ("exponent" in evaluation)
+    assert f"n = {n:g}" in card and ("learned, from 11.3137" in card) == ("exponent" in evaluation)
     assert f"`{head.distance}`" in card or head.distance == "euclidean"
     ids = torch.randint(VOCAB, (1, 12))
     with torch.no_grad():

@@ -10,6 +10,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -20,13 +21,13 @@ from small_run import SEQ_LEN, at_step, make_config, records
 
 import train
 from hgpt.errors import UserError
+from hgpt.interpret.measures import training
 from hgpt.run import energy
-from hgpt.run.config import LogConfig
 from hgpt.run.energy import EnergyMeter, Reading, RunEnergy, check_country, describe, last_record
 from hgpt.run.stop import Preempted
 from hgpt.runs import find_runs, read_run
 
-GERMANY = {"energy_country": "DEU"} | ({"energy": True} if "energy" in LogConfig.__dataclass_fields__ else {})
+GERMANY = {"energy_country": "DEU"}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -337,6 +338,9 @@ def test_a_run_that_really_measures(data, tmp_path, capsys):
     # It is read back.
     (name, folder), *_ = find_runs(tmp_path)
     assert read_run(name, folder, time.time()).energy_kwh == last["energy_kwh"]
+    model = SimpleNamespace(found={training.NAME: [last]})
+    rows = {quantity.label: quantity.value(model) for quantity in training.MEASURE.quantities}
+    assert rows["energy of the training, kWh"] == f"{last['energy_kwh']:.3g}"
 
 
 def test_a_resumed_run_goes_on_counting(data, tmp_path, tracker):

@@ -45,7 +45,7 @@ def test_another_distance_and_a_learnt_exponent():
     config = HGPTConfig(distance="minkowski", distance_options={"p": 3}, exponent=14, learn_exponent=True)
     text = card(config, weights={"lm_head.log_exponent": torch.tensor([2.0])})
     assert "the distance `minkowski` (p = 3) of hgpt: (Σ |x_k − w_k|^p)^(1/p)" in text
-    assert "n = 7.38906 (learnt, from 14)" in text
+    assert "n = 7.38906 (learned, from 14)" in text
 
 
 def test_softmax():

@@ -815,7 +815,7 @@ def test_config_defaults() -> None:
         ({"n_layer": -1}, "n_layer must be at least 1; got -1"),
         ({"n_head": 0}, "n_head must be at least 1; got 0"),
         ({"pad_vocab_to_multiple_of": 0}, "pad_vocab_to_multiple_of must be at least 1; got 0"),
-        ({"n_head": 5}, "n_embd must be divisible by n_head; got n_embd = 32, n_head = 5"),
+        ({"n_head": 5}, "n_embd must be divisible by n_head = 5; got 32"),
         ({"head": "linear"}, "head must be one of harmonic, softmax; got 'linear'"),
         ({"distance": "cosinus"}, "distance must be one of euclidean, cosine, .*; got 'cosinus'"),
         ({"exponent": 0}, "must be a positive number"),

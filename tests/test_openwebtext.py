@@ -120,10 +120,10 @@ def test_every_kind_of_source_gives_the_same_shards(tmp_path, whole):
 @pytest.mark.parametrize(
     ("train", "val", "report"),
     [
-        (9_035_582_198, 4_434_897, "the tokens of train and val are as many as nanoGPT's"),
+        (9_035_582_198, 4_434_897, "train and val have as many tokens as nanoGPT's"),
         (9_035_582_489, 4_434_606, "291 fewer in val than the 9,035,582,198 and 4,434,897, which nanoGPT reports"),
         (9_035_582_189, 4_434_906, "9 more in val than"),
-        (9_035_582_199, 4_434_897, "this is another text"),
+        (9_035_582_199, 4_434_897, "the text differs"),
     ],
 )
 def test_a_number_of_tokens_that_is_not_nanogpts_is_reported(train, val, report):
@@ -268,7 +268,7 @@ def test_what_cannot_be_read_is_left_out_and_named_if_asked(tmp_path, capsys):
     base = (*base, "--tokenizer", "gpt2")
     for workers in (1, 2):
         message = failed(capsys, *base, "--workers", workers)
-        assert f"{damaged.name} cannot be read" in message and "what is finished stays" in message
+        assert f"{damaged.name} cannot be read" in message and "the same command resumes" in message
     (folder / "train-00003.parquet").touch()
     out = run(folder, tmp_path / "other", "--skip-bad")
     printed = capsys.readouterr().out

@@ -269,7 +269,7 @@ def test_out_is_never_overwritten(tmp_path, source, whole, capsys):
     assert "holds prepared data already" in fails(capsys, *command("documents", source, out, "--seed", "1"))
     assert contents(out) == whole["documents"]
     (out / "meta.json").unlink()
-    assert "no preparation in it to go on with" in fails(capsys, *command("documents", source, out))
+    assert "no preparation in it to resume" in fails(capsys, *command("documents", source, out))
     assert "is a file" in fails(capsys, *command("documents", source, out / "tokenizer.json"))
     assert "cannot be written" in fails(capsys, *command("documents", source, "/sys/hgpt"))  # not even by root
 

@@ -231,7 +231,7 @@ def test_shards_of_modded_nanogpt_and_llm_c(tmp_path):
         shards = TokenShards.open(tmp_path, split, vocab_size=VOCAB_SIZE)
         assert np.array_equal(shards.read(0, len(shards)), TOKENS[split]) and shards.meta is None
     verify(tmp_path, vocab_size=VOCAB_SIZE)
-    with pytest.raises(UserError, match=r"shards of others.*state vocab_size \(50257"):
+    with pytest.raises(UserError, match=r"shards of other tools.*state vocab_size \(50257"):
         TokenShards.open(tmp_path, "train")
     patch(tmp_path / "fineweb_train_000002.bin", 4, b"\x02")
     with pytest.raises(UserError, match=r"fineweb_train_000002\.bin has version 2 of the shard format"):

@@ -45,7 +45,7 @@ def test_what_a_run_that_did_not_finish_says(monkeypatch):
         (Preempted("stopped by SIGTERM"), "stopped by SIGTERM", EXIT_PREEMPTED),
         (dist.DistBackendError("NCCL\nmore"), "error: process 3 lost contact with another one: NCCL The", EXIT_HUNG),
         (RuntimeError("[gloo] connection closed"), "error: process 3 lost contact", EXIT_HUNG),
-        (KeyboardInterrupt(), "interrupted; go on from the last checkpoint with --resume auto", 130),
+        (KeyboardInterrupt(), "interrupted; resume the last checkpoint with --resume auto", 130),
         (KeyboardInterrupt("interrupted after step 4"), "interrupted after step 4", 130),
     ):
         said, status = explain(error)

@@ -180,10 +180,10 @@ def test_one_document_is_held_at_a_time(tmp_path):
         (b'{"text": ', "cannot be read as JSON"),
         (b'{"text": "a"} x', "cannot be read as JSON"),
         (b'{"text": ' + b"[" * 200_000, "nested too deep"),
-        (b'["text"]', "no JSON object with a field 'text'; this one is none"),
-        (b'{"body": "x", "id": 1}', "this one has the keys body, id"),
+        (b'["text"]', "no JSON object with a field 'text', but another value"),
+        (b'{"body": "x", "id": 1}', "but an object with the keys body, id"),
         (b'{"text": 3}', "the field 'text' must be a string, not int"),
-        (b'{"text": "' + b"x" * 3000 + b'"}', "a document of more than 0 MB"),
+        (b'{"text": "' + b"x" * 3000 + b'"}', "a document of more than 0 MiB"),
     ],
 )
 def test_a_bad_line_is_named_and_can_be_left_out(tmp_path, monkeypatch, line, message):

@@ -1,4 +1,4 @@
-"""A distance of one's own, as an example: Lorentz's, Σ_k log(1 + |x_k − w_k| / s), with a learnt unit of length s."""
+"""Example of a user's own distance, the Lorentzian Σ_k log(1 + |x_k − w_k| / s), with a learned unit of length s."""
 
 import math
 
@@ -10,7 +10,7 @@ from hgpt import Distance, register_distance
 
 @register_distance("lorentzian")
 class Lorentzian(Distance):
-    """Σ_k log(1 + |x_k − w_k| / s), with s = e^`log_scale` learnt."""
+    """Σ_k log(1 + |x_k − w_k| / s), with a learned s = e^`log_scale`."""
 
     power = None  # no power of a Euclidean distance: d comes from `pairwise`, block by block
 

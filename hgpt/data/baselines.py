@@ -1,4 +1,4 @@
-"""Losses that need no training: what a language model has to beat before it has learned anything."""
+"""Losses of models that need no training, as baselines for a language model."""
 
 import numpy as np
 
@@ -11,9 +11,8 @@ def unigram_loss(train: TokenShards, val: TokenShards) -> float:
 
         p(v) = (count_train(v) + 1) / (len(train) + V)        loss = −mean over val targets of log p(target)
 
-    The targets are those of a language model's evaluation: every token of `val` but the very first, so the
-    figure stands beside a validation loss. Raises UserError when the vocabularies differ or `val` has no
-    target.
+    The targets are those of `Evaluation`, every token of `val` but the first, so the two losses are comparable. Raises
+    UserError when the vocabularies differ or `val` has fewer than two tokens.
     """
     if train.vocab_size != val.vocab_size:
         raise UserError(

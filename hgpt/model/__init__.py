@@ -1,1 +1,1 @@
-"""The model, and all that travels with an export: relative imports of this folder, torch and transformers only."""
+"""The model, whose code is copied into every export: imports only torch, transformers and this folder, relatively."""

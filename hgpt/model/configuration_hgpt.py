@@ -33,24 +33,24 @@ class HGPTConfig(PreTrainedConfig):
         n_layer: number of blocks.
         n_head: attention heads.
         bias: whether linear layers and layer norms have biases.
-        dropout: probability, after the embedding, in attention and after each block's projections.
+        dropout: dropout probability, after the embedding, in attention and after each block's projections.
         activation_function: "gelu" as in nanoGPT, "gelu_pytorch_tanh" as in GPT-2 (there "gelu_new"), or another that
             transformers knows.
         layer_norm_epsilon: ε of the layer norms.
         scale_attn_by_inverse_layer_idx: divide the attention scores of block i (from 0) by i + 1.
-        initializer_range: standard deviation of initial weights; of those of the projections back into the residual
-            stream divided by √(2 · n_layer).
+        initializer_range: standard deviation of initial weights, divided by √(2 · n_layer) for the projections that add
+            to the residual stream.
         pad_vocab_to_multiple_of: round the embedding's rows up to a multiple of this, for speed; padding has no
             probability.
-        tie_word_embeddings: whether the centres (with softmax: the unembedding) are the token embedding.
+        tie_word_embeddings: whether the rows of the head (centres, or softmax weights) are the token embedding.
         head: "harmonic" (logits −n log d) or "softmax" (logits w · x).
-        distance: d of the harmonic head: "euclidean" (the default), "cosine" or "mahalanobis"; or, many times slower
-            (python -m hgpt.plan), "manhattan", "minkowski", "chebyshev", "canberra", "bray_curtis" or "hamming".
+        distance: d of the harmonic head: "euclidean", "cosine" or "mahalanobis"; or, many times slower (hgpt.plan
+            estimates the time), "manhattan", "minkowski", "chebyshev", "canberra", "bray_curtis" or "hamming".
         distance_options: p of "minkowski" (required, 1 or more); temperature of "hamming" (default 1); of "mahalanobis"
             metric, "diagonal", "low_rank" or "full", and rank of "low_rank" (required, at most n_embd).
         exponent: n on the distance d of the harmonic head: a number, "sqrt_dim" (√D), "dim" or a multiple such as
             "2*sqrt_dim"; stored as a number. Even numbers are fastest on a CPU: they need no logarithms.
-        learn_exponent: whether n is trained, starting from `exponent`. The learnt n is in the head's weights.
+        learn_exponent: whether n is trained, starting from `exponent`. The learned n is in the head's weights.
         final_norm_gain: initial weight of the final layer norm, which sets the norm of the hidden states. Default:
             0.05 with the harmonic head, 1 with softmax.
         centre_init_std: initial standard deviation of the centres (of the token embedding, where tied).
@@ -138,7 +138,9 @@ class HGPTConfig(PreTrainedConfig):
         """The head for a reader: "harmonic head (cosine), n = 35.07"."""
         if self.head == "softmax":
             return "softmax head"
-        return f"harmonic head ({self.distance}), n {'learnt from' if self.learn_exponent else '='} {self.exponent:.4g}"
+        return (
+            f"harmonic head ({self.distance}), n {'learned from' if self.learn_exponent else '='} {self.exponent:.4g}"
+        )
 
     @property
     def padded_vocab_size(self) -> int:

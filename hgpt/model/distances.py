@@ -1,12 +1,12 @@
-"""The distances of a harmonic head: what each computes, how it is computed, and how to add one.
+"""The distances of a harmonic head: formulas, computation, and how to add one.
 
 A `Distance` says what d(x, w) is for hidden states x (N, D) and centres w (V, D):
 
-    x′, w′ = distance(x, w)                   x and w themselves unless it says otherwise
-    d = scale · |x′ − w′|₂^power              where `power` is a number: the head's loss is then matrix products
-    d = distance.pairwise(x′, w′)             otherwise, in blocks of (C, D) and (V′, D)
+    x′, w′ = distance(x, w)                   by default x and w
+    d = scale · |x′ − w′|₂^power              if `power` is a number: the loss is then matrix products
+    d = distance.pairwise(x′, w′)             if `power` is None: in blocks of x′ (C, D) and w′ (V′, D)
 
-HarMax is p_i = d_i^(−n) / Σ_j d_j^(−n) with the same n for each. A constant factor on d changes nothing.
+HarMax is p_i = d_i^(−n) / Σ_j d_j^(−n) with the same n for every distance. A constant factor on d has no effect.
 
     name          d(x, w)                                           computed as
     euclidean     |x − w|₂                                          product
@@ -19,13 +19,13 @@ HarMax is p_i = d_i^(−n) / Σ_j d_j^(−n) with the same n for each. A constan
     bray_curtis   Σ |x_k − w_k| / Σ (|x_k| + |w_k|), 0/0 = 0        blocks
     hamming       (1/D) Σ |σ(x_k/τ) − σ(w_k/τ)|                     blocks
 
-They are those of scipy.spatial.distance where it has them. Its braycurtis divides by Σ |x_k + w_k|, which is the same
-for vectors without negative entries and no distance for others; its hamming compares for equality. The choice follows
+They agree with scipy.spatial.distance, with two exceptions. SciPy's braycurtis divides by Σ |x_k + w_k|, which is the
+same for non-negative vectors and no distance for others; SciPy's hamming counts unequal entries. The selection follows
 Miller-Golub et al., arXiv:2603.10225.
 
-Near zero. A d below `Distance.floor(x)`, a few units in the last place of x's own distance from the origin, is rounding
-noise: it is clamped to that floor and passes no gradient, so x = w has a finite loss. At its kink, x_k = w_k, the
-gradient of |x_k − w_k| is 0. The gradient of a maximum goes to the first coordinate that attains it.
+Near zero. A d below `Distance.floor(x)`, a few epsilons of d(x, 0), is rounding noise: it is clamped to the floor and
+passes no gradient, so x = w has a finite loss. The gradient of |x_k − w_k| is 0 at x_k = w_k. The gradient of a maximum
+goes to the first coordinate that attains it.
 """
 
 import functools
@@ -39,9 +39,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-# Bytes that a distance in blocks works with: one half for the (C, V′, D) tensors of a block, eight of them at a time,
-# the other for a chunk's scores, three tensors (C, V). On a CPU that makes tensors of 4 MiB, twice as fast as 256 KiB
-# or 16 MiB (one thread, D = 768). On a GPU not measured.
+# Bytes of temporaries of a distance in blocks: half for eight (C, V′, D) tensors of a block, half for three
+# (C, V) tensors of a chunk's scores. On a CPU a block's tensor is then 4 MiB, twice as fast as 256 KiB or 16 MiB (one
+# thread, D = 768). Not measured on a GPU.
 _MEMORY_CPU, _MEMORY_GPU = 64 * 2**20, 512 * 2**20
 _BLOCK_TENSORS, _SCORE_TENSORS = 8, 3
 
@@ -51,18 +51,18 @@ _ROUNDING_ULPS = 4.0
 class Distance(nn.Module):
     """A distance between hidden states and centres; d = |x − w|₂ unless a subclass says otherwise.
 
-    A subclass that is no power of a Euclidean distance sets `power = None` and defines `pairwise`. Its `gradients` are
-    then autograd's of a recomputed block; where that is slow they may be written by hand. Options are keyword-only
-    arguments of `__init__` with their defaults. What is learned is an `nn.Parameter`, whose initial value
-    `reset_parameters` sets by `torch.nn.init`.
+    A subclass whose d is no power of a Euclidean distance sets `power = None` and defines `pairwise`. By default
+    `gradients` recomputes a block and calls autograd; a subclass may override it where that is slow. Options are
+    keyword-only arguments of `__init__`. Learned tensors are `nn.Parameter`s, which `reset_parameters` initialises by
+    `torch.nn.init`.
 
     Attributes:
-        power, scale: d = scale · |x′ − w′|₂^power; `power = None` where that is not so.
-        apart: whether `forward` makes x′ of x alone and w′ of w alone. Then generation computes w′ once for a text, not
-            for each of its tokens.
-        traffic: how often the loss and its gradients read or write a tensor of the size (tokens, V, D), by which
-            `hgpt.plan` estimates their time; only without a power.
-        options: those it was made with, as `make_distance` takes them.
+        power, scale: d = scale · |x′ − w′|₂^power; `power` is None for any other d.
+        apart: whether `forward` computes x′ from x alone and w′ from w alone. Generation then computes w′ once per
+            text, not once per token.
+        traffic: how often the loss and its gradients read or write a tensor (tokens, V, D), from which `hgpt.plan`
+            estimates their time; used only if `power` is None.
+        options: the options that were given, and the defaults of the others, as `make_distance` takes them.
     """
 
     power: float | None = 1.0
@@ -76,27 +76,27 @@ class Distance(nn.Module):
         self.options: dict[str, Any] = {}
 
     def reset_parameters(self) -> None:
-        """Set the initial values of what is learned."""
+        """Initialise the learned parameters."""
 
     @property
     def transforms(self) -> bool:
-        """Whether x′ and w′ are not simply x and w."""
+        """Whether x′ and w′ differ from x and w."""
         return type(self).forward is not Distance.forward
 
     def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        """x′, w′ of x (..., D) and w (V, D), float32 or float64, in the same dtype."""
+        """x (..., D), w (V, D) → x′, w′ of the same shapes and dtype, float32 or float64."""
         return x, w
 
     def pairwise(self, x: Tensor, w: Tensor) -> Tensor:
-        """d of every pair in a block, (C, D), (V′, D) → (C, V′), of the operands that `forward` returned.
+        """d of every pair in a block of `forward`'s results, (C, D), (V′, D) → (C, V′).
 
-        It has to be finite with finite derivatives, at x = w and x = 0 too. d(x, 0) tells `floor` how large x is:
-        distances below 1e-6 times that (in float32) count as rounding noise, unless `floor` is defined anew.
+        d and its derivatives must be finite, also at x = w and x = 0. `floor` is 5e-7 · d(x, 0) in float32; override it
+        where d(x, 0) is no measure of the rounding error.
         """
         raise NotImplementedError(f"{type(self).__name__} has no power and no pairwise value")
 
     def gradients(self, x: Tensor, w: Tensor, d: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of Σ g d by x (C, D), by w (V′, D) and by each of `parameters()`, from d and g (C, V′).
+        """Gradients of Σ g d with respect to x (C, D), w (V′, D) and each of `parameters()`, given d and g (C, V′).
 
         g is 0 where d is clamped.
         """
@@ -109,7 +109,7 @@ class Distance(nn.Module):
         return tuple(next(found) if tensor.requires_grad else torch.zeros_like(tensor) for tensor in inputs)
 
     def floor(self, x: Tensor) -> Tensor:
-        """The smallest d that counts, (C, D) → (C, 1): four units in the last place of d(x, 0), and never 0."""
+        """The smallest d that is not rounding noise, (C, D) → (C, 1): 4 ε d(x, 0), with the dtype's ε, and never 0."""
         limits = torch.finfo(x.dtype)
         origin = self.pairwise(x, x.new_zeros(1, x.shape[1]))
         return (_ROUNDING_ULPS * limits.eps * origin).clamp_min(limits.tiny**0.75)
@@ -125,18 +125,18 @@ _REGISTRY: dict[str, type[Distance]] = {}
 
 
 def register_distance(name: str) -> Callable[[type[Distance]], type[Distance]]:
-    """Class decorator: makes a `Distance` known under `name` to heads, configurations and checkpoints.
+    """Class decorator: registers a `Distance` under `name` for heads, configurations and checkpoints.
 
     Raises:
-        ValueError: when another class has that name, or one of hgpt's own distances.
-        TypeError: when the class is no `Distance`.
+        ValueError: another class has that name already.
+        TypeError: the class is no subclass of `Distance`.
     """
 
     def register(cls: type[Distance]) -> type[Distance]:
         if not (isinstance(cls, type) and issubclass(cls, Distance)):
             raise TypeError(f"register_distance({name!r}) is for subclasses of hgpt.Distance; got {cls!r}")
         known = _REGISTRY.get(name)
-        # A notebook's cell or a file that is executed again registers the same class once more.
+        # A notebook cell or a file that is executed again may replace its own class.
         own = known is not None and known.__module__ == __name__ != cls.__module__
         if known is not None and (own or known.__qualname__ != cls.__qualname__):
             raise ValueError(f"there is a distance {name!r} already, {known.__qualname__}: choose another name")
@@ -160,14 +160,14 @@ def _load_distances(path: Path) -> None:
     before = dict(_REGISTRY)
     try:
         runpy.run_path(str(path))
-    except Exception as error:  # whatever somebody's own file does
+    except Exception as error:  # the file may raise anything
         raise ValueError(f"{path} cannot be executed: {type(error).__name__}: {error}") from error
     if before == _REGISTRY:
-        raise ValueError(f"{path} registers no distance: it has to use @hgpt.register_distance")
+        raise ValueError(f"{path} registers no distance: it must use @hgpt.register_distance")
 
 
 def distance_names() -> tuple[str, ...]:
-    """Names of all distances that can be chosen."""
+    """Names of all registered distances."""
     return tuple(_REGISTRY)
 
 
@@ -175,13 +175,13 @@ def make_distance(name: str, dim: int, **options: Any) -> Distance:
     """The distance `name` for vectors of width `dim`; an option that is None counts as not given.
 
     Raises:
-        ValueError: an unknown name (naming those that exist), an option that the distance does not have or that is
-            out of range.
+        ValueError: an unknown name (the message lists the known ones), an option that the distance does not have, or
+            that is missing or out of range.
     """
     if name not in _REGISTRY:
         raise ValueError(
-            f"distance must be one of {', '.join(distance_names())}; got {name!r}. One of your own is known only after "
-            "the file that calls hgpt.register_distance was imported, one of a newer hgpt only to that version"
+            f"distance must be one of {', '.join(distance_names())}; got {name!r}. Your own distance is known only "
+            "after the file that calls hgpt.register_distance was imported, a newer hgpt's only to that version"
         )
     cls = _REGISTRY[name]
     given = {option: value for option, value in options.items() if value is not None}
@@ -199,7 +199,7 @@ def make_distance(name: str, dim: int, **options: Any) -> Distance:
             raise ValueError(f'{option} is required with distance = "{name}"')
     try:
         metric = cls(dim, **given)
-    except TypeError as error:  # text for a number in a checkpoint, for example
+    except TypeError as error:  # for example a string where a number is expected
         options_given = ", ".join(f"{option} = {value!r}" for option, value in given.items())
         raise ValueError(f'distance = "{name}" cannot be made with {options_given or "no options"}: {error}') from error
     defaults = {option: default for option, default in known.items() if default not in (None, inspect.Parameter.empty)}
@@ -220,9 +220,9 @@ class Euclidean(Distance):
 class Cosine(Distance):
     """1 − cos(x, w) = ½ |x̂ − ŵ|², with x̂ = x/|x|: 0 for parallel vectors, 2 for opposite ones.
 
-    |x̂ − ŵ|² comes from the squared norms of the very operands that enter the product, so that their rounding to
-    bfloat16 cancels near 0; in 1 − x̂·ŵ it does not. In float32 angles below 1e-3 count as the floor's. A vector shorter
-    than 1e-19 (in float32) counts as 0: its distance from all others is ½, and it gets no gradient.
+    |x̂ − ŵ|² is computed with the squared norms of the rounded operands of the product, so that rounding to bfloat16
+    cancels near 0; in 1 − x̂·ŵ it does not. In float32 the floor clamps angles below 1.4e-3. A vector shorter than 1e-19
+    (in float32) counts as 0: its distance from all others is ½, and it gets no gradient.
     """
 
     power, scale, apart = 2.0, 0.5, True
@@ -232,9 +232,9 @@ class Cosine(Distance):
 
 
 class _Direction(torch.autograd.Function):
-    """v̂ = v / |v| of rows, (..., D); 0, without a gradient, where |v|² would leave the dtype's range.
+    """v̂ = v / |v| of rows, (..., D); 0, without a gradient, where |v|² would underflow.
 
-    ∂L/∂v = (g − (g·v̂) v̂) / |v|. Autograd's takes 2.4 times as long (R = 16384, D = 768, one CPU thread) and three more
+    ∂L/∂v = (g − (g·v̂) v̂) / |v|. Autograd takes 2.4 times as long (16384 rows, D = 768, one CPU thread) and three more
     tensors of the size of the centres.
     """
 
@@ -260,17 +260,16 @@ def _inverse_norm(v: Tensor) -> Tensor:
 class Mahalanobis(Distance):
     """√((x − w)ᵀ M (x − w)) = |L (x − w)|₂ with M = Lᵀ L learned, starting from the identity.
 
-    HarMax does not see the scale of L. At x = w the distance is 0 whatever L.
+    The scale of L has no effect on HarMax. At x = w the distance is 0 for every L.
 
     Args:
         metric: "diagonal", L = diag(e^s) with s = `log_scale` (D,). "low_rank", L = I + A B with A = `left` (D, r),
-            which starts at 0, and B = `right` (r, D), which starts at N(0, 1/D), so that A has a gradient. "full",
-            L = Cᵀ with a lower triangular C (M = C Cᵀ): below its diagonal that of `factor` (D, D), on it e^(that of
-            `factor`).
+            initially 0, and B = `right` (r, D), initially from N(0, 1/D), so that A has a gradient. "full", L = Cᵀ with
+            a lower triangular C (M = C Cᵀ): `factor` (D, D) below the diagonal, exp of its diagonal on it.
         rank: r of "low_rank", at most D.
 
-    Making w′ and its gradients costs V·D·r·12 FLOPs ("low_rank") or V·D²·6 ("full") however many tokens there are: for
-    N tokens at a time 2 r/N or D/N of what the loss's own products cost.
+    w′ and its gradients cost 12 V D r FLOPs ("low_rank") or 6 V D² ("full") for any number of tokens: for N tokens at
+    a time that is 2 r/N or D/N of the cost of the loss's products.
     """
 
     METRICS: ClassVar = ("diagonal", "low_rank", "full")
@@ -320,7 +319,7 @@ class Mahalanobis(Distance):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Distances in blocks. Their gradients are written by hand: autograd's take 2 to 4 times as long, and a distance and its
+# Distances in blocks. Their gradients are written by hand: autograd takes 2 to 4 times as long, and for distance and
 # gradients together 2.3 (chebyshev) to 3.3 times (minkowski; blocks of 36 x 36 x 768, one CPU thread).
 
 
@@ -329,7 +328,7 @@ def _differences(x: Tensor, w: Tensor) -> Tensor:
 
 
 def _difference_gradients(slopes: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of Σ g d by x and w from g ∂d/∂(x − w), (C, V′, D)."""
+    """Gradients of Σ g d with respect to x (C, D) and w (V′, D), from `slopes` = g ∂d/∂(x − w), (C, V′, D)."""
     return slopes.sum(1), slopes.sum(0).neg_()
 
 
@@ -350,8 +349,8 @@ class Manhattan(Distance):
 class Minkowski(Distance):
     """(Σ |x_k − w_k|^p)^(1/p), with ∂d/∂x_k = sign(x_k − w_k) (|x_k − w_k| / d)^(p − 1).
 
-    Powers are taken of |x_k − w_k| over the pair's largest: those of small differences would leave float32's range.
-    p = 2 is Euclid's and goes through the matrix product.
+    |x_k − w_k| is divided by the pair's largest before it is raised to p: powers of small differences underflow in
+    float32. p = 2 is Euclidean and computed by matrix products.
 
     Args:
         p: 1 (Manhattan) or more; its limit for p → ∞ is "chebyshev".
@@ -375,7 +374,7 @@ class Minkowski(Distance):
 
     def gradients(self, x: Tensor, w: Tensor, d: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         slopes = _differences(x, w).div_(d[..., None])
-        # Rounding may take a quotient above 1, whose powers would grow.
+        # Rounding may make a quotient larger than 1, and its powers large.
         magnitudes = slopes.abs().clamp_max_(1.0).pow_(self.p - 1)
         return _difference_gradients(slopes.sign_().mul_(magnitudes).mul_(g[..., None]))
 
@@ -401,8 +400,8 @@ class Chebyshev(Distance):
 class Canberra(Distance):
     """Σ |x_k − w_k| / (|x_k| + |w_k|): between 0 and D, each coordinate on its own scale.
 
-    A coordinate that is 0 in both counts 0, as in SciPy; one that is below 1e-19 in both (in float32) counts less than
-    it should, so that gradients stay finite. Where the signs differ a coordinate counts 1 and has no gradient.
+    A coordinate that is 0 in both contributes 0, as in SciPy. The denominator is clamped at 1e-19 (in float32), so that
+    gradients stay finite. A coordinate whose signs differ contributes 1 and has no gradient.
     """
 
     power, traffic = None, 33.0
@@ -415,7 +414,7 @@ class Canberra(Distance):
 
     def gradients(self, x: Tensor, w: Tensor, d: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         differences, sums = _differences(x, w), self._sums(x, w)
-        # By x_k, with s = |x_k| + |w_k|: sign(x_k − w_k) / s − sign(x_k) |x_k − w_k| / s².
+        # ∂/∂x_k with s = |x_k| + |w_k|: sign(x_k − w_k) / s − sign(x_k) |x_k − w_k| / s².
         falling = differences.abs().div_(sums)
         weights = g[..., None] / sums
         falling.mul_(weights)
@@ -425,9 +424,9 @@ class Canberra(Distance):
 
 @register_distance("bray_curtis")
 class BrayCurtis(Distance):
-    """Σ |x_k − w_k| / (|x|₁ + |w|₁): Manhattan over the most it could be, between 0 and 1.
+    """Σ |x_k − w_k| / (|x|₁ + |w|₁): Manhattan divided by its largest possible value, between 0 and 1.
 
-    Two vectors whose norms add up to less than 1e-19 (in float32) count as nearer than they are.
+    The denominator is clamped at 1e-19 (in float32).
     """
 
     power, traffic = None, 11.0
@@ -451,10 +450,10 @@ class BrayCurtis(Distance):
 
 @register_distance("hamming")
 class Hamming(Manhattan):
-    """(1/D) Σ |σ(x_k/τ) − σ(w_k/τ)|, with σ(a) = 1/(1 + e^(−a)): the share of coordinates that differ, made soft.
+    """(1/D) Σ |σ(x_k/τ) − σ(w_k/τ)|, with σ(a) = 1/(1 + e^(−a)): a smooth share of coordinates that differ.
 
-    For τ → 0 it counts the coordinates whose signs differ, for τ far above the coordinates it is Manhattan / (4 D τ).
-    Coordinates far above τ have hardly a gradient. Computed by tanh, ½ |tanh(x_k/2τ) − tanh(w_k/2τ)|, which keeps small
+    For τ → 0 it is the share of coordinates whose signs differ; for τ far above the coordinates, Manhattan / (4 D τ).
+    Coordinates far above τ have almost no gradient. Computed as ½ |tanh(x_k/2τ) − tanh(w_k/2τ)|, which keeps small
     differences exact.
 
     Args:
@@ -478,17 +477,17 @@ class Hamming(Manhattan):
 
 
 def memory_of(device: torch.device | str) -> int:
-    """Bytes that the distances in blocks work with, beside operands and gradients."""
+    """Bytes of temporaries of a distance in blocks, without operands and gradients."""
     return _MEMORY_CPU if torch.device(device).type == "cpu" else _MEMORY_GPU
 
 
 def score_chunk(num_classes: int, itemsize: int, device: torch.device | str) -> int:
-    """Tokens whose scores, (C, V), with all that is needed beside them take half of `memory_of`; at least 1."""
+    """C: tokens whose three (C, V) tensors of scores take half of `memory_of`; at least 1."""
     return max(1, memory_of(device) // (2 * _SCORE_TENSORS * num_classes * itemsize))
 
 
 def _blocks(x: Tensor, w: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Ranges of rows of x and of w, nearly square, whose (C, V′, D) tensors together take half of `memory_of`."""
+    """Blocks (rows of x, rows of w), nearly square, whose eight (C, V′, D) tensors take half of `memory_of`."""
     pairs = max(1, memory_of(x.device) // (2 * _BLOCK_TENSORS * x.shape[1] * x.itemsize))
     rows = _even(len(x), max(1, math.isqrt(pairs)))
     columns = _even(len(w), max(1, pairs // rows))
@@ -498,24 +497,24 @@ def _blocks(x: Tensor, w: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _even(count: int, most: int) -> int:
-    """The size of equal parts of `count`, none larger than `most`; at least 1."""
+    """The size of nearly equal parts of `count`, at most `most` and at least 1."""
     return max(1, -(-count // max(1, -(-count // most))))
 
 
 def distances_in_blocks(metric: Distance, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """d (C, V) of all pairs, clamped at the floor (C, 1), which comes with it; without a gradient."""
+    """x (C, D), w (V, D) → d (C, V) of all pairs, clamped at the floor, and the floor (C, 1); without a gradient."""
     d, floor = x.new_empty(len(x), len(w)), x.new_empty(len(x), 1)
     for rows, _ in _blocks(x, x[:1]):
         floor[rows] = metric.floor(x[rows])
     for rows, columns in _blocks(x, w):
         d[rows, columns] = metric.pairwise(x[rows], w[columns])
-    return torch.where(d <= floor, floor, d), floor  # asked this way round, a nan stays a nan
+    return torch.where(d <= floor, floor, d), floor  # `d <= floor` is false for nan, which stays
 
 
 def add_gradients_in_blocks(
     metric: Distance, x: Tensor, w: Tensor, d: Tensor, g: Tensor, grads: tuple[Tensor, ...]
 ) -> None:
-    """Add the gradients of Σ g d to `grads`: by x (C, D), by w (V, D), and by each parameter of the distance."""
+    """Add the gradients of Σ g d to `grads`: those of x (C, D), of w (V, D) and of each parameter of the distance."""
     grad_x, grad_w, *others = grads
     for rows, columns in _blocks(x, w):
         by_x, by_w, *by_parameters = metric.gradients(x[rows], w[columns], d[rows, columns], g[rows, columns])
@@ -526,7 +525,7 @@ def add_gradients_in_blocks(
 
 
 class _PairwiseDistances(torch.autograd.Function):
-    """d (N, V) of all pairs; nothing of the size (N, V, D) is kept for the backward pass."""
+    """d (N, V) of all pairs; keeps no (N, V, D) tensor for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, metric: Distance, x: Tensor, w: Tensor, *parameters: Tensor) -> Tensor:
@@ -551,7 +550,7 @@ class _PairwiseDistances(torch.autograd.Function):
 def pairwise_distances(metric: Distance, x: Tensor, w: Tensor) -> Tensor:
     """d of all pairs, x′ (N, D), w′ (V, D) → (N, V), float32 or float64, clamped at `metric.floor(x)`.
 
-    `metric` has no power. Gradients reach x, w and its parameters; a second derivative raises RuntimeError. For
-    torch.compile this is a break in the graph.
+    For a `metric` with `power = None`. Gradients reach x, w and the metric's parameters; a second derivative raises
+    RuntimeError. torch.compile breaks the graph here.
     """
     return _PairwiseDistances.apply(metric, x, w, *metric.parameters())

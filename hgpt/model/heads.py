@@ -1,10 +1,10 @@
-"""The two unembeddings: `head(x)` gives logits z with p = softmax(z), `head(x, targets)` the loss −log p_y.
+"""The two unembeddings: `head(x)` returns logits z with p = softmax(z), `head(x, targets)` the loss −log p_y.
 
     harmonic    z_i = −n log d_i    so p_i = d_i^(−n) / Σ_j d_j^(−n), HarMax; d_i = |x − w_i|₂, or another distance
-    softmax     z_i = w_i · x       its twin, a linear layer without bias, as nanoGPT's and GPT-2's `lm_head`
+    softmax     z_i = w_i · x       a linear layer without bias, as `lm_head` of nanoGPT and GPT-2
 
-`HarmonicHead` is the harmonic distance layer of Baek et al., arXiv:2502.01628. `HGPTForCausalLM` uses either head, and
-each works as the last layer of any classifier.
+`HarmonicHead` is the harmonic distance layer of Baek et al., arXiv:2502.01628. `HGPTForCausalLM` uses either head; both
+work as the last layer of any classifier.
 """
 
 import math
@@ -21,7 +21,7 @@ from .loss import LossParams, head_loss
 
 
 class _Head(nn.Module):
-    """One row of `weight` for each class, and rows of padding after them that never become a class."""
+    """What the heads share. `weight` (rows, D): one row per class, then rows of padding, which are no classes."""
 
     exponent: Any  # n on d; None for softmax
     metric: Any  # the distance; None for softmax
@@ -47,7 +47,7 @@ class _Head(nn.Module):
     def forward(self, x: Tensor, targets: Tensor | None = None, **options: Any) -> Tensor:
         """`logits(x)`, or with `targets` `loss(x, targets, **options)`.
 
-        The weight is read only in here: engines that shard parameters gather them when a module is called.
+        Call the module, not its methods, under an engine that shards parameters: calls gather the weight.
         """
         return self.logits(x) if targets is None else self.loss(x, targets, **options)
 
@@ -74,7 +74,7 @@ class _Head(nn.Module):
         return head_loss(x, w, targets, params)
 
     def _operands(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        """x and w as they are multiplied: in autocast's dtype where it is on, otherwise in that of x."""
+        """x and w in the dtype of the products: autocast's if it is enabled, otherwise that of x."""
         if x.shape[-1] != w.shape[-1]:
             raise ValueError(f"x and w must have one width: x is {tuple(x.shape)}, w is {tuple(w.shape)}")
         dtype = _compute_dtype(x)
@@ -112,7 +112,7 @@ class SoftmaxHead(_Head):
 class HarmonicHead(_Head):
     """logits_i = −n log d(x, w_i), so softmax(logits) = HarMax = d_i^(−n) / Σ_j d_j^(−n).
 
-    Takes the place of the last `nn.Linear` of a classifier:
+    Replaces the last `nn.Linear` of a classifier:
 
         >>> head = HarmonicHead(64, num_classes=10)           # or (64, 10, distance="minkowski", p=3)
         >>> loss = F.cross_entropy(head(features), labels)    # or head(features, labels), without the logits
@@ -123,17 +123,17 @@ class HarmonicHead(_Head):
         exponent: n on d: a number, "sqrt_dim" (the default: √D, as in arXiv:2502.01628), "dim" or a multiple,
             "2*sqrt_dim".
         distance: what d is, by default |x − w_i|₂; `hgpt.model.distances` has the list.
-        init_std: standard deviation of the normal distribution that the centres are drawn from; default
-            1/√D, centres of norm about 1. HarMax does not see a common scale of x and w, but optimisers
-            with absolute steps do: hidden states should be of about the centres' norm.
-        rows: rows of the weight, at least `num_classes`; the rest is padding, which takes no probability.
-        learn_exponent: n is trained too, as the parameter `log_exponent` = log n, (1,): n stays positive, and an
-            optimiser's steps are relative.
+        init_std: standard deviation of the normal distribution of the initial centres; default 1/√D, for centres of
+            norm about 1. A common scale of x and w has no effect on HarMax, but it has one on optimisers whose
+            steps do not scale with the weights: hidden states should have about the norm of the centres.
+        rows: rows of the weight, at least `num_classes` (the default); the rest is padding without probability.
+        learn_exponent: train n as the parameter `log_exponent` = log n, (1,): n stays positive, and the optimiser's
+            steps are relative to n.
         label_smoothing: ε of the loss in training mode.
-        options: those of the distance, such as p of "minkowski".
+        options: options of the distance, such as p of "minkowski".
 
     Attributes:
-        metric: the `Distance`, whose parameters are what is learned of it.
+        metric: the `Distance`, with its learned parameters.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class HarmonicHead(_Head):
 
     @property
     def exponent(self) -> float | Tensor:
-        """n on d: a number, or a tensor of shape () where it is learned."""
+        """n on d: a number, or a tensor of shape () if it is learned."""
         return self.initial_exponent if self.log_exponent is None else self.log_exponent.exp().squeeze()
 
     def logits(self, x: Tensor) -> Tensor:
@@ -192,8 +192,10 @@ class HarmonicHead(_Head):
 
     @contextmanager
     def unchanged_centres(self) -> Iterator[None]:
-        """While this lasts, nothing may change the weight or the metric: for logits and distances without gradients
-        the transformed centres and their norms are computed once, not for every token of a text that is generated."""
+        """Context in which w′ and |w′|² are computed once and cached, for logits and distances without gradients.
+
+        The weight and the metric must not change in it. Generation uses it.
+        """
         outer, self._cache = self._cache, {}
         try:
             yield
@@ -201,7 +203,7 @@ class HarmonicHead(_Head):
             self._cache = outer
 
     def _operands(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        """x′ and w′ of the distance: computed in float32 or float64 and rounded once, at the end; blocks stay in it."""
+        """x′ and w′ of the distance, computed in the accumulation dtype; for products, cast to the compute dtype."""
         metric = self.metric
         if metric.power is not None and not metric.transforms:
             return super()._operands(x, w)
@@ -212,14 +214,14 @@ class HarmonicHead(_Head):
         return exact_x.to(dtype), exact_w.to(dtype)
 
     def _operands_and_norms(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`_operands`, and |w′|², (V,), from the cache; None where there is none."""
+        """`_operands`, and |w′|² (V,) from the cache, or None if nothing may be cached."""
         metric, cache = self.metric, self._cache
         if cache is None or torch.is_grad_enabled() or (metric.transforms and not metric.apart):
             return *self._operands(x, self.weight), None
         key = _compute_dtype(x), x.device
         if key not in cache:
             w = self._operands(x, self.weight)[1]
-            # Never the weight itself: an engine that shards it frees it after each call.
+            # Do not cache the weight itself: an engine that shards it frees it after each call.
             cache[key] = w if metric.transforms else None, squared_norms(w)
         kept, w_sq = cache[key]
         if kept is None:

@@ -1,26 +1,26 @@
 """The loss of a head and its gradients, without a (tokens, vocabulary) matrix.
 
-What it computes, in two lines of PyTorch (`harmax.harmonic_loss` is the same, and the tests compare with it):
+It computes, in two lines of PyTorch (as `harmax.harmonic_loss` does, with which the tests compare it):
 
-    scores = -n * torch.log(distance(x, w))        # (N, V); of the softmax head x @ w.T
+    scores = -n * torch.log(distance(x, w))        # (N, V); softmax head: x @ w.T
     loss = F.cross_entropy(scores, targets, label_smoothing=ε)
 
-Positions are taken in chunks. A chunk's distances or products, (C, V), become probabilities p and then, in the same
-memory, G, the derivative of the loss by each of them. With q = (1 − ε) 1[i = y] + ε/V,
+Positions are processed in chunks. A chunk's distances or products, (C, V), are overwritten with the probabilities p and
+then with G, the derivative of the loss with respect to them. With q_i = (1 − ε) 1[i = y] + ε/V,
 
-    harmonic, by matrix products    G_ti = n (p_ti − q_ti) / d²_ti, the derivative by x_t·w_i
+    harmonic, by matrix products    G_ti = n (p_ti − q_ti) / d²_ti, for the product x_t·w_i
                                     ∂L/∂x = G w − rowsum(G) ⊙ x,    ∂L/∂w = Gᵀ x − colsum(G) ⊙ w
-    harmonic, in blocks             G_ti = −n (p_ti − q_ti) / d_ti, the derivative by d_ti
+    harmonic, in blocks             G_ti = −n (p_ti − q_ti) / d_ti, for the distance d_ti
                                     ∂L/∂x_t = Σ_i G_ti ∂d_ti/∂x_t,  ∂L/∂w_i = Σ_t G_ti ∂d_ti/∂w_i
     softmax                         G_ti = p_ti − q_ti,  ∂L/∂x = G w,  ∂L/∂w = Gᵀ x
     learned n                       ∂L/∂n = −Σ_ti (p_ti − q_ti) log d_ti
 
-A kernel does this for one kind of head: `by_products` where d is a power of a Euclidean distance and for softmax,
-`by_blocks` for every other distance. `HeadLoss` is the one autograd node around a kernel. Row kernels for a GPU, which
-make G from the products in one pass, belong into a module beside this one and take the place of `product_rows`.
+There are two kernels: `by_products` for softmax and for powers of a Euclidean distance, `by_blocks` for every other
+distance. `HeadLoss` is the autograd node around either. A fused GPU kernel that makes G from the products in one pass
+would be a module beside this one and replace `product_rows`.
 
-`torch.nn.functional.linear_cross_entropy` does the same for softmax, but with bfloat16 operands adds up the loss over
-its chunks in bfloat16 (torch 2.13: 29312 for 29099.6 nats over 3000 tokens), and the two heads are to be compared.
+`torch.nn.functional.linear_cross_entropy` does the same for softmax, but sums the loss over chunks in bfloat16 if the
+operands are bfloat16 (torch 2.13: 29312 instead of 29099.6 nats over 3000 tokens): too coarse to compare two heads.
 """
 
 import functools
@@ -39,11 +39,11 @@ REDUCTIONS = ("mean", "sum", "none")
 
 # Bytes of a chunk's products. CPU, two threads, V = 50304, D = 768 (benchmarks/head_loss.py --chunk): 74 MiB, 384
 # positions, take 3 to 5 % less time than 256 positions. GPU: not measured; by arithmetic, adding to the gradient of w
-# is then a tenth of the products' time.
+# takes a tenth of the products' time.
 _CHUNK_BYTES_CPU, _CHUNK_BYTES_GPU = 78 * 2**20, 512 * 2**20
-# Bytes of the rows that go through the pointwise operations together on a CPU, so that they stay in its cache.
+# Bytes of the rows of products that a CPU processes at a time, so that they stay in its cache.
 _CACHE_BYTES = 4 * 2**20
-# torch.compile compiles each size of a chunk for itself, with and without gradients; its default limit is 8.
+# torch.compile compiles once per chunk size, with and without gradients; its default limit is 8.
 _COMPILED_FORMS = 64
 
 _LOG2_E, _LN_2 = 1 / math.log(2), math.log(2)
@@ -51,24 +51,23 @@ _LOG2_E, _LN_2 = 1 / math.log(2), math.log(2)
 
 @dataclass(frozen=True, kw_only=True)
 class LossParams:
-    """What the loss of a head is, beside its operands.
+    """Parameters of a head's loss.
 
     Attributes:
-        n: exponent on the distance d, a number or a tensor of shape () that is learned; None for softmax.
-        distance: what d is; None for |x − w|₂.
-        num_classes: rows of w from here on are padding without probability; None: all rows are classes.
-        ignore_index: target of positions that do not count.
+        n: exponent on the distance d: a number, or a learned tensor of shape (); None for softmax.
+        distance: the distance d; None for |x − w|₂.
+        num_classes: the first rows of w are classes, the rest is padding without probability; None: all are classes.
+        ignore_index: target of positions that are left out of the loss.
         num_items: divisor of the sum with reduction "mean"; None: the number of counted positions.
         reduction: "mean", "sum", or "none" for the loss of every position, 0 where ignored.
         label_smoothing: ε of q = (1 − ε) 1[i = y] + ε / num_classes.
         recompute: keep only the operands for the backward pass, which computes the products again: four matrix products
-            instead of three, and no gradient of w in memory between the passes. Always so with "none".
-        chunk: positions at a time; None: `chunk_positions`, in blocks `distances.score_chunk`.
-        compiled: torch.compile what is done with the products of a chunk. On a CPU that is no faster
-            (benchmarks/head_loss.py); on a GPU it has not been measured.
+            instead of three, but no gradient of w in memory between the passes. Reduction "none" always does this.
+        chunk: positions per chunk; None: `chunk_positions`, or `distances.score_chunk` for a distance in blocks.
+        compiled: torch.compile `product_rows`. No faster on a CPU (benchmarks/head_loss.py), not measured on a GPU.
 
     Raises:
-        ValueError: an option out of its range, or without effect.
+        ValueError: a parameter is out of range or has no effect.
     """
 
     n: float | Tensor | None
@@ -95,7 +94,7 @@ class LossParams:
             raise ValueError(f"chunk must be at least 1 position; got {self.chunk}")
 
     def classes(self, w: Tensor) -> int:
-        """Rows of w that are classes."""
+        """The number of rows of w that are classes."""
         return len(w) if self.num_classes is None else self.num_classes
 
 
@@ -104,15 +103,14 @@ def head_loss(x: Tensor, w: Tensor, targets: Tensor, params: LossParams) -> Tens
     """Σ_t −Σ_i q_ti log p_ti / N over the positions whose target is not ignored, with p = HarMax or softmax(x wᵀ).
 
     Args:
-        x: hidden states, (..., D), float64, float32, bfloat16 or float16: x′ of `params.distance`. Autocast has no
-            effect here.
-        w: centres, (V, D), the dtype of `x`: w′ of `params.distance`.
+        x: hidden states as `params.distance` transforms them, x′ (..., D), float64, float32, bfloat16 or float16.
+        w: centres as `params.distance` transforms them, w′ (V, D), the dtype of `x`.
         targets: class indices, (...), int64.
 
     Returns:
         A float32 scalar, or losses (...) with reduction "none" (float64 for float64 operands). Gradients reach x, w, a
         learned n and the parameters of the distance in their dtypes, with sums over positions accumulated in float32.
-        What requires no gradient costs none. For torch.compile this is a break in the graph.
+        Gradients that are not required are not computed. Autocast has no effect. torch.compile breaks the graph here.
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
@@ -148,18 +146,18 @@ def head_loss(x: Tensor, w: Tensor, targets: Tensor, params: LossParams) -> Tens
     return losses.reshape(shape) if params.reduction == "none" else (losses * weights).sum()
 
 
-# (params, operands, targets (N,), weights (N,) or None, which operands need a gradient) → losses (N,), and the gradient
-# of Σ_t weights_t losses_t by every operand, None where it is not needed. The operands are x (N, D), w (V, D), n where
-# it is learned (`params.n` is the same tensor), otherwise None, and the parameters of the distance.
+# (params, operands, targets (N,), weights (N,) or None, needed) → losses (N,), and the gradient of
+# Σ_t weights_t losses_t with respect to each operand, valid only where `needed` is true. The operands are x (N, D),
+# w (V, D), the learned n (the same tensor as `params.n`) or None, and the parameters of the distance.
 Kernel = Callable[
     [LossParams, Sequence[Any], Tensor, Tensor | None, Sequence[bool]], tuple[Tensor, list[Tensor | None]]
 ]
 
 
 class HeadLoss(torch.autograd.Function):
-    """Σ_t weights_t losses_t with its gradients from the same pass, or without weights the losses, (N,).
+    """Σ_t weights_t losses_t, with its gradients computed in the forward pass; without weights, the losses (N,).
 
-    In the second case, and for a second backward pass through one graph, `backward` runs the kernel again.
+    Without weights, and for a second backward pass through one graph, `backward` runs the kernel again.
     """
 
     @staticmethod
@@ -182,7 +180,8 @@ class HeadLoss(torch.autograd.Function):
                 "and torch.nn.functional.cross_entropy on its logits"
             )
         targets, weights, *operands = ctx.saved_tensors
-        needed, grads, ctx.grads = ctx.needs_input_grad[4:], ctx.grads, None  # taken away: w.grad may be its memory
+        # Removed from ctx: w.grad may share their memory, so a second backward pass must not use them.
+        needed, grads, ctx.grads = ctx.needs_input_grad[4:], ctx.grads, None
         if grads is None:
             weights = grad_output if weights is None else weights * grad_output
             with torch.autocast(targets.device.type, enabled=False):
@@ -205,14 +204,14 @@ def slices(count: int, size: int) -> list[slice]:
 def cross_entropy(
     scores: Tensor, targets: Tensor, factor: Tensor | None, smoothing: float, keep_scores: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (R, 1), factor (p − q) (R, V), and Σ_i (p_i − q_i) scores_i (R, 1) in nats, of R positions.
+    """Of R positions: losses (R, 1), factor (p − q) (R, V), and Σ_i (p_i − q_i) scores_i (R, 1) in nats.
 
     Args:
-        scores: (R, V), to base 2 (on a CPU several times faster than base e) and relative to the position's largest
-            (scores reach thousands, and so would their rounding). Overwritten by the second result.
-        targets: (R, 1).
-        factor: (R, 1). None: the losses alone are wanted, the rest is without meaning.
-        keep_scores: whether the third result is wanted. It takes a second tensor (R, V).
+        scores: (R, V), in base 2 (on a CPU exp2 is several times faster than exp), minus the largest of the position,
+            because scores of thousands would lose precision. Overwritten unless `keep_scores`.
+        targets: (R, 1), int64.
+        factor: (R, 1). None: only the losses are meaningful.
+        keep_scores: whether the third result is needed, for which a second (R, V) tensor is allocated.
     """
     q_scores = scores.gather(-1, targets) * (1 - smoothing)  # Σ_i q_i scores_i
     if smoothing:
@@ -239,17 +238,17 @@ def harmonic_rows(
     smoothing: float,
     learned: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Losses of p ∝ d^(−exponent) and −Σ_i (p_i − q_i) exponent log d_i, (R, 1); d becomes factor (p − q) / d.
+    """Losses of p ∝ d^(−exponent) and −Σ_i (p_i − q_i) exponent log d_i, (R, 1); factor (p − q) / d overwrites d.
 
     Args:
-        d: (R, V), distances or squared distances. Below `floor`, (R, 1), they count as the floor and have no gradient.
-        targets, factor, smoothing, learned: as in `cross_entropy`.
+        d: (R, V), distances or squared distances. Values up to `floor`, (R, 1), are clamped to it and have no gradient.
+        targets, factor, smoothing: as in `cross_entropy`; `learned` is its `keep_scores`.
     """
     nearest = d.amin(-1, keepdim=True)
-    # A mask is a pass over memory: on a CPU made only where something is clamped. A GPU would wait for the answer.
+    # On a CPU the mask is made only if something is clamped. On a GPU asking that would be a sync.
     clamped = None
     if torch.compiler.is_compiling() or not d.is_cpu or bool((nearest <= floor).any()):
-        clamped = d <= floor  # a nan is not, and stays one
+        clamped = d <= floor  # false for nan, which stays
         d, nearest = torch.maximum(d, floor, out=d), torch.maximum(nearest, floor)
     ratio = torch.div(nearest, d, out=d)
     scores = torch.log2(ratio).mul_(exponent)
@@ -267,7 +266,7 @@ def harmonic_rows(
 
 
 def chunk_positions(num_rows: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> int:
-    """Positions per chunk for `num_rows` rows of w, a multiple of 64: products of 75 MiB on a CPU, else of 500 MiB."""
+    """Positions per chunk for `num_rows` rows of w, a multiple of 64: products of 78 MiB on a CPU, else 512 MiB."""
     size = _CHUNK_BYTES_CPU if device == "cpu" else _CHUNK_BYTES_GPU
     return max(64, size // (num_rows * accumulation_dtype(dtype).itemsize) // 64 * 64)
 
@@ -281,13 +280,13 @@ def product_rows(
     weights: Tensor | None,
     learned: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Losses of R positions and their derivatives by log n, (R, 1); the products become G times the weights.
+    """Losses of R positions and ∂losses/∂log n, (R, 1); `products` is overwritten by G times the weights.
 
     Args:
         products: x·w_i, (R, V), in the accumulation dtype.
         x, w_sq: (R, D) and |w_i|² (V,), for the harmonic head.
-        targets, weights: (R, 1). Without weights the losses alone are wanted.
-        learned: whether the derivatives by log n are wanted.
+        targets, weights: (R, 1). Without weights only the losses are meaningful.
+        learned: whether ∂losses/∂log n is needed.
     """
     n, smoothing = params.n, params.label_smoothing
     if n is None:
@@ -314,8 +313,7 @@ def chunk_rows(
     weights: Tensor | None,
     learned: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`product_rows` of a chunk. On a CPU it takes a few rows at a time, which stay in the cache from the first
-    pointwise operation to the last; elsewhere all rows at once, for few kernels."""
+    """`product_rows` of a chunk: on a CPU a few rows at a time, so that they stay in its cache; else all at once."""
     rows_of = _compiled_rows() if params.compiled else product_rows
     size = _CACHE_BYTES // (products.shape[1] * products.itemsize) if products.is_cpu else len(products)
     found = [
@@ -329,16 +327,16 @@ def chunk_rows(
 def by_products(
     params: LossParams, operands: Sequence[Any], targets: Tensor, weights: Tensor | None, needed: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The kernel of softmax and of powers of |x − w|₂; see `Kernel`.
+    """The kernel for softmax and for powers of |x − w|₂; see `Kernel`.
 
-    With bfloat16 operands G is rounded to R for the products. The sums stay those of G: they are nearly 0, and x times
-    the rounding's share would be a large error. Of the error Σ_i (R − G)_ti w_i that is left, the part along the mean
-    of w is known, rowsum(R − G) w̄, and subtracted; likewise that along the mean of x in ∂L/∂w.
+    With bfloat16 operands the products use R, which is G rounded to bfloat16. rowsum and colsum are taken of G: they
+    are nearly 0, so a rounding error in them times x would be large. The products' error is Σ_i (R − G)_ti w_i; its
+    part along the mean of w, rowsum(R − G) w̄, is known and subtracted, and likewise along the mean of x in ∂L/∂w.
     """
     x, w, *_ = operands
     need_x, need_w, learned = needed
     classes, harmonic, dtype = params.classes(w), params.n is not None, accumulation_dtype(x.dtype)
-    g_dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # gradients of a mean leave float16's range
+    g_dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # the gradients of a mean underflow in float16
     w_g, w_sq = w.to(g_dtype), squared_norms(w[:classes]) if harmonic else w.new_empty(0)
     rounded = harmonic and g_dtype != dtype
     x_mean, w_mean = (v.mean(0, dtype=dtype) if rounded else None for v in (x, w[:classes]))
@@ -350,7 +348,7 @@ def by_products(
 
     for rows in slices(len(x), params.chunk or chunk_positions(len(w), x.dtype, x.device.type)):
         x_c, weights_c = x[rows], None if weights is None else weights[rows, None]
-        products = inner_products(x_c, w)  # (C, V), and from here on G
+        products = inner_products(x_c, w)  # (C, V); `chunk_rows` overwrites them with G
         own = products[:, :classes], x_c, w_sq, targets[rows, None], weights_c
         losses[rows], slopes = chunk_rows(params, *own, learned)
         if weights_c is None:
@@ -370,14 +368,14 @@ def by_products(
             column_sums += sums(products, g, 0) if harmonic else 0
         if learned:
             grad_n += (slopes * weights_c).sum()
-        del products, own, g  # before the next chunk's products take as much
+        del products, own, g  # free them before the next chunk's products are allocated
     if need_w and harmonic:
         subtract_sums(grad_w, w, x_mean, column_sums)
     return losses[:, 0], [grad_x, grad_w, grad_n / params.n if params.n is not None else grad_n]
 
 
 def sums(products: Tensor, g: Tensor, dim: int) -> Tensor:
-    """Sums of G and of G as rounded, (2, V) or (2, C)."""
+    """Sums of G (`products`) and of rounded G (`g`) over `dim`, (2, V) or (2, C)."""
     exact = products.sum(dim)
     return torch.stack([exact, exact if g is products else g.sum(dim, dtype=exact.dtype)])
 
@@ -385,7 +383,7 @@ def sums(products: Tensor, g: Tensor, dim: int) -> Tensor:
 def subtract_sums(grad: Tensor, own: Tensor, mean: Tensor | None, sums: Tensor) -> Tensor:
     """grad − sums[0] ⊙ own − (sums[1] − sums[0]) ⊙ mean in place, (R, D)."""
     exact, rounded = sums[:, :, None]
-    for rows in slices(len(grad), 1024):  # some at a time: `own` as float32 may be a copy
+    for rows in slices(len(grad), 1024):  # in parts: `own` in float32 may be a copy
         grad[rows].addcmul_(exact[rows], own[rows].to(grad.dtype), value=-1)
     return grad if mean is None else grad.addcmul_(rounded - exact, mean, value=-1)
 
@@ -393,9 +391,9 @@ def subtract_sums(grad: Tensor, own: Tensor, mean: Tensor | None, sums: Tensor) 
 def by_blocks(
     params: LossParams, operands: Sequence[Any], targets: Tensor, weights: Tensor | None, needed: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The kernel of a distance that is no matrix product; see `Kernel`.
+    """The kernel for distances without a power; see `Kernel`.
 
-    Every pair is visited twice, for d and for its derivatives, in blocks of positions and classes (`distances`).
+    Computes d and then its derivatives for every pair, in blocks of positions and classes (`distances.py`).
     """
     x, w, *_ = operands
     assert params.distance is not None and params.n is not None

@@ -1,7 +1,7 @@
 """GPT-2 as in nanoGPT (pre-norm blocks, learned positions), as a transformers model with either head.
 
-The trunk computes what `transformers.GPT2Model` computes, with nanoGPT's parameter names and layouts; a test
-holds it to that.
+The trunk computes the same as `transformers.GPT2Model`, with nanoGPT's parameter names and layouts; a test compares
+them.
 """
 
 import math
@@ -25,32 +25,32 @@ from .configuration_hgpt import HGPTConfig
 from .distances import Distance
 from .heads import HarmonicHead, SoftmaxHead
 
-# transformers 5.24 renamed the cache, in what it passes to `forward` and in what it reads from the outputs.
+# transformers 5.24 renamed past_key_values to cache, as an argument of `forward` and as a field of its outputs.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
-# The versions that the test suite passed with: pyproject.toml's bounds, in config.json of what is exported.
+# The versions that the test suite passes with (the bounds in pyproject.toml); written into an export's config.json.
 TRANSFORMERS_TESTED = ">=5.17,<5.25"
 
-# The keywords beside `forward`'s own parameters that transformers 5.17 to 5.24 passes to a decoder of text. Any other
-# keyword is an error: one that is not understood may change the result.
-FOR_ATTENTION = {  # handed on to the attention function
+# Keywords that transformers 5.17 to 5.24 passes to a text decoder beside the parameters of `forward`. Any other keyword
+# is an error, because ignoring it may change the result.
+FOR_ATTENTION = {  # passed on to the attention function
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),  # rows packed for FlashAttention
     *("max_seqlen_q", "max_seqlen_k"),  # the same in `generate_batch` of transformers 5.17
-    *("block_table", "read_index", "write_index"),  # where `generate_batch` keeps keys and values
+    *("block_table", "read_index", "write_index"),  # places of keys and values in the cache of `generate_batch`
     "is_causal",
 }
 WITHOUT_EFFECT = {
-    "cache_position",  # repeats what the cache and position_ids say
+    "cache_position",  # redundant: the cache and position_ids contain it
     "seq_idx",  # of packed rows, for state-space layers; attention reads position_ids
     *("logits_indices", "logits_processor_args"),  # `generate_batch` uses them after the forward pass
 }
 
 
 def attention_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Of the keywords that `forward` does not name, those for the attention function.
+    """The keywords in FOR_ATTENTION, out of those that are no parameters of `forward`.
 
     Raises:
-        TypeError: a keyword that is in neither of the lists above, with a value other than None and False.
+        TypeError: a keyword in neither FOR_ATTENTION nor WITHOUT_EFFECT, unless its value is None or False.
     """
     known = FOR_ATTENTION | WITHOUT_EFFECT
     unknown = sorted(k for k, value in keywords.items() if k not in known and value is not None and value is not False)
@@ -64,7 +64,7 @@ def attention_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
 
 
 def one_cache(past_key_values: Any, cache: Any) -> Any:
-    """The cache, under whichever of its two names it was given."""
+    """The cache, given under either of its two names; ValueError if under both."""
     if past_key_values is not None and cache is not None:
         raise ValueError("past_key_values and cache are two names of one argument: pass one of them")
     return past_key_values if cache is None else cache
@@ -76,7 +76,7 @@ def named_cache(cache: Any) -> dict[str, Any]:
 
 
 def count_attended(attention_mask: Tensor | None, past: int | Tensor, length: int, device: torch.device) -> Tensor:
-    """Positions (B, T) or (1, T) of `length` tokens after `past` others: left padding shifts nothing."""
+    """Positions, (B, T) or (1, T) int64, of T = `length` tokens after `past` earlier ones; padding is not counted."""
     if attention_mask is not None and attention_mask.ndim == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
     return (torch.arange(length, device=device) + past)[None]
@@ -101,7 +101,7 @@ def eager_attention(
 
 
 class ResidualProjection(nn.Linear):
-    """A projection back into the residual stream, which 2 · n_layer of them add to."""
+    """A projection that adds to the residual stream; a model has 2 · n_layer of them."""
 
 
 class HGPTAttention(nn.Module):
@@ -128,7 +128,7 @@ class HGPTAttention(nn.Module):
         query, key, value = (part.view(heads).transpose(1, 2) for part in self.c_attn(hidden).split(D, dim=2))
         if isinstance(cache, Cache) or (cache is not None and CACHE == "cache"):
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
-        elif cache is not None:  # `generate_batch`'s: before 5.24 the attention function updated it
+        elif cache is not None:  # that of `generate_batch`, which before 5.24 the attention function updates
             kwargs["cache"] = cache
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         mixed, weights = attend(
@@ -146,6 +146,8 @@ class HGPTAttention(nn.Module):
 
 
 class HGPTMLP(nn.Module):
+    """The MLP of a block: linear D → 4 D, activation function, linear 4 D → D, dropout."""
+
     def __init__(self, config: HGPTConfig) -> None:
         super().__init__()
         self.config = config
@@ -198,11 +200,11 @@ class HGPTPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """GPT-2's initial values (its paper, §2.3) for the parameters that `module` itself owns.
 
-        The head and the final norm have scales of their own in the configuration. transformers' `init`
-        functions leave parameters alone that were loaded from a file.
+        The configuration has separate settings for the centres and for the gain of the final norm. transformers' `init`
+        functions do not change parameters that were loaded from a file.
 
         Raises:
-            TypeError: a module whose parameters nothing is said about.
+            TypeError: a module whose parameters have no initialisation here.
         """
         config, trunk = self.config, self.base_model
         if isinstance(module, nn.Linear | nn.Embedding | HarmonicHead | SoftmaxHead):
@@ -215,7 +217,7 @@ class HGPTPreTrainedModel(PreTrainedModel):
             if isinstance(module, HarmonicHead) and module.log_exponent is not None:
                 init.constant_(module.log_exponent, math.log(module.initial_exponent))
         elif isinstance(module, Distance):
-            module.reset_parameters()  # by torch.nn.init, which transformers guards in the same way
+            module.reset_parameters()  # transformers guards torch.nn.init in the same way
         elif isinstance(module, nn.LayerNorm):
             init.constant_(module.weight, config.final_norm_gain if module is trunk.ln_f else 1.0)
         elif next(module.parameters(recurse=False), None) is not None:
@@ -225,7 +227,7 @@ class HGPTPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:
         self.config.transformers_tested = TRANSFORMERS_TESTED
-        # transformers enters only the saved class itself; AutoModel has to find the trunk as well.
+        # transformers enters only the saved class; AutoModel needs an entry for the trunk.
         self.config.auto_map = {"AutoModel": "modeling_hgpt.HGPTModel"} | (getattr(self.config, "auto_map", None) or {})
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -265,13 +267,13 @@ class HGPTModel(HGPTPreTrainedModel):
     ) -> BaseModelOutputWithPast | tuple:
         """Hidden states after the final norm, (B, T, D).
 
-        Without `position_ids`, positions count the attended tokens, so that left padding shifts nothing. `cache` is
-        `past_key_values` by its name in transformers 5.24. The other arguments are those of every transformers decoder.
+        Without `position_ids`, positions count attended tokens, so that left padding does not shift them. `cache` is
+        the name of `past_key_values` since transformers 5.24. The other arguments are as in any transformers decoder.
 
         Raises:
-            ValueError: both or none of `input_ids` and `inputs_embeds`; both names of the cache; a sequence longer
-                than `n_positions`; `is_causal=False` without a mask of its own.
-            TypeError: a keyword that is not known.
+            ValueError: both or none of `input_ids` and `inputs_embeds`; `cache` and `past_key_values` together; a
+                sequence longer than `n_positions`; `is_causal=False` without a 4-dimensional `attention_mask`.
+            TypeError: an unknown keyword.
         """
         config = self.config
         cache = one_cache(past_key_values, cache)
@@ -287,7 +289,7 @@ class HGPTModel(HGPTPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
         if self.gradient_checkpointing and self.training:
-            use_cache, cache = False, None  # a recomputed block would enter the cache twice
+            use_cache, cache = False, None  # a recomputed block would write to the cache twice
         elif use_cache and cache is None:
             cache = DynamicCache(config=config)
 
@@ -299,8 +301,8 @@ class HGPTModel(HGPTPreTrainedModel):
                 f"the model has {config.n_positions} positions (n_positions), and the sequence has {length} "
                 "tokens: shorten the prompt or generate fewer tokens"
             )
-        # Before the default positions are filled in: from positions given without a mask, transformers infers
-        # packed sequences, at the price of a synchronisation.
+        # Made before the default positions are: given positions without a mask, transformers looks for packed
+        # sequences, which is a sync.
         mask = create_causal_mask(
             config=config,
             inputs_embeds=inputs_embeds,
@@ -334,8 +336,8 @@ class HGPTModel(HGPTPreTrainedModel):
 class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
     """The language model: trunk and head.
 
-    `logits` are the head's scores over the `vocab_size` real tokens, in float32. With the harmonic head they
-    are −n log d_i, so that softmax(logits) is HarMax and everything that works on logits works.
+    `logits` are those of the head over the `vocab_size` tokens, without padding, in float32. With the harmonic head
+    they are −n log d_i, so softmax(logits) is HarMax, and sampling and losses for logits work unchanged.
     """
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
@@ -376,7 +378,7 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> nn.Embedding:
-        """As in transformers; the number of tokens is kept apart from the number of (padded) rows."""
+        """As in transformers, but `vocab_size` is the number of tokens, and the rows are padded."""
         if new_num_tokens is None:
             return self.transformer.wte
         if pad_to_multiple_of is not None:
@@ -396,14 +398,14 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
         rows = self._get_resized_embeddings(rows, new_num_tokens, mean_resizing=mean_resizing)
         head = self._new_head(rows.num_embeddings)
         head.weight = nn.Parameter(rows.weight.data)
-        # What does not depend on the number of rows.
+        # Take over what does not depend on the number of rows.
         head.label_smoothing, head.compiled = old_lm_head.label_smoothing, old_lm_head.compiled
         if isinstance(head, HarmonicHead):
             head.metric, head.log_exponent = old_lm_head.metric, old_lm_head.log_exponent
         return head
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. What the harmonic head makes of its centres alone is made once, not for every token."""
+        """As in transformers. The harmonic head transforms its centres once, not for every token."""
         with self.lm_head.unchanged_centres() if isinstance(self.lm_head, HarmonicHead) else nullcontext():
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
@@ -428,12 +430,12 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, T), shifted inside: position t is scored on label t + 1. −100 is ignored.
-            shift_labels: (B, T), labels that are shifted already; takes the place of `labels`. Not a parameter of
-                its own: transformers' Trainer expects every one with "label" in its name in an evaluation batch.
-            num_items_in_batch: divisor of the summed loss; default the number of counted labels.
-            loss_only: with labels, compute no logits (they are None). Default: in training mode. The loss
-                then never holds a (B · T, vocab_size) tensor.
-            logits_to_keep: only the last that many positions get logits, or those of an index tensor; 0: all.
+            shift_labels: (B, T), labels that are already shifted, instead of `labels`. A keyword, no named parameter:
+                transformers' Trainer expects parameters with "label" in their name in every evaluation batch.
+            num_items_in_batch: divisor of the summed loss; default: the number of labels that are not ignored.
+            loss_only: with labels, compute no logits (they are None), so that no (B · T, vocab_size) tensor is
+                allocated. Default: true in training mode.
+            logits_to_keep: compute logits of the last `logits_to_keep` positions, or of an index tensor; 0: of all.
 
         The other arguments and the errors are those of `HGPTModel.forward`.
         """

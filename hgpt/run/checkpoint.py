@@ -1,4 +1,4 @@
-"""The run folder and its checkpoints: found, resumed, saved whole or not at all.
+"""The run folder and its checkpoints: find, resume and save them.
 
     runs/<name>/checkpoints/step_0000500/
       model/                    the exported Hugging Face model: float32 weights, tokenizer, model card
@@ -8,8 +8,8 @@
       manifest.json             size and SHA-256 of every file above; written last
 
 A checkpoint is written under a temporary name and renamed, so it is complete or absent. The weights are stored once: a
-run resumes from the exported model. Nothing in a checkpoint depends on the engine or on the number of processes that
-wrote it, and no file of it can run code when it is read (safetensors and JSON).
+run resumes from the exported model. Any engine with any number of processes can resume a checkpoint. Its files are
+safetensors and JSON, so that reading them executes no code.
 """
 
 import copy
@@ -41,8 +41,8 @@ from hgpt.run.settings import CONFIG_FILE, check_resume, settings, write_toml
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 MODEL = "model"
-LOCK = ".lock"  # held by the process that trains in the folder
-PREEMPTED = "preempted"  # in the folder of a run that a cluster stopped: launchers do not pass on exit codes
+LOCK = ".lock"  # locked by the process that trains in the folder
+PREEMPTED = "preempted"  # marks a run that a cluster stopped, because launchers do not pass on exit codes
 MANIFEST = "manifest.json"
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -51,9 +51,9 @@ RANDOM_STATE = "rng_{:05d}.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """What a run needs besides tensors to resume, and what a reader wants to know of a checkpoint.
+    """state.json: what a run needs besides tensors to resume, and what describes a checkpoint to a reader.
 
-    `step` counts finished optimiser steps, `tokens` the training tokens they saw; `validation_loss` was measured at
+    `step` counts finished optimiser steps, `tokens` their training tokens; `validation_loss` was measured at
     `validation_step`. `settings` are the resolved settings by dotted name; `data` identifies the token shards
     (`data_fingerprint`).
     """
@@ -76,7 +76,7 @@ class TrainState:
 
 
 def data_fingerprint(*splits: TokenShards) -> str:
-    """SHA-256 of the checksums in meta.json of these splits; of their lengths for a bare nanoGPT folder."""
+    """SHA-256 of the shard checksums in meta.json; of the splits' lengths where there is no meta.json."""
     parts: list[Any] = []
     for shards in splits:
         meta = shards.meta
@@ -102,8 +102,8 @@ class Checkpoints:
     def to_resume(self) -> "Checkpoint | None":
         """The checkpoint that `resume` asks for, None for a new run. Nothing is written.
 
-        Raises UserError for a run folder that would be overwritten, a damaged checkpoint, other data, settings that may
-        not change, and fewer steps than the checkpoint has.
+        Raises UserError if a run folder would be overwritten, if the checkpoint is damaged or was trained on other
+        data, if a setting differs that must not, and if train.steps is less than the checkpoint's step.
         """
         path = find_checkpoint(self.config, self.engine.say)
         if path is None:
@@ -126,12 +126,12 @@ class Checkpoints:
 
     @contextmanager
     def claim(self) -> Iterator[None]:
-        """Create the run folder and hold its lock; at the end, wait for the checkpoint that is being written.
+        """Create the run folder and hold its lock; on exit, wait for the checkpoint that is being written.
 
-        To be entered when all input is checked. Collective. Raises UserError if another process trains in the folder,
-        or if it cannot be written.
+        Enter it only after all input was checked. Collective. Raises UserError if another process trains in the folder,
+        or if the folder cannot be written.
         """
-        self.engine.accelerator.wait_for_everyone()  # until every process has seen whether the folder exists
+        self.engine.accelerator.wait_for_everyone()  # every process has looked whether the folder exists
         folder = self.config.run_folder
         with ExitStack() as held:
             if self.engine.is_main:
@@ -146,12 +146,12 @@ class Checkpoints:
                         f"the run folder {folder} cannot be written: {error}; choose another --runs_dir"
                     ) from error
                 if self.resumed is not None and self.resumed.path.parent == folder / CHECKPOINTS:
-                    point_latest(folder, self.resumed.path)  # the run may have crashed before it was linked
+                    point_latest(folder, self.resumed.path)  # a crash may have come before the link was made
                 held.enter_context(self._writer)
             yield
 
     def due(self, step: int, *, last: bool = False, stopping: bool = False) -> bool:
-        """Whether to save after `step` steps; not where the run was resumed, since that checkpoint exists."""
+        """Whether to save after `step` steps; not at the step of the resumed checkpoint, which exists."""
         if self.resumed is not None and step == self.resumed.state.step:
             return False
         return last or stopping or self.config.checkpoint.due(step)
@@ -174,7 +174,7 @@ class Checkpoints:
             self._writer.submit(lambda: self._write(full, random_states, state))
 
     def _write(self, full: FullState, random_states: list[dict[str, Tensor]], state: TrainState) -> None:
-        """The checkpoint folder, with the Hugging Face model, its tokenizer and its card; then `latest`."""
+        """Write the checkpoint folder, point `latest` at it, and delete old checkpoints."""
         run_folder, config = self.config.run_folder, self.engine.model_config
         target = checkpoint_folder(run_folder, state.step)
         with whole_folder(target) as folder:
@@ -199,15 +199,15 @@ class Checkpoints:
         remove_old(run_folder, self.config.checkpoint)
 
     def check(self) -> None:
-        """Raise what writing in the background has raised; does not wait."""
+        """Raise the error of a finished write, if it had one; does not wait."""
         self._writer.wait(only_look=True)
 
     def wait(self) -> None:
-        """Until the checkpoint that was saved last is on the disk; raises what writing it has raised."""
+        """Wait until the last checkpoint is on the disk; raises the error of writing it."""
         self._writer.wait()
 
     def mark_preempted(self) -> None:
-        """Leave the file that says that a cluster stopped the run."""
+        """Create the file that marks the run as stopped by a cluster."""
         if self.engine.is_main:
             (self.config.run_folder / PREEMPTED).touch()
 
@@ -217,6 +217,7 @@ class Checkpoints:
 
 
 def checkpoint_folder(run_folder: Path, step: int) -> Path:
+    """The folder of the checkpoint of `step`, RUN_FOLDER/checkpoints/step_0000500."""
     return run_folder / CHECKPOINTS / f"step_{step:07d}"
 
 
@@ -232,7 +233,7 @@ def checkpoints(run_folder: Path) -> list[Path]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, None if nothing is: every file of the manifest, its size and its SHA-256."""
+    """The first fault of a checkpoint, None if it has none. Checks size and SHA-256 of every file in the manifest."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())["files"]
         entries = [(name, entry["bytes"], entry["sha256"]) for name, entry in manifest.items()]
@@ -250,7 +251,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def newest_checkpoint(run_folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest complete checkpoint of a run; a damaged one is named through `warn` and passed over."""
+    """The newest complete checkpoint of a run, or None; each damaged one is reported to `warn` and skipped."""
     for checkpoint in reversed(checkpoints(run_folder)):
         fault = damage(checkpoint)
         if fault is None:
@@ -266,8 +267,8 @@ def find_checkpoint(config: RunConfig, warn: Callable[[str], None]) -> Path | No
     if config.resume == "never":
         if occupied:
             raise UserError(
-                f"{run_folder} exists already and is never overwritten: go on with --resume auto, or choose another "
-                "--name"
+                f"{run_folder} exists already and is never overwritten: resume it with --resume auto, or choose "
+                "another --name"
             )
         return None
     if config.resume == "auto":
@@ -293,7 +294,7 @@ def find_checkpoint(config: RunConfig, warn: Callable[[str], None]) -> Path | No
 def save_training_state(
     folder: Path, full: FullState, random_states: list[dict[str, Tensor]], state: TrainState
 ) -> None:
-    """Optimiser state by parameter name, each process's random-number generators and state.json into `folder`."""
+    """Write the optimiser state, the random-number generators of each process and state.json into `folder`."""
     tensors = {f"{kind}/{name}": value for name, kinds in full.optimizer.items() for kind, value in kinds.items()}
     save_file(tensors, folder / OPTIMIZER)
     for rank, generators in enumerate(random_states):
@@ -302,7 +303,7 @@ def save_training_state(
 
 
 def save_model(folder: Path, config: HGPTConfig, weights: dict[str, Tensor]) -> None:
-    """The Hugging Face model of these weights, by `save_pretrained`."""
+    """Write the Hugging Face model with these weights into `folder`, by `save_pretrained`."""
     with torch.device("meta"):
         model = HGPTForCausalLM(copy.deepcopy(config))
     model.load_state_dict(weights, strict=False, assign=True)
@@ -311,7 +312,7 @@ def save_model(folder: Path, config: HGPTConfig, weights: dict[str, Tensor]) -> 
 
 
 def write_manifest(folder: Path) -> None:
-    """Enter size and SHA-256 of every file of `folder` into its manifest.json."""
+    """Write manifest.json: size and SHA-256 of every file in `folder`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     entries = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
@@ -320,7 +321,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def random_state() -> dict[str, Tensor]:
-    """This process's generators that training draws from (dropout)."""
+    """State of this process's generators that dropout draws from: "torch" and, with CUDA, "cuda"; uint8 tensors."""
     generators = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         generators["cuda"] = torch.cuda.get_rng_state()
@@ -328,7 +329,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 class Writer:
-    """Writes one checkpoint at a time in a thread, while training goes on (`background`) or while `submit` waits."""
+    """Writes one checkpoint at a time in a thread. Without `background`, `submit` waits for it."""
 
     def __init__(self, background: bool) -> None:
         self._background = background
@@ -336,14 +337,14 @@ class Writer:
         self._pending: Future[None] | None = None
 
     def submit(self, write: Callable[[], None]) -> None:
-        """Start `write` when the one before it has ended; raises what that one raised."""
+        """Wait for the previous write and raise its error, then start `write`."""
         self.wait()
         self._pending = self._pool.submit(write)
         if not self._background:
             self.wait()
 
     def wait(self, *, only_look: bool = False) -> None:
-        """Until what was submitted is on the disk; raises what it raised. `only_look`: returns if it is at work."""
+        """Wait for the submitted write and raise its error. `only_look`: return at once if it has not finished."""
         if self._pending is not None and not (only_look and not self._pending.done()):
             pending, self._pending = self._pending, None
             pending.result()
@@ -352,7 +353,7 @@ class Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Finish what was submitted, whatever ends the run; its own failure is raised if nothing else went wrong."""
+        """Finish the submitted write, however the run ends. Raises its UserError unless another error ends the run."""
         try:
             self.wait()
         except UserError:
@@ -369,9 +370,9 @@ def point_latest(run_folder: Path, checkpoint: Path) -> None:
 
 
 def remove_old(run_folder: Path, config: CheckpointConfig) -> None:
-    """Delete all but the newest `keep_last` checkpoints up to `latest`, and those that are kept for good.
+    """Delete checkpoints up to `latest`, but not the newest `keep_last` of them nor those that are kept for good.
 
-    Checkpoints after `latest`, from before the run was set back to an earlier one, do not count and stay.
+    A run that resumed from an earlier checkpoint leaves later ones after `latest`: they are kept and not counted.
     """
     if config.keep_last:
         latest = checkpoint_step((run_folder / LATEST).resolve())
@@ -401,9 +402,9 @@ class Checkpoint:
     def load_model(self) -> HGPTForCausalLM:
         """The model, in float32.
 
-        Weights are copied out of the file's mapping, where they lie at addresses that are multiples of 4: some small
-        matrix products round differently there (measured: MKL, 320 × 32 times 32 × 4, at other than multiples of 16),
-        and a run would not resume bit for bit.
+        Weights are copied out of the memory-mapped file, where they are aligned to 4 bytes only: some small matrix
+        products round differently at addresses that are no multiple of 16 (measured: MKL, 320 × 32 times 32 × 4), so
+        the run would not resume bit for bit.
         """
         model = HGPTForCausalLM.from_pretrained(self.path / MODEL, dtype=torch.float32)
         for parameter in model.parameters():
@@ -421,7 +422,7 @@ class Checkpoint:
         for key, value in load_file(file).items():
             kind, name = key.split("/", 1)
             saved.setdefault(name, {})[kind] = value
-        # Adam's step count is a scalar.
+        # Scalars are not compared: AdamW's step count is one.
         reshaped = {
             name
             for name in saved.keys() & parameters.keys()
@@ -435,7 +436,7 @@ class Checkpoint:
         return saved
 
     def load_random_state(self, rank: int) -> bool:
-        """Set this process's generators; False if there are none for this rank (another number of processes)."""
+        """Set this process's generators; False if the checkpoint has none for `rank`, saved by fewer processes."""
         path = self.path / RANDOM_STATE.format(rank)
         if not path.exists():
             return False

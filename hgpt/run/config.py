@@ -12,18 +12,18 @@ from hgpt.errors import UserError
 from hgpt.model.configuration_hgpt import HGPTConfig, InvalidSetting
 from hgpt.model.distances import load_distances, make_distance
 
-# The settings that [model] and [model.head] take from HGPTConfig: names, types, defaults and descriptions.
+# The settings of [model] and [model.head] that are fields of HGPTConfig, with its types, defaults and descriptions.
 MODEL = (
     *("n_layer", "n_head", "n_embd", "bias", "dropout", "activation_function", "scale_attn_by_inverse_layer_idx"),
     "tie_word_embeddings",
 )
 HEAD = ("type", "exponent", "learn_exponent", "distance", "distance_options", "final_norm_gain", "centre_init_std")
-# Refused with softmax. None (False for learn_exponent) is their default, so that a run knows whether they are set.
+# An error with a softmax head if they are set. Their default is None (learn_exponent: False), which means not set.
 HARMONIC_ONLY = ("exponent", "learn_exponent", "distance", "distance_file", "distance_options")
 
 
 def _fields_of_hgpt_config(names: tuple[str, ...]) -> type:
-    """A base class for a section: a dataclass with these fields of HGPTConfig."""
+    """A dataclass with these fields of HGPTConfig, as the base class of a section."""
     known = {entry.name: entry for entry in fields(HGPTConfig)}
     known["type"] = known["head"]  # [model.head] type
     specification: list[Any] = []
@@ -53,7 +53,7 @@ class HeadConfig(_fields_of_hgpt_config(HEAD)):  # type: ignore[misc]  # a base 
 
     Args:
         type: "harmonic" (logits −n log d) or "softmax" (logits w · x).
-        distance_file: a Python file that registers a distance of your own (hgpt.register_distance); it is executed.
+        distance_file: a Python file, which is executed, that registers your own distance (hgpt.register_distance).
     """
 
     distance_file: str | None = None
@@ -92,7 +92,7 @@ class ModelConfig(_fields_of_hgpt_config(MODEL)):  # type: ignore[misc]  # a bas
     head: HeadConfig
 
     def __post_init__(self) -> None:
-        self.to_hf(vocab_size=1, seq_len=1)  # for its checks, none of which needs the data
+        self.to_hf(vocab_size=1, seq_len=1)  # only for its checks, which do not depend on the data
 
     def to_hf(self, *, vocab_size: int, seq_len: int, end_of_text: int | None = None) -> HGPTConfig:
         """The Hugging Face configuration of this model for a vocabulary and a context length. Raises UserError."""
@@ -143,11 +143,11 @@ class TrainConfig:
         label_smoothing: ε of the training loss −Σ_i q_i log p_i with q_i = (1 − ε) 1[i = target] + ε / vocab_size.
             Logged training losses contain it, validation losses do not.
         skip_non_finite: number of steps with a non-finite gradient that are skipped before the run stops; 0 stops at
-            the first. non_finite.jsonl lists the data of these steps. Not with DeepSpeed.
-        compile_loss: torch.compile the head's loss between its matrix products. No faster on a CPU, not yet measured on
-            a GPU (python -m benchmarks.head_loss --device cuda).
-        hang_timeout: seconds without progress after which a rank gives up and names those that it waits for. Must be
-            longer than the longest evaluation.
+            the first. non_finite.jsonl lists the data of these steps. Not with DeepSpeed and FSDP2.
+        compile_loss: torch.compile the head's loss between its matrix products. No faster on a CPU; on a GPU
+            use it: GPT-2 small on an H200 trains 1.45 times as fast with it.
+        hang_timeout: seconds without progress after which a process ends and names the processes that it waits for.
+            Must be longer than the longest evaluation and the saving of a checkpoint.
     """
 
     steps: int
@@ -186,7 +186,7 @@ class OptimConfig:
             constant, then linear over the last fifth of all steps.
         betas: AdamW's β₁ and β₂.
         eps: AdamW's ε.
-        weight_decay: decoupled weight decay of matrices; norms and biases never decay.
+        weight_decay: decoupled weight decay of matrices; vectors (norms, biases) never decay.
         grad_clip: largest global norm of the gradient; 0: no clipping.
         centre_lr_multiplier: factor on the learning rate of the centres (of the token embedding, where tied).
         final_norm_lr_multiplier: factor on the learning rate of the final layer norm.
@@ -245,11 +245,11 @@ class CheckpointConfig:
     Args:
         every: steps between checkpoints; the last step is always saved.
         keep_last: number of newest checkpoints to keep; 0: all.
-        keep_every: keep checkpoints at multiples of this many steps for good; 0: none.
-        log_spaced_until: also save at the steps 0, 1, 2, 4, 8, … up to this one, for good, to study how a model learns;
-            0: none.
-        background: write while training goes on, from a copy in the main process's memory (weights and optimiser
-            state, 12 bytes a parameter). The next checkpoint and the end of the run wait for it.
+        keep_every: never delete checkpoints at multiples of this many steps; 0: none.
+        log_spaced_until: also save at the steps 0, 1, 2, 4, 8, … up to this one, and never delete these, to study how a
+            model learns; 0: none.
+        background: write while training continues, from a copy in the main process's memory (weights and optimiser
+            state, 12 bytes a parameter). The next checkpoint and the end of the run wait until it is written.
     """
 
     every: int = 1000
@@ -274,11 +274,11 @@ class CheckpointConfig:
             )
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint belongs after `step` steps (the last step's belongs to every run)."""
+        """Whether to save after `step` steps; every run also saves after its last step."""
         return (step > 0 and step % self.every == 0) or self._log_spaced(step)
 
     def for_good(self, step: int) -> bool:
-        """Whether the checkpoint of `step` is never removed."""
+        """Whether the checkpoint of `step` is never deleted."""
         return (self.keep_every > 0 and step % self.keep_every == 0) or self._log_spaced(step)
 
     def _log_spaced(self, step: int) -> bool:
@@ -292,9 +292,9 @@ class LogConfig:
     Args:
         every: steps between logged training losses.
         trackers: list of "tensorboard" (files in the run folder) and "wandb" (project: WANDB_PROJECT, default "hgpt").
-        energy_country: measure energy and emissions (pip install "hgpt[energy]", no network) for the electricity of
-            this country, as ISO 3166-1 alpha-3: "DEU", "USA". metrics.jsonl gets the totals at every evaluation and
-            checkpoint.
+        energy_country: measure energy, and emissions for the electricity of this country, as ISO 3166-1 alpha-3:
+            "DEU", "USA" (pip install "hgpt[energy]", no network). metrics.jsonl gets the totals at every evaluation
+            and checkpoint.
     """
 
     every: int = 10
@@ -312,8 +312,8 @@ class RunConfig:
     Args:
         name: the run folder is runs_dir/name.
         runs_dir: folder of all runs.
-        resume: "never" refuses a run folder that exists; "auto" resumes from its newest complete checkpoint, or starts
-            if there is none; the folder of a checkpoint resumes from that one.
+        resume: "never" refuses a run folder that is not empty; "auto" resumes the newest complete checkpoint of the
+            run folder, or starts a new run if there is none; the path of a checkpoint folder resumes that one.
     """
 
     name: str

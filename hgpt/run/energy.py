@@ -4,14 +4,14 @@
     emissions_kg = Σ energy · carbon intensity of the country's electricity               kg CO2eq
     tokens_per_joule = training tokens while energy was measured / (3.6·10⁶ energy_kwh)
 
-How exact a figure is depends on the machine, and `method` says so. Counters measure GPUs (NVML, AMDSMI) and, on Linux
-if /sys/class/powercap is readable, the CPU's package (RAPL). Otherwise a CPU is estimated from its load, as
-P (0.1 + 0.9 load³), where P is its rated power if codecarbon knows the model, else 4 W a core; RAM is always estimated,
-from its size. CODECARBON_FORCE_CPU_POWER sets P, in watts, and CODECARBON_FORCE_RAM_POWER the RAM's power. An estimate
-may be wrong by a factor: it compares runs on one machine, not machines.
+The accuracy depends on the machine; `method` says what was measured and what was estimated. Counters measure GPUs
+(NVML, AMDSMI) and, on Linux if /sys/class/powercap is readable, the CPU's package (RAPL). Otherwise the CPU is
+estimated from its load, as P (0.1 + 0.9 load³), where P is its rated power if codecarbon knows the model, else 4 W a
+core. RAM is always estimated, from its size. CODECARBON_FORCE_CPU_POWER sets P and CODECARBON_FORCE_RAM_POWER the
+power of RAM, in watts. Estimates may be wrong by a factor: use them to compare runs on one machine, not machines.
 
-Whole machines are measured, with every process on them, but only the GPUs in CUDA_VISIBLE_DEVICES. One process of each
-node measures. Nothing is sent anywhere, and nothing is written but the run's own metrics.
+One process of each node measures the whole machine, with every process on it, but only the GPUs in
+CUDA_VISIBLE_DEVICES. Nothing is sent over the network, and nothing is written but the run's metrics.
 """
 
 import difflib
@@ -66,10 +66,10 @@ def check_country(country: str | None) -> None:
 
 
 class EnergyMeter:
-    """Measures this machine from its construction to `stop`. It raises nothing: a run goes on when its meter fails.
+    """Measures this machine from construction to `stop`. It raises nothing, so that a failure does not end the run.
 
     Attributes:
-        method: what the figures come from, in words.
+        method: how each part of the machine is measured or estimated, for a reader.
     """
 
     def __init__(self, country: str) -> None:
@@ -97,8 +97,8 @@ class EnergyMeter:
             def out(self, total: Any, delta: Any) -> None:
                 meter._latest = total
 
-        # codecarbon reads what is not given here from ~/.codecarbon.config and the environment: give everything that
-        # sends, writes or replaces the country.
+        # codecarbon takes other arguments from ~/.codecarbon.config and the environment. Given here: every
+        # argument that makes it send, write or replace the country.
         self._tracker = OfflineEmissionsTracker(
             country_iso_code=country,
             region=None,
@@ -110,7 +110,7 @@ class EnergyMeter:
             emissions_endpoint=None,
             output_methods=[],
             output_handlers=[Output()],
-            output_dir=os.devnull,  # has to exist, and cannot be written into
+            output_dir=os.devnull,  # must exist; nothing can be written there
             allow_multiple_runs=True,  # otherwise it writes a lock file and replaces our handlers of SIGINT and SIGTERM
             api_call_interval=-1,
             measure_power_secs=15,  # RAPL's counters wrap around after minutes
@@ -128,7 +128,7 @@ class EnergyMeter:
             self.method = describe(self._tracker._hardware)
 
     def read(self) -> Reading | str:
-        """What was spent since the start; after a failure, its description."""
+        """The energy since the start; after a failure, the error's description."""
         if self._failure is None:
             try:
                 # Returns the emissions, or None after an exception that it has logged.
@@ -154,15 +154,15 @@ class EnergyMeter:
         self._failure = self._failure or f"{type(error).__name__}: {error}"
 
     def _hear(self, record: logging.LogRecord) -> bool:
-        """Print each warning of the measurement once, in place of codecarbon's log. Those of its start are in `method`.
+        """Print each warning of codecarbon once, in place of its log. What it warns of at its start is in `method`.
 
-        A filter, because codecarbon replaces the handlers of its logger.
+        This is a logging filter, because codecarbon replaces the handlers of its logger.
         """
         if record.exc_info:
             self._cause = record.exc_info[1]
         place = (record.pathname, record.lineno)
         measuring = self._started and self._failure is None
-        swallowed = record.module == "util"  # codecarbon's `suppress`: an exception, which becomes the failure
+        swallowed = record.module == "util"  # logged by codecarbon's `suppress`, with an exception that `read` reports
         if measuring and record.levelno >= logging.WARNING and not swallowed and place not in self._said:
             self._said.add(place)
             print(f"\nenergy: {record.getMessage()}", file=sys.stderr)
@@ -170,7 +170,7 @@ class EnergyMeter:
 
 
 def describe(hardware: list[Any]) -> str:
-    """How codecarbon measures or estimates the parts of a machine, in words."""
+    """How codecarbon measures or estimates CPU, RAM and GPUs: "CPU measured by RAPL, RAM estimated ..."."""
     meters = {"intel_rapl": "RAPL", "windows_emi": "EMI", "intel_power_gadget": "Power Gadget"}
     meters |= {"NvidiaGPUDevice": "NVML", "AMDGPUDevice": "AMDSMI"}
     found = {}
@@ -200,10 +200,10 @@ class RunEnergy:
         country: ISO 3166-1 alpha-3.
         engine: one process of each machine measures.
         tokens: training tokens of the run so far.
-        before: the record to go on counting from, of `last_record`.
+        before: the energy record of the resumed checkpoint (`last_record`), to which the new energy is added.
 
     Attributes:
-        method: what the figures come from, in words; each method of several machines once.
+        method: how energy is measured, for a reader; the distinct methods of several machines, joined by "; ".
     """
 
     def __init__(self, country: str, engine: "Engine", *, tokens: int, before: Mapping[str, Any] | None) -> None:
@@ -231,10 +231,10 @@ class RunEnergy:
             self._meter.stop()
 
     def read(self, tokens: int) -> dict[str, float] | None:
-        """What the run has spent for its `tokens` training tokens; keys and units as in `metrics.jsonl`. Collective.
+        """Energy of the run after `tokens` training tokens; keys and units as in metrics.jsonl. Collective.
 
-        None once a machine can no longer be measured, since a part would look like the whole; the main process says so
-        once.
+        None once the measurement of any machine has failed, because a sum without it would be too low; this is printed
+        once per node.
         """
         if self._failed:
             return None
@@ -255,12 +255,12 @@ class RunEnergy:
 
 
 def last_record(run_folder: Path, step: int) -> dict[str, Any] | None:
-    """The last record of energy in a run's metrics.jsonl up to this step; None if there is none."""
+    """The last energy record at or before `step` in a run's metrics.jsonl; None if there is none."""
     return next((record for record in reversed(records(run_folder, "energy")) if record["step"] <= step), None)
 
 
 def in_words(record: Mapping[str, float], method: str) -> str:
-    """One line for people of what `RunEnergy.read` returned."""
+    """What `RunEnergy.read` returned, as one line for a reader."""
     return (
         f"energy {record['energy_kwh']:.3g} kWh ({method}), {record['emissions_kg']:.3g} kg CO2eq, "
         f"{record['tokens_per_joule']:.3g} tokens per joule"

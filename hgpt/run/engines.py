@@ -103,7 +103,7 @@ class Engine:
 
     @property
     def name(self) -> str:
-        """The engine in words for people: one process, DDP, FSDP2, DeepSpeed ZeRO-2."""
+        """The engine for a reader: one process, DDP, FSDP2 or DeepSpeed ZeRO-2."""
         if (plugin := self.accelerator.deepspeed_plugin) is not None:
             return f"DeepSpeed ZeRO-{plugin.deepspeed_config['zero_optimization']['stage']}"
         if self.accelerator.distributed_type == DistributedType.FSDP:
@@ -116,10 +116,10 @@ class Engine:
         return "fp32" if self.accelerator.mixed_precision == "no" else self.accelerator.mixed_precision
 
     def configure(self, accumulation: int) -> None:
-        """Take over the run's settings, with `accumulation` micro-batches a step; to be called before `prepare`.
+        """Give the engine the run's settings and `accumulation`, the micro-batches per step; call it before `prepare`.
 
-        Raises UserError when the launcher's DeepSpeed file says something else, since a value is set in one place only,
-        and when the engine cannot do what the run asks for.
+        Raises UserError when the launcher's DeepSpeed file contradicts a setting of the run, and when the engine does
+        not support one.
         """
         self.accelerator.gradient_accumulation_steps = accumulation
         train, optim, plugin = self.config.train, self.config.optim, self.accelerator.deepspeed_plugin
@@ -151,16 +151,16 @@ class Engine:
     def prepare(
         self, model: HGPTForCausalLM, optimizer: torch.optim.Optimizer, states: OptimizerState
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """The model and the optimiser as the engine trains them. Collective.
+        """Wrap model and optimiser for the engine, and load the optimiser state. Collective.
 
         Args:
             states: the optimiser state of a checkpoint, on every process; empty for an optimiser before its first step.
         """
         self.plain_model, self.plain_optimizer = model, optimizer
-        # Copied first: ZeRO-3 leaves empty parameters.
+        # Copied before `accelerator.prepare`: ZeRO-3 empties the parameters.
         self.model_config, self.num_parameters = copy.deepcopy(model.config), model.num_parameters()
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        # Under bf16 DeepSpeed makes its float32 master weights from rounded ones: keep the exact weights.
+        # Under bf16 DeepSpeed makes its float32 master weights from bf16 weights: keep the exact ones for `_fill_zero`.
         weights = {name: _copy(parameter) for name, parameter in model.named_parameters()} if deepspeed else {}
         prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
         if deepspeed:
@@ -172,7 +172,7 @@ class Engine:
         return prepared, self.optimizer
 
     def accumulate(self, model: nn.Module) -> AbstractContextManager:
-        """A micro-batch: gradients are synchronised in the last one of a step only."""
+        """Context of one micro-batch: gradients are reduced over the processes only in the last one of a step."""
         return self.accelerator.accumulate(model)
 
     @property
@@ -187,8 +187,8 @@ class Engine:
     def clip(self, model: nn.Module) -> Tensor:
         """Clip the gradient to a global norm of optim.grad_clip (0: not at all). Collective.
 
-        Returns the norm before, a scalar on the device. With train.skip_non_finite the optimiser skips the step if the
-        norm is not finite: fused AdamW checks found_inf on the device without a sync; Muon needs one.
+        Returns the norm before clipping, a scalar on the device. With train.skip_non_finite the optimiser skips the
+        step if the norm is not finite: fused AdamW checks found_inf on the device without a sync; Muon needs one.
         """
         limit = self.config.optim.grad_clip or float("inf")
         norm = _whole(torch.as_tensor(self.accelerator.clip_grad_norm_(model.parameters(), limit)))
@@ -200,9 +200,9 @@ class Engine:
         """A copy of the weights and the optimiser state, on the main process; None on the others. Collective."""
         engine = self.accelerator.distributed_type
         if not self.is_main and engine not in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-            return None  # nothing is sharded
+            return None  # nothing is sharded: the main process has all
         full = FullState(weights={}, optimizer={})
-        for name, parameter in self.plain_model.named_parameters():  # one tensor at a time is whole on the device
+        for name, parameter in self.plain_model.named_parameters():  # gather one at a time on the device
             if engine == DistributedType.DEEPSPEED:
                 weight, state = _gather_zero(parameter, self.optimizer.optimizer)
             else:
@@ -214,7 +214,7 @@ class Engine:
         return full if self.is_main else None
 
     def say(self, line: str) -> None:
-        """Print on the main process."""
+        """Print on the first process of each node."""
         self.accelerator.print(line)
 
     def gather_objects(self, mine: Any) -> list[Any]:
@@ -222,7 +222,7 @@ class Engine:
         return gather_object([mine])
 
     def end(self) -> None:
-        """Wait for every process and leave their group. Collective."""
+        """Wait for every process and destroy the process group. Collective."""
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
@@ -232,12 +232,12 @@ class Engine:
 
 
 def build_accelerator(precision: str, hang_timeout: float) -> Accelerator:
-    """Accelerate's view of the processes that the launcher started.
+    """The Accelerator for the processes that the launcher started.
 
     Args:
         precision: "fp32", "bf16" or "auto" (bf16 on GPUs that have it).
-        hang_timeout: train.hang_timeout. Collectives time out after one and a half times as long: the watchdog comes
-            first, because its message names the processes that are late.
+        hang_timeout: train.hang_timeout. Collectives time out after 1.5 times as long, so that the watchdog, whose
+            message names the processes that are late, comes first.
 
     Raises UserError as `Engine.start` does.
     """
@@ -252,23 +252,23 @@ def build_accelerator(precision: str, hang_timeout: float) -> Accelerator:
     mixed_precision, timeout = _mixed_precision(precision, on_gpu), 1.5 * hang_timeout
     group: dict[str, Any] = {"timeout": timedelta(seconds=timeout)}
     if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed, if installed, warns that it guesses so
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it guesses "cpu"
     plugin = _deepspeed_plugin(mixed_precision) if deepspeed else None
     if deepspeed and not on_gpu:
-        # Accelerate starts DeepSpeed on GPUs only: set the backend, and hide that this is a CPU.
+        # With ACCELERATE_USE_CPU Accelerate does not start DeepSpeed: unset it and choose the backend here.
         os.environ.pop("ACCELERATE_USE_CPU", None)
         os.environ["DS_ACCELERATOR"] = "cpu"
         group["backend"] = "gloo"
-    # Otherwise DDP holds every gradient twice, in the parameter and in the bucket that is sent.
+    # Without views DDP holds every gradient twice: in the parameter and in the bucket.
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if processes > 1 or deepspeed:
         handlers.append(InitProcessGroupKwargs(**group))
     try:
         accelerator = Accelerator(
             mixed_precision=mixed_precision,
-            # torchrun does not say that its processes are to use the CPU.
+            # torchrun does not set ACCELERATE_USE_CPU.
             cpu=processes > 1 and not (on_gpu or deepspeed or torch.xpu.is_available()),
-            # `Engine.configure` sets the number; Accelerate's data loader is not used.
+            # `Engine.configure` sets the real num_steps; Accelerate's data loader is not used.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
             deepspeed_plugin=plugin,
             kwargs_handlers=handlers,
@@ -280,7 +280,7 @@ def build_accelerator(precision: str, hang_timeout: float) -> Accelerator:
             "that every node was started, with the same main_process_ip and main_process_port and its own machine_rank "
             "(train.hang_timeout sets how long they wait)"
         ) from error
-    unset_hf_deepspeed_config()  # under ZeRO-3 from_pretrained would shard what it loads, and wait for every process
+    unset_hf_deepspeed_config()  # otherwise from_pretrained shards under ZeRO-3, a collective
     if accelerator.distributed_type.value not in SUPPORTED:
         raise UserError(
             f"the launcher asks for {accelerator.distributed_type.value}, which is not supported; launch one process, "
@@ -290,7 +290,7 @@ def build_accelerator(precision: str, hang_timeout: float) -> Accelerator:
         plugin = accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
             raise UserError(
-                "the launcher asks for the first version of FSDP, which cannot share the embedding with the head: set "
+                "the launcher asks for the first version of FSDP, which cannot tie the embedding to the head: set "
                 "fsdp_version to 2, as configs/accelerate/fsdp2.yaml does"
             )
         if (policy := plugin.mixed_precision_policy) is not None:  # reductions in float32, as under other engines
@@ -299,7 +299,7 @@ def build_accelerator(precision: str, hang_timeout: float) -> Accelerator:
 
 
 def _mixed_precision(precision: str, on_gpu: bool) -> str:
-    """Accelerate's name of the precision of a run; UserError when the launcher asks for another one."""
+    """Accelerate's name of the run's precision, "no" or "bf16"; UserError if the launcher asks for another one."""
     if precision == "auto":
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -319,8 +319,8 @@ def _deepspeed_plugin(mixed_precision: str) -> DeepSpeedPlugin:
             f"the launcher asks for DeepSpeed, which is not installed: {way_out}; or launch DDP, "
             "configs/accelerate/multi_gpu.yaml"
         )
-    # DeepSpeed compiles its CPU operators with ninja, which pip installs beside Python: not on the path of a user who
-    # calls .venv/bin/python.
+    # DeepSpeed compiles its CPU operators with ninja, which pip installs next to python, in a folder that is
+    # not in PATH unless the environment is activated.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     plugin = DeepSpeedPlugin()
     for name in ("fp16", "bf16"):
@@ -335,7 +335,7 @@ def _deepspeed_plugin(mixed_precision: str) -> DeepSpeedPlugin:
 
 
 def _configure_deepspeed(config: dict[str, Any], ours: dict[str, tuple[float, str]]) -> None:
-    """Enter the run's values, name → (value, our setting); UserError for a value or a section that contradicts them."""
+    """Set `ours`, DeepSpeed's name → (value, our setting), in `config`; UserError if `config` contradicts them."""
     for name, (value, setting) in ours.items():
         asked = config.get(name, "auto")
         if asked not in ("auto", value):
@@ -350,7 +350,7 @@ def _configure_deepspeed(config: dict[str, Any], ours: dict[str, tuple[float, st
                 f"the launcher's DeepSpeed settings contain a section {name!r}: optimiser and schedule come from "
                 "[optim] of the run's configuration; remove it"
             )
-    # Otherwise bf16 gradients are added up in bf16 over micro-batches and processes.
+    # By default DeepSpeed sums bf16 gradients in bf16 over micro-batches and processes.
     config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     config.setdefault("communication_data_type", "fp32")
 
@@ -367,7 +367,7 @@ def package_versions() -> dict[str, str]:
 
 
 def code_fingerprint(package: Path = Path(__file__).parents[1]) -> str:
-    """SHA-256 of the package's source files: two checkouts of one version may differ in them."""
+    """The first 16 digits of the SHA-256 of the package's source files, which may differ within one version."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(path.read_bytes())
@@ -380,7 +380,7 @@ def code_fingerprint(package: Path = Path(__file__).parents[1]) -> str:
 
 @contextmanager
 def whole(parameter: nn.Parameter) -> Iterator[Tensor]:
-    """The whole of a parameter that may be sharded, for reading. Collective."""
+    """Yield a parameter, gathered if it is sharded; for reading only. Collective."""
     if hasattr(parameter, "ds_id"):
         import deepspeed
 
@@ -391,20 +391,20 @@ def whole(parameter: nn.Parameter) -> Iterator[Tensor]:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """FSDP2's shards gathered (collective); another tensor as it is."""
+    """Gather a tensor that FSDP2 shards (collective); returns any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _like(value: Tensor, parameter: nn.Parameter) -> Tensor:
-    """A copy of a whole tensor on the device of `parameter`, and sharded like it; a scalar stays whole."""
-    copied = value.to(parameter.device, copy=True)  # what was read may be mapped from a file
+    """A copy of a whole tensor on the device of `parameter` and sharded like it; scalars are not sharded."""
+    copied = value.to(parameter.device, copy=True)  # `value` may be memory-mapped from a file
     if value.ndim and isinstance(parameter, DTensor):
         return distribute_tensor(copied, parameter.device_mesh, parameter.placements)
     return copied
 
 
 def _partitions(zero: Any) -> list[tuple[Tensor, dict[str, Any]]]:
-    """The flat float32 shards of the parameters that this process updates, with the optimiser's state of each."""
+    """The flat float32 shards that this process updates, each with its optimiser state."""
     for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         if hasattr(zero, name):  # ZeRO-3; ZeRO-1 and 2; ZeRO-1 under bf16
             return [(flat, zero.optimizer.state[flat]) for flat in getattr(zero, name)]
@@ -414,11 +414,11 @@ def _partitions(zero: Any) -> list[tuple[Tensor, dict[str, Any]]]:
 
 
 def _fill_zero(zero: Any, model: nn.Module, weights: dict[str, Tensor], states: OptimizerState) -> None:
-    """Give DeepSpeed's optimiser `zero` this process's shards of exact weights and of optimiser states. Collective."""
-    # Created for a new optimiser too: with several parameter groups DeepSpeed links the state to the parameters of the
-    # first group only, unless the state is there before the first step.
+    """Write this process's shards of the float32 weights and optimiser states into DeepSpeed's `zero`. Collective."""
+    # A new optimiser gets a state of zeros too: with several parameter groups DeepSpeed links the state to the
+    # parameters of the first group only, unless it exists before the first step.
     step = float(next(iter(states.values()))["step"]) if states else 0.0
-    on_cpu = type(zero.optimizer).__module__.startswith("deepspeed.")  # its own Adam counts steps in a Python integer
+    on_cpu = type(zero.optimizer).__module__.startswith("deepspeed.")  # DeepSpeedCPUAdam counts steps in an int
     for flat, state in _partitions(zero):
         state["step"] = int(step) if on_cpu else torch.tensor(step, device=flat.device)
         state.update({kind: torch.zeros_like(flat) for kind in _ADAM})
@@ -444,7 +444,7 @@ def _scatter_zero(parameter: nn.Parameter, value: Tensor, kind: str | None) -> N
     import deepspeed.utils as ds
 
     if hasattr(parameter, "ds_id"):
-        # ZeRO-3's own setter of whole tensors fails where the number of processes does not divide their size.
+        # ZeRO-3's setter of whole tensors fails unless the world size divides their number of elements.
         size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()  # type: ignore[attr-defined]
         mine = value.flatten()[rank * size : (rank + 1) * size]
         value = torch.zeros(size)

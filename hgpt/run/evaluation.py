@@ -1,4 +1,4 @@
-"""Validation loss over the whole validation set, and how the hidden states lie among the centres."""
+"""The loss over the whole validation split, and diagnostics of the head."""
 
 from functools import cached_property
 from typing import NamedTuple
@@ -17,19 +17,18 @@ from hgpt.run.engines import Engine, whole
 
 
 class Validation(NamedTuple):
-    """An evaluation after `step` steps; `values` are as `Evaluation` returns them."""
+    """An evaluation after `step` steps; `values`: the loss, under "loss", and `Evaluation.diagnostics`."""
 
     step: int
     values: dict[str, float]
 
     @property
-    @torch.no_grad()
     def loss(self) -> float:
         return self.values["loss"]
 
 
 def evaluation_windows(shards: TokenShards, seq_len: int) -> int:
-    """Windows that cover a split so that every token but the very first is a target exactly once.
+    """The number of windows in which each token of a split but the first is a target exactly once.
 
     Raises UserError when the split is shorter than one sequence.
     """
@@ -42,10 +41,9 @@ def evaluation_windows(shards: TokenShards, seq_len: int) -> int:
 
 
 class Evaluation:
-    """Evaluates a model on the validation split: `evaluation(model, step, engine)`, a `Validation`.
+    """Evaluates a model on the validation split: `evaluation(model, step, engine)` returns a `Validation`.
 
-    Its values are the validation loss, under "loss", and the diagnostics of the head. Raises UserError when the
-    validation split is shorter than one sequence.
+    Raises UserError when the validation split is shorter than one sequence.
     """
 
     def __init__(self, train_shards: TokenShards, val_shards: TokenShards, config: RunConfig) -> None:
@@ -71,9 +69,9 @@ class Evaluation:
     def loss(self, model: nn.Module, engine: Engine) -> float:
         """−(1/N) Σ log p(token) over all N targets of the split, in nats; no smoothing, no sampling.
 
-        The windows lie end to end, and each process takes every world_size-th one; the sum and the count of targets are
-        added up in float64, so a short last window has the weight of its targets, and the number of processes changes
-        only the order of the sum.
+        The windows lie end to end, and each process takes every world_size-th one. The losses and the number of targets
+        are summed in float64, so the last, shorter window weighs as much as its targets, and the number of processes
+        changes only the order of the sum.
         """
         mine = range(engine.rank, self.windows, engine.world_size)
         # Every process makes the same number of forward passes: sharded engines gather parameters in each.
@@ -93,14 +91,13 @@ class Evaluation:
 
     @torch.no_grad()
     def diagnostics(self, model: nn.Module, engine: Engine) -> dict[str, float]:
-        """How the head works, on eval.diagnostic_windows sequences spread evenly over the split.
+        """Diagnostics of the head on eval.diagnostic_windows sequences, evenly spaced over the split. Collective.
 
-        For every head: `accuracy` (the share of positions whose nearest centre, or largest logit, is the target), the
-        mean and the maximum of |w_i| over the vocabulary and of |x| over the positions. For a harmonic head also, with
-        d from the logits (d = exp(−z / n), whatever the distance): the means over positions of d to the target and of d
-        to the nearest centre, each divided by the median of the position's distances. If the ratio of the target is
-        near 1, distances hardly differ: such a model is a softmax model under another name. If n is learned,
-        `exponent` is its value.
+        For every head: `accuracy` (the share of positions whose largest logit is the target's) and the mean and maximum
+        of |w_i| over the vocabulary and of |x| over the positions. For a harmonic head also the means over positions of
+        d_target / d_median and d_min / d_median, with d = exp(−z / n) from the logits z and d_median the median of the
+        position's distances. A d_target / d_median near 1 means that the distances hardly differ, and that the head
+        acts like a softmax head. If n is learned, `exponent` is its value.
         """
         plain: HGPTForCausalLM = engine.accelerator.unwrap_model(model)
         config, head = plain.config, plain.lm_head
@@ -136,7 +133,7 @@ class Evaluation:
 
 def _distance_ratios(logits: Tensor, targets: Tensor, exponent: float) -> dict[str, Tensor]:
     """d_target / d_median and d_min / d_median of each position, (T,), from z = −n log d, (T, V)."""
-    median = logits.median(dim=-1).values  # the scores fall with d, so their median is the median distance's
+    median = logits.median(dim=-1).values  # z falls with d: the median z belongs to the median d
     target = logits.gather(-1, targets[:, None]).squeeze(-1)
     return {
         "target_over_median_distance": torch.exp((median - target) / exponent),

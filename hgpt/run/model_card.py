@@ -14,10 +14,10 @@ _HARMONIC = """\
 The unembedding is a harmonic distance layer (Baek et al., arXiv:2502.01628): with the hidden state x and a centre
 w_i for each token, d_i = {distance}, and the probability of token i is
 
-    p_i = d_i^(−n) / Σ_j d_j^(−n),    n = {exponent:g}{learnt}
+    p_i = d_i^(−n) / Σ_j d_j^(−n),    n = {exponent:g}{learned}
 
-`logits` are −n log d_i, so softmax, temperature (which is the exponent n/T), top-k, top-p, beams and cross-entropy
-on them are right as they stand. Distances come back from probabilities as d_i / d_min = (p_max / p_i)^(1/n).
+`logits` are −n log d_i, so softmax, temperature (T gives the exponent n/T), top-k, top-p, beam search and cross-entropy
+work on them unchanged. Probabilities give back relative distances: d_i / d_min = (p_max / p_i)^(1/n).
 """
 
 _DISTANCE = "d(x, w_i) by the distance `{name}`{options} of hgpt: {formula}"
@@ -28,7 +28,7 @@ The unembedding is the ordinary softmax layer, logits w_i · x: the twin of a ha
 
 _WARNING = """\
 **Do not serve this model with an engine that puts its own linear head on the trunk** (vLLM's transformers backend
-does): it would compute dot products where this model needs distances, and say nothing.
+does): it would silently compute dot products where this model needs distances.
 """
 
 _TEMPLATE = """\
@@ -55,7 +55,7 @@ A GPT-2 with a {config.head} head, trained with hgpt: {parameters:,} parameters,
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-# The code of the model lies in the folder: trust_remote_code=True runs it. With hgpt installed, `import hgpt` instead.
+# trust_remote_code=True runs the model's code in the folder. With hgpt installed, `import hgpt` does instead.
 model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)
 inputs = tokenizer("The", return_tensors="pt")
@@ -74,10 +74,10 @@ def model_card(
     tokens: int,
     validation: Validation | None,
 ) -> str:
-    """Markdown that says what the model is, what it was trained on, its loss, how to load it and how not to serve it.
+    """Markdown: what the model is, its data and loss, how to load it, and how not to serve it.
 
     Args:
-        weights: the model's parameters by name: they are counted, and a learned exponent is one of them.
+        weights: the model's parameters by name, for their number and a learned exponent.
         validation: the last evaluation.
     """
     harmonic = config.head == "harmonic"
@@ -103,11 +103,11 @@ def _harmonic(config: HGPTConfig, weights: Mapping[str, Tensor]) -> str:
         with torch.device("meta"):  # without drawing initial values from the training's generator
             metric = make_distance(config.distance, config.n_embd, **config.distance_options)
         options = ", ".join(f"{name} = {value}" for name, value in config.distance_options.items())
-        formula = (inspect.getdoc(metric) or "").partition("\n")[0]  # where a distance says what it is
+        formula = (inspect.getdoc(metric) or "").partition("\n")[0]  # the docstring's first line is its formula
         distance = _DISTANCE.format(name=config.distance, options=options and f" ({options})", formula=formula)
-    learnt = weights.get("lm_head.log_exponent")
+    learned = weights.get("lm_head.log_exponent")
     return _HARMONIC.format(
         distance=distance,
-        exponent=config.exponent if learnt is None else float(learnt.exp()),
-        learnt="" if learnt is None else f" (learnt, from {config.exponent:g})",
+        exponent=config.exponent if learned is None else float(learned.exp()),
+        learned="" if learned is None else f" (learned, from {config.exponent:g})",
     )

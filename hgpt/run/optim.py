@@ -19,9 +19,9 @@ DECAY_FRACTION = 0.2  # of all steps, at the end of the trapezoidal schedule
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     """The learning rate of step `step`, 0 ≤ step < total_steps.
 
-    The warm-up is linear, from lr / warmup_steps to lr. From its end to the last step the rate falls to min_lr, along
-    half a cosine ("cosine"), a line ("linear"), or constant and then a line over the last fifth of all steps
-    ("trapezoidal"); "constant" stays at lr.
+    The warm-up is linear, from lr / warmup_steps to lr. After it the rate falls to min_lr at the last step: along half
+    a cosine ("cosine"), linearly ("linear"), or linearly over the last fifth of all steps and constant before
+    ("trapezoidal"). With "constant" it stays at lr.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
@@ -36,7 +36,7 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
 
 
 def parameter_groups(model: HGPTForCausalLM, config: OptimConfig) -> list[dict]:
-    """Every trained parameter in exactly one group, with `weight_decay`, `lr_multiplier` and whether `muon` trains it.
+    """Groups of all trained parameters, each with `weight_decay`, `lr_multiplier` and `muon` (whether Muon trains it).
 
     Matrices decay; vectors and the parameters of the head's distance do not. Centres, the final norm and the distance
     have learning-rate multipliers of their own.
@@ -63,7 +63,7 @@ def parameter_groups(model: HGPTForCausalLM, config: OptimConfig) -> list[dict]:
 
 
 def build_optimizer(model: HGPTForCausalLM, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over `parameter_groups`, fused if every parameter's device supports it; `MuonWithAdamW` if the run asks.
+    """AdamW over `parameter_groups`, fused if every parameter's device supports it; or `MuonWithAdamW`.
 
     Raises UserError for Muon if no matrix of the blocks is trained.
     """
@@ -84,10 +84,10 @@ def build_optimizer(model: HGPTForCausalLM, config: OptimConfig) -> torch.optim.
 
 
 class _Float32OnACPU(TorchFunctionMode):
-    """Torch's Muon (2.13) casts to bfloat16 for its Newton-Schulz iteration; on a CPU this mode keeps float32.
+    """Muon of torch 2.13 casts to bfloat16 for its Newton-Schulz iteration; on a CPU this mode keeps float32.
 
-    A CPU without bfloat16 units needs 20 to 90 times as long for it: 24 s for one 768 x 3072 matrix on an AMD EPYC with
-    AVX2, 0.3 s in float32.
+    A CPU without bfloat16 units needs 20 to 90 times as long in bfloat16: 24 s for one 768 x 3072 matrix on an AMD EPYC
+    with AVX2, 0.3 s in float32.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -97,12 +97,12 @@ class _Float32OnACPU(TorchFunctionMode):
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon for some matrices and AdamW for the rest, with one list of groups and one dictionary of states."""
+    """Muon for the groups with `muon`, AdamW for the others; they share one list of groups and one state."""
 
     def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
         super().__init__(muon.param_groups + adamw.param_groups, {})
         self.muon, self.adamw = muon, adamw
-        self.found_inf: torch.Tensor | None = None  # as of fused AdamW: 1 skips the step
+        self.found_inf: torch.Tensor | None = None  # as in fused AdamW: 1 skips the step
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -110,7 +110,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if self.found_inf is not None and bool(self.found_inf):
             return
         for optimizer, is_muon in ((self.muon, True), (self.adamw, False)):
-            # Passed on every time: load_state_dict, which Accelerate calls, replaces them.
+            # Set at every step: load_state_dict, which Accelerate calls, replaces state and groups.
             optimizer.state = self.state
             optimizer.param_groups = [group for group in self.param_groups if group["muon"] == is_muon]
             with _Float32OnACPU():

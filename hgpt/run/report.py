@@ -36,16 +36,16 @@ NON_FINITE_FILE = "non_finite.jsonl"
 def flops_per_token(config: HGPTConfig, seq_len: int) -> float:
     """Forward and backward FLOPs per token: 6 · (weights in matrix products) + 12 · L · D · T for attention.
 
-    The convention of PaLM (arXiv:2204.02311, appendix B) and nanoGPT: embeddings are look-ups and count only as
-    the unembedding; of a harmonic head the same product is counted and nothing of its pointwise work. Attention counts
-    all T · T scores, though causal kernels skip the half that is masked.
+    The convention of PaLM (arXiv:2204.02311, appendix B) and nanoGPT. Embeddings are look-ups and not counted; the
+    unembedding is, as one matrix product with either head, without pointwise operations. Attention counts all T · T
+    scores, although causal kernels skip the masked half.
     """
     weights = 12 * config.n_layer * config.n_embd**2 + config.padded_vocab_size * config.n_embd
     return 6.0 * weights + 12.0 * config.n_layer * config.n_embd * seq_len
 
 
 class Recent(NamedTuple):
-    """The last step, averaged over the processes, and how many steps since the last reading were unusual."""
+    """Loss and gradient norm of the last step, mean over processes; spikes and skipped steps since `read`."""
 
     loss: float
     grad_norm: float
@@ -54,10 +54,10 @@ class Recent(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """The steps since the last log line: seconds by phase, of this process, and two lists by rank.
+    """Speed of the steps since the last log line.
 
-    `own` are the seconds outside collectives (data and forward): the rank with the most is the one the others wait for.
-    `memory` is the most that was held so far, in GiB.
+    `seconds`: of this process, by phase. `own` and `memory` are lists by rank. `own`: seconds outside collectives
+    (data and forward): the rank with the most is the one the others wait for. `memory`: peak since the start, in GiB.
     """
 
     tokens_per_second: float
@@ -68,7 +68,7 @@ class Speed(NamedTuple):
 
 
 class Report:
-    """What a run reports, and what it counts for that. `with report.phase("forward"):` times a phase of the step."""
+    """Logs and prints a run, and times it: `with report.phase("forward"):` times a phase of the step."""
 
     def __init__(self, config: RunConfig, engine: Engine, checkpoints: Checkpoints) -> None:
         self.config, self.engine, self.checkpoints = config, engine, checkpoints
@@ -98,7 +98,7 @@ class Report:
                 trackers = build_trackers(config.log, config.run_folder, config.name, self.first_step)
                 self._log = MetricsLog(config.run_folder, trackers, settings(config), self.first_step)
                 held.callback(self._log.close)
-            # disable=None: no bar where standard error is not a terminal; lines are printed there instead.
+            # disable=None: no bar unless standard error is a terminal; `log` prints lines instead.
             self._bar = tqdm(
                 total=config.train.steps,
                 initial=self.first_step,
@@ -154,7 +154,7 @@ class Report:
     # Steps
 
     def stepped(self, loss: Tensor, grad_norm: Tensor) -> None:
-        """A step is done. Its figures stay on the device until `read`."""
+        """Count a step. Its loss and gradient norm stay on the device until `read`."""
         self._pending.append(torch.stack((loss, grad_norm.to(loss))))
         self._steps += 1
         self._bar.update()
@@ -164,10 +164,10 @@ class Report:
         return step % self.config.log.every == 0 or step in (self.first_step + 1, self.config.train.steps)
 
     def read(self, step: int, lr: float, batches: TrainingBatches) -> Recent:
-        """The steps since the last reading; waits for the device. Collective.
+        """Read the steps since the last call; a sync with the device. Collective.
 
-        Steps whose loss or gradient is not finite are written to non_finite.jsonl, with the windows that they saw so
-        that they can be replayed. Raises UserError when there are more of them than train.skip_non_finite.
+        Writes each step with a non-finite loss or gradient norm to non_finite.jsonl, with its windows, so that it can
+        be replayed. Raises UserError when there are more such steps than train.skip_non_finite.
         """
         recent = self.engine.accelerator.reduce(torch.stack(self._pending), reduction="mean").tolist()
         self._pending.clear()
@@ -189,7 +189,7 @@ class Report:
         return Recent(loss, grad_norm, spikes, len(bad))
 
     def speed(self) -> Speed:
-        """Of the steps since the last call, evaluations and checkpoints left out. Collective."""
+        """Speed since the last call, without evaluations, checkpoints and energy readings. Collective."""
         now, seconds, engine = time.perf_counter(), self.phase.read(), self.engine
         pauses = sum(seconds.get(phase, 0.0) for phase in PhaseTimes.PAUSES)
         rate = self._steps * self.tokens_per_step / max(now - self._since - pauses, 1e-9)
@@ -225,7 +225,7 @@ class Report:
     # The end
 
     def finished(self, validation: Validation, unigram: float | None) -> None:
-        """Print the result. `unigram`: the loss of a unigram model, if it was asked for."""
+        """Print the result. `unigram`: the validation loss of a unigram model; None: not asked for."""
         self._bar.close()
         say = self.engine.say
         beside = "" if unigram is None else f", of a unigram model {unigram:.4f}"
@@ -236,22 +236,22 @@ class Report:
         say(f"the model is in {run_folder / LATEST / MODEL}; python sample.py --checkpoint {run_folder}")
 
     def _not_finite(self, what: str) -> UserError:
-        self.checkpoints.wait()  # so that the message names the checkpoint that is being written
+        self.checkpoints.wait()  # the message names the checkpoint that is being written
         last = checkpoints(self.config.run_folder)[-1:]
         return UserError(
             f"{what}. Nothing was saved after it; last checkpoint: {last[0] if last else 'none'}. Lower optim.lr or "
-            "lengthen optim.warmup_steps, then go on with --resume auto or start under another name."
+            "lengthen optim.warmup_steps, then resume with --resume auto or start under another name."
         )
 
 
 class PhaseTimes:
-    """Seconds spent in each phase of the steps since the last reading.
+    """Seconds spent in each phase since the last `read`.
 
         with phases("forward"):
             ...
 
-    On a CUDA device the phases of the device are timed by events in its stream, which are read only when asked for: its
-    work is queued, so the host's clock would not measure it, and waiting for it would slow it down.
+    On CUDA, phases outside HOST are timed by events in the stream, which only `read` waits for: kernels are queued, so
+    the host's clock does not measure them, and a sync in each phase would slow the training down.
     """
 
     PAUSES = ("save", "evaluation", "energy")
@@ -289,10 +289,10 @@ class PhaseTimes:
 
 
 class LossSpikes:
-    """Counts losses more than `deviations` standard deviations above their running mean.
+    """Finds losses more than `deviations` standard deviations above their running mean.
 
-    Mean and variance are exponential averages over about 100 steps, a spike itself left out, and nothing counts in the
-    first 100: μ ← μ + (l − μ)/100, σ² ← σ² + ((l − μ)² − σ²)/100.
+    Mean and variance are exponential averages over about 100 steps, μ′ = μ + (l − μ)/100 and
+    σ² ← σ² + ((l − μ)(l − μ′) − σ²)/100, without the spikes. None of the first 100 losses is a spike.
     """
 
     _STEPS = 100
@@ -303,22 +303,22 @@ class LossSpikes:
         self._mean = self._variance = 0.0
 
     def add(self, loss: float) -> bool:
-        """Take in the loss of one step; whether it is a spike."""
+        """Add the finite loss of one step; returns whether it is a spike."""
         self._seen += 1
         away = loss - self._mean
         if self._seen > self._STEPS and away > self.deviations * self._variance**0.5:
             return True
-        weight = max(1 / self._seen, 1 / self._STEPS)  # a plain mean of the first hundred
+        weight = max(1 / self._seen, 1 / self._STEPS)  # the plain mean of the first 100
         self._mean += weight * away
         self._variance += weight * (away * (loss - self._mean) - self._variance)
         return False
 
 
 class MetricsLog:
-    """`metrics.jsonl`, one object per line, and the trackers that the run asked for.
+    """Writes `metrics.jsonl`, one object per line, and to the trackers of the run.
 
-    The file is the run's own record: a resumed run drops the lines after the step of its checkpoint, so every step is
-    in it once. Values that are not finite are written as null, since JSON has no NaN.
+    A resumed run first drops the lines after the step of its checkpoint, so that each step is in the file once. Values
+    that are not finite are written as null: JSON has no NaN.
     """
 
     def __init__(
@@ -327,7 +327,7 @@ class MetricsLog:
         self._path = run_folder / METRICS_FILE
         self._trackers = trackers
         if self._path.exists():
-            # An evaluation at step s is made before step s is trained, and repeated by the run that resumes there.
+            # A run that resumes at step s evaluates there again, if an evaluation is due at s.
             kept = [r for r in records(self._path) if r["step"] < step or (r["step"] == step and r["kind"] != "eval")]
             with whole_file(self._path) as partial:
                 partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
@@ -344,7 +344,7 @@ class MetricsLog:
             self._file.write(json.dumps({"kind": kind, "step": step, "time": time.time(), **finite, **words}) + "\n")
         except OSError as error:
             raise UserError(
-                f"could not write {self._path}: {error}; make room, then go on with --resume auto"
+                f"could not write {self._path}: {error}; make room, then resume with --resume auto"
             ) from error
         for tracker in self._trackers if track else ():
             tracker.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
@@ -356,14 +356,14 @@ class MetricsLog:
 
 
 def build_trackers(config: LogConfig, run_folder: Path, run_name: str, step: int = 0) -> list[GeneralTracker]:
-    """Accelerate's trackers for `log.trackers`, of a run that starts or resumes at `step`.
+    """Accelerate's trackers for `log.trackers` of a run that starts or resumes at `step`.
 
-    Raises UserError when the package of one is not installed.
+    Raises UserError if wandb is asked for and not installed.
     """
     trackers: list[GeneralTracker] = []
     for name in config.trackers:
         if name == "tensorboard":
-            # TensorBoard drops what was written after the checkpoint.
+            # purge_step: TensorBoard drops what was logged after the checkpoint.
             trackers.append(TensorBoardTracker("tensorboard", run_folder, purge_step=step + 1))
             continue
         if find_spec("wandb") is None:
@@ -371,7 +371,7 @@ def build_trackers(config: LogConfig, run_folder: Path, run_name: str, step: int
                 'log.trackers names "wandb", which is not installed: pip install wandb, or set log.trackers = '
                 '["tensorboard"]'
             )
-        wandb_id = run_folder / "wandb_id"  # so that a resumed run is continued there
+        wandb_id = run_folder / "wandb_id"  # a resumed run continues this one on wandb
         if not wandb_id.exists():
             wandb_id.write_text(secrets.token_hex(8))
         trackers.append(

@@ -1,8 +1,8 @@
-"""Settings of a run (hgpt/run/config.py) from TOML and the command line and back, and what may change on resume.
+"""Read the settings of a run (hgpt/run/config.py) from TOML and the command line, write them, compare them on resume.
 
     python train.py --config configs/x.toml --optim.lr 1e-3
 
-Between files, command line, checkpoints and the dataclasses, settings are a flat dictionary by dotted name:
+In this module and in checkpoints, settings are a flat dictionary by dotted name:
 {"train.steps": 800, "model.head.exponent": 14.0, "model.head.distance_options.p": 3}.
 """
 
@@ -29,10 +29,12 @@ from hgpt.model.configuration_hgpt import HGPTConfig
 from hgpt.run.config import RunConfig
 
 CONFIG_FILE = "config.toml"
-OPTIONS = "model.head.distance_options"  # the one table with keys that this module does not know
+OPTIONS = "model.head.distance_options"  # the only table whose keys are not fields of a dataclass
 
 
 class Setting(NamedTuple):
+    """What is known of a setting from its dataclass."""
+
     kind: Any  # the type, as the dataclass has it
     default: Any  # MISSING for a required setting
     doc: str
@@ -63,7 +65,7 @@ RENAMED = {f"model.head.{name}": f"{OPTIONS}.{name}" for name in ("p", "temperat
 
 
 def gone(settings: dict[str, Any]) -> dict[str, tuple[Any, str]]:
-    """Settings that no longer exist: the value that always holds now, and the reason."""
+    """Settings of earlier versions that were removed: the one value that is still accepted, and the reason."""
     return {
         "model.initializer_range": (0.02, "it is always 0.02, as in GPT-2"),
         "model.pad_vocab_to_multiple_of": (64, "it is always 64"),
@@ -82,19 +84,19 @@ def gone(settings: dict[str, Any]) -> dict[str, tuple[Any, str]]:
 
 
 def load_run_config(arguments: Sequence[str], shape_of: Callable[..., dict[str, int]] | None = None) -> RunConfig:
-    """A run from command-line arguments: `--config FILE.toml`, of several the later wins, and `--section.key VALUE`.
+    """A run from command-line arguments: `--config FILE.toml`, repeatable, and `--section.key VALUE`.
 
-    The command line wins over files, wherever it names them. `--help` prints every setting and exits; `--print_config`
-    prints the resolved settings as TOML and exits. With `shape_of` (hgpt.source), those of n_layer, n_head and n_embd
-    that are not given come from model.init_from.
+    A later file overrides an earlier one, and the command line overrides all files. `--help` prints every setting and
+    exits; `--print_config` prints the resolved settings as TOML and exits. With `shape_of` (hgpt.source), n_layer,
+    n_head and n_embd come from model.init_from unless they are given.
 
-    Raises UserError for a file that is missing or no TOML, an unknown setting (naming the nearest known ones), a value
-    of the wrong type, and values out of range.
+    Raises UserError for a file that is missing or not TOML, an unknown setting (and names the nearest known ones), a
+    missing one, and a value of the wrong type or out of range.
     """
     parser = Parser(
         prog="python train.py",
-        description="Train a GPT-2 with a harmonic or a softmax head. Of several files the later wins, and the command "
-        "line wins over files.",
+        description="Train a GPT-2 with a harmonic or a softmax head. A later --config overrides an earlier one, and "
+        "the command line overrides all files.",
         epilog=_every_setting(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s --config FILE.toml [--section.key VALUE ...]",
@@ -142,12 +144,12 @@ def _read_toml(file: str) -> dict[str, Any]:
 
 
 def _merged(given: list[tuple[str, str, Any]]) -> dict[str, Any]:
-    """Checked settings from (place, name, value); of several values of a setting the later wins."""
+    """Checked settings from (place, name, value); a later value of a setting replaces an earlier one."""
     values: dict[str, Any] = {}
     for place, name, value in given:
         name = RENAMED.get(name, name)
         _check_name(name, place)
-        if name == OPTIONS and isinstance(value, dict | None):  # the whole table replaces all options before it
+        if name == OPTIONS and isinstance(value, dict | None):  # a whole table replaces all earlier options
             values = {key: old for key, old in values.items() if not key.startswith(f"{OPTIONS}.")}
             values |= {f"{OPTIONS}.{key}": option for key, option in (value or {}).items()}
         else:
@@ -169,7 +171,7 @@ def _check_name(name: str, place: str) -> None:
         return
     if any(key.startswith(f"{name}.") for key in known):
         raise UserError(f"{place}{name} is a section: give its settings one by one, as {name}.KEY")
-    # A right name in the wrong section is as common as a typing error.
+    # First look for the same key in another section, then for similar names.
     same_end = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     close = same_end or difflib.get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else "python train.py --help lists all settings"
@@ -211,7 +213,7 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def _from_text(name: str, text: str) -> Any:
-    """The value that `text` stands for, if it has the setting's type: a Python literal, true or null. Else the text."""
+    """`text` read as true, false, null or a Python literal if that has the setting's type; otherwise `text` itself."""
     try:
         value = _WORDS[text.lower()] if text.lower() in _WORDS else ast.literal_eval(text)
         _as(value, _kind_of(name))
@@ -243,7 +245,7 @@ def _as(value: Any, kind: Any) -> Any:
 
 
 def _in_words(kind: Any) -> str:
-    """A type for a reader: "a whole number", 'one of "harmonic", "softmax"'."""
+    """A type in words: "a whole number", 'one of "harmonic", "softmax"'."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     if kind in names:
         return names[kind]
@@ -259,7 +261,7 @@ def _in_words(kind: Any) -> str:
 
 
 def _every_setting() -> str:
-    """What --help says of the settings: name, type, default and description of each."""
+    """The part of --help on settings: name, type, default and description of each."""
     text, section = "settings, as --section.key VALUE, or in a TOML file as key = VALUE under [section]:\n\n", ""
     for name, (kind, default, doc) in known_settings().items():
         if name.rpartition(".")[0] != section:
@@ -296,8 +298,8 @@ def write_toml(config: RunConfig, path: Path) -> None:
 def to_toml(values: dict[str, Any]) -> str:
     """Settings by dotted name as TOML, a table per section.
 
-    Values are written as in JSON, which is TOML but for one unescaped control character. (The package toml is no help:
-    it turns the path C:\\x41 into C:A.)
+    Values are written as JSON, which is valid TOML but for the control character U+007F, which JSON does not escape.
+    The package toml is not used, because it turns the path C:\\x41 into C:A.
     """
     sections: dict[str, str] = {}
     for name, value in values.items():
@@ -319,11 +321,11 @@ _FREE_ON_RESUME = ("model.init_from", "model.head.distance_file", "data.path", "
 def check_resume(saved: dict[str, Any], config: RunConfig, checkpoint: Path) -> list[str]:
     """Compare `saved` (settings of the checkpoint by dotted name) with the configuration of the run that resumes.
 
-    Returns the differences that are allowed, one line each, to be shown. Raises UserError with the differences that
-    change the model, the data or the optimiser's state.
+    Returns the allowed differences, one line each. Raises UserError that lists the differences that change the model,
+    the data or the optimiser's state.
     """
     now = json.loads(json.dumps(settings(config)))  # with lists for tuples, as in a checkpoint
-    # A setting that is newer than the checkpoint had the effect of its default.
+    # A setting that the checkpoint's version did not have: its default is what that version did.
     defaults = {name: kept.default for name, kept in known_settings().items() if kept.default not in (MISSING, None)}
     saved = json.loads(json.dumps(defaults)) | {RENAMED.get(name, name): value for name, value in saved.items()}
     now |= {name: fixed for name, (fixed, _) in gone(now).items() if name in saved}
@@ -337,7 +339,7 @@ def check_resume(saved: dict[str, Any], config: RunConfig, checkpoint: Path) -> 
         raise UserError(
             f"cannot resume {checkpoint}: these settings belong to the model, the data or the optimiser's state.\n  "
             + "\n  ".join(fixed)
-            + "\nSet them back, or start a run with another name (and these weights, by model.init_from)."
+            + "\nSet them back, or start a run with another name (model.init_from can load the weights)."
         )
     return list(lines.values())
 

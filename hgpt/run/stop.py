@@ -1,4 +1,4 @@
-"""How a run stops before its end: signals, a watchdog for hanging processes, exit codes and their messages."""
+"""How a run stops early: signals, a watchdog for processes that hang, exit codes and their messages."""
 
 import json
 import os
@@ -19,7 +19,7 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 class Preempted(Exception):
-    """A cluster asked for the machine (SIGTERM, SIGUSR1), and a checkpoint was saved."""
+    """The run was stopped by SIGTERM or SIGUSR1, as clusters send them, after a checkpoint was saved."""
 
 
 def explain(error: BaseException) -> tuple[str, int]:
@@ -37,21 +37,21 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
         return (
             f"error: process {os.environ.get('RANK', '0')} lost contact with another one: {first_line} The cause is in "
-            "the output of the process that ended first. Go on with --resume auto."
+            "the output of the process that ended first. Resume with --resume auto."
         ), EXIT_HUNG
     if isinstance(error, KeyboardInterrupt):
-        return str(error) or "interrupted; go on from the last checkpoint with --resume auto", 130
+        return str(error) or "interrupted; resume the last checkpoint with --resume auto", 130
     raise error
 
 
 class StopSignals:
-    """Ctrl-C, and a cluster's SIGTERM or SIGUSR1: finish the step, save a checkpoint, stop. A second one stops at once.
+    """Handles SIGINT (Ctrl-C), SIGTERM and SIGUSR1: finish the step, save a checkpoint, stop; stop at once if repeated.
 
         with StopSignals(engine) as signals:
             ...
 
     Attributes:
-        seen: the signal that came, 0 for none, as of the last `ask`.
+        seen: the number of the signal that was received before the last `ask`; 0 for none.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -72,14 +72,14 @@ class StopSignals:
         if not self._received:
             self._received, self._when = number, time.monotonic()
             os.write(2, b"\nstopping after this step with a checkpoint; once more to stop at once\n")
-        elif time.monotonic() - self._when > 2:  # a cluster and its launcher may both pass on one signal
+        elif time.monotonic() - self._when > 2:  # within 2 s: one signal, passed on twice by cluster and launcher
             raise KeyboardInterrupt
 
     def ask(self, *, together: bool) -> int:
-        """Look for a signal; returns `seen`. Collective if `together`.
+        """Update `seen` and return it. Collective if `together`.
 
-        Several processes receive a signal at different moments and have to stop after the same step: they see it only
-        where they ask together.
+        Processes receive a signal at different moments but must stop after the same step: with several processes `seen`
+        changes only if they ask together.
         """
         if self._engine.world_size == 1:
             self.seen = self._received
@@ -89,12 +89,12 @@ class StopSignals:
         return self.seen
 
     def leave_if_seen(self, step: int, checkpoints: Checkpoints) -> None:
-        """Raise KeyboardInterrupt for Ctrl-C, Preempted for a cluster's signal, once the checkpoint is on the disk."""
+        """If a signal was seen, wait for the checkpoint and raise KeyboardInterrupt (SIGINT) or Preempted."""
         if not self.seen:
             return
         checkpoints.wait()
         saved = checkpoint_folder(checkpoints.config.run_folder, step)
-        message = f"after step {step}, saved {saved}; go on with --resume auto"
+        message = f"after step {step}, saved {saved}; resume with --resume auto"
         if self.seen == signal.SIGINT:
             raise KeyboardInterrupt(f"interrupted {message}")
         checkpoints.mark_preempted()
@@ -102,11 +102,11 @@ class StopSignals:
 
 
 class Watchdog:
-    """Ends this process with exit code 70 if it makes no progress for `timeout` seconds, and says for whom it waits.
+    """Ends a process with exit code 70 after `timeout` seconds without progress, and names those it waits for.
 
-    A process that hangs is stuck in a collective and cannot look around itself, so a thread does. Every process writes
-    the step it is in to the key-value store that started the group; the message on standard error names the step, and
-    the processes that are behind or silent. A single process is not watched.
+    A process that hangs in a collective cannot report it, so a thread does. Each process writes its step to the
+    key-value store of the process group. The message on standard error names the step, and the processes that are
+    behind or silent. A single process is not watched.
 
         with Watchdog(timeout=1800) as watchdog:
             for step in range(steps):
@@ -123,7 +123,7 @@ class Watchdog:
         self._store = dist.PrefixStore("hgpt_watchdog", dist.distributed_c10d._get_default_store()) if several else None
 
     def beat(self, step: int, doing: str) -> None:
-        """This process makes progress: it now does `doing` of `step`."""
+        """Record progress: this process begins `doing` ("training", "evaluation", ...) in `step`."""
         self._beat = (step, doing, time.time())
 
     def __enter__(self) -> "Watchdog":
@@ -137,12 +137,12 @@ class Watchdog:
     def _watch(self, store: dist.Store) -> None:
         while not self._end.is_set():
             step, doing, since = self._beat
-            with suppress(RuntimeError):  # the process that holds the store has ended: the others will be silent
+            with suppress(RuntimeError):  # rank 0, which holds the store, has ended
                 store.set(str(self._rank), json.dumps([step, doing, time.time()]))
             if time.time() - since > self.timeout:
                 lines = [f"process {self._rank} has waited for {self.timeout:g} s in step {step} ({doing})"]
                 lines += self._others(store, step)
-                os.write(2, ("\nerror: " + "; ".join(lines) + ". Go on with --resume auto.\n").encode())
+                os.write(2, ("\nerror: " + "; ".join(lines) + ". Resume with --resume auto.\n").encode())
                 os._exit(EXIT_HUNG)  # the main thread would never return from the collective
             self._end.wait(self._interval)
 
