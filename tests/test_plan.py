@@ -289,7 +289,7 @@ def test_bad_options(shipped, options, message):
             "--train.micro_batch 60 --device NVIDIA_L4",
             r"^warning: [\d.]+ GiB in the 22\.00 GiB of NVIDIA L4 does not fit; .*activation_checkpointing = true",
         ),
-        ("--memory 7.8", "^warning: .* is tight"),
+        ("--memory 7.6", "^warning: .* is tight"),
         ("--device NVIDIA_B200", "not estimated: the bf16 peak of 'NVIDIA B200' is not known"),
         ("--device NVIDIA_B200", "^warning: the memory of 'NVIDIA B200' is not known: give it with --memory GIB"),
         ("--engine zero3 --train.compile true", "^warning: zero3 does not work with train.compile = true"),
