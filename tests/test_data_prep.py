@@ -53,6 +53,9 @@ def test_shards_decode_to_the_documents_in_order(tmp_path, tokenizer):
         assert meta.splits[side].tokens == len(TokenShards.open(folder, side))
     assert (meta.tokenizer, meta.source) == (tokenizer, "data.jsonl")
     assert meta.preparation["val_fraction"] == 0.2 and {"hgpt", "tiktoken"} <= meta.packages.keys()
+    # A tokenizer is trained on the train side alone.
+    expected = load_tokenizer(tokenizer, lambda: found["train"]).save(tmp_path)
+    assert (folder / "tokenizer.json").read_bytes() == expected.read_bytes()
 
 
 def test_split_never_leaks(tmp_path):
@@ -71,13 +74,6 @@ def test_split_depends_on_the_seed_and_on_the_document_alone():
     split, other = HashSplit(val_fraction=0.1), HashSplit(val_fraction=0.1, seed=1)
     assert [split.side(place, text) for place, text in enumerate(TEXTS)] == [split.side(0, text) for text in TEXTS]
     assert [split.side(0, text) for text in TEXTS] != [other.side(0, text) for text in TEXTS]
-
-
-def test_tokenizer_is_trained_on_the_train_side_alone(tmp_path):
-    folder = prepared(tmp_path / "data", TEXTS)
-    train = [text for text in TEXTS if HashSplit(val_fraction=0.2).side(0, text) == "train"]
-    expected = load_tokenizer("bpe:300", lambda: train).save(tmp_path)
-    assert (folder / "tokenizer.json").read_bytes() == expected.read_bytes()
 
 
 def test_a_split_that_leaves_a_side_empty_says_what_helps(tmp_path, capsys):
@@ -100,12 +96,9 @@ def test_a_split_that_leaves_a_side_empty_says_what_helps(tmp_path, capsys):
         (["--val-fraction", "nan"], "--val-fraction must lie between 0 and 1, not nan"),
         (["--seed", "-1"], "--seed must be from 0 to 2^64 - 1, not -1"),
         (["--tokenizer", "bpe:7"], "'bpe:7': bpe:N takes"),
-        (["--workers", "0"], "--workers must be at least 1, not 0"),
-        (["--tokens-per-shard", "0"], "--tokens-per-shard must be at least 1, not 0"),
         (["--separator", "x"], "--separator has no effect"),
         (["--separator", ""], "--separator: must not be empty"),
         (["--text-column", "body"], "no JSON object with a field 'body'"),
-        (["--surprise"], "--surprise"),
     ],
 )
 def test_bad_options(tmp_path, capsys, options, message):
@@ -119,20 +112,19 @@ def test_bad_paths(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_vocabulary_that_does_not_fit_is_refused(tmp_path, capsys):
-    vocabulary = {"<|endoftext|>": 0, "<unk>": 1, **{f"w{i}": i + 2 for i in range(65_534)}}
-    (tmp_path / "tokenizer.json").write_text(
-        json.dumps({"model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}})
-    )
-    message = refused(capsys, tmp_path, TEXTS, "--tokenizer", tmp_path)
-    assert "65,536 tokens does not fit the shard format" in message and "until a uint32 version" in message
-
-
-def test_text_that_a_tokenizer_has_no_tokens_for_is_refused(tmp_path, capsys):
-    (tmp_path / "tokenizer.json").write_text(
-        json.dumps({"model": {"type": "WordLevel", "vocab": {"<|endoftext|>": 0, "a": 1}, "unk_token": "<unk>"}})
-    )
-    assert "has no tokens for some of the text" in refused(capsys, tmp_path, TEXTS, "--tokenizer", tmp_path)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["<unk>", *(f"w{i}" for i in range(65_534))], "65,536 tokens does not fit the shard format"),
+        (["a"], "has no tokens for some of the text"),
+    ],
+    ids=["too large", "too small"],
+)
+def test_vocabularies_that_do_not_fit(tmp_path, capsys, words, message):
+    vocabulary = {word: number for number, word in enumerate(["<|endoftext|>", *words])}
+    content = {"model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert message in refused(capsys, tmp_path, TEXTS, "--tokenizer", tmp_path)
 
 
 def test_command_line(tmp_path, capsys):

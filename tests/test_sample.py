@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -99,39 +99,26 @@ def test_measured_distances_are_those_of_hidden_states_and_centres(loaded) -> No
 
     assert [position.token for position in positions] == new_ids
     for t, position in enumerate(positions):
-        token = position.token
+        token, expected = position.token, ratios[t].sort()
         assert position.probability == pytest.approx(probabilities[t, token].item(), rel=1e-4)
         assert position.ratio == pytest.approx(ratios[t, token].item(), rel=1e-5)
         assert position.rank == 1 + (distances[t] < distances[t, token]).sum().item()
-        expected = ratios[t].sort()
         assert [ratio for _, ratio in position.nearest] == pytest.approx(expected.values.tolist(), rel=1e-5)
         assert [token for token, _ in position.nearest[:6]] == expected.indices[:6].tolist()
-        # The inverse of HarMax: the ratios to all centres give the probability back.
-        weights = torch.tensor([ratio for _, ratio in position.nearest], dtype=torch.float64) ** -n
-        assert position.ratio**-n / weights.sum() == pytest.approx(position.probability, rel=1e-4)
 
 
-def test_printed_table_holds_the_measured_values_whatever_the_sampling(loaded, harmonic: Path, write) -> None:
+def test_the_table_of_measured_values_is_printed_below_the_text(loaded, harmonic: Path, write) -> None:
+    """Measured at temperature 1, whatever the temperature of the sampling."""
     model, tokenizer = loaded
     argv = ("--prompt", PROMPT, "--max-new-tokens", "12", "--seed", "5", "--temperature", "3", "--top-p", "0.9")
     text = write(harmonic, *argv)
     out = write(harmonic, *argv, "--show-distances", "--nearest", "3")
-    assert out.startswith(text)
-    assert "temperature 1" in out
-
     prompt_ids = tokenizer(PROMPT).input_ids
     (new_ids,) = generate(model, prompt_ids, 12, *argv)
-    probabilities = torch.softmax(-model.config.exponent * float64_distances(model, prompt_ids + new_ids).log(), -1)
-    rows = re.findall(r"^ *(\d+)  (\S+) +([\d.e-]+) +(\d+\.\d+) +(\d+)  (.*)$", out, flags=re.MULTILINE)
-    assert len(rows) == len(new_ids)
-    for t, (number, shown, p, ratio, rank, nearest) in enumerate(rows):
-        assert int(number) == t + 1
-        assert shown == visible(tokenizer, new_ids[t])
-        expected = probabilities[len(prompt_ids) - 1 + t, new_ids[t]].item()
-        assert float(p) == pytest.approx(expected, abs=6e-5 if float(p) >= 1e-3 else expected * 0.06)
-        assert (float(ratio) == 1) == (rank == "1") or float(ratio) < 1.001
-        near = [float(value) for value in re.findall(r"(\d+\.\d{3})(?:\s|$)", nearest)]
-        assert len(near) == 3 and near[0] == 1 and near == sorted(near)
+    positions = measure(model, prompt_ids, new_ids, nearest=3)
+    table = distance_table(positions, tokenizer, model.config.exponent)
+    assert out.startswith(text) and "temperature 1" in out and table in out
+    assert len(table.splitlines()) == 1 + 12
 
 
 def test_table_columns_are_aligned_and_fit_the_terminal(loaded) -> None:
@@ -148,9 +135,14 @@ def test_table_columns_are_aligned_and_fit_the_terminal(loaded) -> None:
 
 
 @pytest.mark.parametrize(("exponent", "decimals"), [(11.3, 3), (110.9, 4), (1536.0, 5)])
-def test_decimals_follow_the_exponent(loaded, exponent: float, decimals: int) -> None:
+def test_a_row_of_the_table(loaded, exponent: float, decimals: int) -> None:
+    """The decimals of the ratio follow the exponent."""
+    tokenizer = loaded[1]
     position = TokenDistances(token=5, probability=0.25, ratio=1.0123456, rank=2, nearest=[(6, 1.0)])
-    assert f" {1.0123456:.{decimals}f} " in distance_table([position], loaded[1], exponent)
+    _, row = distance_table([position], tokenizer, exponent).splitlines()
+    number, shown, probability, ratio, rank, *_ = row.split()
+    assert (number, shown, rank) == ("1", visible(tokenizer, 5), "2")
+    assert float(probability) == 0.25 and ratio == f"{1.0123456:.{decimals}f}"
 
 
 def test_tokens_are_visible(loaded) -> None:
@@ -212,19 +204,19 @@ def test_temperature_0_and_cuts_to_one_token_are_greedy(loaded, harmonic: Path, 
     assert "sampling  greedy" in write.notes
 
 
-def sampled_from(model, monkeypatch: pytest.MonkeyPatch, argv: Sequence[str], prompt_ids: list[int]) -> torch.Tensor:
+def sampled_from(model, monkeypatch: pytest.MonkeyPatch, argv: str, prompt_ids: list[int]) -> torch.Tensor:
     """The probabilities that the first new token was drawn from, (V,)."""
     drawn = []
     draw = torch.multinomial
     monkeypatch.setattr(torch, "multinomial", lambda p, **kw: (drawn.append(p), draw(p, **kw))[1])
-    generate(model, prompt_ids, 1, *argv)
+    generate(model, prompt_ids, 1, *argv.split())
     return drawn[0][0]
 
 
 def test_temperature_is_the_exponent_n_over_t(loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = loaded
     prompt_ids = tokenizer(PROMPT).input_ids
-    drawn = sampled_from(model, monkeypatch, ("--temperature", "0.3", "--top-k", "0"), prompt_ids)
+    drawn = sampled_from(model, monkeypatch, "--temperature 0.3 --top-k 0", prompt_ids)
     distances = float64_distances(model, prompt_ids)[-1]
     expected = hgpt.harmax(distances.square(), model.config.exponent / 0.3)
     torch.testing.assert_close(drawn.double(), expected, rtol=1e-4, atol=1e-9)
@@ -239,10 +231,11 @@ def test_temperature_is_the_exponent_n_over_t(loaded, monkeypatch: pytest.Monkey
     ],
 )
 def test_truncation_keeps_the_most_probable(loaded, monkeypatch: pytest.MonkeyPatch, argv: str, kept: Callable) -> None:
-    prompt_ids = loaded[1](PROMPT).input_ids
-    drawn = sampled_from(loaded[0], monkeypatch, ("--temperature", "1", *argv.split()), prompt_ids)
-    distances = float64_distances(loaded[0], prompt_ids)[-1]
-    p = hgpt.harmax(distances.square(), loaded[0].config.exponent).sort(descending=True)
+    model, tokenizer = loaded
+    prompt_ids = tokenizer(PROMPT).input_ids
+    drawn = sampled_from(model, monkeypatch, f"--temperature 1 {argv}", prompt_ids)
+    distances = float64_distances(model, prompt_ids)[-1]
+    p = hgpt.harmax(distances.square(), model.config.exponent).sort(descending=True)
     assert 1 < kept(p.values) < VOCAB
     assert set(drawn.nonzero().flatten().tolist()) == set(p.indices[: kept(p.values)].tolist())
 
@@ -257,14 +250,10 @@ def test_padding_is_never_sampled_and_a_text_stops_at_its_first_end_of_text(load
     assert sample.decode(tokenizer, [*tokenizer(" b").input_ids, END], after=tokenizer("a").input_ids) == " b"
 
 
-def test_a_hub_style_gpt2_folder_works_and_its_sampling_defaults_do_not_leak(
-    tmp_path: Path, harmonic: Path, write
-) -> None:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=VOCAB + 19, n_positions=32, n_embd=16, n_layer=1, n_head=2, bos_token_id=END, eos_token_id=END
-    )  # rows of padding, as many models on the hub have
-    model = GPT2LMHeadModel(config)
+def test_a_gpt2_folder_works_and_its_sampling_defaults_do_not_leak(tmp_path: Path, harmonic: Path, write) -> None:
+    # Rows of padding, as many models on the hub have.
+    sizes = {"vocab_size": VOCAB + 19, "n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=END, eos_token_id=END))
     model.generation_config = GenerationConfig(do_sample=True, top_k=1, repetition_penalty=5.0, eos_token_id=END)
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(harmonic).save_pretrained(tmp_path)
@@ -302,10 +291,8 @@ def test_no_prompt_starts_at_end_of_text(harmonic: Path, write, loaded) -> None:
 @pytest.mark.parametrize(
     ("prompt", "new", "expected", "notes"),
     [
-        (10, 20, (10, 20), []),
         (80, 20, (80, 20), []),
         (90, 20, (80, 20), ["prompt"]),  # new tokens push out the beginning
-        (500, 20, (80, 20), ["prompt"]),
         (500, 80, (50, 50), ["prompt", "length"]),  # but not more than half of the context
         (30, 500, (30, 70), ["length"]),  # and the text ends where the context ends
     ],
@@ -341,72 +328,66 @@ def complaint(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("argv", "words"),
     [
-        ("--temperature -1", "--temperature: must be 0 (greedy) or a number from 1e-06 up; got -1.0"),
-        ("--temperature nan", "--temperature: must be"),
-        ("--temperature warm", "--temperature: invalid float value: 'warm'"),
-        ("--top-p 0", "--top-p: must lie in (0, 1]; got 0.0"),
-        ("--top-p 1.5", "--top-p: must lie in (0, 1]; got 1.5"),
-        ("--min-p -0.1", "--min-p: must lie in [0, 1]; got -0.1"),
-        ("--min-p 2", "--min-p: must lie in [0, 1]; got 2.0"),
-        ("--top-k -1", "--top-k: must be 0 (all tokens) or more; got -1"),
-        ("--num-samples 0", "--num-samples: must be at least 1; got 0"),
-        ("--max-new-tokens 0", "--max-new-tokens: must be at least 1; got 0"),
-        ("--seed -1", "--seed: must lie between"),
-        ("--dtype int8", "--dtype: invalid choice: 'int8'"),
-        ("--show-distances --nearest 0", "--nearest: must be at least 1; got 0"),
-        ("--nearest 3", "--nearest has no effect without --show-distances"),
-        ("--greedy --temperature 0.5", "--temperature: not allowed with argument --greedy"),
-        ("--greedy --top-k 5", "--top-k has no effect with --greedy"),
-        ("--temperature 0 --top-p 0.9", "--top-p has no effect with --temperature 0"),
-        ("--greedy --min-p 0.1", "--min-p has no effect with --greedy"),
-        ("--greedy --num-samples 2", "--num-samples has no effect with --greedy"),
-        ("--prompt a --prompt-file b", "--prompt-file: not allowed with argument --prompt"),
-        ("--promt a", "unrecognized arguments: --promt a"),
-        ("--prompt-file /no/such/file", "prompt file /no/such/file cannot be read: No such file or directory"),
-        ("--prompt a\udcfc", "--prompt is not UTF-8: byte 1 is 0xfc"),
-        ("--device toaster", "--device toaster cannot be used here"),
-        ("--checkpoint", "--checkpoint: expected one argument"),
-        ("--checkpoint runs/no_such_run", "runs/no_such_run: there is no such folder"),
-        ("--checkpoint owner/no-such-model", "no model can be loaded from owner/no-such-model"),
-        ("--distance-file /no/such/file.py", "--distance-file: "),
+        ("--temperature -1", "--temperature -1.0"),
+        ("--temperature nan", "--temperature nan"),
+        ("--top-p 0", "--top-p 0.0"),
+        ("--top-p 1.5", "--top-p 1.5"),
+        ("--min-p -0.1", "--min-p -0.1"),
+        ("--min-p 2", "--min-p 2.0"),
+        ("--top-k -1", "--top-k -1"),
+        ("--num-samples 0", "--num-samples 0"),
+        ("--max-new-tokens 0", "--max-new-tokens 0"),
+        ("--seed -1", "--seed -1"),
+        ("--dtype int8", "--dtype int8"),
+        ("--show-distances --nearest 0", "--nearest 0"),
+        ("--nearest 3", "--nearest --show-distances"),
+        ("--greedy --temperature 0.5", "--temperature --greedy"),
+        ("--greedy --top-k 5", "--top-k --greedy"),
+        ("--temperature 0 --top-p 0.9", "--top-p --temperature"),
+        ("--greedy --min-p 0.1", "--min-p --greedy"),
+        ("--greedy --num-samples 2", "--num-samples --greedy"),
+        ("--prompt a --prompt-file b", "--prompt-file --prompt"),
+        ("--prompt-file /no/such/file", "/no/such/file"),
+        ("--prompt a\udcfc", "--prompt UTF-8 0xfc"),
+        ("--device toaster", "--device toaster"),
+        ("--checkpoint runs/no_such_run", "runs/no_such_run"),
+        ("--distance-file /no/such/file.py", "--distance-file"),
     ],
 )
-def test_bad_options(capsys: pytest.CaptureFixture[str], harmonic: Path, argv: str, message: str) -> None:
-    assert message in complaint(capsys, "--checkpoint", str(harmonic), *argv.split())
+def test_bad_options(capsys: pytest.CaptureFixture[str], harmonic: Path, argv: str, words: str) -> None:
+    message = complaint(capsys, "--checkpoint", str(harmonic), *argv.split())
+    assert all(word in message for word in words.split())
 
 
 def test_bad_prompts(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--checkpoint" in complaint(capsys, "--prompt", "a")
     argv = ("--checkpoint", "any")
     path = tmp_path / "prompt.txt"
-    for content, message in (
-        (b"", f"prompt file {path} is empty"),
-        (b"\n", f"prompt file {path} is empty"),
-        ("Grüße".encode("latin1"), "is not UTF-8: byte 2 is 0xfc"),
-    ):
+    for content, fault in ((b"", "empty"), (b"\n", "empty"), ("Grüße".encode("latin1"), "byte 2 is 0xfc")):
         path.write_bytes(content)
-        assert message in complaint(capsys, *argv, "--prompt-file", str(path))
+        message = complaint(capsys, *argv, "--prompt-file", str(path))
+        assert str(path) in message and fault in message
     assert f"{tmp_path} cannot be read" in complaint(capsys, *argv, "--prompt-file", str(tmp_path))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
-    assert "the prompt on standard input is empty" in complaint(capsys, *argv, "--prompt", "-")
+    assert "standard input is empty" in complaint(capsys, *argv, "--prompt", "-")
 
 
 def test_damaged_models(capsys: pytest.CaptureFixture[str], harmonic: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    shutil.copytree(harmonic, folder)
-    config = json.loads((folder / "config.json").read_text())
 
     def refused() -> str:
         return complaint(capsys, "--checkpoint", str(folder))
 
+    shutil.copytree(harmonic, folder)
     for size in (290, 310):
         load_tokenizer(f"bpe:{size}", lambda: [TEXT]).save(folder)
         assert f"has {size} tokens, but the model's vocab_size is {VOCAB}" in refused()
-    (folder / "config.json").write_text(json.dumps(config | {"n_layer": 2}))
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(json.dumps(json.loads(config) | {"n_layer": 2}))
     assert "incomplete, without transformer.h.1" in refused()  # weights are not made up
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(config)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     assert f"no tokenizer can be loaded from {folder}" in refused()
@@ -416,11 +397,9 @@ def test_damaged_models(capsys: pytest.CaptureFixture[str], harmonic: Path, tmp_
     assert f"no model can be loaded from {folder}" in refused()
 
 
-def test_distances_need_a_harmonic_head(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, bpe: Tokenizer, write
-) -> None:
+def test_distances_need_a_harmonic_head(capsys: pytest.CaptureFixture[str], tmp_path: Path, bpe, write) -> None:
     softmax = export(tmp_path, bpe, "softmax")
-    assert "--show-distances needs" in complaint(capsys, "--checkpoint", str(softmax), "--show-distances")
+    assert "--show-distances" in complaint(capsys, "--checkpoint", str(softmax), "--show-distances")
     assert write(softmax, "--prompt", "The", "--max-new-tokens", "3").startswith("The")
 
 
@@ -431,14 +410,7 @@ def test_distances_need_a_harmonic_head(
 @pytest.mark.slow
 def test_as_a_program_text_and_notes_are_apart(harmonic: Path) -> None:
     """Nothing but the text on standard output, and on standard error nothing that is not ours."""
-    command = [sys.executable, str(ROOT / "sample.py"), "--checkpoint", str(harmonic), "--prompt", "-"]
-    done = subprocess.run(
-        [*command, "--seed", "1", "--max-new-tokens", "8"],
-        input=PROMPT.encode(),
-        capture_output=True,
-        cwd=ROOT,
-        timeout=600,
-        check=True,
-    )
-    assert done.stdout.decode().startswith(PROMPT)
-    assert [line.split()[0] for line in done.stderr.decode().splitlines()] == ["model", "sampling"]
+    command = [sys.executable, ROOT / "sample.py", "--checkpoint", harmonic, "--prompt", "-", "--max-new-tokens", "8"]
+    done = subprocess.run(command, input=PROMPT, capture_output=True, encoding="utf-8", cwd=ROOT, check=True)
+    assert done.stdout.startswith(PROMPT)
+    assert [line.split()[0] for line in done.stderr.splitlines()] == ["model", "sampling"]

@@ -328,17 +328,11 @@ def test_to_hf():
     head = HeadConfig(exponent="2*sqrt_dim", final_norm_gain=0.03, centre_init_std=0.5, learn_exponent=True)
     sizes = {"n_layer": 3, "n_head": 4, "n_embd": 64, "bias": True, "dropout": 0.1, "tie_word_embeddings": False}
     model = ModelConfig(**sizes, init_from="y", head=head)
-    config = model.to_hf(vocab_size=100, seq_len=32, end_of_text=99)
-    expected = sizes | {
-        "n_positions": 32,
-        "vocab_size": 100,
-        "head": "harmonic",
-        "exponent": 16.0,
-        "learn_exponent": True,
-    }
-    expected |= {"distance": "euclidean", "distance_options": {}, "final_norm_gain": 0.03, "centre_init_std": 0.5}
-    expected |= {"padded_vocab_size": 128, "bos_token_id": 99, "eos_token_id": 99, "pad_token_id": 99}
-    assert {name: getattr(config, name) for name in expected} == expected
+    found = model.to_hf(vocab_size=100, seq_len=32, end_of_text=99)
+    expected = {"n_positions": 32, "vocab_size": 100, "padded_vocab_size": 128, "head": "harmonic", "exponent": 16.0}
+    expected |= {"learn_exponent": True, "distance": "euclidean", "distance_options": {}, "final_norm_gain": 0.03}
+    expected |= {"centre_init_std": 0.5, "bos_token_id": 99, "eos_token_id": 99, "pad_token_id": 99}
+    assert {name: getattr(found, name) for name in sizes | expected} == sizes | expected
     softmax = replace(model, head=HeadConfig(type="softmax")).to_hf(vocab_size=100, seq_len=32)
     assert (softmax.head, softmax.final_norm_gain) == ("softmax", 1.0)
 
@@ -349,9 +343,8 @@ def test_to_hf():
 
 def saved(config: RunConfig, **changed: object) -> dict:
     """The settings as they come back from a checkpoint's state.json."""
-    return json.loads(json.dumps(settings(config))) | {
-        name.replace("__", "."): value for name, value in changed.items()
-    }
+    changes = {name.replace("__", "."): value for name, value in changed.items()}
+    return json.loads(json.dumps(settings(config))) | changes
 
 
 def test_resume_of_the_same_configuration(file):

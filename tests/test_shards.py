@@ -1,11 +1,11 @@
 """hgpt/data/shards.py: round trips, reading across shards, and every way in which a data folder can be bad."""
 
+import hashlib
 import json
 import os
 import pickle
 import resource
-import subprocess
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -38,8 +38,7 @@ def folder(tmp_path):
         with ShardWriter(tmp_path, split, tokens_per_shard=250) as writer:
             for piece in np.array_split(tokens, 7):
                 writer.write(piece)
-            shards = writer.close()
-        splits[split] = SplitMeta(tokens=tokens.size, documents=3, bytes=4000, shards=shards)
+            splits[split] = SplitMeta(tokens=tokens.size, documents=3, bytes=4000, shards=writer.close())
     meta = DataMeta(
         tokenizer="bpe:507",
         vocab_size=VOCAB_SIZE,
@@ -52,13 +51,6 @@ def folder(tmp_path):
     )
     write_meta(tmp_path, meta)
     return tmp_path
-
-
-def edit_meta(folder, edit):
-    path = folder / "meta.json"
-    content = json.loads(path.read_text())
-    edit(content)
-    path.write_text(json.dumps(content))
 
 
 def patch(path, position, content):
@@ -75,12 +67,8 @@ def test_files_are_in_the_format_of_llm_c(folder):
     header = np.frombuffer(data[:1024], dtype="<i4")
     assert header[:3].tolist() == [20240520, 1, 3] and not header[3:].any()
     assert np.array_equal(np.frombuffer(data[1024:], dtype="<u2"), TOKENS["train"][1000:])
-
-
-def test_checksums_are_those_of_sha256sum(folder):
     for record in read_meta(folder).splits["train"].shards:
-        printed = subprocess.run(["sha256sum", folder / record.file], capture_output=True, text=True, check=True)
-        assert printed.stdout.split()[0] == record.sha256
+        assert record.sha256 == hashlib.sha256((folder / record.file).read_bytes()).hexdigest()
 
 
 def test_meta_round_trip(folder):
@@ -128,7 +116,7 @@ def test_a_folder_knows_its_vocabulary(folder):
 # --------------------------------------------------------------------------------------------------- writing
 
 
-def test_leaving_the_writer_by_an_exception_leaves_no_file_with_the_name_of_a_shard_that_is_not_whole(tmp_path):
+def test_an_exception_leaves_no_unfinished_file_with_the_name_of_a_shard(tmp_path):
     with pytest.raises(RuntimeError), ShardWriter(tmp_path, "train", tokens_per_shard=10) as writer:
         writer.write(np.arange(14))
         raise RuntimeError
@@ -208,18 +196,20 @@ def test_bare_nanogpt_folder_needs_a_vocabulary_that_fits(nanogpt):
         shards.read(0, 1003)
 
 
-def test_bad_bare_nanogpt_files(nanogpt):
-    (nanogpt / "val.bin").write_bytes(b"abc")
-    with pytest.raises(UserError, match=r"val\.bin is truncated: 3 bytes"):
-        TokenShards.open(nanogpt, "val", vocab_size=9)
-    (nanogpt / "val.bin").write_bytes(b"")
-    with pytest.raises(UserError, match=r"val\.bin is empty"):
-        TokenShards.open(nanogpt, "val", vocab_size=9)
-    (nanogpt / "val.bin").write_bytes(np.array([20240520, 1], dtype="<i4").tobytes())
-    with pytest.raises(UserError, match=r"llm\.c's header"):
-        TokenShards.open(nanogpt, "val", vocab_size=9)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"abc", r"val\.bin is truncated: 3 bytes"),
+        (b"", r"val\.bin is empty"),
+        (np.array([20240520, 1], dtype="<i4").tobytes(), r"val\.bin .*llm\.c's header"),
+        (None, r"has no val\.bin"),
+    ],
+)
+def test_bad_bare_nanogpt_files(nanogpt, content, message):
     (nanogpt / "val.bin").unlink()
-    with pytest.raises(UserError, match=r"has no val\.bin"):
+    if content is not None:
+        (nanogpt / "val.bin").write_bytes(content)
+    with pytest.raises(UserError, match=message):
         TokenShards.open(nanogpt, "val", vocab_size=9)
 
 
@@ -229,12 +219,8 @@ def test_bad_bare_nanogpt_files(nanogpt):
 def write_llm_c(path, tokens):
     """As modded-nanogpt's data/fineweb.py and llm.c's dev/data/data_common.py write a shard."""
     header = np.zeros(256, dtype=np.int32)
-    header[0] = 20240520
-    header[1] = 1
-    header[2] = len(tokens)
-    with open(path, "wb") as file:
-        file.write(header.tobytes())
-        file.write(np.asarray(tokens).astype(np.uint16).tobytes())
+    header[:3] = 20240520, 1, len(tokens)
+    path.write_bytes(header.tobytes() + np.asarray(tokens).astype(np.uint16).tobytes())
 
 
 def test_shards_of_modded_nanogpt_and_llm_c(tmp_path):
@@ -265,22 +251,15 @@ def test_a_single_shard_of_llm_c(tmp_path):
 # ----------------------------------------------------------------------------------------- reading large data sets
 
 
-def test_resident_memory_does_not_grow_with_what_is_read(folder):
+def test_resident_memory_does_not_grow_with_what_is_read(tmp_path):
     """Every byte of a larger shard is read; a memory map would count each page that was touched."""
-    with ShardWriter(folder, "train", tokens_per_shard=30_000_000) as writer:
-        writer.write(np.zeros(30_000_000, dtype=np.uint16))
-        records = writer.close()
-    meta = read_meta(folder)
-    splits = {**meta.splits, "train": SplitMeta(tokens=30_000_000, documents=1, bytes=1, shards=records)}
-    for path in folder.glob("train_00000[1-4].bin"):
-        path.unlink()
-    write_meta(folder, DataMeta(**{**meta.__dict__, "splits": splits}))
+    write_llm_c(tmp_path / "x_train_000000.bin", np.zeros(30_000_000))
 
     def resident():
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    shards = TokenShards.open(folder, "train")
+    shards = TokenShards.open(tmp_path, "train", vocab_size=VOCAB_SIZE)
     shards.read(0, 1025)
     before = resident()
     for start in range(0, len(shards) - 1025, 1024):
@@ -303,20 +282,10 @@ def test_more_shards_than_a_process_may_open_files(tmp_path):
 
 
 def test_threads_read_the_same(folder):
-    shards = TokenShards.open(folder, "train")
-    wrong = []
-
-    def read():
-        for start in range(0, 1000, 7):
-            if not np.array_equal(shards.read(start, start + 3), TOKENS["train"][start : start + 3]):
-                wrong.append(start)
-
-    threads = [threading.Thread(target=read) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    shards, starts = TokenShards.open(folder, "train"), list(range(0, 1000, 7)) * 4
+    with ThreadPoolExecutor(4) as pool:
+        for start, found in zip(starts, pool.map(lambda start: shards.read(start, start + 3), starts), strict=True):
+            assert np.array_equal(found, TOKENS["train"][start : start + 3])
 
 
 def test_a_shard_that_is_cut_short_after_it_was_opened(folder):
@@ -331,14 +300,15 @@ def test_a_shard_that_is_cut_short_after_it_was_opened(folder):
 # -------------------------------------------------------------------------------------------------- bad folders
 
 
-def test_missing_and_empty_folder(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere does not exist.*data_prep\.documents.*data_prep\.python_docs"):
-        TokenShards.open(tmp_path / "nowhere", "train")
-    with pytest.raises(UserError, match=r"holds no token shards"):
-        TokenShards.open(tmp_path, "train")
+def test_folders_that_hold_no_data(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="is not a folder"):
-        TokenShards.open(tmp_path / "file", "train")
+    for folder, message in (
+        (tmp_path / "nowhere", r"nowhere does not exist.*data_prep\.documents"),
+        (tmp_path, "holds no token shards"),
+        (tmp_path / "file", "is not a folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            TokenShards.open(folder, "train")
 
 
 def test_missing_meta(folder):
@@ -350,11 +320,11 @@ def test_missing_meta(folder):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda m: m.pop("vocab_size"), "vocab_size must be an integer, but is missing"),
-        (lambda m: m.update(vocab_size="507"), "vocab_size must be an integer, but is '507'"),
-        (lambda m: m.update(vocab_size=65536), r"65,536 .* at most 65,535.*until a uint32 version"),
+        (lambda m: m.pop("vocab_size"), "vocab_size .* is missing"),
+        (lambda m: m.update(vocab_size="507"), "vocab_size .* '507'"),
+        (lambda m: m.update(vocab_size=65536), "65,536 .* 65,535"),
         (lambda m: m.update(vocab_size=0), "must be at least 1"),
-        (lambda m: m.update(end_of_text=507), "end_of_text must be .*0 to 506, not 507"),
+        (lambda m: m.update(end_of_text=507), "end_of_text .*0 to 506, not 507"),
         (lambda m: m.update(format_version=2), "format_version is 2, this version of hgpt reads 1"),
         (lambda m: m["splits"].update(train=3), r"splits\.train: shards must be a list"),
         (lambda m: m["splits"]["train"].update(tokens=9), "tokens is 9, but its shards sum to 1003"),
@@ -363,7 +333,9 @@ def test_missing_meta(folder):
     ],
 )
 def test_broken_meta(folder, edit, message):
-    edit_meta(folder, edit)
+    content = json.loads((folder / "meta.json").read_text())
+    edit(content)
+    (folder / "meta.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
         TokenShards.open(folder, "train")
 
@@ -378,8 +350,8 @@ def test_meta_that_is_no_json_object(folder, content):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda p: p.write_bytes(p.read_bytes()[:-2]), r"truncated: 1522 bytes, where 250 tokens take 1524"),
-        (lambda p: p.write_bytes(p.read_bytes()[:100]), "truncated: 100 bytes, less than the header"),
+        (lambda p: os.truncate(p, 1522), r"truncated: 1522 bytes, where 250 tokens take 1524"),
+        (lambda p: os.truncate(p, 100), "truncated: 100 bytes, less than the header"),
         (lambda p: p.write_bytes(p.read_bytes() + b"xx"), "too long"),
         (lambda p: patch(p, 0, b"\x00"), "no token shard: it starts with .*20240520"),
         (lambda p: patch(p, 4, b"\x07"), "version 7 of the shard format, this version of hgpt reads 1"),
