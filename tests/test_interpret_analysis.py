@@ -139,7 +139,7 @@ def test_a_run_on_a_folder_of_nanogpt_says_itself_how_large_its_vocabulary_is(tm
     # Without the run nothing says whose tokens they are; what does not fit by its size is not measured.
     found = analyse([str(same_size), str(foreign)], replace(FEW, tokens=200, data=str(data)))
     assert [model.text is None for model in found.models] == [False, True]
-    assert predictions.of(found.models[1])["quality"] == {} and similarity.NAME not in found.compared
+    assert predictions.of(found.models[1])["quality"] == {} and "similarity" not in found.compared
     assert any("that its tokens are those of twin is a guess" in note for note in found.notes)
     assert any(
         f"foreign predicts 280 tokens, and the vocabulary of {data} has 300: nothing was measured on text" in note
@@ -190,7 +190,7 @@ def test_models_of_the_hub_and_of_this_disk_read_the_same_windows(tmp_path, monk
     assert first.text.positions.target.tolist() == second.text.positions.target.tolist()
     assert first.text.sample_at.tolist() == second.text.sample_at.tolist()
     assert np.bincount(first.text.positions.window.astype(int)).max() == 16
-    assert set(found.compared[similarity.NAME]) == {second.label}
+    assert set(found.compared["similarity"]) == {second.label}
     assert [note for note in found.notes if "read windows of" in note] == [
         "long read windows of 16 tokens, not of its whole context of 40: models with the same tokenizer read the same "
         "windows, and the context of somebody/short is no longer."

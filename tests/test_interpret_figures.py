@@ -17,7 +17,7 @@ from hgpt.interpret import report
 from hgpt.interpret.blocks import Details, Drawing, Prose, paragraph
 from hgpt.interpret.drawing import look, measure_against_loss, save_figure, swatch
 from hgpt.interpret.measure import Analysis, Measure, ModelResult, Quantity, counts_text
-from hgpt.interpret.measures import MEASURES, calibration, lens, parallelograms, planes
+from hgpt.interpret.measures import MEASURES, calibration, parallelograms, planes
 from hgpt.interpret.measures.differences import duplicate_variants, variant_signs, variants
 from hgpt.interpret.measures.parallelograms import PRESET, RelationScore, scores_by_relation
 from hgpt.interpret.models import Source
@@ -93,7 +93,7 @@ def model(
         ece = Estimate(value=0.1, low=0.05, high=0.2)
         result.found["calibration"] = calibration.Calibration(ece=ece, reliability=curve)
         layer = {"loss": 3.0, "loss_error": 0.1, "accuracy": 0.2, "target_ratio": 0.9, "target_ratio_error": 0.01}
-        result.found[lens.NAME] = [layer] * 3
+        result.found["lens"] = [layer] * 3
     return result
 
 

@@ -396,10 +396,7 @@ def test_what_is_no_model(tmp_path, places):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text('{"model_type": "hgpt"}')
-    with (
-        pytest.raises(UserError, match="no model can be loaded from"),
-        loaded(find_sources([str(broken)])[0], CPU),
-    ):
+    with pytest.raises(UserError, match="no model can be loaded from"), loaded(find_sources([str(broken)])[0], CPU):
         pass
 
 
@@ -407,10 +404,7 @@ def test_a_model_without_tokenizer(tmp_path, places):
     (folder := tmp_path / "model").mkdir()
     for name in ("config.json", "model.safetensors"):
         (folder / name).symlink_to(places["softmax"] / name)
-    with (
-        pytest.raises(UserError, match="no tokenizer can be loaded from"),
-        loaded(find_sources([str(folder)])[0], CPU),
-    ):
+    with pytest.raises(UserError, match="no tokenizer can be loaded from"), loaded(find_sources([str(folder)])[0], CPU):
         pass
 
 

@@ -178,10 +178,6 @@ def _vocab_size(folder: str, sizes: Sequence[int]) -> int | None:
     return min((size for size in sizes if size > largest), default=max(sizes))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The text that all models of a report read
-
-
 @dataclass(frozen=True, kw_only=True)
 class Text:
     """A corpus, and how it is cut into windows.

@@ -26,17 +26,17 @@ CHECKPOINT_TOKENS, CHECKPOINT_WINDOW, CHECKPOINT_SAMPLE = 2048, 256, 512
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisSettings:
-    """What is measured, and on how much.
+    """What is measured, and on how much; python -m hgpt.interpret has an option for each field.
 
     Args:
-        data: a data folder written by data_prep; None: the one that the first run was trained on.
-        relations: a folder of relation sets; None: those that ship.
-        tokens: validation tokens that every model predicts, spread evenly over the split; 0: all of them.
-        bootstrap: resamples behind every interval.
-        text: a UTF-8 file to show in the text browser; None: the beginning of the validation text.
-        words: whose centres are shown; none: the most frequent words of the validation text.
-        seed: of every random choice: quadruples, resamples, positions.
-        device: of the models.
+        data: data folder written by data_prep; left out: the one that the runs name
+        relations: folder of relation sets, one .json each; left out: those that ship
+        tokens: validation tokens that every model predicts, spread evenly over the split; 0: all of them
+        bootstrap: resamples behind every interval
+        text: UTF-8 text to show token by token; left out: the beginning of the validation text
+        words: tokens whose centres to read, a leading space in quotes: ' the'; left out: the commonest words
+        seed: of every random choice: quadruples, resamples, positions
+        device: cpu, cuda, cuda:1, mps, ...
     """
 
     data: str | None = None
@@ -44,7 +44,7 @@ class AnalysisSettings:
     tokens: int = 8192
     bootstrap: int = 1000
     text: str | None = None
-    words: tuple[str, ...] = ()
+    words: Sequence[str] = ()
     seed: int = 0
     device: str = "cpu"
 

@@ -6,13 +6,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hgpt.interpret.measure import Measure, ModelResult, Quantity
+from hgpt.interpret.measure import ModelResult, Quantity
 from hgpt.interpret.measures.parallelograms import pairs_of_pairs
 from hgpt.interpret.relations import SMALLEST_RELATION, TokenPairs
 from hgpt.interpret.statistics import Estimate, estimate
 from hgpt.interpret.subject import Subject
 
-NAME = "analogies"
 EPSILON = 1e-3  # of 3CosMul, as in Levy & Goldberg
 QUESTIONS = 500  # per relation: each costs a search of the vocabulary
 
@@ -32,7 +31,7 @@ class WordMeasures:
 
 def of(model: ModelResult, vectors: str) -> dict[str, WordMeasures]:
     """Relation → measures, of "input" or "centres"."""
-    return model.found.get(NAME, {}).get(vectors, {})
+    return model.found.get("analogies", {}).get(vectors, {})
 
 
 def offset_consistency(offsets: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
@@ -144,38 +143,15 @@ def rows(model: ModelResult) -> dict[str, Any]:
             name: {"consistency": found.consistency, "analogies": found.accuracy, "questions": found.questions}
             for name, found in by_relation.items()
         }
-        for vectors, by_relation in model.found.get(NAME, {}).items()
+        for vectors, by_relation in model.found.get("analogies", {}).items()
     }
     return {"words": words}
 
 
-MEASURE = Measure(
-    name=NAME,
-    compute=compute,
-    rows=rows,
-    quantities=(
-        Quantity("offset consistency, input embedding", mean_of("input", "consistency"), "higher"),
-        Quantity(
-            "offset consistency, centres",
-            mean_of("centres", "consistency"),
-            "higher",
-            key="consistency_centres",
-            axis="offset consistency, centres",
-        ),
-        Quantity(
-            "analogy accuracy 3CosAdd, input embedding",
-            mean_of("input", "3CosAdd"),
-            "higher",
-            key="analogies_input",
-            axis="analogy accuracy 3CosAdd,\ninput embedding",
-        ),
-        Quantity("analogy accuracy 3CosMul, input embedding", mean_of("input", "3CosMul"), "higher"),
-        Quantity(
-            "analogy accuracy 3CosAdd, centres",
-            mean_of("centres", "3CosAdd"),
-            "higher",
-            key="analogies_centres",
-            axis="analogy accuracy 3CosAdd,\ncentres",
-        ),
-    ),
+QUANTITIES = (
+    Quantity("offset consistency, input embedding", mean_of("input", "consistency"), "higher"),
+    Quantity("offset consistency, centres", mean_of("centres", "consistency"), "higher", "consistency_centres"),
+    Quantity("analogy accuracy 3CosAdd, input embedding", mean_of("input", "3CosAdd"), "higher", "analogies_input"),
+    Quantity("analogy accuracy 3CosMul, input embedding", mean_of("input", "3CosMul"), "higher"),
+    Quantity("analogy accuracy 3CosAdd, centres", mean_of("centres", "3CosAdd"), "higher", "analogies_centres"),
 )

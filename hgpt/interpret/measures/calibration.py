@@ -8,12 +8,12 @@ from scipy import stats
 
 from hgpt.interpret.blocks import Block
 from hgpt.interpret.drawing import GREY, look, new_figure, sign
-from hgpt.interpret.measure import Analysis, Measure, ModelResult, Quantity, counts_text, tokens_read
+from hgpt.interpret.measure import Analysis, ModelResult, Quantity, counts_text, tokens_read
 from hgpt.interpret.positions import Positions
 from hgpt.interpret.statistics import CONFIDENCE, Estimate
 from hgpt.interpret.subject import Subject
 
-NAME = "calibration"
+TITLE = "Calibration"
 BINS = 15  # of the reliability curve, as in Guo et al.
 SURE = 3.0  # standard errors beyond which the sign of a bin's gap counts as known
 
@@ -34,7 +34,7 @@ class Calibration:
 
 
 def of(model: ModelResult) -> Calibration | None:
-    return model.found.get(NAME)
+    return model.found.get("calibration")
 
 
 def confidence_bins(confidence: np.ndarray, bins: int = BINS) -> np.ndarray:
@@ -126,10 +126,6 @@ def rows(model: ModelResult) -> dict[str, Any]:
     return {"reliability": None} if found is None else {"quality": {"ece": found.ece}, "reliability": found.reliability}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The page
-
-
 def section(analysis: Analysis) -> list[Block]:
     shown = [(index, found) for index, model in enumerate(analysis.models) if (found := of(model)) is not None]
     if not shown:
@@ -173,11 +169,4 @@ def _ece(model: ModelResult) -> Estimate | None:
     return None if (found := of(model)) is None else found.ece
 
 
-MEASURE = Measure(
-    name=NAME,
-    title="Calibration",
-    compute=compute,
-    rows=rows,
-    section=section,
-    quantities=(Quantity("expected calibration error", _ece, "lower", key="ece", axis="expected calibration error"),),
-)
+QUANTITIES = (Quantity("expected calibration error", _ece, "lower", "ece"),)

@@ -8,12 +8,12 @@ from markupsafe import Markup
 
 from hgpt.errors import UserError
 from hgpt.interpret.blocks import Block, Cell, Details, Html, Table, bold, paragraph
-from hgpt.interpret.measure import Analysis, Measure, ModelResult, counts_text, states_sampled
+from hgpt.interpret.measure import Analysis, ModelResult, counts_text, states_sampled
 from hgpt.interpret.models import LoadedModel
 from hgpt.interpret.positions import CHUNK
 from hgpt.interpret.subject import Read, Subject
 
-NAME = "centres"
+TITLE = "Centres to read"
 NEIGHBOURS, CONTEXTS = 10, 5
 WORDS = 12
 CONTEXT_TOKENS = 12
@@ -21,7 +21,7 @@ CONTEXT_TOKENS = 12
 
 def of(model: ModelResult) -> list[dict[str, Any]]:
     """[{"token", "neighbours": [(token, distance)], "contexts": [{"before", "next", "value"}]}]"""
-    return model.found.get(NAME) or []
+    return model.found.get("centres") or []
 
 
 def neighbours(loaded: LoadedModel, token: int, k: int) -> list[tuple[str, float]]:
@@ -97,9 +97,6 @@ def _context_at(model: LoadedModel, read: Read, at: int, value: float) -> dict[s
     }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The page
-
 NEAR = """<p>Nearest centres ({{ unit }}):
 {% for token, distance in near %}{{ token }} {{ "%.2f"|format(distance) }}
 {%- if not loop.last %}, {% endif %}{% endfor %}</p>"""
@@ -145,6 +142,5 @@ def visible(token: str) -> Markup:
     return Markup("<code>{}</code>").format(token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥"))
 
 
-MEASURE = Measure(
-    name=NAME, title="Centres to read", compute=compute, rows=lambda model: {"centres": of(model)}, section=section
-)
+def rows(model: ModelResult) -> dict[str, Any]:
+    return {"centres": of(model)}

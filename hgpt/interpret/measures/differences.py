@@ -9,7 +9,7 @@ import numpy as np
 
 from hgpt.interpret.blocks import Block, Cell, Drawing, Prose, Table, bold, paragraph
 from hgpt.interpret.drawing import GREY, draw_intervals, headings, listed, new_figure, sign
-from hgpt.interpret.measure import Analysis, Measure, ModelResult
+from hgpt.interpret.measure import Analysis, ModelResult
 from hgpt.interpret.measures.parallelograms import PRESET, Scores, of, preset, without_power
 from hgpt.interpret.statistics import (
     SIGNIFICANT,
@@ -21,7 +21,7 @@ from hgpt.interpret.statistics import (
     smallest_sign_flip_p,
 )
 
-NAME = "differences"
+TITLE = "Differences between models"
 SCORES = "parallelograms.csv"
 TESTED = ("difference", "low", "high", "p", "p_holm")  # columns of a test
 
@@ -56,7 +56,7 @@ def compare(first: ModelResult, other: ModelResult) -> list[dict[str, Any]]:
 
 def comparisons(analysis: Analysis, other: ModelResult, variant: str | None = None) -> list[dict[str, Any]]:
     """The tests of `other` against the first model, of one variant or of all."""
-    tests = analysis.compared.get(NAME, {}).get(other.label, [])
+    tests = analysis.compared.get("differences", {}).get(other.label, [])
     return [test for test in tests if variant in (None, test["variant"])]
 
 
@@ -126,10 +126,6 @@ def scores_table(analysis: Analysis) -> str:
                 test = tests.get((variant, name), {})
                 writer.writerow([model.label, variant, name, *numbers, *(test.get(column, "") for column in TESTED)])
     return stream.getvalue()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The page
 
 
 def section(analysis: Analysis) -> list[Block]:
@@ -263,11 +259,9 @@ def variants(analysis: Analysis) -> Drawing | None:
     )
 
 
-MEASURE = Measure(
-    name=NAME,
-    title="Differences between models",
-    compare=compare,
-    overall=lambda analysis: {"comparisons": [t for tests in analysis.compared.get(NAME, {}).values() for t in tests]},
-    files=lambda analysis: {SCORES: scores_table(analysis)},
-    section=section,
-)
+def overall(analysis: Analysis) -> dict[str, Any]:
+    return {"comparisons": [test for tests in analysis.compared.get("differences", {}).values() for test in tests]}
+
+
+def files(analysis: Analysis) -> dict[str, str]:
+    return {SCORES: scores_table(analysis)}

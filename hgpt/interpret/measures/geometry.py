@@ -1,22 +1,23 @@
 """The shape of the clouds of vectors: ranks, isotropy, norms; of the input embedding, the centres, hidden states."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from hgpt.interpret.blocks import Block, Cell, paragraph
 from hgpt.interpret.drawing import line_look, new_figure, sign
-from hgpt.interpret.measure import Analysis, Curve, Measure, ModelResult, Quantity, counts_text, states_sampled
+from hgpt.interpret.measure import Analysis, Curve, ModelResult, Quantity, counts_text, states_sampled
 from hgpt.interpret.subject import Subject
 from hgpt.interpret.vectors import CHUNK, Matrix
 
-NAME = "geometry"
+TITLE = "Geometry"
 CLOUDS = {"input": "input embedding", "centres": "centres", "hidden": "hidden states at the head"}
 
 
 def of(model: ModelResult, cloud: str) -> dict[str, Any] | None:
     """The measures of one cloud of `CLOUDS`; None for hidden states without text."""
-    return model.found.get(NAME, {}).get(cloud)
+    return model.found.get("geometry", {}).get(cloud)
 
 
 def explained_variance(eigenvalues: np.ndarray) -> np.ndarray:
@@ -122,10 +123,6 @@ def checkpoint(subject: Subject) -> dict[str, float]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The page
-
-
 def section(analysis: Analysis) -> list[Block]:
     clouds = {name: title for name, title in CLOUDS.items() if any(of(model, name) for model in analysis.models)}
     figure, axes = new_figure(1, len(clouds), height=3.3, sharey=True)
@@ -157,43 +154,29 @@ def section(analysis: Analysis) -> list[Block]:
     ]
 
 
-def _value(cloud: str, name: str) -> Any:
-    def value(model: ModelResult) -> Cell:
-        found = of(model, cloud)
-        return None if found is None else found[name]
-
-    return value
+def _value(cloud: str, name: str) -> Callable[[ModelResult], Cell]:
+    return lambda model: None if (found := of(model, cloud)) is None else found[name]
 
 
-MEASURE = Measure(
-    name=NAME,
-    title="Geometry",
-    compute=compute,
-    checkpoint=checkpoint,
-    rows=lambda model: {"geometry": model.found[NAME]},
-    section=section,
-    quantities=(
-        Quantity(
-            "effective rank of the centres",
-            _value("centres", "effective_rank"),
-            key="effective_rank_centres",
-            axis="effective rank of the centres",
-        ),
-        Quantity("participation ratio of the centres", _value("centres", "participation_ratio")),
-        Quantity(
-            "share of the centres' variance in two components",
-            lambda model: model.found[NAME]["centres"]["explained_variance"][1],
-            key="explained_2_centres",
-            axis="share of the centres' variance\nin two components",
-        ),
-        Quantity("isotropy of the centres", _value("centres", "isotropy")),
-        Quantity("mean cosine of two centres", _value("centres", "mean_cosine")),
-        Quantity("effective rank of hidden states", _value("hidden", "effective_rank")),
-        Quantity("mean norm of the centres", lambda model: model.found[NAME]["centres"]["norms"]["mean"]),
+def rows(model: ModelResult) -> dict[str, Any]:
+    return {"geometry": model.found["geometry"]}
+
+
+QUANTITIES = (
+    Quantity("effective rank of the centres", _value("centres", "effective_rank"), key="effective_rank_centres"),
+    Quantity("participation ratio of the centres", _value("centres", "participation_ratio")),
+    Quantity(
+        "share of the centres' variance in two components",
+        lambda model: model.found["geometry"]["centres"]["explained_variance"][1],
+        key="explained_2_centres",
     ),
-    curves=(
-        Curve(key="centre_norm", logged="w_norm_mean", axis="mean norm of the centres", log_scale=True),
-        Curve(key="centre_effective_rank", axis="effective rank of the centres"),
-        Curve(key="centre_participation_ratio", axis="participation ratio\nof the centres"),
-    ),
+    Quantity("isotropy of the centres", _value("centres", "isotropy")),
+    Quantity("mean cosine of two centres", _value("centres", "mean_cosine")),
+    Quantity("effective rank of hidden states", _value("hidden", "effective_rank")),
+    Quantity("mean norm of the centres", lambda model: model.found["geometry"]["centres"]["norms"]["mean"]),
+)
+CURVES = (
+    Curve("centre_norm", "mean norm of the centres", logged="w_norm_mean", log_scale=True),
+    Curve("centre_effective_rank", "effective rank of the centres"),
+    Curve("centre_participation_ratio", "participation ratio\nof the centres"),
 )

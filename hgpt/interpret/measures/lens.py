@@ -3,6 +3,8 @@
 nostalgebraist, *interpreting GPT: the logit lens* (2020); here with distances too.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,18 +12,18 @@ from tqdm import tqdm
 
 from hgpt.interpret.blocks import Block
 from hgpt.interpret.drawing import look, new_figure, sign
-from hgpt.interpret.measure import Analysis, Measure, ModelResult, counts_text, states_sampled
+from hgpt.interpret.measure import Analysis, ModelResult, counts_text, states_sampled
 from hgpt.interpret.models import LoadedModel
 from hgpt.interpret.positions import CHUNK, measure_states, sampled_positions
 from hgpt.interpret.subject import Subject
 
-NAME = "lens"
+TITLE = "Logit lens"
 LENS_POSITIONS = 512
 
 
 def of(model: ModelResult) -> list[dict[str, float]]:
     """Of each layer, the embedding first: "loss", "accuracy", "target_ratio", and standard errors as "loss_error", …"""
-    return model.found.get(NAME) or []
+    return model.found.get("lens") or []
 
 
 def logit_lens(loaded: LoadedModel, states: np.ndarray, targets: np.ndarray) -> list[dict[str, float]]:
@@ -66,10 +68,6 @@ def compute(subject: Subject) -> list[dict[str, float]] | None:
     return logit_lens(subject.model, text.sample[:, inside], text.positions.target[text.sample_at[inside]])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The page
-
-
 def section(analysis: Analysis) -> list[Block]:
     models = [(index, model) for index, model in enumerate(analysis.models) if of(model)]
     if not models:
@@ -101,10 +99,5 @@ def section(analysis: Analysis) -> list[Block]:
     ]
 
 
-MEASURE = Measure(
-    name=NAME,
-    title="Logit lens",
-    compute=compute,
-    rows=lambda model: {"logit_lens": of(model)},
-    section=section,
-)
+def rows(model: ModelResult) -> dict[str, Any]:
+    return {"logit_lens": of(model)}

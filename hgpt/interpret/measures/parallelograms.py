@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from hgpt.interpret.blocks import Block, Cell, Details, Drawing, Prose, Table, bold, paragraph
 from hgpt.interpret.drawing import GREY, draw_intervals, grid, headings, line_look, listed, look, new_figure, sign
-from hgpt.interpret.measure import Analysis, Curve, Measure, ModelResult, Quantity, counts_text
+from hgpt.interpret.measure import Analysis, Curve, ModelResult, Quantity, counts_text
 from hgpt.interpret.relations import SMALLEST_RELATION, TokenPairs, WordForm, distinct
 from hgpt.interpret.statistics import SIGNIFICANT, Estimate, estimate, smallest_shuffle_p
 from hgpt.interpret.subject import Subject
 from hgpt.interpret.vectors import Projection, RelationVectors, ScoreSettings, project
 
-NAME = "parallelograms"
+TITLE = "Parallelograms"
 EXPECTED_AT_RANDOM = 4.0
 INPUTS_AT_A_TIME = 64  # of random pairings: with 5,000 pairs a block of products takes 2.6 MB, and stays in the cache
 PRESET_QUADRUPLES = 10_000
@@ -92,7 +92,7 @@ Scores = dict[str, RelationScore]  # relation → score
 
 def of(model: ModelResult) -> dict[str, Scores]:
     """Variant → relation → score."""
-    return model.found.get(NAME, {})
+    return model.found.get("parallelograms", {})
 
 
 def preset(model: ModelResult) -> Scores:
@@ -274,10 +274,6 @@ def rows(model: ModelResult) -> dict[str, Any]:
     return {"parallelograms": found}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The page
-
-
 def section(analysis: Analysis) -> list[Block]:
     names = sorted({name for model in analysis.models for name in preset(model)})
     blocks: list[Block] = [findings(analysis)]
@@ -381,10 +377,6 @@ def _every_variant(analysis: Analysis) -> Details:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Figures
-
-
 def without_relations(analysis: Analysis) -> list[str]:
     labels = [model.label for model in analysis.models if not preset(model)]
     return listed("Left out, since no relation has enough pairs that they can use", labels)
@@ -473,45 +465,23 @@ def _relative(variant: str) -> Any:
     return lambda model: relative_to_random_pairs(of(model)[variant]) if variant in of(model) else None
 
 
-MEASURE = Measure(
-    name=NAME,
-    title="Parallelograms",
-    compute=compute,
-    checkpoint=checkpoint,
-    rows=rows,
-    overall=lambda analysis: {"variants": VARIANTS},
-    section=section,
-    quantities=(
-        Quantity(
-            f"parallelogram score, {PRESET}",
-            _score(PRESET),
-            "lower",
-            key="preset_score",
-            axis=f"parallelogram score, {PRESET}",
-        ),
-        Quantity(
-            "… over that of the same words paired at random",
-            _relative(PRESET),
-            "lower",
-            key="preset_relative",
-            axis="the same over random pairs\nof the same words",
-        ),
-        Quantity(
-            f"parallelogram score, {OWN_SCALE}",
-            _score(OWN_SCALE),
-            "lower",
-            key="own_scale_score",
-            axis="parallelogram score, full space,\nscale of the relation, distinct",
-        ),
-        Quantity("… over that of the same words paired at random", _relative(OWN_SCALE), "lower"),
-        Quantity("… of the centres", _score(f"{OWN_SCALE}, centres"), "lower"),
-        Quantity(
-            "… of the centres, over that of random pairs",
-            _relative(f"{OWN_SCALE}, centres"),
-            "lower",
-            key="own_scale_relative_centres",
-            axis="the same of the centres, over\nrandom pairs of the same words",
-        ),
+def overall(analysis: Analysis) -> dict[str, Any]:
+    return {"variants": VARIANTS}
+
+
+RANDOM = "… over that of the same words paired at random"
+QUANTITIES = (
+    Quantity(f"parallelogram score, {PRESET}", _score(PRESET), "lower", "preset_score"),
+    Quantity(RANDOM, _relative(PRESET), "lower", "preset_relative", "the same over random pairs of the same words"),
+    Quantity(f"parallelogram score, {OWN_SCALE}", _score(OWN_SCALE), "lower", "own_scale_score"),
+    Quantity(RANDOM, _relative(OWN_SCALE), "lower"),
+    Quantity("… of the centres", _score(f"{OWN_SCALE}, centres"), "lower"),
+    Quantity(
+        "… of the centres, over that of random pairs",
+        _relative(f"{OWN_SCALE}, centres"),
+        "lower",
+        "own_scale_relative_centres",
+        "the same of the centres, over random pairs of the same words",
     ),
-    curves=(Curve(key="parallelogram_score", axis=f"parallelogram score ({PRESET}),\nmean over relations"),),
 )
+CURVES = (Curve("parallelogram_score", f"parallelogram score ({PRESET}),\nmean over relations"),)

@@ -9,13 +9,13 @@ from matplotlib.axes import Axes
 
 from hgpt.interpret.blocks import Block, Drawing
 from hgpt.interpret.drawing import listed, look, new_figure, sign
-from hgpt.interpret.measure import Analysis, Measure, ModelResult
+from hgpt.interpret.measure import Analysis, ModelResult
 from hgpt.interpret.measures.parallelograms import PRESET
 from hgpt.interpret.relations import SMALLEST_RELATION
 from hgpt.interpret.subject import Subject
 from hgpt.interpret.vectors import RelationVectors, ScoreSettings, project
 
-NAME = "planes"
+TITLE = "Words in a plane"
 # Labels can be read for a few models and relations; the numbers are there for all.
 MODELS, RELATIONS, PAIRS = 3, 4, 8
 
@@ -52,7 +52,7 @@ class Plane:
 
 def of(model: ModelResult) -> dict[str, dict[PlaneOf, Plane]]:
     """Relation → whose plane → the pairs in it."""
-    return model.found.get(NAME, {})
+    return model.found.get("planes", {})
 
 
 def compute(subject: Subject) -> dict[str, dict[PlaneOf, Plane]]:
@@ -86,10 +86,6 @@ def well_apart(points: np.ndarray, count: int) -> list[int]:
             break
         chosen.append(int(nearest.argmax()))
     return chosen
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The page
 
 
 def section(analysis: Analysis) -> list[Block]:
@@ -152,6 +148,3 @@ def _draw_arrows(panel: Axes, found: Plane, shown: list[int], colour: str) -> No
         panel.plot(*found.points[shown, side].T, marker, color=colour, markersize=3)
     panel.margins(0.12)
     panel.tick_params(labelsize=6)
-
-
-MEASURE = Measure(name=NAME, title="Words in a plane", compute=compute, section=section)

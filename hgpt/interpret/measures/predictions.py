@@ -6,20 +6,20 @@ import numpy as np
 
 from hgpt.interpret.blocks import Block, paragraph
 from hgpt.interpret.drawing import draw_intervals, new_figure, sign
-from hgpt.interpret.measure import Analysis, Curve, Measure, ModelResult, Quantity, counts_text, tokens_read
+from hgpt.interpret.measure import Analysis, Curve, ModelResult, Quantity, counts_text, tokens_read
 from hgpt.interpret.measures.calibration import expected_calibration_error
 from hgpt.interpret.measures.geometry import norm_summary
 from hgpt.interpret.statistics import Estimate, bootstrap_ratio, estimate
 from hgpt.interpret.subject import Read, Subject
 
-NAME = "predictions"
+TITLE = "Predictions"
 # Ranks of a token's frequency in the training set: the ten most frequent tokens, the next ninety, …
 BANDS = ((1, 10), (11, 100), (101, 1_000), (1_001, 10_000), (10_001, None))
 
 
 def of(model: ModelResult) -> dict[str, Any]:
     """ "quality": name → mean over positions; "bands": the same by frequency of the target. Empty without text."""
-    return model.found.get(NAME) or {"quality": {}, "bands": []}
+    return model.found.get("predictions") or {"quality": {}, "bands": []}
 
 
 def bits_per_byte(losses: np.ndarray, text_bytes: np.ndarray) -> float:
@@ -96,10 +96,6 @@ def checkpoint(subject: Subject) -> dict[str, float]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The page
-
-
 def section(analysis: Analysis) -> list[Block]:
     shown = [(index, of(model)["bands"]) for index, model in enumerate(analysis.models) if of(model)["bands"]]
     if not shown:
@@ -137,31 +133,23 @@ def _harmonic_ratio(model: ModelResult) -> Estimate | None:
     return of(model)["quality"].get("target_ratio") if model.harmonic else None
 
 
-MEASURE = Measure(
-    name=NAME,
-    title="Predictions",
-    compute=compute,
-    checkpoint=checkpoint,
-    rows=of,
-    section=section,
-    quantities=(
-        Quantity("validation loss, nats per token, unsmoothed", _mean("loss"), "lower"),
-        Quantity("bits per byte", _mean("bits_per_byte"), "lower"),
-        Quantity("accuracy", _mean("accuracy"), "higher"),
-        Quantity("top-5 accuracy", _mean("top5"), "higher"),
-        Quantity("entropy of predictions, nats", _mean("entropy")),
-        Quantity("nearest-centre accuracy", _mean("nearest_accuracy"), "higher"),
-        Quantity("margin log(d of the nearest other / d of the target)", _mean("log_margin"), "higher"),
-        Quantity("distance to the target over the median distance", _mean("target_ratio"), "lower"),
-        Quantity("", _harmonic_ratio, key="target_ratio", axis="distance to the target over\nthe median distance"),
-    ),
-    curves=(
-        Curve(key="hidden_norm", logged="x_norm_mean", axis="mean norm of hidden states", on_text=True, log_scale=True),
-        Curve(
-            key="target_ratio",
-            logged="target_over_median_distance",
-            axis="distance to the target's centre\nover the median distance",
-            on_text=True,
-        ),
-    ),
+def rows(model: ModelResult) -> dict[str, Any]:
+    return of(model)
+
+
+QUANTITIES = (
+    Quantity("validation loss, nats per token, unsmoothed", _mean("loss"), "lower"),
+    Quantity("bits per byte", _mean("bits_per_byte"), "lower"),
+    Quantity("accuracy", _mean("accuracy"), "higher"),
+    Quantity("top-5 accuracy", _mean("top5"), "higher"),
+    Quantity("entropy of predictions, nats", _mean("entropy")),
+    Quantity("nearest-centre accuracy", _mean("nearest_accuracy"), "higher"),
+    Quantity("margin log(d of the nearest other / d of the target)", _mean("log_margin"), "higher"),
+    Quantity("distance to the target over the median distance", _mean("target_ratio"), "lower"),
+    Quantity("", _harmonic_ratio, "lower", "target_ratio", "distance to the target over the median distance"),
+)
+RATIO = "distance to the target's centre\nover the median distance"
+CURVES = (
+    Curve("hidden_norm", "mean norm of hidden states", logged="x_norm_mean", on_text=True, log_scale=True),
+    Curve("target_ratio", RATIO, logged="target_over_median_distance", on_text=True),
 )

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from hgpt.errors import UserError
 from hgpt.interpret.blocks import Block, Html, paragraph
-from hgpt.interpret.measure import Analysis, Measure, ModelResult
+from hgpt.interpret.measure import Analysis, ModelResult
 from hgpt.interpret.models import LoadedModel
 from hgpt.interpret.subject import Subject
 
-NAME = "reading"
+TITLE = "Text browser"
 NEAREST = 5
 POSITIONS = 160
 
@@ -36,7 +36,7 @@ class Reading:
 
 
 def of(model: ModelResult) -> list[Reading]:
-    return model.found.get(NAME) or []
+    return model.found.get("reading") or []
 
 
 @torch.inference_mode()
@@ -98,9 +98,6 @@ def _passage(subject: Subject) -> tuple[np.ndarray, np.ndarray] | None:
     return inputs[:longest], targets[:longest]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The page
-
 # A panel keeps to the bottom of the window as long as its own text is in sight.
 TEMPLATE = """
 {% for group in groups %}
@@ -151,10 +148,5 @@ def section(analysis: Analysis) -> list[Block]:
     ]
 
 
-MEASURE = Measure(
-    name=NAME,
-    title="Text browser",
-    compute=compute,
-    rows=lambda model: {"reading": of(model)},
-    section=section,
-)
+def rows(model: ModelResult) -> dict[str, Any]:
+    return {"reading": of(model)}

@@ -7,15 +7,15 @@ import numpy as np
 from hgpt.history import records
 from hgpt.interpret.blocks import Block, Drawing, paragraph
 from hgpt.interpret.drawing import grid, listed, look, new_figure, sign
-from hgpt.interpret.measure import Analysis, Curve, Measure, ModelResult, Quantity
+from hgpt.interpret.measure import Analysis, Curve, ModelResult, Quantity
 from hgpt.interpret.subject import CHECKPOINT_SAMPLE, CHECKPOINT_TOKENS, CHECKPOINT_WINDOW, Subject
 
-NAME = "training"
+TITLE = "Training"
 
 
 def history(model: ModelResult) -> list[dict[str, Any]]:
     """The records of the run's metrics.jsonl up to the step of the model; none without a run."""
-    return model.found.get(NAME) or []
+    return model.found.get("training") or []
 
 
 def compute(subject: Subject) -> list[dict[str, Any]]:
@@ -139,15 +139,12 @@ def _energy(name: str) -> Any:
     return value
 
 
-MEASURE = Measure(
-    name=NAME,
-    title="Training",
-    compute=compute,
-    rows=lambda model: {"energy": energy(model), "checkpoints": model.checkpoints},
-    section=section,
-    quantities=(
-        Quantity("energy of the training, kWh", _energy("energy_kwh"), "lower"),
-        Quantity("training tokens per joule", _energy("tokens_per_joule"), "higher"),
-        Quantity("emissions of the training, kg CO2eq", _energy("emissions_kg"), "lower"),
-    ),
+def rows(model: ModelResult) -> dict[str, Any]:
+    return {"energy": energy(model), "checkpoints": model.checkpoints}
+
+
+QUANTITIES = (
+    Quantity("energy of the training, kWh", _energy("energy_kwh"), "lower"),
+    Quantity("training tokens per joule", _energy("tokens_per_joule"), "higher"),
+    Quantity("emissions of the training, kg CO2eq", _energy("emissions_kg"), "lower"),
 )
