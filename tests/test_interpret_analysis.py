@@ -28,10 +28,6 @@ def _one_relation(tmp_path, monkeypatch):
     monkeypatch.setattr("hgpt.interpret.relations.SHIPPED", Path(relation_set(tmp_path / "shipped", pairs)))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Relations
-
-
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     """A harmonic model whose centres hold a relation that its input embedding does not: folder, ids, relations."""
@@ -121,10 +117,6 @@ def test_words_that_a_tokenizer_does_not_know_are_left_out_and_counted(tmp_path)
     assert f"{PRESET}: fewer than 4 pairs can be used of mostly strange (3 of 5)" in model.skipped
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Text
-
-
 def test_a_run_on_a_folder_of_nanogpt_says_itself_how_large_its_vocabulary_is(tmp_path):
     backend = byte_pairs(300)
     data = bare(tmp_path / "data", encode(backend, TEXT))
@@ -196,15 +188,8 @@ def test_models_of_the_hub_and_of_this_disk_read_the_same_windows(tmp_path, monk
         "windows, and the context of somebody/short is no longer."
     ]
     assert np.bincount(foreign.text.positions.window.astype(int)).max() <= 12
-
-
-def test_one_model_reads_its_whole_context(tmp_path):
-    backend = byte_pairs(300)
-    data = prepare(tmp_path / "data", backend)
-    folder = export(tmp_path / "model", backend, context=40)
-    found = analyse([str(folder)], replace(FEW, data=str(data), tokens=400))
-    assert np.bincount(found.models[0].text.positions.window.astype(int)).max() == 40
-    assert found.notes == []
+    alone = analyse(names[1:2], replace(FEW, data=str(data), tokens=400))
+    assert np.bincount(alone.models[0].text.positions.window.astype(int)).max() == 40 and alone.notes == []
 
 
 def test_checkpoints_are_measured_on_the_whole_split(tmp_path, monkeypatch):
@@ -230,10 +215,6 @@ def test_checkpoints_are_measured_on_the_whole_split(tmp_path, monkeypatch):
         assert places[-1] > 0.8 * len(tokens)
         for (window, _), place in zip(windows, places, strict=True):
             assert window.tolist() == tokens[place : place + 256].tolist()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What a user sees meanwhile
 
 
 def test_every_long_part_has_a_progress_bar_that_reaches_its_end(planted, tmp_path, monkeypatch):

@@ -111,10 +111,6 @@ def legend(figure: Figure) -> list[str]:
     return [entry.get_text() for entry in figure.legends[0].get_texts()]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Looks
-
-
 def test_28_models_look_different_with_lines_alone_and_with_markers_alone():
     looks = [look(index) for index in range(28)]
     assert len({(each["color"], each["linestyle"]) for each in looks}) == 28
@@ -151,10 +147,6 @@ def test_looks_differ_for_colour_blind_readers(kind):
         apart = looks[i]["linestyle"] != looks[j]["linestyle"] and looks[i]["marker"] != looks[j]["marker"]
         assert not alike or apart, (i, j)
         assert not alike or max(i, j) >= 7, "the first seven need no second look"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What is drawn
 
 
 def test_an_interval_is_drawn_where_it_is_even_beside_its_value():
@@ -204,7 +196,7 @@ def test_captions_of_planes_say_what_is_not_drawn():
     relations = {PRESET: {f"relation{i}": relation(1.0) for i in range(6)}}
     found = analysis(*(model(label, relations) for label in "abcde"))
     caption = drawn(found, "planes")["planes_of_relations"].caption
-    assert "the first 4 of 6 relations by name, so that words can be read. Not drawn: relation4, relation5." in caption
+    assert "the first 4 of 6 relations by name. Not drawn: relation4, relation5." in caption
     assert "at most 3 models, and such that share a relation. Not drawn: d, e." in caption
     assert "at most 8." in caption
 
@@ -266,10 +258,6 @@ def test_where_values_over_training_are_from():
     assert sorted(legend(figure.figure)) == ["keeps", "logs"]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Many runs
-
-
 def test_ten_arms_can_be_told_apart_and_nothing_is_cut_off(tmp_path: Path):
     arms = [f"quickstart-exponent{n}xsqrt_dim" for n in range(1, 11)]
     rows = [
@@ -283,21 +271,12 @@ def test_ten_arms_can_be_told_apart_and_nothing_is_cut_off(tmp_path: Path):
     shown = {(line.get_color(), line.get_marker()) for line in figure.axes[0].lines}
     assert len(shown) == 11
     assert legend(figure)[:2] == [f"{arms[0]}, n = 11.1 to 11.3", f"{arms[1]}, n = 22.6"]
-    assert legend(figure)[-1] == "softmax"
+    assert legend(figure)[-1] == "softmax"  # without exponents an arm keeps its name
     pixels = imread(save_figure(figure, tmp_path, "readability"))[..., :3]
     assert pixels[:, [0, -1]].min() > 0.9 and pixels[[0, -1]].min() > 0.9
     width, height = figure.get_size_inches()
     panel = figure.axes[0].get_position()
     assert panel.width * width > 1.5 and panel.height * height > 1.5
-
-
-def test_arms_without_exponents_keep_their_names():
-    figure = measure_against_loss([{"arm": "a", "loss": 4.0, "m": 1.0}], {"m": "m"}, "one run")
-    assert legend(figure) == ["a"]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The protocol
 
 
 def test_a_new_measure_is_one_entry(monkeypatch):

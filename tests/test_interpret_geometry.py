@@ -43,14 +43,14 @@ def test_covariance_is_numpys_beyond_one_chunk():
     assert covariance(x).mean == pytest.approx(x.mean(axis=0, dtype=np.float64))
 
 
-def test_ranks_by_hand():
-    assert effective_rank(np.array([1.0, 1.0, 1.0, 1.0])) == pytest.approx(4)
-    assert participation_ratio(np.array([1.0, 1.0, 1.0, 1.0])) == pytest.approx(4)
-    assert effective_rank(np.array([5.0, 0.0])) == pytest.approx(1)
-    assert participation_ratio(np.array([5.0, 0.0])) == pytest.approx(1)
-    # Singular values 3 and 1: p = (3/4, 1/4); eigenvalues 9 and 1: (10)² / 82.
-    assert effective_rank(np.array([9.0, 1.0])) == pytest.approx(np.exp(-0.75 * np.log(0.75) - 0.25 * np.log(0.25)))
-    assert participation_ratio(np.array([9.0, 1.0])) == pytest.approx(100 / 82)
+def test_ranks_and_norms_by_hand():
+    # Eigenvalues 9 and 1: singular values 3 and 1, p = (3/4, 1/4); 10² / 82.
+    uneven = np.exp(-0.75 * np.log(0.75) - 0.25 * np.log(0.25))
+    for eigenvalues, rank, ratio in (([1.0] * 4, 4, 4), ([5.0, 0.0], 1, 1), ([9.0, 1.0], uneven, 100 / 82)):
+        assert effective_rank(np.array(eigenvalues)) == pytest.approx(rank)
+        assert participation_ratio(np.array(eigenvalues)) == pytest.approx(ratio)
+    found = norm_summary(np.array([[3.0, 4.0], [0.0, 1.0]]))
+    assert (found["mean"], found["sd"], found["max"]) == pytest.approx((3, 2, 5))
 
 
 def test_effective_rank_is_that_of_the_singular_values():
@@ -80,11 +80,6 @@ def test_isotropy():
     assert isotropy(np.array([[1.0], [-1.0]])) == pytest.approx(1)
     # The points 1 and 1: Z(1) = 2e, Z(−1) = 2/e.
     assert isotropy(np.array([[1.0], [1.0]])) == pytest.approx(np.exp(-2))
-
-
-def test_norms_by_hand():
-    found = norm_summary(np.array([[3.0, 4.0], [0.0, 1.0]]))
-    assert (found["mean"], found["sd"], found["max"]) == pytest.approx((3, 2, 5))
 
 
 def hsic_cka(x, y):

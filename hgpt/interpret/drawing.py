@@ -102,6 +102,14 @@ def grid(count: int, columns: int, *, row_height: float, extra: float, **options
     return figure, axes
 
 
+def label_edges(axes: np.ndarray, below: str, left: str) -> None:
+    """One axis label below each column of panels, and one beside each row."""
+    for panel in axes[-1]:
+        panel.set_xlabel(below)
+    for panel in axes[:, 0]:
+        panel.set_ylabel(left)
+
+
 def sign(
     figure: Figure,
     name: str,

@@ -31,8 +31,6 @@ ARROWS = {"lower": " ↓", "higher": " ↑", "": ""}
 Section = tuple[str, str, Sequence[Block]]  # name, title, blocks
 
 
-
-
 def analyse(paths: list[str], settings: AnalysisSettings, *, checkpoints: bool = True) -> Analysis:
     """Every measure of every model that `paths` name, and the comparisons of each with the first.
 
@@ -141,8 +139,6 @@ def readability(model: ModelResult) -> dict[str, float | None]:
     return {key: value.value if isinstance(value, Estimate) else value for key, value in values.items()}
 
 
-
-
 def write_report(analysis: Analysis, folder: Path) -> Path:
     """index.html, results.json, figures/ and the measures' own files in `folder`; returns the page."""
     try:
@@ -209,8 +205,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return _plain(value.item())
     return value if not isinstance(value, float) or np.isfinite(value) else None
-
-
 
 
 def page_sections(analysis: Analysis) -> list[Section]:

@@ -8,8 +8,8 @@ from tqdm import tqdm
 
 from hgpt.interpret.measure import ModelResult, Quantity
 from hgpt.interpret.measures.parallelograms import pairs_of_pairs
-from hgpt.interpret.relations import SMALLEST_RELATION, TokenPairs
-from hgpt.interpret.statistics import Estimate, estimate
+from hgpt.interpret.relations import TokenPairs
+from hgpt.interpret.statistics import Estimate, estimate, mean_estimate
 from hgpt.interpret.subject import Subject
 
 EPSILON = 1e-3  # of 3CosMul, as in Levy & Goldberg
@@ -113,13 +113,12 @@ def word_measures(rows: np.ndarray, pairs: TokenPairs, subject: Subject, name: s
 
 
 def compute(subject: Subject) -> dict[str, dict[str, WordMeasures]]:
-    usable = {name: pairs for name, pairs in subject.pairs("last").items() if len(pairs.words) >= SMALLEST_RELATION}
     found: dict[str, dict[str, WordMeasures]] = {}
     for vectors, matrix in subject.matrices.items():
         if vectors == "centres" and subject.model.tied:
             found[vectors] = found["input"]
             continue
-        bar = tqdm(usable.items(), desc=f"{subject.label}: analogies, {vectors}", disable=None, leave=False)
+        bar = tqdm(subject.scored.items(), desc=f"{subject.label}: analogies, {vectors}", disable=None, leave=False)
         found[vectors] = {name: word_measures(matrix.rows, pairs, subject, name) for name, pairs in bar}
     return found
 
@@ -132,7 +131,7 @@ def mean_of(vectors: str, what: str) -> Any:
         if not found:
             return None
         values = [m.consistency.value if what == "consistency" else m.accuracy[what].value for m in found]
-        return estimate(float(np.mean(values)), np.mean([m.replicates[what] for m in found], axis=0))
+        return mean_estimate(values, [m.replicates[what] for m in found])
 
     return value
 

@@ -18,7 +18,7 @@ BINS = 15  # of the reliability curve, as in Guo et al.
 SURE = 3.0  # standard errors beyond which the sign of a bin's gap counts as known
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Reliability:
     """The reliability curve: of each bin that is not empty its mean confidence, its accuracy and its positions."""
 
@@ -52,11 +52,8 @@ def reliability_curve(confidence: np.ndarray, correct: np.ndarray, bins: int = B
     index = confidence_bins(confidence, bins)
     count = np.bincount(index, minlength=bins)
     kept = count > 0
-    return Reliability(
-        confidence=np.bincount(index, weights=confidence, minlength=bins)[kept] / count[kept],
-        accuracy=np.bincount(index, weights=correct.astype(np.float64), minlength=bins)[kept] / count[kept],
-        count=count[kept],
-    )
+    sums = (np.bincount(index, weights=values, minlength=bins)[kept] for values in (confidence, correct.astype(float)))
+    return Reliability(*(found / count[kept] for found in sums), count[kept])
 
 
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:
@@ -115,10 +112,8 @@ def compute(subject: Subject) -> Calibration | None:
     positions = subject.read.measures.positions
     low, high = calibration_error_interval(*window_gaps(positions), subject.read.counts)
     error = expected_calibration_error(positions.confidence, positions.correct)
-    return Calibration(
-        ece=Estimate(value=error, low=low, high=high),
-        reliability=reliability_curve(positions.confidence, positions.correct),
-    )
+    curve = reliability_curve(positions.confidence, positions.correct)
+    return Calibration(ece=Estimate(value=error, low=low, high=high), reliability=curve)
 
 
 def rows(model: ModelResult) -> dict[str, Any]:
@@ -127,7 +122,7 @@ def rows(model: ModelResult) -> dict[str, Any]:
 
 
 def section(analysis: Analysis) -> list[Block]:
-    shown = [(index, found) for index, model in enumerate(analysis.models) if (found := of(model)) is not None]
+    shown = [(index, found) for index, model in analysis.having(of) if (found := of(model)) is not None]
     if not shown:
         return []
     figure, axes = new_figure(2, 1, height=4.6, sharex=True, height_ratios=(3, 1))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hgpt.interpret.blocks import Block, Cell, Drawing, Prose, Table, bold, paragraph
-from hgpt.interpret.drawing import GREY, draw_intervals, headings, listed, new_figure, sign
+from hgpt.interpret.drawing import GREY, headings, listed, rows_of_intervals, sign
 from hgpt.interpret.measure import Analysis, ModelResult
 from hgpt.interpret.measures.parallelograms import PRESET, Scores, of, preset, without_power
 from hgpt.interpret.statistics import (
@@ -16,7 +16,7 @@ from hgpt.interpret.statistics import (
     Estimate,
     estimate,
     holm,
-    percentile_interval,
+    mean_estimate,
     sign_flip_test,
     smallest_sign_flip_p,
 )
@@ -35,16 +35,16 @@ def compare(first: ModelResult, other: ModelResult) -> list[dict[str, Any]]:
             if name not in of(first).get(variant, {}):
                 continue
             mine, theirs = results[name], of(first)[variant][name]
-            low, high = percentile_interval(mine.replicates - theirs.replicates)
+            difference = estimate(mine.score.value - theirs.score.value, mine.replicates - theirs.replicates)
             found.append(
                 {
                     "variant": variant,
                     "relation": name,
                     "model": other.label,
                     "against": first.label,
-                    "difference": mine.score.value - theirs.score.value,
-                    "low": low,
-                    "high": high,
+                    "difference": difference.value,
+                    "low": difference.low,
+                    "high": difference.high,
                     "p": sign_flip_test(mine.disjoint - theirs.disjoint),
                 }
             )
@@ -65,8 +65,10 @@ def difference_over_relations(mine: Scores, theirs: Scores) -> Estimate | None:
     shared = [name for name in mine if name in theirs]
     if not shared:
         return None
-    value = float(np.mean([mine[name].score.value - theirs[name].score.value for name in shared]))
-    return estimate(value, np.mean([mine[name].replicates - theirs[name].replicates for name in shared], axis=0))
+    return mean_estimate(
+        [mine[name].score.value - theirs[name].score.value for name in shared],
+        [mine[name].replicates - theirs[name].replicates for name in shared],
+    )
 
 
 def duplicate_variants(models: Sequence[ModelResult]) -> dict[str, str]:
@@ -230,21 +232,15 @@ def variants(analysis: Analysis) -> Drawing | None:
     if not points:
         return None
     names = [name for name in of(first) if any(name in differences for _, _, differences in points)]
-    figure, axes = new_figure(height=1.4 + 0.24 * len(names) * max(1, len(points) / 2))
-    panel = axes[0, 0]
-    step = 0.8 / len(points)
-    for place, (index, other, differences) in enumerate(points):
-        rows = np.array([names.index(name) for name in differences]) - 0.4 + step * (place + 0.5)
-        draw_intervals(panel, list(differences.values()), rows, index, f"{other.label} minus {first.label}")
+    series = [(index, f"{other.label} minus {first.label}", found) for index, other, found in points]
+    panel, _ = rows_of_intervals(names, series)
     panel.axvline(0, color=GREY, linewidth=1)
-    panel.set_yticks(range(len(names)), names)
-    panel.invert_yaxis()
     panel.set_xlabel(f"difference of the mean score (below 0: better than {first.label})")
     shown = [other for _, other, _ in points]
     left_out = [model.label for model in analysis.models[1:] if model not in shown]
     same_numbers = "; ".join(f"{text} ({', '.join(labels)})" for text, labels in drawn_once.items())
     return sign(
-        figure,
+        panel.figure,
         "variants",
         "Does the difference survive other ways to measure it?",
         caption="The mean difference over relations under each variant of the score, with intervals over pairs. A "

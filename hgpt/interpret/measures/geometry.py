@@ -9,7 +9,7 @@ from hgpt.interpret.blocks import Block, Cell, paragraph
 from hgpt.interpret.drawing import line_look, new_figure, sign
 from hgpt.interpret.measure import Analysis, Curve, ModelResult, Quantity, counts_text, states_sampled
 from hgpt.interpret.subject import Subject
-from hgpt.interpret.vectors import CHUNK, Matrix
+from hgpt.interpret.vectors import Matrix, chunks
 
 TITLE = "Geometry"
 CLOUDS = {"input": "input embedding", "centres": "centres", "hidden": "hidden states at the head"}
@@ -50,8 +50,7 @@ def mean_cosine(x: np.ndarray) -> float:
     0 for directions spread evenly, near 1 for a narrow cone: the anisotropy of Ethayarajh, arXiv:1909.00512.
     """
     total, count = np.zeros(x.shape[1]), 0
-    for start in range(0, len(x), CHUNK):
-        part = x[start : start + CHUNK].astype(np.float64)
+    for part in chunks(x):
         norms = np.linalg.norm(part, axis=1)
         part = part[norms > 0] / norms[norms > 0, None]
         total += part.sum(axis=0)
@@ -68,14 +67,13 @@ def isotropy(x: np.ndarray) -> float:
     vectors are brought to a root mean square norm of 1 first, without which the figure depends on their unit of length.
     """
     gram = np.zeros((x.shape[1], x.shape[1]))
-    for start in range(0, len(x), CHUNK):
-        part = x[start : start + CHUNK].astype(np.float64)
+    for part in chunks(x):
         gram += part.T @ part
     scale = np.sqrt(np.trace(gram) / len(x))
     directions = np.linalg.eigh(gram)[1]  # (D, D)
     partition = np.zeros((2, x.shape[1]))
-    for start in range(0, len(x), CHUNK):
-        projected = (x[start : start + CHUNK].astype(np.float64) / scale) @ directions
+    for part in chunks(x):
+        projected = (part / scale) @ directions
         partition += np.stack([np.exp(projected).sum(axis=0), np.exp(-projected).sum(axis=0)])
     return float(partition.min() / partition.max())
 
@@ -84,13 +82,8 @@ def norm_summary(x: np.ndarray) -> dict[str, float]:
     """Mean, standard deviation, 5 % and 95 % quantiles and maximum of |x_i|."""
     norms = np.linalg.norm(x, axis=1).astype(np.float64)
     low, high = np.quantile(norms, [0.05, 0.95])
-    return {
-        "mean": float(norms.mean()),
-        "sd": float(norms.std()),
-        "quantile_05": float(low),
-        "quantile_95": float(high),
-        "max": float(norms.max()),
-    }
+    found = {"mean": norms.mean(), "sd": norms.std(), "quantile_05": low, "quantile_95": high, "max": norms.max()}
+    return {name: float(value) for name, value in found.items()}
 
 
 def shape(cloud: Matrix) -> dict[str, Any]:
@@ -178,5 +171,5 @@ QUANTITIES = (
 CURVES = (
     Curve("centre_norm", "mean norm of the centres", logged="w_norm_mean", log_scale=True),
     Curve("centre_effective_rank", "effective rank of the centres"),
-    Curve("centre_participation_ratio", "participation ratio\nof the centres"),
+    Curve("centre_participation_ratio", "participation ratio of the centres"),
 )

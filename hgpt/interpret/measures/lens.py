@@ -43,19 +43,15 @@ def logit_lens(loaded: LoadedModel, states: np.ndarray, targets: np.ndarray) -> 
             if layer < len(states) - 1:
                 x = loaded.final_norm(x)
             measured = measure_states(loaded, x, y[part])
-            for name, values in found.items():
-                values.append(measured[name].double())
-        loss, correct, ratio = (torch.cat(values) for values in found.values())
-        lens.append(
-            {
-                "layer": layer,
-                "loss": float(loss.mean()),
-                "loss_error": float(loss.std() / len(loss) ** 0.5),
-                "accuracy": float(correct.mean()),
-                "target_ratio": float(ratio.mean()),
-                "target_ratio_error": float(ratio.std() / len(ratio) ** 0.5),
-            }
-        )
+            for name, parts in found.items():
+                parts.append(measured[name].double())
+        row: dict[str, float] = {"layer": layer}
+        for name, parts in found.items():
+            values = torch.cat(parts)
+            row |= {name: float(values.mean()), f"{name}_error": float(values.std() / len(values) ** 0.5)}
+        row["accuracy"] = row.pop("correct")
+        del row["correct_error"]  # a share needs another interval
+        lens.append(row)
     return lens
 
 
@@ -69,7 +65,7 @@ def compute(subject: Subject) -> list[dict[str, float]] | None:
 
 
 def section(analysis: Analysis) -> list[Block]:
-    models = [(index, model) for index, model in enumerate(analysis.models) if of(model)]
+    models = analysis.having(of)
     if not models:
         return []
     figure, axes = new_figure(1, 3, height=3.3)

@@ -8,10 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from hgpt.interpret.blocks import Block, Drawing
-from hgpt.interpret.drawing import listed, look, new_figure, sign
+from hgpt.interpret.drawing import label_edges, listed, look, new_figure, sign
 from hgpt.interpret.measure import Analysis, ModelResult
 from hgpt.interpret.measures.parallelograms import PRESET
-from hgpt.interpret.relations import SMALLEST_RELATION
 from hgpt.interpret.subject import Subject
 from hgpt.interpret.vectors import RelationVectors, ScoreSettings, project
 
@@ -40,7 +39,7 @@ FIGURES: dict[PlaneOf, dict[str, str]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Plane:
     """A relation's pairs in a plane: `points`, (pairs, 2, 2), and the plane's shares of the variance."""
 
@@ -57,19 +56,14 @@ def of(model: ModelResult) -> dict[str, dict[PlaneOf, Plane]]:
 
 def compute(subject: Subject) -> dict[str, dict[PlaneOf, Plane]]:
     found: dict[str, dict[PlaneOf, Plane]] = {}
-    for name, pairs in subject.pairs("last").items():
-        if len(pairs.words) < SMALLEST_RELATION:
-            continue
+    for name, pairs in subject.scored.items():
         located = RelationVectors(subject.input, pairs.ids)
         found[name] = {}
         for plane in FIGURES:
             projected = project(located, ScoreSettings(plane=plane))
-            found[name][plane] = Plane(
-                words=pairs.words,
-                points=np.stack([projected.inputs, projected.outputs], axis=1),
-                variance=projected.plane_variance,
-                variance_of_words=projected.plane_variance_of_words,
-            )
+            points = np.stack([projected.inputs, projected.outputs], axis=1)
+            shares = projected.plane_variance, projected.plane_variance_of_words
+            found[name][plane] = Plane(pairs.words, points, *shares)
     return found
 
 
@@ -113,10 +107,7 @@ def draw(analysis: Analysis, models: list[tuple[int, ModelResult]], shared: list
             lines = textwrap.wrap(heading, 120 // len(models))
             lines.append(f"variance: {found.variance:.0%} of vocabulary's, {found.variance_of_words:.0%} of words'")
             panel.set_title("\n".join(lines), fontsize=7)
-    for panel in axes[-1]:
-        panel.set_xlabel("component 1")
-    for panel in axes[:, 0]:
-        panel.set_ylabel("component 2")
+    label_edges(axes, "component 1", "component 2")
     labels = [model.label for _, model in models]
     left_out = [model.label for model in analysis.models if model.label not in labels]
     words = FIGURES[plane]
@@ -128,11 +119,7 @@ def draw(analysis: Analysis, models: list[tuple[int, ModelResult]], shared: list
         models=[model for _, model in models],
         source=f"First 2 components of {words['axes']}, input embedding. Relations: {analysis.relations}.",
         remarks=[
-            *listed(
-                f"Drawn are the first {len(names)} of {len(shared)} relations by name, so that words can be read. Not "
-                "drawn",
-                more,
-            ),
+            *listed(f"Drawn are the first {len(names)} of {len(shared)} relations by name. Not drawn", more),
             *listed(f"Drawn are at most {MODELS} models, and such that share a relation. Not drawn", left_out),
         ],
     )

@@ -20,7 +20,7 @@ NEAREST = 5
 POSITIONS = 160
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Reading:
     """A position of a text as its hidden state sees the centres.
 
@@ -58,15 +58,8 @@ def read_text(loaded: LoadedModel, inputs: np.ndarray, targets: np.ndarray, k: i
             (loaded.token_text(token), p, _ratio(loaded, best[0] - log_probability))
             for token, p, log_probability in zip(tokens.tolist(), best.exp().tolist(), best, strict=True)
         )
-        readings.append(
-            Reading(
-                token=loaded.token_text(int(y[position])),
-                p=float(own.exp()),
-                rank=int((log_p > own).sum()) + 1,
-                ratio=_ratio(loaded, best[0] - own),
-                nearest=nearest,
-            )
-        )
+        rank, ratio = int((log_p > own).sum()) + 1, _ratio(loaded, best[0] - own)
+        readings.append(Reading(loaded.token_text(int(y[position])), float(own.exp()), rank, ratio, nearest))
     return readings
 
 

@@ -1,5 +1,7 @@
 """What a run logged, and how the other measures change over its checkpoints."""
 
+import textwrap
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -92,7 +94,9 @@ def over_training(analysis: Analysis) -> Drawing | None:
     for panel, (curve, found) in zip(axes.flat, known, strict=False):
         for index, points in found:
             panel.plot(*points.T, **look(index), markersize=4, label=analysis.models[index].label)
-        panel.set(xlabel="optimiser step", ylabel=curve.axis, yscale="log" if curve.log_scale else "linear")
+        panel.set(
+            xlabel="optimiser step", ylabel=textwrap.fill(curve.axis, 32), yscale="log" if curve.log_scale else "linear"
+        )
     shown = sorted({index for _, found in known for index, _ in found})
     return sign(
         figure,
@@ -118,25 +122,16 @@ def over_training(analysis: Analysis) -> Drawing | None:
 
 
 def section(analysis: Analysis) -> list[Block]:
-    drawings: list[Block] = [d for d in (loss_curves(analysis), over_training(analysis)) if d is not None]
-    methods: list[Block] = [
-        paragraph(
-            f"Energy of {model.label}, by whole machines: {spent['method']}. Estimates compare runs on one machine "
-            "only.",
-            quiet=True,
-        )
-        for model in analysis.models
-        if (spent := energy(model)) is not None
-    ]
-    return drawings + methods
+    blocks: list[Block] = [d for d in (loss_curves(analysis), over_training(analysis)) if d is not None]
+    for model in analysis.models:
+        if (spent := energy(model)) is not None:
+            method = f"Energy of {model.label}, by whole machines: {spent['method']}."
+            blocks.append(paragraph(f"{method} Estimates compare runs on one machine only.", quiet=True))
+    return blocks
 
 
-def _energy(name: str) -> Any:
-    def value(model: ModelResult) -> str | None:
-        found = (energy(model) or {}).get(name)
-        return None if found is None else f"{found:.3g}"
-
-    return value
+def _energy(name: str) -> Callable[[ModelResult], str | None]:
+    return lambda model: None if (found := (energy(model) or {}).get(name)) is None else f"{found:.3g}"
 
 
 def rows(model: ModelResult) -> dict[str, Any]:
