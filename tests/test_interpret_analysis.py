@@ -46,6 +46,12 @@ def planted(tmp_path_factory):
     return folder, ids, relation_set(root / "relations", pairs)
 
 
+@pytest.fixture(scope="module")
+def planted_result(planted):
+    folder, _, relations = planted
+    return analyse([str(folder)], replace(FEW, relations=relations)).models[0]
+
+
 def in_plane(rows: np.ndarray, components: int | None) -> np.ndarray:
     """All rows in their first principal components, by singular values."""
     centred = rows - rows.mean(axis=0)
@@ -63,9 +69,8 @@ def mean_score(located: np.ndarray, ids: np.ndarray) -> float:
     return float(np.mean(four) / scale)
 
 
-def test_scores_are_those_of_the_weights(planted):
-    folder, ids, relations = planted
-    model = analyse([str(folder)], replace(FEW, relations=relations)).models[0]
+def test_scores_are_those_of_the_weights(planted, planted_result):
+    (folder, ids, _), model = planted, planted_result
     weights = load_file(folder / "model.safetensors")
     rows = {"input": weights["transformer.wte.weight"], "centres": weights["lm_head.weight"]}
     rows = {name: matrix[:320].double().numpy() for name, matrix in rows.items()}
@@ -89,9 +94,8 @@ def test_scores_are_those_of_the_weights(planted):
     assert "100 components: the model has only 32 dimensions" in model.skipped
 
 
-def test_words_are_measured_in_the_matrix_that_they_are_named_by(planted):
-    folder, ids, relations = planted
-    model = analyse([str(folder)], replace(FEW, relations=relations)).models[0]
+def test_words_are_measured_in_the_matrix_that_they_are_named_by(planted, planted_result):
+    (folder, ids, _), model = planted, planted_result
     weights = load_file(folder / "model.safetensors")
     for name, key in (("input", "transformer.wte.weight"), ("centres", "lm_head.weight")):
         rows = weights[key][:320].double().numpy()

@@ -202,6 +202,8 @@ def test_captions_of_planes_say_what_is_not_drawn():
 
 
 def test_the_same_numbers_are_one_variant():
+    tests = [{"variant": "x", "difference": d} for d in (1.0, -3.0)] + [{"variant": "y", "difference": 0.5}]
+    assert variant_signs(tests) == {"x": -1.0, "y": 0.5}
     tied = {PRESET: {"x": relation(1.0)}, "centres": {"x": relation(1.0)}, "full space": {"x": relation(3.0)}}
     other = {PRESET: {"x": relation(2.0)}, "centres": {"x": relation(2.0)}, "full space": {"x": relation(3.5)}}
     untied = other | {"centres": {"x": relation(9.0)}}
@@ -218,11 +220,6 @@ def test_the_same_numbers_are_one_variant():
     assert f"Drawn once, since the numbers are the same: “centres” and “{PRESET}” (b)." in three.caption
     markers = [line for line in three.figure.axes[0].lines if line.get_linestyle() == "None"]
     assert [len(line.get_xdata()) for line in markers] == [2, 3]
-
-
-def test_signs_of_variants():
-    tests = [{"variant": "x", "difference": d} for d in (1.0, -3.0)] + [{"variant": "y", "difference": 0.5}]
-    assert variant_signs(tests) == {"x": -1.0, "y": 0.5}
 
 
 def test_figures_are_signed_with_the_counts_that_were_measured():

@@ -324,21 +324,33 @@ def test_a_text_and_words_of_ones_own(places, tmp_path):
         ({"text": "short.txt"}, r"short\.txt has 1 tokens, but at least 2"),
         ({"text": "none.txt"}, "cannot be read as UTF-8"),
         ({"words": ("",)}, "--words '' has no token"),
+        ({"data": "data", "tokens": 30}, r"validation tokens are too few .* raise --tokens to at least 64"),
     ],
 )
-def test_texts_and_words_that_cannot_be_read(places, tmp_path, monkeypatch, options, message):
+def test_texts_and_words_that_cannot_be_measured(places, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("a")
+    (tmp_path / "data").symlink_to(places["data"])
     with pytest.raises(UserError, match=message):
         analyse([str(places["softmax"])], AnalysisSettings(relations=str(places["relations"]), **options))
 
 
-def test_too_little_text(places):
-    with pytest.raises(UserError, match=r"validation tokens are too few .* raise --tokens to at least 64"):
-        analyse(
-            [str(places["softmax"])],
-            AnalysisSettings(data=str(places["data"]), tokens=30, relations=str(places["relations"])),
-        )
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        (None, "there is no such folder"),
+        ([], r"model is no model: a run folder holds latest/"),
+        (["config.json"], "no model can be loaded from"),
+        (["config.json", "model.safetensors"], "no tokenizer can be loaded from"),
+    ],
+)
+def test_what_is_no_model(tmp_path, places, files, message):
+    if files is not None:
+        (tmp_path / "model").mkdir()
+    for name in files or []:
+        (tmp_path / "model" / name).symlink_to(places["softmax"] / name)
+    with pytest.raises(UserError, match=message), loaded(find_sources([str(tmp_path / "model")])[0], CPU):
+        pass
 
 
 def test_sources(places):
@@ -354,27 +366,6 @@ def test_sources(places):
     (twin / "config.json").symlink_to(places["softmax"] / "config.json")
     labels = {source.label for source in find_sources([str(places["softmax"]), str(twin)])}
     assert len(labels) == 2 and all(label.startswith("softmax (") for label in labels)
-
-
-def test_what_is_no_model(tmp_path, places):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty is no model: a run folder holds latest/"):
-        find_sources([str(tmp_path / "empty")])
-    with pytest.raises(UserError, match="there is no such folder"):
-        find_sources([str(tmp_path / "none")])
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "config.json").write_text('{"model_type": "hgpt"}')
-    with pytest.raises(UserError, match="no model can be loaded from"), loaded(find_sources([str(broken)])[0], CPU):
-        pass
-
-
-def test_a_model_without_tokenizer(tmp_path, places):
-    (folder := tmp_path / "model").mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (folder / name).symlink_to(places["softmax"] / name)
-    with pytest.raises(UserError, match="no tokenizer can be loaded from"), loaded(find_sources([str(folder)])[0], CPU):
-        pass
 
 
 @pytest.mark.parametrize(

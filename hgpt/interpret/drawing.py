@@ -178,15 +178,15 @@ def draw_intervals(
 
 def rows_of_intervals(
     names: Sequence[str], found: Sequence[tuple[int, str, dict[str, Estimate]]]
-) -> tuple[Axes, list[np.ndarray]]:
+) -> tuple[Figure, Axes, list[np.ndarray]]:
     """A row for each name, with the estimates of several models beside one another.
 
     Args:
         found: number of a model, its label, and its estimates by name.
 
-    Returns the panel and the heights at which the estimates of each model are drawn.
+    Returns the figure, its panel, and the heights at which the estimates of each model are drawn.
     """
-    _, axes = new_figure(height=1.5 + 0.26 * len(names) * max(1, len(found) / 2))
+    figure, axes = new_figure(height=1.5 + 0.26 * len(names) * max(1, len(found) / 2))
     panel: Axes = axes[0, 0]
     heights = []
     for place, (index, label, estimates) in enumerate(found):
@@ -195,7 +195,7 @@ def rows_of_intervals(
         draw_intervals(panel, list(estimates.values()), heights[-1], index, label)
     panel.set_yticks(range(len(names)), names)
     panel.invert_yaxis()
-    return panel, heights
+    return figure, panel, heights
 
 
 def listed(sentence: str, labels: Sequence[str]) -> list[str]:

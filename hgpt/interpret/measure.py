@@ -39,15 +39,8 @@ class ModelResult:
 
     @classmethod
     def of(cls, model: LoadedModel, vocabulary: frozenset[tuple[str, int]]) -> "ModelResult":
-        return cls(
-            source=model.source,
-            description=model.description,
-            harmonic=model.harmonic,
-            exponent=model.exponent,
-            parameters=model.parameters,
-            tied=model.tied,
-            vocabulary=vocabulary,
-        )
+        names = ("source", "description", "harmonic", "exponent", "parameters", "tied")
+        return cls(**{name: getattr(model, name) for name in names}, vocabulary=vocabulary)
 
     @property
     def label(self) -> str:

@@ -178,16 +178,9 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
 
 
 def _model_json(model: ModelResult) -> dict[str, Any]:
-    whole: dict[str, Any] = {
-        "label": model.label,
-        "folder": model.source.folder,
-        "step": model.source.step,
-        "tokens_seen": model.source.tokens_seen,
-        "head": model.description,
-        "exponent": model.exponent,
-        "parameters": model.parameters,
-        "skipped": model.skipped,
-    }
+    whole = {name: getattr(model.source, name) for name in ("label", "folder", "step", "tokens_seen")}
+    whole |= {"head": model.description}
+    whole |= {name: getattr(model, name) for name in ("exponent", "parameters", "skipped")}
     for measure in MEASURES:
         for key, entry in measure.rows(model).items():
             whole[key] = whole.get(key, {}) | entry if isinstance(entry, dict) else entry

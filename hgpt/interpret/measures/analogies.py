@@ -137,13 +137,10 @@ def mean_of(vectors: str, what: str) -> Any:
 
 
 def rows(model: ModelResult) -> dict[str, Any]:
-    words = {
-        vectors: {
-            name: {"consistency": found.consistency, "analogies": found.accuracy, "questions": found.questions}
-            for name, found in by_relation.items()
-        }
-        for vectors, by_relation in model.found.get("analogies", {}).items()
-    }
+    words: dict[str, dict[str, Any]] = {vectors: {} for vectors in model.found.get("analogies", {})}
+    for vectors, relations in words.items():
+        for name, w in of(model, vectors).items():
+            relations[name] = {"consistency": w.consistency, "analogies": w.accuracy, "questions": w.questions}
     return {"words": words}
 
 

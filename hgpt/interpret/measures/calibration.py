@@ -52,8 +52,9 @@ def reliability_curve(confidence: np.ndarray, correct: np.ndarray, bins: int = B
     index = confidence_bins(confidence, bins)
     count = np.bincount(index, minlength=bins)
     kept = count > 0
-    sums = (np.bincount(index, weights=values, minlength=bins)[kept] for values in (confidence, correct.astype(float)))
-    return Reliability(*(found / count[kept] for found in sums), count[kept])
+    values = (confidence, correct.astype(np.float64))
+    means = [np.bincount(index, weights=each, minlength=bins)[kept] / count[kept] for each in values]
+    return Reliability(confidence=means[0], accuracy=means[1], count=count[kept])
 
 
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:
@@ -122,7 +123,7 @@ def rows(model: ModelResult) -> dict[str, Any]:
 
 
 def section(analysis: Analysis) -> list[Block]:
-    shown = [(index, found) for index, model in analysis.having(of) if (found := of(model)) is not None]
+    shown = [(index, found) for index, model in enumerate(analysis.models) if (found := of(model)) is not None]
     if not shown:
         return []
     figure, axes = new_figure(2, 1, height=4.6, sharex=True, height_ratios=(3, 1))

@@ -7,7 +7,7 @@ import torch
 from markupsafe import Markup
 
 from hgpt.errors import UserError
-from hgpt.interpret.blocks import Block, Cell, Details, Html, Table, bold, paragraph
+from hgpt.interpret.blocks import Block, Details, Html, Table, bold, paragraph
 from hgpt.interpret.measure import Analysis, ModelResult, counts_text, states_sampled
 from hgpt.interpret.models import LoadedModel
 from hgpt.interpret.positions import CHUNK
@@ -60,8 +60,9 @@ def compute(subject: Subject) -> list[dict[str, Any]]:
     for token in _words_to_read(subject):
         contexts = []
         if read is not None:
-            for index, value in nearest_contexts(model, read.measures.sample[-1], token, CONTEXTS):
-                contexts.append(_context_at(model, read, int(read.measures.sample_at[index]), value))
+            at, states = read.measures.sample_at, read.measures.sample[-1]
+            nearest = nearest_contexts(model, states, token, CONTEXTS)
+            contexts = [_context_at(model, read, int(at[index]), value) for index, value in nearest]
         near = neighbours(model, token, NEIGHBOURS)
         found.append({"token": model.token_text(token), "neighbours": near, "contexts": contexts})
     return found
@@ -129,10 +130,8 @@ def _details(model: ModelResult, word: dict[str, Any], first: bool) -> Details:
     blocks: list[Block] = [Html(template=NEAR, values={"unit": unit, "near": near})]
     if word["contexts"]:
         contexts = "contexts nearest to the centre" if model.harmonic else "contexts with the largest logit"
-        rows: list[tuple[str, list[Cell]]] = [
-            (visible(f"…{c['before']}"), [visible(c["next"]), c["value"]]) for c in word["contexts"]
-        ]
         head = [contexts, "what came", "d / d_min" if model.harmonic else "p"]
+        rows = [(visible(f"…{c['before']}"), [visible(c["next"]), c["value"]]) for c in word["contexts"]]
         blocks.append(Table(head=head, rows=rows))
     return Details(title=visible(word["token"]), blocks=blocks, open=first)
 

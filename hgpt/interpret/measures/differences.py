@@ -114,8 +114,8 @@ def variant_signs(tests: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def scores_table(analysis: Analysis) -> str:
     """parallelograms.csv: a row for each model, variant and relation, with the test against the first model."""
-    columns = ["pairs", "dropped", "score", "score_low", "score_high", "shuffled", "p_shuffled"]
-    columns += ["plane_variance", "plane_variance_of_words"]
+    plain = ("shuffled", "p_shuffled", "plane_variance", "plane_variance_of_words")
+    columns = ["pairs", "dropped", "score", "score_low", "score_high", *plain]
     stream = io.StringIO(newline="")
     writer = csv.writer(stream)
     writer.writerow(["model", "variant", "relation", *columns, *(f"{name}_to_the_first_model" for name in TESTED)])
@@ -123,8 +123,8 @@ def scores_table(analysis: Analysis) -> str:
         tests = {(test["variant"], test["relation"]): test for test in comparisons(analysis, model)}
         for variant, results in of(model).items():
             for name, r in results.items():
-                numbers = [r.pairs, r.dropped, r.score.value, r.score.low, r.score.high, r.shuffled, r.p_shuffled]
-                numbers += [r.plane_variance, r.plane_variance_of_words]
+                numbers = [r.pairs, r.dropped, r.score.value, r.score.low, r.score.high]
+                numbers += [getattr(r, column) for column in plain]
                 test = tests.get((variant, name), {})
                 writer.writerow([model.label, variant, name, *numbers, *(test.get(column, "") for column in TESTED)])
     return stream.getvalue()
@@ -157,8 +157,8 @@ def conclusions(analysis: Analysis, other: ModelResult) -> list[str]:
         if other.vocabulary != first.vocabulary:
             why = "their tokenizers differ"
         return [names + f": no test compares their parallelograms, since {why}."]
-    better = sum(test["p_holm"] < SIGNIFICANT and test["difference"] < 0 for test in tests)
-    worse = sum(test["p_holm"] < SIGNIFICANT and test["difference"] > 0 for test in tests)
+    significant = [test["difference"] for test in tests if test["p_holm"] < SIGNIFICANT]
+    better, worse = sum(d < 0 for d in significant), sum(d > 0 for d in significant)
     same = duplicate_variants([first, other])
     measured = variant_signs(comparisons(analysis, other))
     signs = [sign for variant, sign in measured.items() if variant not in same]
@@ -233,14 +233,14 @@ def variants(analysis: Analysis) -> Drawing | None:
         return None
     names = [name for name in of(first) if any(name in differences for _, _, differences in points)]
     series = [(index, f"{other.label} minus {first.label}", found) for index, other, found in points]
-    panel, _ = rows_of_intervals(names, series)
+    figure, panel, _ = rows_of_intervals(names, series)
     panel.axvline(0, color=GREY, linewidth=1)
     panel.set_xlabel(f"difference of the mean score (below 0: better than {first.label})")
     shown = [other for _, other, _ in points]
     left_out = [model.label for model in analysis.models[1:] if model not in shown]
     same_numbers = "; ".join(f"{text} ({', '.join(labels)})" for text, labels in drawn_once.items())
     return sign(
-        panel.figure,
+        figure,
         "variants",
         "Does the difference survive other ways to measure it?",
         caption="The mean difference over relations under each variant of the score, with intervals over pairs. A "

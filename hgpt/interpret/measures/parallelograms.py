@@ -322,9 +322,8 @@ def _scores_table(analysis: Analysis, names: Sequence[str]) -> Table:
     rows: list[tuple[str, Sequence[Cell]]] = []
     for name in names:
         found = [preset(model).get(name) for model in analysis.models]
-        cells: list[Cell] = [
-            ", ".join(dict.fromkeys(f"{r.pairs} of {r.pairs + r.dropped}" for r in found if r is not None))
-        ]
+        used = dict.fromkeys(f"{r.pairs} of {r.pairs + r.dropped}" for r in found if r is not None)
+        cells: list[Cell] = [", ".join(used)]
         for result in found:
             cells += [None, None] if result is None else [result.score, result.shuffled]
         rows.append((name, cells))
@@ -345,16 +344,11 @@ def _every_variant(analysis: Analysis) -> Details:
             share = np.mean([result.plane_variance for result in results.values()]) if results else 0
             cells += [mean_over_relations(results), f"{share:.1%}"] if results else [None, None]
         rows.append((name, cells))
-    return Details(
-        title="Every way to measure it",
-        blocks=[
-            paragraph(
-                "Score of a parallelogram a : b = c : d: ‖E(a) + E(d) − E(b) − E(c)‖² over the scale; 0 is perfect. "
-                "Its mean is over all pairs of pairs of a relation, its interval from resampling pairs."
-            ),
-            Table(head=head, rows=rows, digits=2),
-        ],
+    formula = paragraph(
+        "Score of a parallelogram a : b = c : d: ‖E(a) + E(d) − E(b) − E(c)‖² over the scale; 0 is perfect. "
+        "Its mean is over all pairs of pairs of a relation, its interval from resampling pairs."
     )
+    return Details(title="Every way to measure it", blocks=[formula, Table(head=head, rows=rows, digits=2)])
 
 
 def without_relations(analysis: Analysis) -> list[str]:
@@ -365,7 +359,7 @@ def without_relations(analysis: Analysis) -> list[str]:
 def scores_by_relation(analysis: Analysis, names: Sequence[str]) -> Drawing:
     models = analysis.having(preset)
     scores = [(i, model.label, {name: r.score for name, r in preset(model).items()}) for i, model in models]
-    panel, heights = rows_of_intervals(names, scores)
+    figure, panel, heights = rows_of_intervals(names, scores)
     for (index, model), y in zip(models, heights, strict=True):
         shuffled = [result.shuffled for result in preset(model).values()]
         panel.plot(shuffled, y, "|", color=look(index)["color"], markersize=9, markeredgewidth=1.5)
@@ -373,7 +367,7 @@ def scores_by_relation(analysis: Analysis, names: Sequence[str]) -> Drawing:
     panel.set_xlabel("mean parallelogram score (dotted: four random tokens; |: same words, random pairs)")
     panel.set_xlim(left=0)
     return sign(
-        panel.figure,
+        figure,
         "scores_by_relation",
         "Parallelogram score of each relation",
         caption="Lower is better. The vertical bars show what the same words score when they are paired at random: a "
@@ -434,11 +428,11 @@ RANDOM = "… over that of the same words paired at random"
 MEAN, RELATIVE = mean_over_relations, relative_to_random_pairs
 QUANTITIES = (
     Quantity(f"parallelogram score, {PRESET}", _number(PRESET, MEAN), "lower", "preset_score"),
-    Quantity(RANDOM, _number(PRESET, RELATIVE), "lower", "preset_relative", "the same over random pairs of words"),
+    Quantity(RANDOM, _number(PRESET, RELATIVE), "lower", "preset_relative", "the same over random pairs of the words"),
     Quantity(f"parallelogram score, {OWN_SCALE}", _number(OWN_SCALE, MEAN), "lower", "own_scale_score"),
     Quantity(RANDOM, _number(OWN_SCALE, RELATIVE), "lower"),
     Quantity("… of the centres", _number(OF_CENTRES, MEAN), "lower"),
     Quantity("… of the centres, over that of random pairs", _number(OF_CENTRES, RELATIVE), "lower",
-             "own_scale_relative_centres", "the same of the centres, over random pairs of words"),
+             "own_scale_relative_centres", "the same of the centres, over random pairs of the words"),
 )  # fmt: skip
 CURVES = (Curve("parallelogram_score", f"parallelogram score ({PRESET}), mean over relations"),)

@@ -86,7 +86,7 @@ def section(analysis: Analysis) -> list[Block]:
     """Both planes, of the first models that share a relation."""
     models: list[tuple[int, ModelResult]] = []
     shared: list[str] = []
-    for index, model in enumerate(analysis.models):
+    for index, model in analysis.having(of):
         common = [name for name in of(model) if name in shared or not models]
         if common and len(models) < MODELS:
             models.append((index, model))

@@ -71,11 +71,9 @@ def compute(subject: Subject) -> dict[str, Any] | None:
 def _band(read: Read, band: int, inside: np.ndarray) -> dict[str, Any]:
     positions = read.measures.positions
     names = ("loss", "correct", "top5", "entropy", "target_ratio")
-    return {
-        "band": band_name(band),
-        "positions": int(inside.sum()),
-        "ece": expected_calibration_error(positions.confidence[inside], positions.correct[inside]),
-    } | {name: read.mean(getattr(positions, name), inside) for name in names}
+    means = {name: read.mean(getattr(positions, name), inside) for name in names}
+    ece = expected_calibration_error(positions.confidence[inside], positions.correct[inside])
+    return {"band": band_name(band), "positions": int(inside.sum()), "ece": ece, **means}
 
 
 def checkpoint(subject: Subject) -> dict[str, float]:
@@ -123,7 +121,8 @@ def rows(model: ModelResult) -> dict[str, Any]:
     return of(model)
 
 
-OVER_MEDIAN, RATIO = "distance to the target over the median distance", _mean("target_ratio")
+OVER_MEDIAN = "distance to the target over the median distance"
+_ratio = _mean("target_ratio")
 QUANTITIES = (
     Quantity("validation loss, nats per token, unsmoothed", _mean("loss"), "lower"),
     Quantity("bits per byte", _mean("bits_per_byte"), "lower"),
@@ -132,8 +131,8 @@ QUANTITIES = (
     Quantity("entropy of predictions, nats", _mean("entropy")),
     Quantity("nearest-centre accuracy", _mean("nearest_accuracy"), "higher"),
     Quantity("margin log(d of the nearest other / d of the target)", _mean("log_margin"), "higher"),
-    Quantity(OVER_MEDIAN, RATIO, "lower"),
-    Quantity("", lambda model: RATIO(model) if model.harmonic else None, "lower", "target_ratio", OVER_MEDIAN),
+    Quantity(OVER_MEDIAN, _ratio, "lower"),
+    Quantity("", lambda model: _ratio(model) if model.harmonic else None, "lower", "target_ratio", OVER_MEDIAN),
 )
 CURVES = (
     Curve("hidden_norm", "mean norm of hidden states", logged="x_norm_mean", on_text=True, log_scale=True),

@@ -78,10 +78,8 @@ def compare(first: ModelResult, other: ModelResult) -> Similarity | None:
 
 def overall(analysis: Analysis) -> dict[str, Any]:
     found: dict[str, Similarity] = analysis.compared.get("similarity", {})
-    return {
-        "cka_with_the_first": {label: entry.debiased for label, entry in found.items()},
-        "linear_cka_of_the_last_layer": {label: entry.last_layer for label, entry in found.items()},
-    }
+    names = {"cka_with_the_first": "debiased", "linear_cka_of_the_last_layer": "last_layer"}
+    return {key: {label: getattr(entry, name) for label, entry in found.items()} for key, name in names.items()}
 
 
 def section(analysis: Analysis) -> list[Block]:

@@ -46,7 +46,7 @@ def over_steps(model: ModelResult, curve: Curve) -> tuple[np.ndarray, bool]:
 
 
 def loss_curves(analysis: Analysis) -> Drawing | None:
-    models = [model for model in analysis.models if history(model)]
+    models = [model for _, model in analysis.having(history)]
     if not models:
         return None
     figure, axes = new_figure()
@@ -68,9 +68,7 @@ def loss_curves(analysis: Analysis) -> Drawing | None:
         "set.",
         models=models,
         source="From each run's metrics.jsonl.",
-        remarks=listed(
-            "Left out, without a metrics.jsonl", [model.label for model in analysis.models if not history(model)]
-        ),
+        remarks=listed("Left out, without a metrics.jsonl", [m.label for m in analysis.models if not history(m)]),
     )
 
 
