@@ -28,10 +28,6 @@ def _one_relation(tmp_path, monkeypatch):
     monkeypatch.setattr("hgpt.interpret.relations.SHIPPED", Path(relation_set(tmp_path / "shipped", pairs)))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Relations
-
-
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     """A harmonic model whose centres hold a relation that its input embedding does not: folder, ids, relations."""
@@ -48,6 +44,12 @@ def planted(tmp_path_factory):
     centres[ids[:, 1]] = centres[ids[:, 0]] + torch.randn(32) + 0.05 * torch.randn(12, 32)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder, ids, relation_set(root / "relations", pairs)
+
+
+@pytest.fixture(scope="module")
+def planted_result(planted):
+    folder, _, relations = planted
+    return analyse([str(folder)], replace(FEW, relations=relations)).models[0]
 
 
 def in_plane(rows: np.ndarray, components: int | None) -> np.ndarray:
@@ -67,9 +69,8 @@ def mean_score(located: np.ndarray, ids: np.ndarray) -> float:
     return float(np.mean(four) / scale)
 
 
-def test_scores_are_those_of_the_weights(planted):
-    folder, ids, relations = planted
-    model = analyse([str(folder)], replace(FEW, relations=relations)).models[0]
+def test_scores_are_those_of_the_weights(planted, planted_result):
+    (folder, ids, _), model = planted, planted_result
     weights = load_file(folder / "model.safetensors")
     rows = {"input": weights["transformer.wte.weight"], "centres": weights["lm_head.weight"]}
     rows = {name: matrix[:320].double().numpy() for name, matrix in rows.items()}
@@ -93,9 +94,8 @@ def test_scores_are_those_of_the_weights(planted):
     assert "100 components: the model has only 32 dimensions" in model.skipped
 
 
-def test_words_are_measured_in_the_matrix_that_they_are_named_by(planted):
-    folder, ids, relations = planted
-    model = analyse([str(folder)], replace(FEW, relations=relations)).models[0]
+def test_words_are_measured_in_the_matrix_that_they_are_named_by(planted, planted_result):
+    (folder, ids, _), model = planted, planted_result
     weights = load_file(folder / "model.safetensors")
     for name, key in (("input", "transformer.wte.weight"), ("centres", "lm_head.weight")):
         rows = weights[key][:320].double().numpy()
@@ -121,10 +121,6 @@ def test_words_that_a_tokenizer_does_not_know_are_left_out_and_counted(tmp_path)
     assert f"{PRESET}: fewer than 4 pairs can be used of mostly strange (3 of 5)" in model.skipped
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Text
-
-
 def test_a_run_on_a_folder_of_nanogpt_says_itself_how_large_its_vocabulary_is(tmp_path):
     backend = byte_pairs(300)
     data = bare(tmp_path / "data", encode(backend, TEXT))
@@ -139,7 +135,7 @@ def test_a_run_on_a_folder_of_nanogpt_says_itself_how_large_its_vocabulary_is(tm
     # Without the run nothing says whose tokens they are; what does not fit by its size is not measured.
     found = analyse([str(same_size), str(foreign)], replace(FEW, tokens=200, data=str(data)))
     assert [model.text is None for model in found.models] == [False, True]
-    assert predictions.of(found.models[1])["quality"] == {} and similarity.NAME not in found.compared
+    assert predictions.of(found.models[1])["quality"] == {} and "similarity" not in found.compared
     assert any("that its tokens are those of twin is a guess" in note for note in found.notes)
     assert any(
         f"foreign predicts 280 tokens, and the vocabulary of {data} has 300: nothing was measured on text" in note
@@ -190,21 +186,14 @@ def test_models_of_the_hub_and_of_this_disk_read_the_same_windows(tmp_path, monk
     assert first.text.positions.target.tolist() == second.text.positions.target.tolist()
     assert first.text.sample_at.tolist() == second.text.sample_at.tolist()
     assert np.bincount(first.text.positions.window.astype(int)).max() == 16
-    assert set(found.compared[similarity.NAME]) == {second.label}
+    assert set(found.compared["similarity"]) == {second.label}
     assert [note for note in found.notes if "read windows of" in note] == [
         "long read windows of 16 tokens, not of its whole context of 40: models with the same tokenizer read the same "
         "windows, and the context of somebody/short is no longer."
     ]
     assert np.bincount(foreign.text.positions.window.astype(int)).max() <= 12
-
-
-def test_one_model_reads_its_whole_context(tmp_path):
-    backend = byte_pairs(300)
-    data = prepare(tmp_path / "data", backend)
-    folder = export(tmp_path / "model", backend, context=40)
-    found = analyse([str(folder)], replace(FEW, data=str(data), tokens=400))
-    assert np.bincount(found.models[0].text.positions.window.astype(int)).max() == 40
-    assert found.notes == []
+    alone = analyse(names[1:2], replace(FEW, data=str(data), tokens=400))
+    assert np.bincount(alone.models[0].text.positions.window.astype(int)).max() == 40 and alone.notes == []
 
 
 def test_checkpoints_are_measured_on_the_whole_split(tmp_path, monkeypatch):
@@ -230,10 +219,6 @@ def test_checkpoints_are_measured_on_the_whole_split(tmp_path, monkeypatch):
         assert places[-1] > 0.8 * len(tokens)
         for (window, _), place in zip(windows, places, strict=True):
             assert window.tolist() == tokens[place : place + 256].tolist()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What a user sees meanwhile
 
 
 def test_every_long_part_has_a_progress_bar_that_reaches_its_end(planted, tmp_path, monkeypatch):

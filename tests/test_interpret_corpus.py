@@ -126,10 +126,6 @@ def test_halves_of_characters_at_the_edges_are_left_out(tmp_path):
         assert model.tokenizer.decode([inputs[0], *targets]) == "日"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Folders that do not say what they are
-
-
 def test_without_a_tokenizer_data_fits_models_of_its_vocabulary_size(folders, tmp_path):
     backend = byte_pairs(320)
     (prepare(tmp_path / "data", backend) / "tokenizer.json").unlink()

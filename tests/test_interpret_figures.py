@@ -17,7 +17,7 @@ from hgpt.interpret import report
 from hgpt.interpret.blocks import Details, Drawing, Prose, paragraph
 from hgpt.interpret.drawing import look, measure_against_loss, save_figure, swatch
 from hgpt.interpret.measure import Analysis, Measure, ModelResult, Quantity, counts_text
-from hgpt.interpret.measures import MEASURES, calibration, lens, parallelograms, planes
+from hgpt.interpret.measures import MEASURES, calibration, parallelograms, planes
 from hgpt.interpret.measures.differences import duplicate_variants, variant_signs, variants
 from hgpt.interpret.measures.parallelograms import PRESET, RelationScore, scores_by_relation
 from hgpt.interpret.models import Source
@@ -93,7 +93,7 @@ def model(
         ece = Estimate(value=0.1, low=0.05, high=0.2)
         result.found["calibration"] = calibration.Calibration(ece=ece, reliability=curve)
         layer = {"loss": 3.0, "loss_error": 0.1, "accuracy": 0.2, "target_ratio": 0.9, "target_ratio_error": 0.01}
-        result.found[lens.NAME] = [layer] * 3
+        result.found["lens"] = [layer] * 3
     return result
 
 
@@ -109,10 +109,6 @@ def drawn(found: Analysis, *measures: str) -> dict[str, Drawing]:
 
 def legend(figure: Figure) -> list[str]:
     return [entry.get_text() for entry in figure.legends[0].get_texts()]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Looks
 
 
 def test_28_models_look_different_with_lines_alone_and_with_markers_alone():
@@ -151,10 +147,6 @@ def test_looks_differ_for_colour_blind_readers(kind):
         apart = looks[i]["linestyle"] != looks[j]["linestyle"] and looks[i]["marker"] != looks[j]["marker"]
         assert not alike or apart, (i, j)
         assert not alike or max(i, j) >= 7, "the first seven need no second look"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What is drawn
 
 
 def test_an_interval_is_drawn_where_it_is_even_beside_its_value():
@@ -204,12 +196,14 @@ def test_captions_of_planes_say_what_is_not_drawn():
     relations = {PRESET: {f"relation{i}": relation(1.0) for i in range(6)}}
     found = analysis(*(model(label, relations) for label in "abcde"))
     caption = drawn(found, "planes")["planes_of_relations"].caption
-    assert "the first 4 of 6 relations by name, so that words can be read. Not drawn: relation4, relation5." in caption
+    assert "the first 4 of 6 relations by name. Not drawn: relation4, relation5." in caption
     assert "at most 3 models, and such that share a relation. Not drawn: d, e." in caption
     assert "at most 8." in caption
 
 
 def test_the_same_numbers_are_one_variant():
+    tests = [{"variant": "x", "difference": d} for d in (1.0, -3.0)] + [{"variant": "y", "difference": 0.5}]
+    assert variant_signs(tests) == {"x": -1.0, "y": 0.5}
     tied = {PRESET: {"x": relation(1.0)}, "centres": {"x": relation(1.0)}, "full space": {"x": relation(3.0)}}
     other = {PRESET: {"x": relation(2.0)}, "centres": {"x": relation(2.0)}, "full space": {"x": relation(3.5)}}
     untied = other | {"centres": {"x": relation(9.0)}}
@@ -226,11 +220,6 @@ def test_the_same_numbers_are_one_variant():
     assert f"Drawn once, since the numbers are the same: “centres” and “{PRESET}” (b)." in three.caption
     markers = [line for line in three.figure.axes[0].lines if line.get_linestyle() == "None"]
     assert [len(line.get_xdata()) for line in markers] == [2, 3]
-
-
-def test_signs_of_variants():
-    tests = [{"variant": "x", "difference": d} for d in (1.0, -3.0)] + [{"variant": "y", "difference": 0.5}]
-    assert variant_signs(tests) == {"x": -1.0, "y": 0.5}
 
 
 def test_figures_are_signed_with_the_counts_that_were_measured():
@@ -266,10 +255,6 @@ def test_where_values_over_training_are_from():
     assert sorted(legend(figure.figure)) == ["keeps", "logs"]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Many runs
-
-
 def test_ten_arms_can_be_told_apart_and_nothing_is_cut_off(tmp_path: Path):
     arms = [f"quickstart-exponent{n}xsqrt_dim" for n in range(1, 11)]
     rows = [
@@ -283,21 +268,12 @@ def test_ten_arms_can_be_told_apart_and_nothing_is_cut_off(tmp_path: Path):
     shown = {(line.get_color(), line.get_marker()) for line in figure.axes[0].lines}
     assert len(shown) == 11
     assert legend(figure)[:2] == [f"{arms[0]}, n = 11.1 to 11.3", f"{arms[1]}, n = 22.6"]
-    assert legend(figure)[-1] == "softmax"
+    assert legend(figure)[-1] == "softmax"  # without exponents an arm keeps its name
     pixels = imread(save_figure(figure, tmp_path, "readability"))[..., :3]
     assert pixels[:, [0, -1]].min() > 0.9 and pixels[[0, -1]].min() > 0.9
     width, height = figure.get_size_inches()
     panel = figure.axes[0].get_position()
     assert panel.width * width > 1.5 and panel.height * height > 1.5
-
-
-def test_arms_without_exponents_keep_their_names():
-    figure = measure_against_loss([{"arm": "a", "loss": 4.0, "m": 1.0}], {"m": "m"}, "one run")
-    assert legend(figure) == ["a"]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The protocol
 
 
 def test_a_new_measure_is_one_entry(monkeypatch):

@@ -43,14 +43,14 @@ def test_covariance_is_numpys_beyond_one_chunk():
     assert covariance(x).mean == pytest.approx(x.mean(axis=0, dtype=np.float64))
 
 
-def test_ranks_by_hand():
-    assert effective_rank(np.array([1.0, 1.0, 1.0, 1.0])) == pytest.approx(4)
-    assert participation_ratio(np.array([1.0, 1.0, 1.0, 1.0])) == pytest.approx(4)
-    assert effective_rank(np.array([5.0, 0.0])) == pytest.approx(1)
-    assert participation_ratio(np.array([5.0, 0.0])) == pytest.approx(1)
-    # Singular values 3 and 1: p = (3/4, 1/4); eigenvalues 9 and 1: (10)² / 82.
-    assert effective_rank(np.array([9.0, 1.0])) == pytest.approx(np.exp(-0.75 * np.log(0.75) - 0.25 * np.log(0.25)))
-    assert participation_ratio(np.array([9.0, 1.0])) == pytest.approx(100 / 82)
+def test_ranks_and_norms_by_hand():
+    # Eigenvalues 9 and 1: singular values 3 and 1, p = (3/4, 1/4); 10² / 82.
+    uneven = np.exp(-0.75 * np.log(0.75) - 0.25 * np.log(0.25))
+    for eigenvalues, rank, ratio in (([1.0] * 4, 4, 4), ([5.0, 0.0], 1, 1), ([9.0, 1.0], uneven, 100 / 82)):
+        assert effective_rank(np.array(eigenvalues)) == pytest.approx(rank)
+        assert participation_ratio(np.array(eigenvalues)) == pytest.approx(ratio)
+    found = norm_summary(np.array([[3.0, 4.0], [0.0, 1.0]]))
+    assert (found["mean"], found["sd"], found["max"]) == pytest.approx((3, 2, 5))
 
 
 def test_effective_rank_is_that_of_the_singular_values():
@@ -82,11 +82,6 @@ def test_isotropy():
     assert isotropy(np.array([[1.0], [1.0]])) == pytest.approx(np.exp(-2))
 
 
-def test_norms_by_hand():
-    found = norm_summary(np.array([[3.0, 4.0], [0.0, 1.0]]))
-    assert (found["mean"], found["sd"], found["max"]) == pytest.approx((3, 2, 5))
-
-
 def hsic_cka(x, y):
     """CKA by the definition with centring matrices, arXiv:1905.00414, eq. 1 and 2."""
     n = len(x)
@@ -95,12 +90,9 @@ def hsic_cka(x, y):
     return np.sum(k * m) / np.sqrt(np.sum(k * k) * np.sum(m * m))
 
 
-def test_linear_cka_is_the_definition():
+def test_linear_cka_is_its_definition_and_knows_rotations_and_scales_and_nothing_else():
     x, y = cloud(60, 8, 1), cloud(60, 5, 2)
     assert linear_cka(x, y) == pytest.approx(hsic_cka(x.astype(float), y.astype(float)), rel=1e-6)
-
-
-def test_cka_knows_rotations_and_scales_and_nothing_else():
     rng = np.random.default_rng(3)
     x = cloud(200, 8)
     rotation = np.linalg.qr(rng.normal(size=(8, 8)))[0]

@@ -29,10 +29,6 @@ def source(tmp_path_factory):
     return find_sources([str(export(tmp_path_factory.mktemp("one") / "model", byte_pairs(300)))])[0]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What is refused
-
-
 def test_gpt_neo_is_refused_though_it_has_the_same_parts(tmp_path):
     config = GPTNeoConfig(
         vocab_size=300, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]],
@@ -77,10 +73,6 @@ def test_a_model_on_the_hub_that_would_not_fit_is_refused_before_it_is_downloade
         check_memory(source, GPT2Config())
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1.51e9))
     check_memory(source, GPT2Config())
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Tokens
 
 
 def test_outlines_know_what_the_models_know(tmp_path):

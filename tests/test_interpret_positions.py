@@ -98,12 +98,6 @@ def test_the_lens_reads_the_last_layer_as_the_model_does_and_earlier_ones_throug
     assert lens[1]["loss"] == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_two_models_sample_the_same_positions():
-    first, second = (measure_text(model_of(kind), windows(4), sample=15, seed=3) for kind in ("harmonic", "softmax"))
-    assert first.sample_at.tolist() == second.sample_at.tolist()
-    assert len(set(first.sample_at)) == 15
-
-
 def test_window_sums():
     found = measure_text(model_of("softmax"), windows(3), sample=4, seed=0).positions
     sums, sizes = found.window_sums(found.loss)

@@ -44,18 +44,8 @@ def test_shipped_sets_are_large_and_clean():
 
 @pytest.mark.slow
 def test_an_installed_hgpt_has_the_sets_and_the_page(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-        str(ROOT),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+    options = ["--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options], check=True, capture_output=True)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         names = set(wheel.namelist())
     expected = {f"hgpt/interpret/relation_sets/{path.name}" for path in SHIPPED.glob("*.json")}
@@ -81,11 +71,8 @@ def test_reading_strips_and_keeps_each_pair_once(tmp_path):
     ],
 )
 def test_wrong_shapes_are_named(tmp_path, content, found):
-    path = tmp_path / "broken.json"
-    path.write_text(content)
-    with pytest.raises(UserError, match=rf'(?s)broken\.json.*{found}|broken\.json.*"input"'):
-        read_relation(path)
-    with pytest.raises(UserError, match=found):
+    (path := tmp_path / "broken.json").write_text(content)
+    with pytest.raises(UserError, match=rf"broken\.json.*{found}"):
         read_relation(path)
 
 

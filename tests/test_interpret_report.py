@@ -88,12 +88,13 @@ def report(places) -> Path:
 
 
 @pytest.fixture(scope="module")
+def text(report) -> str:
+    return (report / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
 def results(report) -> dict:
     return json.loads((report / "results.json").read_text(encoding="utf-8"))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What is written
 
 
 class Page(HTMLParser):
@@ -115,8 +116,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_whole_and_fetches_nothing(report):
-    text = (report / "index.html").read_text(encoding="utf-8")
+def test_the_page_is_whole_and_fetches_nothing(text, report):
     page = Page()
     page.feed(text)
     assert page.open == []
@@ -128,6 +128,15 @@ def test_the_page_is_whole_and_fetches_nothing(report):
     # The summary comes before everything else, and figures have a text for those who do not see them.
     assert text.index('id="summary"') < text.index("<figure") < text.index('id="reading"') < text.index('id="method"')
     assert text.count("<img alt=") == page.tags.count("img") > 8
+    # Figures scroll on a phone, the shading of tokens is printed, and browser.js takes the swatches from the list.
+    assert text.count('<div class="scroll"><img') == text.count("<img ") and "min-width: 45rem" in text
+    printed = text[text.index("@media print") :]
+    assert re.search(r"\.text span \{[^}]*[^-]print-color-adjust: exact", printed)
+    assert re.search(r"figure img \{ min-width: 0;", printed)
+    items = re.findall(r"<li>(<svg.*?</svg>)<b>(.*?)</b>", text)
+    assert items == [(swatch(i), label) for i, label in enumerate(LABELS)]
+    assert text.count('<ul id="models">') == 1 and '"#models .swatch"' in text
+    assert all(f"<th>{name}</th>" in text for name in VARIANTS)
 
 
 def test_figures_are_written_and_signed(report):
@@ -143,8 +152,7 @@ def test_figures_are_written_and_signed(report):
         assert pixels[:, [0, -1], :3].min() > 0.9 and pixels[[0, -1], :, :3].min() > 0.9, name
 
 
-def test_the_text_browser_holds_every_position(report):
-    text = (report / "index.html").read_text(encoding="utf-8")
+def test_the_text_browser_holds_every_position(text):
     groups = json.loads(re.search(r'id="readings">(.*?)</script>', text, re.DOTALL)[1])
     assert [[m["label"] for m in g["models"]] for g in groups] == [["harmonic", "softmax", "gpt2"], ["foreign"]]
     for number, group in enumerate(groups):
@@ -166,24 +174,7 @@ def test_the_text_browser_holds_every_position(report):
     assert len(spans) == sum(len(group["tokens"]) for group in groups)
 
 
-def test_swatches_are_the_looks_of_the_figures(report):
-    text = (report / "index.html").read_text(encoding="utf-8")
-    items = re.findall(r"<li>(<svg.*?</svg>)<b>(.*?)</b>", text)
-    assert items == [(swatch(i), label) for i, label in enumerate(LABELS)]
-    # browser.js takes them from this list.
-    assert text.count('<ul id="models">') == 1 and '"#models .swatch"' in text
-
-
-def test_the_shading_of_tokens_is_printed_and_figures_scroll_on_a_phone(report):
-    text = (report / "index.html").read_text(encoding="utf-8")
-    printed = text[text.index("@media print") :]
-    assert re.search(r"\.text span \{[^}]*[^-]print-color-adjust: exact", printed)
-    assert "min-width: 45rem" in text and re.search(r"figure img \{ min-width: 0;", printed)
-    assert text.count('<div class="scroll"><img') == text.count("<img ") > 8
-
-
-def test_captions_say_what_is_signed_in_the_pixels(report):
-    text = (report / "index.html").read_text(encoding="utf-8")
+def test_captions_say_what_is_signed_in_the_pixels(text):
     sources = dict(re.findall(r'<figure id="(\w+)">.*?<p class="source">(.*?)</p>', text, re.DOTALL))
     assert sources.keys() == FIGURES
     for label, head in (("harmonic", "harmonic (euclidean)"), ("softmax", "softmax, tied"), ("gpt2", "softmax, tied")):
@@ -194,8 +185,7 @@ def test_captions_say_what_is_signed_in_the_pixels(report):
         assert "Relations: /" in sources[name]
 
 
-def test_pairs_that_are_used(report):
-    text = (report / "index.html").read_text(encoding="utf-8")
+def test_pairs_that_are_used(text):
     rows = re.findall(r'<tr><th>plural</th><td class="number">(.*?)</td>', text)
     assert rows[0] == "10 of 10"
     details = re.search(r"<summary>Pairs used of each relation.*?</details>", text, re.DOTALL)[0]
@@ -204,8 +194,7 @@ def test_pairs_that_are_used(report):
     assert "under 4" in details
 
 
-def test_a_test_without_power_says_so(report, places):
-    text = (report / "index.html").read_text(encoding="utf-8")
+def test_a_test_without_power_says_so(text):
     # 10 pairs are 5 differences: p is 2 / 2^5 > 0.05 at least.
     assert text.count("It cannot become significant in any of them, whatever the models") == 2
     assert text.count(" †</td>") == 2 and "†: this test cannot become significant" in text
@@ -257,9 +246,8 @@ def test_results(results, places):
     assert foreign["bands"] == []
 
 
-def test_energy_up_to_the_step_of_the_model_and_where_it_was_measured(report, results):
+def test_energy_up_to_the_step_of_the_model_and_where_it_was_measured(text, results):
     assert [(model["energy"] or {}).get("step") for model in results["models"]] == [20, None, None, None]
-    text = (report / "index.html").read_text(encoding="utf-8")
     rows = {name.strip(" ↓↑"): cells for name, cells in re.findall(r"<tr><th>(.*?)</th>(.*?)</tr>", text)}
     for name, first in (
         ("energy of the training, kWh", "0.0002"),
@@ -336,25 +324,33 @@ def test_a_text_and_words_of_ones_own(places, tmp_path):
         ({"text": "short.txt"}, r"short\.txt has 1 tokens, but at least 2"),
         ({"text": "none.txt"}, "cannot be read as UTF-8"),
         ({"words": ("",)}, "--words '' has no token"),
+        ({"data": "data", "tokens": 30}, r"validation tokens are too few .* raise --tokens to at least 64"),
     ],
 )
-def test_texts_and_words_that_cannot_be_read(places, tmp_path, monkeypatch, options, message):
+def test_texts_and_words_that_cannot_be_measured(places, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("a")
+    (tmp_path / "data").symlink_to(places["data"])
     with pytest.raises(UserError, match=message):
         analyse([str(places["softmax"])], AnalysisSettings(relations=str(places["relations"]), **options))
 
 
-def test_too_little_text(places):
-    with pytest.raises(UserError, match=r"validation tokens are too few .* raise --tokens to at least 64"):
-        analyse(
-            [str(places["softmax"])],
-            AnalysisSettings(data=str(places["data"]), tokens=30, relations=str(places["relations"])),
-        )
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Models
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        (None, "there is no such folder"),
+        ([], r"model is no model: a run folder holds latest/"),
+        (["config.json"], "no model can be loaded from"),
+        (["config.json", "model.safetensors"], "no tokenizer can be loaded from"),
+    ],
+)
+def test_what_is_no_model(tmp_path, places, files, message):
+    if files is not None:
+        (tmp_path / "model").mkdir()
+    for name in files or []:
+        (tmp_path / "model" / name).symlink_to(places["softmax"] / name)
+    with pytest.raises(UserError, match=message), loaded(find_sources([str(tmp_path / "model")])[0], CPU):
+        pass
 
 
 def test_sources(places):
@@ -365,53 +361,11 @@ def test_sources(places):
     assert find_sources(["gpt2-medium"])[0].folder == "gpt2-medium"  # a name on the hub
     with pytest.raises(UserError, match="is named twice"):
         find_sources([str(run), str(run / LATEST)])
-
-
-def test_labels_differ(places):
-    twin = places["root"] / "elsewhere" / "softmax"
-    twin.mkdir(parents=True)
+    # Two folders of one name have different labels.
+    (twin := places["root"] / "elsewhere" / "softmax").mkdir(parents=True)
     (twin / "config.json").symlink_to(places["softmax"] / "config.json")
-    labels = [source.label for source in find_sources([str(places["softmax"]), str(twin)])]
-    assert len(set(labels)) == 2 and all(label.startswith("softmax (") for label in labels)
-
-
-def test_bytes_of_tokens_add_up_to_the_text(places):
-    with loaded(find_sources([str(places["softmax"])])[0], CPU) as model:
-        text = "naïve “quotes” — 日本 with tabs\t\n"
-        assert model.token_bytes()[model.encode(text)].sum() == len(text.encode())
-        assert model.token_bytes()[model.tokenizer.eos_token_id] == 0
-        assert "".join(model.token_text(token) for token in model.encode("with a while")) == "with a while"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Bad input
-
-
-def test_what_is_no_model(tmp_path, places):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty is no model: a run folder holds latest/"):
-        find_sources([str(tmp_path / "empty")])
-    with pytest.raises(UserError, match="there is no such folder"):
-        find_sources([str(tmp_path / "none")])
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "config.json").write_text('{"model_type": "hgpt"}')
-    with (
-        pytest.raises(UserError, match="no model can be loaded from"),
-        loaded(find_sources([str(broken)])[0], CPU),
-    ):
-        pass
-
-
-def test_a_model_without_tokenizer(tmp_path, places):
-    (folder := tmp_path / "model").mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (folder / name).symlink_to(places["softmax"] / name)
-    with (
-        pytest.raises(UserError, match="no tokenizer can be loaded from"),
-        loaded(find_sources([str(folder)])[0], CPU),
-    ):
-        pass
+    labels = {source.label for source in find_sources([str(places["softmax"]), str(twin)])}
+    assert len(labels) == 2 and all(label.startswith("softmax (") for label in labels)
 
 
 @pytest.mark.parametrize(
@@ -424,6 +378,7 @@ def test_a_model_without_tokenizer(tmp_path, places):
         (["--data", "/nowhere"], "/nowhere"),
         (["--relations", "/nowhere"], "--relations /nowhere: there is no such folder"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate .*--help lists every option"),
+        (["--out", __file__], "is a file; name a folder"),
     ],
 )
 def test_wrong_options_are_one_line_with_status_2(places, tmp_path, capsys, options, message):
@@ -432,18 +387,6 @@ def test_wrong_options_are_one_line_with_status_2(places, tmp_path, capsys, opti
     assert re.search(message, error), error
     assert "Traceback" not in error
     assert not (tmp_path / "x").exists()
-
-
-def test_out_is_a_file(places, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert main([str(places["softmax"]), "--out", str(tmp_path / "file")]) == 2
-    assert "file is a file; name a folder" in capsys.readouterr().err
-
-
-def test_every_variant_has_its_description(report):
-    text = (report / "index.html").read_text(encoding="utf-8")
-    for name in VARIANTS:
-        assert f"<th>{name}</th>" in text
 
 
 @pytest.mark.slow

@@ -4,16 +4,23 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import docstring_parser
 
 from hgpt.cli import Parser, run
 from hgpt.errors import UserError
-from hgpt.interpret.report import PAGE, interpret
+from hgpt.interpret.report import PAGE, analyse, write_report
 from hgpt.interpret.subject import AnalysisSettings
 from hgpt.model.distances import load_distances
 
+METAVARS = {"data": "DIR", "relations": "DIR", "tokens": "N", "bootstrap": "N", "text": "FILE", "words": "WORD"}
+MODELS = "run folder (its latest checkpoint), checkpoint folder, exported model, Hugging Face GPT-2 (folder or id)"
+
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    defaults = AnalysisSettings()
+    """The models and the folder of the report, and an option for each field of `AnalysisSettings`."""
     parser = Parser(
         prog="python -m hgpt.interpret",
         description="Measure what can be read in one model or several, and write a report.",
@@ -21,45 +28,22 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add(
-        "models",
-        nargs="+",
-        metavar="RUN_OR_MODEL",
-        help="run folder (its latest checkpoint), checkpoint folder, exported model, Hugging Face GPT-2 (folder or id)",
-    )
+    add("models", nargs="+", metavar="RUN_OR_MODEL", help=MODELS)
     add("--out", required=True, metavar="DIR", help="folder of the report")
-    add("--data", metavar="DIR", help="data folder written by data_prep (default: the one that the runs name)")
-    add("--relations", metavar="DIR", help="folder of relation sets, one .json each (default: those that ship)")
-    add(
-        "--tokens",
-        type=int,
-        default=defaults.tokens,
-        metavar="N",
-        help=f"validation tokens to predict, spread over the split; 0: all of them (default: {defaults.tokens})",
-    )
-    add(
-        "--bootstrap",
-        type=int,
-        default=defaults.bootstrap,
-        metavar="N",
-        help=f"resamples behind every interval (default: {defaults.bootstrap})",
-    )
-    add("--text", metavar="FILE", help="text to show token by token (default: the beginning of the validation text)")
-    add(
-        "--words",
-        nargs="+",
-        default=[],
-        metavar="WORD",
-        help="tokens whose centres to read, a leading space in quotes: ' the' (default: the commonest words)",
-    )
+    described = docstring_parser.parse(AnalysisSettings.__doc__ or "").params
+    for field, about in zip(fields(AnalysisSettings), described, strict=True):
+        assert field.name == about.arg_name
+        shown = "" if field.default in (None, ()) else f" (default: {field.default})"
+        add(
+            f"--{field.name}",
+            type=int if isinstance(field.default, int) else str,
+            nargs="+" if field.name == "words" else None,
+            default=field.default,
+            metavar=METAVARS.get(field.name),
+            help=f"{about.description}{shown}",
+        )
     add("--distance-file", metavar="FILE", help="a Python file that registers a model's own distance; it is executed")
-    add("--seed", type=int, default=defaults.seed, help=f"of every random choice (default: {defaults.seed})")
-    add("--device", default=defaults.device, help=f"cpu, cuda, cuda:1, mps, ... (default: {defaults.device})")
-    add(
-        "--final-only",
-        action="store_true",
-        help="do not measure the earlier checkpoints that run folders have kept",
-    )
+    add("--final-only", action="store_true", help="do not measure the earlier checkpoints that run folders have kept")
     return parser.parse_args(argv)
 
 
@@ -67,22 +51,17 @@ def main(argv: Sequence[str]) -> str:
     """Measure and write the report; returns where it is."""
     start = time.perf_counter()
     options = parse_arguments(argv)
+    out = Path(options.out)
     if options.distance_file is not None:
         try:
             load_distances(options.distance_file)
         except ValueError as error:
             raise UserError(f"--distance-file: {error}") from error
-    settings = AnalysisSettings(
-        data=options.data,
-        relations=options.relations,
-        tokens=options.tokens,
-        bootstrap=options.bootstrap,
-        text=options.text,
-        words=tuple(options.words),
-        seed=options.seed,
-        device=options.device,
-    )
-    analysis = interpret(options.models, settings, options.out, checkpoints=not options.final_only)
+    settings = AnalysisSettings(**{field.name: getattr(options, field.name) for field in fields(AnalysisSettings)})
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    analysis = analyse(options.models, settings, checkpoints=not options.final_only)
+    write_report(analysis, out)
     for note in analysis.notes:
         print(f"note: {note}", file=sys.stderr)
     for model in analysis.models:

@@ -30,7 +30,7 @@ class Passages:
     text_bytes: np.ndarray | None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Corpus:
     """A data folder: its splits, and the tokenizer that made them, where it is known."""
 
@@ -51,9 +51,9 @@ class Corpus:
         """
         files = [Path(folder) / TOKENIZER_FILE, *tokenizer_files]
         file = next((file for file in files if file.is_file()), None)
-        tokenizer = None if file is None else load_tokenizer(str(file))
-        vocabulary = None
+        tokenizer = vocabulary = None
         if file is not None:
+            tokenizer = load_tokenizer(str(file))
             vocabulary = frozenset(tokenizers.Tokenizer.from_file(str(file)).get_vocab().items())
         vocab_size = None
         if not (Path(folder) / META_FILE).is_file():
@@ -61,13 +61,7 @@ class Corpus:
                 vocab_sizes = [tokenizer.vocab_size]
             vocab_size = _vocab_size(folder, vocab_sizes)
         train, val = TokenShards.open(folder, "train", vocab_size), TokenShards.open(folder, "val", vocab_size)
-        return cls(
-            train=train,
-            val=val,
-            tokenizer=tokenizer,
-            vocabulary=vocabulary,
-            source=folder if val.meta is None else val.meta.source,
-        )
+        return cls(train, val, tokenizer, vocabulary, source=folder if val.meta is None else val.meta.source)
 
     def read(self, model: LoadedModel, seq_len: int, tokens: int, longest: int | None = None) -> Passages:
         """Windows of `seq_len` tokens of the data, spread evenly over the validation split, in the tokens of `model`.
@@ -176,10 +170,6 @@ def _vocab_size(folder: str, sizes: Sequence[int]) -> int | None:
         return next(iter(sizes), None)
     largest = max(int(chunk.max()) for chunk in TokenShards.open(folder, "val", MAX_VOCAB_SIZE).chunks())
     return min((size for size in sizes if size > largest), default=max(sizes))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The text that all models of a report read
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,6 +102,14 @@ def grid(count: int, columns: int, *, row_height: float, extra: float, **options
     return figure, axes
 
 
+def label_edges(axes: np.ndarray, below: str, left: str) -> None:
+    """One axis label below each column of panels, and one beside each row."""
+    for panel in axes[-1]:
+        panel.set_xlabel(below)
+    for panel in axes[:, 0]:
+        panel.set_ylabel(left)
+
+
 def sign(
     figure: Figure,
     name: str,
@@ -168,6 +176,28 @@ def draw_intervals(
     panel.plot(x, y, linestyle="none", marker=style["marker"], color=style["color"], markersize=4, label=label)
 
 
+def rows_of_intervals(
+    names: Sequence[str], found: Sequence[tuple[int, str, dict[str, Estimate]]]
+) -> tuple[Figure, Axes, list[np.ndarray]]:
+    """A row for each name, with the estimates of several models beside one another.
+
+    Args:
+        found: number of a model, its label, and its estimates by name.
+
+    Returns the figure, its panel, and the heights at which the estimates of each model are drawn.
+    """
+    figure, axes = new_figure(height=1.5 + 0.26 * len(names) * max(1, len(found) / 2))
+    panel: Axes = axes[0, 0]
+    heights = []
+    for place, (index, label, estimates) in enumerate(found):
+        rows = np.array([names.index(name) for name in estimates])
+        heights.append(rows - 0.4 + 0.8 * (place + 0.5) / len(found))
+        draw_intervals(panel, list(estimates.values()), heights[-1], index, label)
+    panel.set_yticks(range(len(names)), names)
+    panel.invert_yaxis()
+    return figure, panel, heights
+
+
 def listed(sentence: str, labels: Sequence[str]) -> list[str]:
     """`sentence: a, b.` as the only entry, nothing where there are no labels."""
     return [f"{sentence}: {', '.join(labels)}."] if labels else []
@@ -181,10 +211,6 @@ def save_figure(figure: Figure, folder: Path, name: str) -> Path:
         figure.set_layout_engine("none")  # the layout is found; finding it again takes most of the time
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
     return folder / f"{name}.png"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Comparisons of many runs
 
 
 def measure_against_loss(rows: Sequence[dict[str, Any]], measures: dict[str, str], source: str) -> Figure:
@@ -207,7 +233,7 @@ def measure_against_loss(rows: Sequence[dict[str, Any]], measures: dict[str, str
                 x, y = zip(*points, strict=True) if points else ((), ())
                 panel.plot(x, y, style["marker"], color=style["color"], markersize=5, alpha=0.8,
                            label=arm + _exponent_text([row.get("exponent") for row in own]))  # fmt: skip
-            panel.set(xlabel="validation loss (nats)", ylabel=label)
+            panel.set(xlabel="validation loss (nats)", ylabel=textwrap.fill(label, 32))
         legend(figure)
         write_below(figure, source)
     return figure

@@ -5,16 +5,14 @@ as rows of the summary, as a section of the page with tables and figures, and as
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from types import ModuleType
 from typing import Any
 
 from hgpt.interpret.blocks import Block, Cell
 from hgpt.interpret.models import LoadedModel, Source
 from hgpt.interpret.positions import TextMeasures
 from hgpt.interpret.subject import AnalysisSettings, Subject
-
-# ------------------------------------------------------------------------------------------------------------
-# Results
 
 
 @dataclass(kw_only=True)
@@ -41,15 +39,8 @@ class ModelResult:
 
     @classmethod
     def of(cls, model: LoadedModel, vocabulary: frozenset[tuple[str, int]]) -> "ModelResult":
-        return cls(
-            source=model.source,
-            description=model.description,
-            harmonic=model.harmonic,
-            exponent=model.exponent,
-            parameters=model.parameters,
-            tied=model.tied,
-            vocabulary=vocabulary,
-        )
+        names = ("source", "description", "harmonic", "exponent", "parameters", "tied")
+        return cls(**{name: getattr(model, name) for name in names}, vocabulary=vocabulary)
 
     @property
     def label(self) -> str:
@@ -89,12 +80,24 @@ class Analysis:
         return next((model.text.windows for model in self.models if model.text is not None), 0)
 
     @property
+    def measured_on(self) -> str:
+        if self.data is None:
+            return "no text"
+        windows = {model.label: model.text.windows for model in self.models if model.text is not None}
+        tokens = counts_text(tokens_read(self.models))
+        return f"{tokens} validation tokens in {counts_text(windows)} windows of {self.data_source}"
+
+    @property
     def resampled(self) -> str:
         return f"{self.settings.bootstrap:,} resamples"
 
     @property
     def relations(self) -> str:
         return self.settings.relations or "the relation sets that ship with hgpt"
+
+    def having(self, found: Callable[[ModelResult], object]) -> list[tuple[int, ModelResult]]:
+        """The models of which `found` finds something, and their places in the report."""
+        return [(index, model) for index, model in enumerate(self.models) if found(model)]
 
 
 def tokens_read(models: Sequence[ModelResult]) -> dict[str, int]:
@@ -117,10 +120,6 @@ def counts_text(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} ({', '.join(named)})" for count, named in labels.items())
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The protocol
-
-
 @dataclass(frozen=True)
 class Quantity:
     """One number of a model, in the summary, in hgpt.compare, or in both.
@@ -129,7 +128,8 @@ class Quantity:
         label: heading of its row in the summary; "" for none.
         value: the number; None where it is not known.
         better: "lower", "higher", or "" where neither is.
-        key, axis: column in hgpt.compare's readability.csv and axis label in its figure; "" for none.
+        key: its column in hgpt.compare's readability.csv; "" for none.
+        axis: what hgpt.compare's figure calls it; "" for the label.
     """
 
     label: str
@@ -139,7 +139,7 @@ class Quantity:
     axis: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Curve:
     """A number that is drawn over training.
 
@@ -161,6 +161,9 @@ class Curve:
 @dataclass(frozen=True, kw_only=True)
 class Measure:
     """One measure; whatever it does not have may be left out.
+
+    A file in `measures/` is a measure: its name is `name`, its constants TITLE, QUANTITIES and CURVES and its functions
+    are the other attributes.
 
     Attributes:
         name: key of `ModelResult.found` and `Analysis.compared`, and anchor of its section.
@@ -186,3 +189,10 @@ class Measure:
     section: Callable[[Analysis], Sequence[Block]] = lambda analysis: ()
     quantities: tuple[Quantity, ...] = ()
     curves: tuple[Curve, ...] = ()
+
+    @classmethod
+    def of(cls, module: ModuleType) -> "Measure":
+        """The measure that a file in `measures/` is."""
+        own = {field.name: vars(module)[name] for field in fields(cls) for name in (field.name, field.name.upper())
+               if name in vars(module)}  # fmt: skip
+        return cls(name=module.__name__.rpartition(".")[2], **own)

@@ -19,7 +19,7 @@ from hgpt.errors import UserError
 from hgpt.interpret.blocks import Block, Cell, Details, Drawing, Html
 from hgpt.interpret.corpus import data_of_runs, open_text
 from hgpt.interpret.drawing import STYLE, headings, save_figure, swatch
-from hgpt.interpret.measure import Analysis, ModelResult, counts_text, tokens_read
+from hgpt.interpret.measure import Analysis, ModelResult
 from hgpt.interpret.measures import MEASURES
 from hgpt.interpret.models import LoadedModel, find_sources, loaded, outlines, run_checkpoints
 from hgpt.interpret.relations import load_relations
@@ -29,20 +29,6 @@ from hgpt.interpret.subject import HIDDEN_SAMPLE, AnalysisSettings, Subject, Tas
 PAGE, RESULTS, FIGURE_FOLDER = "index.html", "results.json", "figures"
 ARROWS = {"lower": " ↓", "higher": " ↑", "": ""}
 Section = tuple[str, str, Sequence[Block]]  # name, title, blocks
-
-
-def interpret(paths: list[str], settings: AnalysisSettings, out: str | Path, *, checkpoints: bool = True) -> Analysis:
-    """Measure the models and write the report into the folder `out`; returns what was measured."""
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder} is a file; name a folder")
-    analysis = analyse(paths, settings, checkpoints=checkpoints)
-    write_report(analysis, folder)
-    return analysis
-
-
-# ------------------------------------------------------------------------------------------------------------
-# From models to numbers
 
 
 def analyse(paths: list[str], settings: AnalysisSettings, *, checkpoints: bool = True) -> Analysis:
@@ -144,17 +130,13 @@ def restricted(analysis: Analysis, models: int) -> Analysis:
 
 
 # Of hgpt.compare: key → axis label.
-READABILITY = {quantity.key: quantity.axis for measure in MEASURES for quantity in measure.quantities if quantity.key}
+READABILITY = {q.key: q.axis or q.label for measure in MEASURES for q in measure.quantities if q.key}
 
 
 def readability(model: ModelResult) -> dict[str, float | None]:
     """One number for each key of `READABILITY`, None where it is not known: what runs of many arms are compared by."""
     values: dict[str, Any] = {q.key: q.value(model) for measure in MEASURES for q in measure.quantities if q.key}
     return {key: value.value if isinstance(value, Estimate) else value for key, value in values.items()}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# From numbers to files
 
 
 def write_report(analysis: Analysis, folder: Path) -> Path:
@@ -196,16 +178,9 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
 
 
 def _model_json(model: ModelResult) -> dict[str, Any]:
-    whole: dict[str, Any] = {
-        "label": model.label,
-        "folder": model.source.folder,
-        "step": model.source.step,
-        "tokens_seen": model.source.tokens_seen,
-        "head": model.description,
-        "exponent": model.exponent,
-        "parameters": model.parameters,
-        "skipped": model.skipped,
-    }
+    whole = {name: getattr(model.source, name) for name in ("label", "folder", "step", "tokens_seen")}
+    whole |= {"head": model.description}
+    whole |= {name: getattr(model, name) for name in ("exponent", "parameters", "skipped")}
     for measure in MEASURES:
         for key, entry in measure.rows(model).items():
             whole[key] = whole.get(key, {}) | entry if isinstance(entry, dict) else entry
@@ -223,10 +198,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return _plain(value.item())
     return value if not isinstance(value, float) or np.isfinite(value) else None
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The page
 
 
 def page_sections(analysis: Analysis) -> list[Section]:
@@ -265,20 +236,12 @@ def page(analysis: Analysis, sections: Sequence[Section], images: dict[str, str]
         headings=headings(analysis.models),
         swatch=swatch,
         fragment=fragment,
-        measured_on=_measured_on(analysis),
+        measured_on=analysis.measured_on,
         summary=summary(analysis.models),
         settings=", ".join(f"{key} = {value}" for key, value in asdict(analysis.settings).items()),
         results=RESULTS,
         figures=FIGURE_FOLDER,
     )
-
-
-def _measured_on(analysis: Analysis) -> str:
-    if analysis.data is None:
-        return "no text"
-    windows = {model.label: model.text.windows for model in analysis.models if model.text is not None}
-    tokens = counts_text(tokens_read(analysis.models))
-    return f"{tokens} validation tokens in {counts_text(windows)} windows of {analysis.data_source}"
 
 
 def summary(models: Sequence[ModelResult]) -> list[tuple[str, list[Cell]]]:

@@ -1,6 +1,7 @@
 """Uncertainty: bootstrap intervals, permutation tests, and the correction for many of them."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -29,6 +30,11 @@ def estimate(value: float, replicates: np.ndarray) -> Estimate:
     """A value with the percentile interval of its bootstrap replicates."""
     low, high = percentile_interval(replicates)
     return Estimate(value=float(value), low=low, high=high)
+
+
+def mean_estimate(values: Sequence[float], replicates: Sequence[np.ndarray]) -> Estimate:
+    """The mean of several values, such as those of all relations, with the interval that their replicates give it."""
+    return estimate(float(np.mean(values)), np.mean(replicates, axis=0))
 
 
 def percentile_interval(replicates: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:

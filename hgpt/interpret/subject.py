@@ -13,7 +13,7 @@ from hgpt.errors import UserError
 from hgpt.interpret.corpus import Text
 from hgpt.interpret.models import LoadedModel
 from hgpt.interpret.positions import TextMeasures, Window, measure_text
-from hgpt.interpret.relations import Relation, TokenPairs, WordForm, spellings, token_pairs
+from hgpt.interpret.relations import SMALLEST_RELATION, Relation, TokenPairs, WordForm, spellings, token_pairs
 from hgpt.interpret.statistics import Estimate, bootstrap_counts, bootstrap_ratio, estimate
 from hgpt.interpret.vectors import Matrix
 
@@ -26,17 +26,17 @@ CHECKPOINT_TOKENS, CHECKPOINT_WINDOW, CHECKPOINT_SAMPLE = 2048, 256, 512
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisSettings:
-    """What is measured, and on how much.
+    """What is measured, and on how much; python -m hgpt.interpret has an option for each field.
 
     Args:
-        data: a data folder written by data_prep; None: the one that the first run was trained on.
-        relations: a folder of relation sets; None: those that ship.
-        tokens: validation tokens that every model predicts, spread evenly over the split; 0: all of them.
-        bootstrap: resamples behind every interval.
-        text: a UTF-8 file to show in the text browser; None: the beginning of the validation text.
-        words: whose centres are shown; none: the most frequent words of the validation text.
-        seed: of every random choice: quadruples, resamples, positions.
-        device: of the models.
+        data: data folder written by data_prep; left out: the one that the runs name
+        relations: folder of relation sets, one .json each; left out: those that ship
+        tokens: validation tokens that every model predicts, spread evenly over the split; 0: all of them
+        bootstrap: resamples behind every interval
+        text: UTF-8 text to show token by token; left out: the beginning of the validation text
+        words: tokens whose centres to read, a leading space in quotes: ' the'; left out: the commonest words
+        seed: of every random choice: quadruples, resamples, positions
+        device: cpu, cuda, cuda:1, mps, ...
     """
 
     data: str | None = None
@@ -44,7 +44,7 @@ class AnalysisSettings:
     tokens: int = 8192
     bootstrap: int = 1000
     text: str | None = None
-    words: tuple[str, ...] = ()
+    words: Sequence[str] = ()
     seed: int = 0
     device: str = "cpu"
 
@@ -79,7 +79,7 @@ class Task:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Read:
     """The text that a model has read, and what it did at each position.
 
@@ -144,6 +144,11 @@ class Subject:
             }
         return self._pairs[form]
 
+    @property
+    def scored(self) -> dict[str, TokenPairs]:
+        """The pairs of the relations that are large enough to be scored, as last tokens."""
+        return {name: pairs for name, pairs in self.pairs("last").items() if len(pairs.words) >= SMALLEST_RELATION}
+
     def resamples(self, items: int, *words: str) -> np.ndarray:
         """Bootstrap counts of `items`, (bootstrap, items); the words name the draw."""
         return bootstrap_counts(items, self.settings.bootstrap, self.settings.seed_of(*words, str(items)))
@@ -174,13 +179,8 @@ class Subject:
             measures = measure_text(
                 self.model, passages.windows, sample=self.text.sample, seed=self.settings.seed, advance=bar.update
             )
-        return Read(
-            windows=passages.windows,
-            text_bytes=passages.text_bytes,
-            fits=fits,
-            measures=measures,
-            counts=self.resamples(measures.windows, "windows"),
-        )
+        counts = self.resamples(measures.windows, "windows")
+        return Read(passages.windows, passages.text_bytes, fits, measures, counts)
 
     def _note_tokens(self, windows: Sequence[Window], text_bytes: np.ndarray | None, fits: bool) -> None:
         """Notes on a tokenizer that is another one, or unknown."""
@@ -192,14 +192,12 @@ class Subject:
                 "of the vocabulary. A loss that is much too high means that they are not."
             )
         if not fits:
-            rest = "per token, accuracies and entropies are not"
-            rest = (
-                f"Losses {rest} comparable." if text_bytes is None else f"Bits per byte are comparable; losses {rest}."
-            )
+            bits = "" if text_bytes is None else "Bits per byte are comparable. "
             self.notes.append(
                 f"{self.label} has another tokenizer than {folder}: the same text was encoded again, and read in "
                 f"{len(windows):,} pieces of at most {max(len(inputs) for inputs, _ in windows):,} tokens (its context "
-                f"is {self.model.context:,}). {rest}"
+                f"is {self.model.context:,}). "
+                f"{bits}Losses per token, accuracies and entropies are not comparable."
             )
         if text_bytes is None:
             self.notes.append(

@@ -3,6 +3,7 @@
 Vectors have any float dtype; every sum is made in float64.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -31,12 +32,18 @@ class PrincipalAxes:
     variances: np.ndarray
 
 
+def chunks(x: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows of x, a copy of some at a time, in float64."""
+    for start in range(0, len(x), CHUNK):
+        yield x[start : start + CHUNK].astype(np.float64)
+
+
 def covariance(x: np.ndarray) -> Covariance:
     """Mean and covariance of the rows of x, (N, D), without a second copy of x in float64."""
     mean = x.mean(axis=0, dtype=np.float64)
     matrix = np.zeros((x.shape[1], x.shape[1]))
-    for start in range(0, len(x), CHUNK):
-        part = x[start : start + CHUNK] - mean
+    for part in chunks(x):
+        part -= mean
         matrix += part.T @ part
     return Covariance(mean=mean, matrix=matrix / len(x))
 
@@ -105,7 +112,7 @@ class RelationVectors:
         self.words = covariance(vocabulary.rows[np.unique(ids)])
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Projection:
     """The vectors of a relation as a score sees them.
 
@@ -142,10 +149,5 @@ def project(relation: RelationVectors, settings: ScoreSettings) -> Projection:
         settings.normalisation
     ]
     pairs = relation.pairs if axes is None else relation.pairs @ axes
-    return Projection(
-        inputs=pairs[:, 0],
-        outputs=pairs[:, 1],
-        scale=scale,
-        plane_variance=inside(vocabulary) / float(np.trace(vocabulary)),
-        plane_variance_of_words=inside(words) / float(np.trace(words)),
-    )
+    shares = (inside(matrix) / float(np.trace(matrix)) for matrix in (vocabulary, words))
+    return Projection(pairs[:, 0], pairs[:, 1], scale, *shares)

@@ -17,18 +17,8 @@ from hgpt.interpret.measures import (
     training,
 )
 
-MEASURES: tuple[Measure, ...] = (
-    predictions.MEASURE,
-    calibration.MEASURE,
-    parallelograms.MEASURE,
-    differences.MEASURE,
-    analogies.MEASURE,
-    planes.MEASURE,
-    pairs.MEASURE,
-    geometry.MEASURE,
-    similarity.MEASURE,
-    lens.MEASURE,
-    training.MEASURE,
-    reading.MEASURE,
-    centres.MEASURE,
-)
+ON_TEXT = (predictions, calibration)
+RELATIONS = (parallelograms, differences, analogies, planes, pairs)
+VECTORS = (geometry, similarity, lens)
+TO_READ = (training, reading, centres)
+MEASURES = tuple(Measure.of(module) for module in (*ON_TEXT, *RELATIONS, *VECTORS, *TO_READ))

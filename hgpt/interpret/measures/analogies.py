@@ -6,13 +6,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hgpt.interpret.measure import Measure, ModelResult, Quantity
+from hgpt.interpret.measure import ModelResult, Quantity
 from hgpt.interpret.measures.parallelograms import pairs_of_pairs
-from hgpt.interpret.relations import SMALLEST_RELATION, TokenPairs
-from hgpt.interpret.statistics import Estimate, estimate
+from hgpt.interpret.relations import TokenPairs
+from hgpt.interpret.statistics import Estimate, estimate, mean_estimate
 from hgpt.interpret.subject import Subject
 
-NAME = "analogies"
 EPSILON = 1e-3  # of 3CosMul, as in Levy & Goldberg
 QUESTIONS = 500  # per relation: each costs a search of the vocabulary
 
@@ -32,7 +31,7 @@ class WordMeasures:
 
 def of(model: ModelResult, vectors: str) -> dict[str, WordMeasures]:
     """Relation → measures, of "input" or "centres"."""
-    return model.found.get(NAME, {}).get(vectors, {})
+    return model.found.get("analogies", {}).get(vectors, {})
 
 
 def offset_consistency(offsets: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
@@ -114,13 +113,12 @@ def word_measures(rows: np.ndarray, pairs: TokenPairs, subject: Subject, name: s
 
 
 def compute(subject: Subject) -> dict[str, dict[str, WordMeasures]]:
-    usable = {name: pairs for name, pairs in subject.pairs("last").items() if len(pairs.words) >= SMALLEST_RELATION}
     found: dict[str, dict[str, WordMeasures]] = {}
     for vectors, matrix in subject.matrices.items():
         if vectors == "centres" and subject.model.tied:
             found[vectors] = found["input"]
             continue
-        bar = tqdm(usable.items(), desc=f"{subject.label}: analogies, {vectors}", disable=None, leave=False)
+        bar = tqdm(subject.scored.items(), desc=f"{subject.label}: analogies, {vectors}", disable=None, leave=False)
         found[vectors] = {name: word_measures(matrix.rows, pairs, subject, name) for name, pairs in bar}
     return found
 
@@ -133,49 +131,23 @@ def mean_of(vectors: str, what: str) -> Any:
         if not found:
             return None
         values = [m.consistency.value if what == "consistency" else m.accuracy[what].value for m in found]
-        return estimate(float(np.mean(values)), np.mean([m.replicates[what] for m in found], axis=0))
+        return mean_estimate(values, [m.replicates[what] for m in found])
 
     return value
 
 
 def rows(model: ModelResult) -> dict[str, Any]:
-    words = {
-        vectors: {
-            name: {"consistency": found.consistency, "analogies": found.accuracy, "questions": found.questions}
-            for name, found in by_relation.items()
-        }
-        for vectors, by_relation in model.found.get(NAME, {}).items()
-    }
+    words: dict[str, dict[str, Any]] = {vectors: {} for vectors in model.found.get("analogies", {})}
+    for vectors, relations in words.items():
+        for name, w in of(model, vectors).items():
+            relations[name] = {"consistency": w.consistency, "analogies": w.accuracy, "questions": w.questions}
     return {"words": words}
 
 
-MEASURE = Measure(
-    name=NAME,
-    compute=compute,
-    rows=rows,
-    quantities=(
-        Quantity("offset consistency, input embedding", mean_of("input", "consistency"), "higher"),
-        Quantity(
-            "offset consistency, centres",
-            mean_of("centres", "consistency"),
-            "higher",
-            key="consistency_centres",
-            axis="offset consistency, centres",
-        ),
-        Quantity(
-            "analogy accuracy 3CosAdd, input embedding",
-            mean_of("input", "3CosAdd"),
-            "higher",
-            key="analogies_input",
-            axis="analogy accuracy 3CosAdd,\ninput embedding",
-        ),
-        Quantity("analogy accuracy 3CosMul, input embedding", mean_of("input", "3CosMul"), "higher"),
-        Quantity(
-            "analogy accuracy 3CosAdd, centres",
-            mean_of("centres", "3CosAdd"),
-            "higher",
-            key="analogies_centres",
-            axis="analogy accuracy 3CosAdd,\ncentres",
-        ),
-    ),
+QUANTITIES = (
+    Quantity("offset consistency, input embedding", mean_of("input", "consistency"), "higher"),
+    Quantity("offset consistency, centres", mean_of("centres", "consistency"), "higher", "consistency_centres"),
+    Quantity("analogy accuracy 3CosAdd, input embedding", mean_of("input", "3CosAdd"), "higher", "analogies_input"),
+    Quantity("analogy accuracy 3CosMul, input embedding", mean_of("input", "3CosMul"), "higher"),
+    Quantity("analogy accuracy 3CosAdd, centres", mean_of("centres", "3CosAdd"), "higher", "analogies_centres"),
 )

@@ -8,17 +8,17 @@ from scipy import stats
 
 from hgpt.interpret.blocks import Block
 from hgpt.interpret.drawing import GREY, look, new_figure, sign
-from hgpt.interpret.measure import Analysis, Measure, ModelResult, Quantity, counts_text, tokens_read
+from hgpt.interpret.measure import Analysis, ModelResult, Quantity, counts_text, tokens_read
 from hgpt.interpret.positions import Positions
 from hgpt.interpret.statistics import CONFIDENCE, Estimate
 from hgpt.interpret.subject import Subject
 
-NAME = "calibration"
+TITLE = "Calibration"
 BINS = 15  # of the reliability curve, as in Guo et al.
 SURE = 3.0  # standard errors beyond which the sign of a bin's gap counts as known
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Reliability:
     """The reliability curve: of each bin that is not empty its mean confidence, its accuracy and its positions."""
 
@@ -34,7 +34,7 @@ class Calibration:
 
 
 def of(model: ModelResult) -> Calibration | None:
-    return model.found.get(NAME)
+    return model.found.get("calibration")
 
 
 def confidence_bins(confidence: np.ndarray, bins: int = BINS) -> np.ndarray:
@@ -52,11 +52,9 @@ def reliability_curve(confidence: np.ndarray, correct: np.ndarray, bins: int = B
     index = confidence_bins(confidence, bins)
     count = np.bincount(index, minlength=bins)
     kept = count > 0
-    return Reliability(
-        confidence=np.bincount(index, weights=confidence, minlength=bins)[kept] / count[kept],
-        accuracy=np.bincount(index, weights=correct.astype(np.float64), minlength=bins)[kept] / count[kept],
-        count=count[kept],
-    )
+    values = (confidence, correct.astype(np.float64))
+    means = [np.bincount(index, weights=each, minlength=bins)[kept] / count[kept] for each in values]
+    return Reliability(confidence=means[0], accuracy=means[1], count=count[kept])
 
 
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:
@@ -115,19 +113,13 @@ def compute(subject: Subject) -> Calibration | None:
     positions = subject.read.measures.positions
     low, high = calibration_error_interval(*window_gaps(positions), subject.read.counts)
     error = expected_calibration_error(positions.confidence, positions.correct)
-    return Calibration(
-        ece=Estimate(value=error, low=low, high=high),
-        reliability=reliability_curve(positions.confidence, positions.correct),
-    )
+    curve = reliability_curve(positions.confidence, positions.correct)
+    return Calibration(ece=Estimate(value=error, low=low, high=high), reliability=curve)
 
 
 def rows(model: ModelResult) -> dict[str, Any]:
     found = of(model)
     return {"reliability": None} if found is None else {"quality": {"ece": found.ece}, "reliability": found.reliability}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The page
 
 
 def section(analysis: Analysis) -> list[Block]:
@@ -173,11 +165,4 @@ def _ece(model: ModelResult) -> Estimate | None:
     return None if (found := of(model)) is None else found.ece
 
 
-MEASURE = Measure(
-    name=NAME,
-    title="Calibration",
-    compute=compute,
-    rows=rows,
-    section=section,
-    quantities=(Quantity("expected calibration error", _ece, "lower", key="ece", axis="expected calibration error"),),
-)
+QUANTITIES = (Quantity("expected calibration error", _ece, "lower", "ece"),)

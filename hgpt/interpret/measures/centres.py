@@ -7,13 +7,13 @@ import torch
 from markupsafe import Markup
 
 from hgpt.errors import UserError
-from hgpt.interpret.blocks import Block, Cell, Details, Html, Table, bold, paragraph
-from hgpt.interpret.measure import Analysis, Measure, ModelResult, counts_text, states_sampled
+from hgpt.interpret.blocks import Block, Details, Html, Table, bold, paragraph
+from hgpt.interpret.measure import Analysis, ModelResult, counts_text, states_sampled
 from hgpt.interpret.models import LoadedModel
 from hgpt.interpret.positions import CHUNK
 from hgpt.interpret.subject import Read, Subject
 
-NAME = "centres"
+TITLE = "Centres to read"
 NEIGHBOURS, CONTEXTS = 10, 5
 WORDS = 12
 CONTEXT_TOKENS = 12
@@ -21,7 +21,7 @@ CONTEXT_TOKENS = 12
 
 def of(model: ModelResult) -> list[dict[str, Any]]:
     """[{"token", "neighbours": [(token, distance)], "contexts": [{"before", "next", "value"}]}]"""
-    return model.found.get(NAME) or []
+    return model.found.get("centres") or []
 
 
 def neighbours(loaded: LoadedModel, token: int, k: int) -> list[tuple[str, float]]:
@@ -60,8 +60,9 @@ def compute(subject: Subject) -> list[dict[str, Any]]:
     for token in _words_to_read(subject):
         contexts = []
         if read is not None:
-            for index, value in nearest_contexts(model, read.measures.sample[-1], token, CONTEXTS):
-                contexts.append(_context_at(model, read, int(read.measures.sample_at[index]), value))
+            at, states = read.measures.sample_at, read.measures.sample[-1]
+            nearest = nearest_contexts(model, states, token, CONTEXTS)
+            contexts = [_context_at(model, read, int(at[index]), value) for index, value in nearest]
         near = neighbours(model, token, NEIGHBOURS)
         found.append({"token": model.token_text(token), "neighbours": near, "contexts": contexts})
     return found
@@ -97,9 +98,6 @@ def _context_at(model: LoadedModel, read: Read, at: int, value: float) -> dict[s
     }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The page
-
 NEAR = """<p>Nearest centres ({{ unit }}):
 {% for token, distance in near %}{{ token }} {{ "%.2f"|format(distance) }}
 {%- if not loop.last %}, {% endif %}{% endfor %}</p>"""
@@ -132,10 +130,8 @@ def _details(model: ModelResult, word: dict[str, Any], first: bool) -> Details:
     blocks: list[Block] = [Html(template=NEAR, values={"unit": unit, "near": near})]
     if word["contexts"]:
         contexts = "contexts nearest to the centre" if model.harmonic else "contexts with the largest logit"
-        rows: list[tuple[str, list[Cell]]] = [
-            (visible(f"…{c['before']}"), [visible(c["next"]), c["value"]]) for c in word["contexts"]
-        ]
         head = [contexts, "what came", "d / d_min" if model.harmonic else "p"]
+        rows = [(visible(f"…{c['before']}"), [visible(c["next"]), c["value"]]) for c in word["contexts"]]
         blocks.append(Table(head=head, rows=rows))
     return Details(title=visible(word["token"]), blocks=blocks, open=first)
 
@@ -145,6 +141,5 @@ def visible(token: str) -> Markup:
     return Markup("<code>{}</code>").format(token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥"))
 
 
-MEASURE = Measure(
-    name=NAME, title="Centres to read", compute=compute, rows=lambda model: {"centres": of(model)}, section=section
-)
+def rows(model: ModelResult) -> dict[str, Any]:
+    return {"centres": of(model)}

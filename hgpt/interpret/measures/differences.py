@@ -8,20 +8,20 @@ from typing import Any
 import numpy as np
 
 from hgpt.interpret.blocks import Block, Cell, Drawing, Prose, Table, bold, paragraph
-from hgpt.interpret.drawing import GREY, draw_intervals, headings, listed, new_figure, sign
-from hgpt.interpret.measure import Analysis, Measure, ModelResult
+from hgpt.interpret.drawing import GREY, headings, listed, rows_of_intervals, sign
+from hgpt.interpret.measure import Analysis, ModelResult
 from hgpt.interpret.measures.parallelograms import PRESET, Scores, of, preset, without_power
 from hgpt.interpret.statistics import (
     SIGNIFICANT,
     Estimate,
     estimate,
     holm,
-    percentile_interval,
+    mean_estimate,
     sign_flip_test,
     smallest_sign_flip_p,
 )
 
-NAME = "differences"
+TITLE = "Differences between models"
 SCORES = "parallelograms.csv"
 TESTED = ("difference", "low", "high", "p", "p_holm")  # columns of a test
 
@@ -35,16 +35,16 @@ def compare(first: ModelResult, other: ModelResult) -> list[dict[str, Any]]:
             if name not in of(first).get(variant, {}):
                 continue
             mine, theirs = results[name], of(first)[variant][name]
-            low, high = percentile_interval(mine.replicates - theirs.replicates)
+            difference = estimate(mine.score.value - theirs.score.value, mine.replicates - theirs.replicates)
             found.append(
                 {
                     "variant": variant,
                     "relation": name,
                     "model": other.label,
                     "against": first.label,
-                    "difference": mine.score.value - theirs.score.value,
-                    "low": low,
-                    "high": high,
+                    "difference": difference.value,
+                    "low": difference.low,
+                    "high": difference.high,
                     "p": sign_flip_test(mine.disjoint - theirs.disjoint),
                 }
             )
@@ -56,7 +56,7 @@ def compare(first: ModelResult, other: ModelResult) -> list[dict[str, Any]]:
 
 def comparisons(analysis: Analysis, other: ModelResult, variant: str | None = None) -> list[dict[str, Any]]:
     """The tests of `other` against the first model, of one variant or of all."""
-    tests = analysis.compared.get(NAME, {}).get(other.label, [])
+    tests = analysis.compared.get("differences", {}).get(other.label, [])
     return [test for test in tests if variant in (None, test["variant"])]
 
 
@@ -65,8 +65,10 @@ def difference_over_relations(mine: Scores, theirs: Scores) -> Estimate | None:
     shared = [name for name in mine if name in theirs]
     if not shared:
         return None
-    value = float(np.mean([mine[name].score.value - theirs[name].score.value for name in shared]))
-    return estimate(value, np.mean([mine[name].replicates - theirs[name].replicates for name in shared], axis=0))
+    return mean_estimate(
+        [mine[name].score.value - theirs[name].score.value for name in shared],
+        [mine[name].replicates - theirs[name].replicates for name in shared],
+    )
 
 
 def duplicate_variants(models: Sequence[ModelResult]) -> dict[str, str]:
@@ -112,8 +114,8 @@ def variant_signs(tests: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def scores_table(analysis: Analysis) -> str:
     """parallelograms.csv: a row for each model, variant and relation, with the test against the first model."""
-    columns = ["pairs", "dropped", "score", "score_low", "score_high", "shuffled", "p_shuffled"]
-    columns += ["plane_variance", "plane_variance_of_words"]
+    plain = ("shuffled", "p_shuffled", "plane_variance", "plane_variance_of_words")
+    columns = ["pairs", "dropped", "score", "score_low", "score_high", *plain]
     stream = io.StringIO(newline="")
     writer = csv.writer(stream)
     writer.writerow(["model", "variant", "relation", *columns, *(f"{name}_to_the_first_model" for name in TESTED)])
@@ -121,15 +123,11 @@ def scores_table(analysis: Analysis) -> str:
         tests = {(test["variant"], test["relation"]): test for test in comparisons(analysis, model)}
         for variant, results in of(model).items():
             for name, r in results.items():
-                numbers = [r.pairs, r.dropped, r.score.value, r.score.low, r.score.high, r.shuffled, r.p_shuffled]
-                numbers += [r.plane_variance, r.plane_variance_of_words]
+                numbers = [r.pairs, r.dropped, r.score.value, r.score.low, r.score.high]
+                numbers += [getattr(r, column) for column in plain]
                 test = tests.get((variant, name), {})
                 writer.writerow([model.label, variant, name, *numbers, *(test.get(column, "") for column in TESTED)])
     return stream.getvalue()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The page
 
 
 def section(analysis: Analysis) -> list[Block]:
@@ -159,8 +157,8 @@ def conclusions(analysis: Analysis, other: ModelResult) -> list[str]:
         if other.vocabulary != first.vocabulary:
             why = "their tokenizers differ"
         return [names + f": no test compares their parallelograms, since {why}."]
-    better = sum(test["p_holm"] < SIGNIFICANT and test["difference"] < 0 for test in tests)
-    worse = sum(test["p_holm"] < SIGNIFICANT and test["difference"] > 0 for test in tests)
+    significant = [test["difference"] for test in tests if test["p_holm"] < SIGNIFICANT]
+    better, worse = sum(d < 0 for d in significant), sum(d > 0 for d in significant)
     same = duplicate_variants([first, other])
     measured = variant_signs(comparisons(analysis, other))
     signs = [sign for variant, sign in measured.items() if variant not in same]
@@ -234,15 +232,9 @@ def variants(analysis: Analysis) -> Drawing | None:
     if not points:
         return None
     names = [name for name in of(first) if any(name in differences for _, _, differences in points)]
-    figure, axes = new_figure(height=1.4 + 0.24 * len(names) * max(1, len(points) / 2))
-    panel = axes[0, 0]
-    step = 0.8 / len(points)
-    for place, (index, other, differences) in enumerate(points):
-        rows = np.array([names.index(name) for name in differences]) - 0.4 + step * (place + 0.5)
-        draw_intervals(panel, list(differences.values()), rows, index, f"{other.label} minus {first.label}")
+    series = [(index, f"{other.label} minus {first.label}", found) for index, other, found in points]
+    figure, panel, _ = rows_of_intervals(names, series)
     panel.axvline(0, color=GREY, linewidth=1)
-    panel.set_yticks(range(len(names)), names)
-    panel.invert_yaxis()
     panel.set_xlabel(f"difference of the mean score (below 0: better than {first.label})")
     shown = [other for _, other, _ in points]
     left_out = [model.label for model in analysis.models[1:] if model not in shown]
@@ -263,11 +255,9 @@ def variants(analysis: Analysis) -> Drawing | None:
     )
 
 
-MEASURE = Measure(
-    name=NAME,
-    title="Differences between models",
-    compare=compare,
-    overall=lambda analysis: {"comparisons": [t for tests in analysis.compared.get(NAME, {}).values() for t in tests]},
-    files=lambda analysis: {SCORES: scores_table(analysis)},
-    section=section,
-)
+def overall(analysis: Analysis) -> dict[str, Any]:
+    return {"comparisons": [test for tests in analysis.compared.get("differences", {}).values() for test in tests]}
+
+
+def files(analysis: Analysis) -> dict[str, str]:
+    return {SCORES: scores_table(analysis)}

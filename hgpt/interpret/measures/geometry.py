@@ -1,22 +1,23 @@
 """The shape of the clouds of vectors: ranks, isotropy, norms; of the input embedding, the centres, hidden states."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from hgpt.interpret.blocks import Block, Cell, paragraph
 from hgpt.interpret.drawing import line_look, new_figure, sign
-from hgpt.interpret.measure import Analysis, Curve, Measure, ModelResult, Quantity, counts_text, states_sampled
+from hgpt.interpret.measure import Analysis, Curve, ModelResult, Quantity, counts_text, states_sampled
 from hgpt.interpret.subject import Subject
-from hgpt.interpret.vectors import CHUNK, Matrix
+from hgpt.interpret.vectors import Matrix, chunks
 
-NAME = "geometry"
+TITLE = "Geometry"
 CLOUDS = {"input": "input embedding", "centres": "centres", "hidden": "hidden states at the head"}
 
 
 def of(model: ModelResult, cloud: str) -> dict[str, Any] | None:
     """The measures of one cloud of `CLOUDS`; None for hidden states without text."""
-    return model.found.get(NAME, {}).get(cloud)
+    return model.found.get("geometry", {}).get(cloud)
 
 
 def explained_variance(eigenvalues: np.ndarray) -> np.ndarray:
@@ -49,8 +50,7 @@ def mean_cosine(x: np.ndarray) -> float:
     0 for directions spread evenly, near 1 for a narrow cone: the anisotropy of Ethayarajh, arXiv:1909.00512.
     """
     total, count = np.zeros(x.shape[1]), 0
-    for start in range(0, len(x), CHUNK):
-        part = x[start : start + CHUNK].astype(np.float64)
+    for part in chunks(x):
         norms = np.linalg.norm(part, axis=1)
         part = part[norms > 0] / norms[norms > 0, None]
         total += part.sum(axis=0)
@@ -67,14 +67,13 @@ def isotropy(x: np.ndarray) -> float:
     vectors are brought to a root mean square norm of 1 first, without which the figure depends on their unit of length.
     """
     gram = np.zeros((x.shape[1], x.shape[1]))
-    for start in range(0, len(x), CHUNK):
-        part = x[start : start + CHUNK].astype(np.float64)
+    for part in chunks(x):
         gram += part.T @ part
     scale = np.sqrt(np.trace(gram) / len(x))
     directions = np.linalg.eigh(gram)[1]  # (D, D)
     partition = np.zeros((2, x.shape[1]))
-    for start in range(0, len(x), CHUNK):
-        projected = (x[start : start + CHUNK].astype(np.float64) / scale) @ directions
+    for part in chunks(x):
+        projected = (part / scale) @ directions
         partition += np.stack([np.exp(projected).sum(axis=0), np.exp(-projected).sum(axis=0)])
     return float(partition.min() / partition.max())
 
@@ -83,13 +82,8 @@ def norm_summary(x: np.ndarray) -> dict[str, float]:
     """Mean, standard deviation, 5 % and 95 % quantiles and maximum of |x_i|."""
     norms = np.linalg.norm(x, axis=1).astype(np.float64)
     low, high = np.quantile(norms, [0.05, 0.95])
-    return {
-        "mean": float(norms.mean()),
-        "sd": float(norms.std()),
-        "quantile_05": float(low),
-        "quantile_95": float(high),
-        "max": float(norms.max()),
-    }
+    found = {"mean": norms.mean(), "sd": norms.std(), "quantile_05": low, "quantile_95": high, "max": norms.max()}
+    return {name: float(value) for name, value in found.items()}
 
 
 def shape(cloud: Matrix) -> dict[str, Any]:
@@ -120,10 +114,6 @@ def checkpoint(subject: Subject) -> dict[str, float]:
         "centre_effective_rank": effective_rank(variances),
         "centre_participation_ratio": participation_ratio(variances),
     }
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The page
 
 
 def section(analysis: Analysis) -> list[Block]:
@@ -157,43 +147,29 @@ def section(analysis: Analysis) -> list[Block]:
     ]
 
 
-def _value(cloud: str, name: str) -> Any:
-    def value(model: ModelResult) -> Cell:
-        found = of(model, cloud)
-        return None if found is None else found[name]
-
-    return value
+def _value(cloud: str, name: str) -> Callable[[ModelResult], Cell]:
+    return lambda model: None if (found := of(model, cloud)) is None else found[name]
 
 
-MEASURE = Measure(
-    name=NAME,
-    title="Geometry",
-    compute=compute,
-    checkpoint=checkpoint,
-    rows=lambda model: {"geometry": model.found[NAME]},
-    section=section,
-    quantities=(
-        Quantity(
-            "effective rank of the centres",
-            _value("centres", "effective_rank"),
-            key="effective_rank_centres",
-            axis="effective rank of the centres",
-        ),
-        Quantity("participation ratio of the centres", _value("centres", "participation_ratio")),
-        Quantity(
-            "share of the centres' variance in two components",
-            lambda model: model.found[NAME]["centres"]["explained_variance"][1],
-            key="explained_2_centres",
-            axis="share of the centres' variance\nin two components",
-        ),
-        Quantity("isotropy of the centres", _value("centres", "isotropy")),
-        Quantity("mean cosine of two centres", _value("centres", "mean_cosine")),
-        Quantity("effective rank of hidden states", _value("hidden", "effective_rank")),
-        Quantity("mean norm of the centres", lambda model: model.found[NAME]["centres"]["norms"]["mean"]),
+def rows(model: ModelResult) -> dict[str, Any]:
+    return {"geometry": model.found["geometry"]}
+
+
+QUANTITIES = (
+    Quantity("effective rank of the centres", _value("centres", "effective_rank"), key="effective_rank_centres"),
+    Quantity("participation ratio of the centres", _value("centres", "participation_ratio")),
+    Quantity(
+        "share of the centres' variance in two components",
+        lambda model: model.found["geometry"]["centres"]["explained_variance"][1],
+        key="explained_2_centres",
     ),
-    curves=(
-        Curve(key="centre_norm", logged="w_norm_mean", axis="mean norm of the centres", log_scale=True),
-        Curve(key="centre_effective_rank", axis="effective rank of the centres"),
-        Curve(key="centre_participation_ratio", axis="participation ratio\nof the centres"),
-    ),
+    Quantity("isotropy of the centres", _value("centres", "isotropy")),
+    Quantity("mean cosine of two centres", _value("centres", "mean_cosine")),
+    Quantity("effective rank of hidden states", _value("hidden", "effective_rank")),
+    Quantity("mean norm of the centres", lambda model: model.found["geometry"]["centres"]["norms"]["mean"]),
+)
+CURVES = (
+    Curve("centre_norm", "mean norm of the centres", logged="w_norm_mean", log_scale=True),
+    Curve("centre_effective_rank", "effective rank of the centres"),
+    Curve("centre_participation_ratio", "participation ratio of the centres"),
 )

@@ -3,6 +3,8 @@
 nostalgebraist, *interpreting GPT: the logit lens* (2020); here with distances too.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,18 +12,18 @@ from tqdm import tqdm
 
 from hgpt.interpret.blocks import Block
 from hgpt.interpret.drawing import look, new_figure, sign
-from hgpt.interpret.measure import Analysis, Measure, ModelResult, counts_text, states_sampled
+from hgpt.interpret.measure import Analysis, ModelResult, counts_text, states_sampled
 from hgpt.interpret.models import LoadedModel
 from hgpt.interpret.positions import CHUNK, measure_states, sampled_positions
 from hgpt.interpret.subject import Subject
 
-NAME = "lens"
+TITLE = "Logit lens"
 LENS_POSITIONS = 512
 
 
 def of(model: ModelResult) -> list[dict[str, float]]:
     """Of each layer, the embedding first: "loss", "accuracy", "target_ratio", and standard errors as "loss_error", …"""
-    return model.found.get(NAME) or []
+    return model.found.get("lens") or []
 
 
 def logit_lens(loaded: LoadedModel, states: np.ndarray, targets: np.ndarray) -> list[dict[str, float]]:
@@ -41,19 +43,15 @@ def logit_lens(loaded: LoadedModel, states: np.ndarray, targets: np.ndarray) -> 
             if layer < len(states) - 1:
                 x = loaded.final_norm(x)
             measured = measure_states(loaded, x, y[part])
-            for name, values in found.items():
-                values.append(measured[name].double())
-        loss, correct, ratio = (torch.cat(values) for values in found.values())
-        lens.append(
-            {
-                "layer": layer,
-                "loss": float(loss.mean()),
-                "loss_error": float(loss.std() / len(loss) ** 0.5),
-                "accuracy": float(correct.mean()),
-                "target_ratio": float(ratio.mean()),
-                "target_ratio_error": float(ratio.std() / len(ratio) ** 0.5),
-            }
-        )
+            for name, parts in found.items():
+                parts.append(measured[name].double())
+        row: dict[str, float] = {"layer": layer}
+        for name, parts in found.items():
+            values = torch.cat(parts)
+            row |= {name: float(values.mean()), f"{name}_error": float(values.std() / len(values) ** 0.5)}
+        row["accuracy"] = row.pop("correct")
+        del row["correct_error"]  # a share needs another interval
+        lens.append(row)
     return lens
 
 
@@ -66,12 +64,8 @@ def compute(subject: Subject) -> list[dict[str, float]] | None:
     return logit_lens(subject.model, text.sample[:, inside], text.positions.target[text.sample_at[inside]])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The page
-
-
 def section(analysis: Analysis) -> list[Block]:
-    models = [(index, model) for index, model in enumerate(analysis.models) if of(model)]
+    models = analysis.having(of)
     if not models:
         return []
     figure, axes = new_figure(1, 3, height=3.3)
@@ -101,10 +95,5 @@ def section(analysis: Analysis) -> list[Block]:
     ]
 
 
-MEASURE = Measure(
-    name=NAME,
-    title="Logit lens",
-    compute=compute,
-    rows=lambda model: {"logit_lens": of(model)},
-    section=section,
-)
+def rows(model: ModelResult) -> dict[str, Any]:
+    return {"logit_lens": of(model)}

@@ -1,11 +1,11 @@
 """Which pairs of words of each relation a tokenizer can express: what every score of relations is made of."""
 
 from hgpt.interpret.blocks import Block, Details, Prose, Table, bold, paragraph
-from hgpt.interpret.measure import Analysis, Measure, ModelResult
+from hgpt.interpret.measure import Analysis, ModelResult
 from hgpt.interpret.relations import SMALLEST_RELATION, TokenPairs, WordForm, distinct
 from hgpt.interpret.subject import Subject
 
-NAME = "pairs"
+TITLE = "Pairs of words"
 # Heading → which token stands for a word, and whether each pair of tokens counts once.
 FORMS: dict[str, tuple[WordForm, bool]] = {
     "last token of each word": ("last", False),
@@ -17,7 +17,7 @@ FORMS: dict[str, tuple[WordForm, bool]] = {
 
 def of(model: ModelResult) -> dict[str, list[TokenPairs]]:
     """Relation → its pairs in each of `FORMS`."""
-    return model.found.get(NAME, {})
+    return model.found.get("pairs", {})
 
 
 def compute(subject: Subject) -> dict[str, list[TokenPairs]]:
@@ -63,6 +63,3 @@ def _pairs_of_others(analysis: Analysis, model: ModelResult, name: str) -> list[
     """The pairs that other models use of a relation, as last tokens, and `model` does not."""
     used = dict.fromkeys(pair for other in analysis.models for pair in of(other)[name][0].words)
     return [pair for pair in used if pair not in set(of(model)[name][0].words)]
-
-
-MEASURE = Measure(name=NAME, title="Pairs of words", compute=compute, section=section)

@@ -12,8 +12,8 @@ offsets o_i = E(b_i) − E(a_i), the score of the parallelogram of pairs i and j
 ‖E‖² around their mean.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -21,22 +21,23 @@ import numpy as np
 from tqdm import tqdm
 
 from hgpt.interpret.blocks import Block, Cell, Details, Drawing, Prose, Table, bold, paragraph
-from hgpt.interpret.drawing import GREY, draw_intervals, grid, headings, line_look, listed, look, new_figure, sign
-from hgpt.interpret.measure import Analysis, Curve, Measure, ModelResult, Quantity, counts_text
+from hgpt.interpret.drawing import GREY, grid, headings, label_edges, line_look, listed, look, rows_of_intervals, sign
+from hgpt.interpret.measure import Analysis, Curve, ModelResult, Quantity, counts_text
 from hgpt.interpret.relations import SMALLEST_RELATION, TokenPairs, WordForm, distinct
-from hgpt.interpret.statistics import SIGNIFICANT, Estimate, estimate, smallest_shuffle_p
+from hgpt.interpret.statistics import SIGNIFICANT, Estimate, estimate, mean_estimate, smallest_shuffle_p
 from hgpt.interpret.subject import Subject
 from hgpt.interpret.vectors import Projection, RelationVectors, ScoreSettings, project
 
-NAME = "parallelograms"
+TITLE = "Parallelograms"
 EXPECTED_AT_RANDOM = 4.0
 INPUTS_AT_A_TIME = 64  # of random pairings: with 5,000 pairs a block of products takes 2.6 MB, and stays in the cache
 PRESET_QUADRUPLES = 10_000
 SHUFFLES = 999
 SCORE_AXIS = 100.0  # where the axis of the score's distribution ends: a few scores are thousands
 
-
-PRESET = "baek2025"
+PRESET, OWN_SCALE = "baek2025", "full space, scale of the relation, distinct"
+OF_CENTRES = f"{OWN_SCALE}, centres"
+IN_FULL_SPACE = ScoreSettings(components=None, normalisation="relation", distinct=True)
 # The preset, changed in one thing at a time, and then in what is left of it when nothing depends on a plane.
 VARIANTS: dict[str, ScoreSettings] = {
     PRESET: ScoreSettings(),
@@ -52,14 +53,9 @@ VARIANTS: dict[str, ScoreSettings] = {
     "words of one token": ScoreSettings(words="single"),
     "words of one token after a space": ScoreSettings(words="single_after_space"),
     "distinct pairs of tokens": ScoreSettings(distinct=True),
-    "full space, scale of the relation, distinct": ScoreSettings(
-        components=None, normalisation="relation", distinct=True
-    ),
-    "full space, scale of the relation, distinct, centres": ScoreSettings(
-        components=None, normalisation="relation", distinct=True, vectors="centres"
-    ),
+    OWN_SCALE: IN_FULL_SPACE,
+    OF_CENTRES: replace(IN_FULL_SPACE, vectors="centres"),
 }
-OWN_SCALE = "full space, scale of the relation, distinct"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +88,7 @@ Scores = dict[str, RelationScore]  # relation → score
 
 def of(model: ModelResult) -> dict[str, Scores]:
     """Variant → relation → score."""
-    return model.found.get(NAME, {})
+    return model.found.get("parallelograms", {})
 
 
 def preset(model: ModelResult) -> Scores:
@@ -195,34 +191,28 @@ def relation_score(
 
 
 def compute(subject: Subject) -> dict[str, Scores]:
-    """Every variant of the score of every relation.
-
-    Relation by relation: variants that start from the same vectors share them, and all share their random draws.
-    """
+    """Every variant of the score of every relation; variants that start from the same vectors share them."""
     dimensions = subject.input.rows.shape[1]
-    usable = {v: s for v, s in VARIANTS.items() if s.components is None or s.components <= dimensions}
-    alike: dict[tuple[str, WordForm, bool], list[str]] = {}
-    for variant, s in usable.items():
-        key = ("input" if subject.model.tied else s.vectors, s.words, s.distinct)
-        alike.setdefault(key, []).append(variant)
+    usable = {name: s for name, s in VARIANTS.items() if s.components is None or s.components <= dimensions}
     scores: dict[str, Scores] = {variant: {} for variant in usable}
     small: dict[str, list[str]] = {variant: [] for variant in usable}
     steps = len(subject.relations) * len(usable)
     with tqdm(total=steps, desc=f"{subject.label}: relations", unit="score", disable=None, leave=False) as bar:
         for relation in subject.relations:
-            for (vectors, form, only_distinct), variants in alike.items():
-                pairs = subject.pairs(form)[relation.name]
-                pairs = distinct(pairs) if only_distinct else pairs
-                bar.update(len(variants))
+            located: dict[tuple[str, WordForm, bool], RelationVectors] = {}
+            for variant, s in usable.items():
+                bar.update()
+                pairs = subject.pairs(s.words)[relation.name]
+                pairs = distinct(pairs) if s.distinct else pairs
                 if len(pairs.words) < SMALLEST_RELATION:
-                    for variant in variants:
-                        small[variant].append(f"{relation.name} ({len(pairs.words)} of {len(relation.pairs)})")
+                    small[variant].append(f"{relation.name} ({len(pairs.words)} of {len(relation.pairs)})")
                     continue
-                located = RelationVectors(subject.matrices[vectors], pairs.ids)
-                for variant in variants:
-                    projected = project(located, usable[variant])
-                    sampled = PRESET_QUADRUPLES if variant == PRESET else 0
-                    scores[variant][relation.name] = relation_score(projected, pairs, subject, relation.name, sampled)
+                key = ("input" if subject.model.tied else s.vectors, s.words, s.distinct)
+                if key not in located:
+                    located[key] = RelationVectors(subject.matrices[key[0]], pairs.ids)
+                sampled = PRESET_QUADRUPLES if variant == PRESET else 0
+                projected = project(located[key], s)
+                scores[variant][relation.name] = relation_score(projected, pairs, subject, relation.name, sampled)
     for variant in VARIANTS:
         if variant not in usable:
             subject.skipped.append(f"{variant}: the model has only {dimensions} dimensions")
@@ -234,18 +224,14 @@ def compute(subject: Subject) -> dict[str, Scores]:
 
 def checkpoint(subject: Subject) -> dict[str, float]:
     """The preset's mean score over relations."""
-    scores = []
-    for pairs in subject.pairs("last").values():
-        if len(pairs.words) >= SMALLEST_RELATION:
-            projected = project(RelationVectors(subject.input, pairs.ids), VARIANTS[PRESET])
-            scores.append(float(mean_parallelogram_score(projected.offsets, projected.scale)))
+    projected = [project(RelationVectors(subject.input, p.ids), VARIANTS[PRESET]) for p in subject.scored.values()]
+    scores = [mean_parallelogram_score(each.offsets, each.scale) for each in projected]
     return {"parallelogram_score": float(np.mean(scores))} if scores else {}
 
 
 def mean_over_relations(results: Scores) -> Estimate:
     """The mean score over relations, its interval over the pairs of each: the relations themselves are not a sample."""
-    value = float(np.mean([result.score.value for result in results.values()]))
-    return estimate(value, np.mean([result.replicates for result in results.values()], axis=0))
+    return mean_estimate([r.score.value for r in results.values()], [r.replicates for r in results.values()])
 
 
 def relative_to_random_pairs(results: Scores) -> Estimate:
@@ -254,28 +240,22 @@ def relative_to_random_pairs(results: Scores) -> Estimate:
     Free of the scale, and of where the words lie as long as they lie there together. The interval is over pairs, with
     the mean of the random pairings held fixed.
     """
-    value = float(np.mean([result.score.value / result.shuffled for result in results.values()]))
-    return estimate(value, np.mean([result.replicates / result.shuffled for result in results.values()], axis=0))
+    found = results.values()
+    return mean_estimate([r.score.value / r.shuffled for r in found], [r.replicates / r.shuffled for r in found])
 
 
 def rows(model: ModelResult) -> dict[str, Any]:
-    shown = ("shuffled", "p_shuffled", "pairs", "dropped", "plane_variance", "plane_variance_of_words")
     found: dict[str, Any] = {}
     for variant, results in of(model).items():
         relations = {}
         for name, result in results.items():
-            relations[name] = {"score": result.score} | {key: getattr(result, key) for key in shown}
+            kept_for_figures = ("replicates", "disjoint", "sampled")
+            relations[name] = {key: value for key, value in vars(result).items() if key not in kept_for_figures}
             if len(result.sampled):
-                relations[name] |= {
-                    "sampled_mean": float(result.sampled.mean()),
-                    "sampled_median": float(np.median(result.sampled)),
-                }
+                mean, median = float(result.sampled.mean()), float(np.median(result.sampled))
+                relations[name] |= {"sampled_mean": mean, "sampled_median": median}
         found[variant] = {"mean": mean_over_relations(results), "relations": relations}
     return {"parallelograms": found}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The page
 
 
 def section(analysis: Analysis) -> list[Block]:
@@ -342,9 +322,8 @@ def _scores_table(analysis: Analysis, names: Sequence[str]) -> Table:
     rows: list[tuple[str, Sequence[Cell]]] = []
     for name in names:
         found = [preset(model).get(name) for model in analysis.models]
-        cells: list[Cell] = [
-            ", ".join(dict.fromkeys(f"{r.pairs} of {r.pairs + r.dropped}" for r in found if r is not None))
-        ]
+        used = dict.fromkeys(f"{r.pairs} of {r.pairs + r.dropped}" for r in found if r is not None)
+        cells: list[Cell] = [", ".join(used)]
         for result in found:
             cells += [None, None] if result is None else [result.score, result.shuffled]
         rows.append((name, cells))
@@ -357,32 +336,19 @@ def _every_variant(analysis: Analysis) -> Details:
         head += [heading + ": score", "plane's variance"]
     rows: list[tuple[str, Sequence[Cell]]] = []
     for name, s in VARIANTS.items():
-        cells: list[Cell] = ["all" if s.components is None else str(s.components), s.plane]
-        cells += [
-            s.normalisation.replace("_", " "),
-            s.words.replace("_", " "),
-            s.vectors,
-            "yes" if s.distinct else "no",
-        ]
+        scale, words = s.normalisation.replace("_", " "), s.words.replace("_", " ")
+        cells: list[Cell] = ["all" if s.components is None else str(s.components), s.plane, scale, words, s.vectors]
+        cells.append("yes" if s.distinct else "no")
         for model in analysis.models:
             results = of(model).get(name)
             share = np.mean([result.plane_variance for result in results.values()]) if results else 0
             cells += [mean_over_relations(results), f"{share:.1%}"] if results else [None, None]
         rows.append((name, cells))
-    return Details(
-        title="Every way to measure it",
-        blocks=[
-            paragraph(
-                "Score of a parallelogram a : b = c : d: ‖E(a) + E(d) − E(b) − E(c)‖² over the scale; 0 is perfect. "
-                "Its mean is over all pairs of pairs of a relation, its interval from resampling pairs."
-            ),
-            Table(head=head, rows=rows, digits=2),
-        ],
+    formula = paragraph(
+        "Score of a parallelogram a : b = c : d: ‖E(a) + E(d) − E(b) − E(c)‖² over the scale; 0 is perfect. "
+        "Its mean is over all pairs of pairs of a relation, its interval from resampling pairs."
     )
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Figures
+    return Details(title="Every way to measure it", blocks=[formula, Table(head=head, rows=rows, digits=2)])
 
 
 def without_relations(analysis: Analysis) -> list[str]:
@@ -390,26 +356,14 @@ def without_relations(analysis: Analysis) -> list[str]:
     return listed("Left out, since no relation has enough pairs that they can use", labels)
 
 
-def scored(analysis: Analysis) -> list[tuple[int, ModelResult]]:
-    """The models with a score, and their numbers."""
-    return [(index, model) for index, model in enumerate(analysis.models) if preset(model)]
-
-
 def scores_by_relation(analysis: Analysis, names: Sequence[str]) -> Drawing:
-    models = scored(analysis)
-    figure, axes = new_figure(height=1.5 + 0.26 * len(names) * max(1, len(models) / 2))
-    panel = axes[0, 0]
-    step = 0.8 / len(models)
-    for place, (index, model) in enumerate(models):
-        rows = [i for i, name in enumerate(names) if name in preset(model)]
-        found = [preset(model)[names[i]] for i in rows]
-        y = np.array(rows) - 0.4 + step * (place + 0.5)
-        draw_intervals(panel, [result.score for result in found], y, index, model.label)
-        shuffled = [result.shuffled for result in found]
+    models = analysis.having(preset)
+    scores = [(i, model.label, {name: r.score for name, r in preset(model).items()}) for i, model in models]
+    figure, panel, heights = rows_of_intervals(names, scores)
+    for (index, model), y in zip(models, heights, strict=True):
+        shuffled = [result.shuffled for result in preset(model).values()]
         panel.plot(shuffled, y, "|", color=look(index)["color"], markersize=9, markeredgewidth=1.5)
     panel.axvline(EXPECTED_AT_RANDOM, color=GREY, linestyle=":", linewidth=1)
-    panel.set_yticks(range(len(names)), names)
-    panel.invert_yaxis()
     panel.set_xlabel("mean parallelogram score (dotted: four random tokens; |: same words, random pairs)")
     panel.set_xlim(left=0)
     return sign(
@@ -426,7 +380,7 @@ def scores_by_relation(analysis: Analysis, names: Sequence[str]) -> Drawing:
 
 
 def score_distributions(analysis: Analysis, names: Sequence[str]) -> Drawing:
-    models = scored(analysis)
+    models = analysis.having(preset)
     figure, axes = grid(len(names), 4, row_height=1.7, extra=1.2, sharex=True, sharey=True)
     beyond: dict[tuple[str, str], float] = {}
     shares = np.linspace(0, 1, 201)
@@ -440,10 +394,7 @@ def score_distributions(analysis: Analysis, names: Sequence[str]) -> Drawing:
         panel.set_xscale("symlog", linthresh=0.1)
         panel.set_xlim(0, SCORE_AXIS)
         panel.set_xticks([0, 0.1, 1, 10, SCORE_AXIS], ["0", ".1", "1", "10", f"{SCORE_AXIS:g}"])
-    for panel in axes[-1]:
-        panel.set_xlabel("score")
-    for panel in axes[:, 0]:
-        panel.set_ylabel("share of pairs\nof pairs below")
+    label_edges(axes, "score", "share of pairs\nof pairs below")
     remarks = without_relations(analysis)
     (relation, label), most = max(beyond.items(), key=lambda entry: entry[1])
     if most > 0:
@@ -465,53 +416,23 @@ def score_distributions(analysis: Analysis, names: Sequence[str]) -> Drawing:
     )
 
 
-def _score(variant: str) -> Any:
-    return lambda model: mean_over_relations(of(model)[variant]) if variant in of(model) else None
+def _number(variant: str, number: Callable[[Scores], Estimate]) -> Callable[[ModelResult], Estimate | None]:
+    return lambda model: number(of(model)[variant]) if variant in of(model) else None
 
 
-def _relative(variant: str) -> Any:
-    return lambda model: relative_to_random_pairs(of(model)[variant]) if variant in of(model) else None
+def overall(analysis: Analysis) -> dict[str, Any]:
+    return {"variants": VARIANTS}
 
 
-MEASURE = Measure(
-    name=NAME,
-    title="Parallelograms",
-    compute=compute,
-    checkpoint=checkpoint,
-    rows=rows,
-    overall=lambda analysis: {"variants": VARIANTS},
-    section=section,
-    quantities=(
-        Quantity(
-            f"parallelogram score, {PRESET}",
-            _score(PRESET),
-            "lower",
-            key="preset_score",
-            axis=f"parallelogram score, {PRESET}",
-        ),
-        Quantity(
-            "… over that of the same words paired at random",
-            _relative(PRESET),
-            "lower",
-            key="preset_relative",
-            axis="the same over random pairs\nof the same words",
-        ),
-        Quantity(
-            f"parallelogram score, {OWN_SCALE}",
-            _score(OWN_SCALE),
-            "lower",
-            key="own_scale_score",
-            axis="parallelogram score, full space,\nscale of the relation, distinct",
-        ),
-        Quantity("… over that of the same words paired at random", _relative(OWN_SCALE), "lower"),
-        Quantity("… of the centres", _score(f"{OWN_SCALE}, centres"), "lower"),
-        Quantity(
-            "… of the centres, over that of random pairs",
-            _relative(f"{OWN_SCALE}, centres"),
-            "lower",
-            key="own_scale_relative_centres",
-            axis="the same of the centres, over\nrandom pairs of the same words",
-        ),
-    ),
-    curves=(Curve(key="parallelogram_score", axis=f"parallelogram score ({PRESET}),\nmean over relations"),),
-)
+RANDOM = "… over that of the same words paired at random"
+MEAN, RELATIVE = mean_over_relations, relative_to_random_pairs
+QUANTITIES = (
+    Quantity(f"parallelogram score, {PRESET}", _number(PRESET, MEAN), "lower", "preset_score"),
+    Quantity(RANDOM, _number(PRESET, RELATIVE), "lower", "preset_relative", "the same over random pairs of the words"),
+    Quantity(f"parallelogram score, {OWN_SCALE}", _number(OWN_SCALE, MEAN), "lower", "own_scale_score"),
+    Quantity(RANDOM, _number(OWN_SCALE, RELATIVE), "lower"),
+    Quantity("… of the centres", _number(OF_CENTRES, MEAN), "lower"),
+    Quantity("… of the centres, over that of random pairs", _number(OF_CENTRES, RELATIVE), "lower",
+             "own_scale_relative_centres", "the same of the centres, over random pairs of the words"),
+)  # fmt: skip
+CURVES = (Curve("parallelogram_score", f"parallelogram score ({PRESET}), mean over relations"),)

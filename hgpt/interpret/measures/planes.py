@@ -8,14 +8,13 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from hgpt.interpret.blocks import Block, Drawing
-from hgpt.interpret.drawing import listed, look, new_figure, sign
-from hgpt.interpret.measure import Analysis, Measure, ModelResult
+from hgpt.interpret.drawing import label_edges, listed, look, new_figure, sign
+from hgpt.interpret.measure import Analysis, ModelResult
 from hgpt.interpret.measures.parallelograms import PRESET
-from hgpt.interpret.relations import SMALLEST_RELATION
 from hgpt.interpret.subject import Subject
 from hgpt.interpret.vectors import RelationVectors, ScoreSettings, project
 
-NAME = "planes"
+TITLE = "Words in a plane"
 # Labels can be read for a few models and relations; the numbers are there for all.
 MODELS, RELATIONS, PAIRS = 3, 4, 8
 
@@ -40,7 +39,7 @@ FIGURES: dict[PlaneOf, dict[str, str]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Plane:
     """A relation's pairs in a plane: `points`, (pairs, 2, 2), and the plane's shares of the variance."""
 
@@ -52,24 +51,19 @@ class Plane:
 
 def of(model: ModelResult) -> dict[str, dict[PlaneOf, Plane]]:
     """Relation → whose plane → the pairs in it."""
-    return model.found.get(NAME, {})
+    return model.found.get("planes", {})
 
 
 def compute(subject: Subject) -> dict[str, dict[PlaneOf, Plane]]:
     found: dict[str, dict[PlaneOf, Plane]] = {}
-    for name, pairs in subject.pairs("last").items():
-        if len(pairs.words) < SMALLEST_RELATION:
-            continue
+    for name, pairs in subject.scored.items():
         located = RelationVectors(subject.input, pairs.ids)
         found[name] = {}
         for plane in FIGURES:
             projected = project(located, ScoreSettings(plane=plane))
-            found[name][plane] = Plane(
-                words=pairs.words,
-                points=np.stack([projected.inputs, projected.outputs], axis=1),
-                variance=projected.plane_variance,
-                variance_of_words=projected.plane_variance_of_words,
-            )
+            points = np.stack([projected.inputs, projected.outputs], axis=1)
+            shares = projected.plane_variance, projected.plane_variance_of_words
+            found[name][plane] = Plane(pairs.words, points, *shares)
     return found
 
 
@@ -88,15 +82,11 @@ def well_apart(points: np.ndarray, count: int) -> list[int]:
     return chosen
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The page
-
-
 def section(analysis: Analysis) -> list[Block]:
     """Both planes, of the first models that share a relation."""
     models: list[tuple[int, ModelResult]] = []
     shared: list[str] = []
-    for index, model in enumerate(analysis.models):
+    for index, model in analysis.having(of):
         common = [name for name in of(model) if name in shared or not models]
         if common and len(models) < MODELS:
             models.append((index, model))
@@ -117,10 +107,7 @@ def draw(analysis: Analysis, models: list[tuple[int, ModelResult]], shared: list
             lines = textwrap.wrap(heading, 120 // len(models))
             lines.append(f"variance: {found.variance:.0%} of vocabulary's, {found.variance_of_words:.0%} of words'")
             panel.set_title("\n".join(lines), fontsize=7)
-    for panel in axes[-1]:
-        panel.set_xlabel("component 1")
-    for panel in axes[:, 0]:
-        panel.set_ylabel("component 2")
+    label_edges(axes, "component 1", "component 2")
     labels = [model.label for _, model in models]
     left_out = [model.label for model in analysis.models if model.label not in labels]
     words = FIGURES[plane]
@@ -132,11 +119,7 @@ def draw(analysis: Analysis, models: list[tuple[int, ModelResult]], shared: list
         models=[model for _, model in models],
         source=f"First 2 components of {words['axes']}, input embedding. Relations: {analysis.relations}.",
         remarks=[
-            *listed(
-                f"Drawn are the first {len(names)} of {len(shared)} relations by name, so that words can be read. Not "
-                "drawn",
-                more,
-            ),
+            *listed(f"Drawn are the first {len(names)} of {len(shared)} relations by name. Not drawn", more),
             *listed(f"Drawn are at most {MODELS} models, and such that share a relation. Not drawn", left_out),
         ],
     )
@@ -152,6 +135,3 @@ def _draw_arrows(panel: Axes, found: Plane, shown: list[int], colour: str) -> No
         panel.plot(*found.points[shown, side].T, marker, color=colour, markersize=3)
     panel.margins(0.12)
     panel.tick_params(labelsize=6)
-
-
-MEASURE = Measure(name=NAME, title="Words in a plane", compute=compute, section=section)

@@ -6,20 +6,20 @@ import numpy as np
 
 from hgpt.interpret.blocks import Block, paragraph
 from hgpt.interpret.drawing import draw_intervals, new_figure, sign
-from hgpt.interpret.measure import Analysis, Curve, Measure, ModelResult, Quantity, counts_text, tokens_read
+from hgpt.interpret.measure import Analysis, Curve, ModelResult, Quantity, counts_text, tokens_read
 from hgpt.interpret.measures.calibration import expected_calibration_error
 from hgpt.interpret.measures.geometry import norm_summary
-from hgpt.interpret.statistics import Estimate, bootstrap_ratio, estimate
+from hgpt.interpret.statistics import bootstrap_ratio, estimate
 from hgpt.interpret.subject import Read, Subject
 
-NAME = "predictions"
+TITLE = "Predictions"
 # Ranks of a token's frequency in the training set: the ten most frequent tokens, the next ninety, …
 BANDS = ((1, 10), (11, 100), (101, 1_000), (1_001, 10_000), (10_001, None))
 
 
 def of(model: ModelResult) -> dict[str, Any]:
     """ "quality": name → mean over positions; "bands": the same by frequency of the target. Empty without text."""
-    return model.found.get(NAME) or {"quality": {}, "bands": []}
+    return model.found.get("predictions") or {"quality": {}, "bands": []}
 
 
 def bits_per_byte(losses: np.ndarray, text_bytes: np.ndarray) -> float:
@@ -53,16 +53,9 @@ def compute(subject: Subject) -> dict[str, Any] | None:
     if read is None:
         return None
     positions = read.measures.positions
-    quality = {
-        "loss": read.mean(positions.loss),
-        "accuracy": read.mean(positions.correct),
-        "top5": read.mean(positions.top5),
-        "entropy": read.mean(positions.entropy),
-        "confidence": read.mean(positions.confidence),
-        "nearest_accuracy": read.mean(positions.nearest),
-        "log_margin": read.mean(positions.log_margin),
-        "target_ratio": read.mean(positions.target_ratio),
-    }
+    means = ("loss", "top5", "entropy", "confidence", "log_margin", "target_ratio")
+    quality = {name: read.mean(getattr(positions, name)) for name in means}
+    quality |= {"accuracy": read.mean(positions.correct), "nearest_accuracy": read.mean(positions.nearest)}
     if read.text_bytes is not None:
         losses, _ = positions.window_sums(positions.loss.astype(np.float64))
         replicates = bootstrap_ratio(losses / np.log(2), read.text_bytes, read.counts)
@@ -78,30 +71,21 @@ def compute(subject: Subject) -> dict[str, Any] | None:
 def _band(read: Read, band: int, inside: np.ndarray) -> dict[str, Any]:
     positions = read.measures.positions
     names = ("loss", "correct", "top5", "entropy", "target_ratio")
-    return {
-        "band": band_name(band),
-        "positions": int(inside.sum()),
-        "ece": expected_calibration_error(positions.confidence[inside], positions.correct[inside]),
-    } | {name: read.mean(getattr(positions, name), inside) for name in names}
+    means = {name: read.mean(getattr(positions, name), inside) for name in names}
+    ece = expected_calibration_error(positions.confidence[inside], positions.correct[inside])
+    return {"band": band_name(band), "positions": int(inside.sum()), "ece": ece, **means}
 
 
 def checkpoint(subject: Subject) -> dict[str, float]:
     if subject.read is None:
         return {}
-    measures = subject.read.measures
-    return {
-        "hidden_norm": norm_summary(measures.sample[-1])["mean"],
-        "target_ratio": float(measures.positions.target_ratio.mean()),
-        "loss": float(measures.positions.loss.mean()),
-    }
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The page
+    positions, states = subject.read.measures.positions, subject.read.measures.sample[-1]
+    means = {name: float(getattr(positions, name).mean()) for name in ("target_ratio", "loss")}
+    return {"hidden_norm": norm_summary(states)["mean"], **means}
 
 
 def section(analysis: Analysis) -> list[Block]:
-    shown = [(index, of(model)["bands"]) for index, model in enumerate(analysis.models) if of(model)["bands"]]
+    shown = [(index, of(model)["bands"]) for index, model in analysis.having(lambda model: of(model)["bands"])]
     if not shown:
         return []
     figure, axes = new_figure(1, 3)
@@ -133,35 +117,24 @@ def _mean(name: str) -> Any:
     return lambda model: of(model)["quality"].get(name)
 
 
-def _harmonic_ratio(model: ModelResult) -> Estimate | None:
-    return of(model)["quality"].get("target_ratio") if model.harmonic else None
+def rows(model: ModelResult) -> dict[str, Any]:
+    return of(model)
 
 
-MEASURE = Measure(
-    name=NAME,
-    title="Predictions",
-    compute=compute,
-    checkpoint=checkpoint,
-    rows=of,
-    section=section,
-    quantities=(
-        Quantity("validation loss, nats per token, unsmoothed", _mean("loss"), "lower"),
-        Quantity("bits per byte", _mean("bits_per_byte"), "lower"),
-        Quantity("accuracy", _mean("accuracy"), "higher"),
-        Quantity("top-5 accuracy", _mean("top5"), "higher"),
-        Quantity("entropy of predictions, nats", _mean("entropy")),
-        Quantity("nearest-centre accuracy", _mean("nearest_accuracy"), "higher"),
-        Quantity("margin log(d of the nearest other / d of the target)", _mean("log_margin"), "higher"),
-        Quantity("distance to the target over the median distance", _mean("target_ratio"), "lower"),
-        Quantity("", _harmonic_ratio, key="target_ratio", axis="distance to the target over\nthe median distance"),
-    ),
-    curves=(
-        Curve(key="hidden_norm", logged="x_norm_mean", axis="mean norm of hidden states", on_text=True, log_scale=True),
-        Curve(
-            key="target_ratio",
-            logged="target_over_median_distance",
-            axis="distance to the target's centre\nover the median distance",
-            on_text=True,
-        ),
-    ),
+OVER_MEDIAN = "distance to the target over the median distance"
+_ratio = _mean("target_ratio")
+QUANTITIES = (
+    Quantity("validation loss, nats per token, unsmoothed", _mean("loss"), "lower"),
+    Quantity("bits per byte", _mean("bits_per_byte"), "lower"),
+    Quantity("accuracy", _mean("accuracy"), "higher"),
+    Quantity("top-5 accuracy", _mean("top5"), "higher"),
+    Quantity("entropy of predictions, nats", _mean("entropy")),
+    Quantity("nearest-centre accuracy", _mean("nearest_accuracy"), "higher"),
+    Quantity("margin log(d of the nearest other / d of the target)", _mean("log_margin"), "higher"),
+    Quantity(OVER_MEDIAN, _ratio, "lower"),
+    Quantity("", lambda model: _ratio(model) if model.harmonic else None, "lower", "target_ratio", OVER_MEDIAN),
+)
+CURVES = (
+    Curve("hidden_norm", "mean norm of hidden states", logged="x_norm_mean", on_text=True, log_scale=True),
+    Curve("target_ratio", OVER_MEDIAN, logged="target_over_median_distance", on_text=True),
 )

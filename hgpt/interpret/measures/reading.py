@@ -11,16 +11,16 @@ from torch import Tensor
 
 from hgpt.errors import UserError
 from hgpt.interpret.blocks import Block, Html, paragraph
-from hgpt.interpret.measure import Analysis, Measure, ModelResult
+from hgpt.interpret.measure import Analysis, ModelResult
 from hgpt.interpret.models import LoadedModel
 from hgpt.interpret.subject import Subject
 
-NAME = "reading"
+TITLE = "Text browser"
 NEAREST = 5
 POSITIONS = 160
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Reading:
     """A position of a text as its hidden state sees the centres.
 
@@ -36,7 +36,7 @@ class Reading:
 
 
 def of(model: ModelResult) -> list[Reading]:
-    return model.found.get(NAME) or []
+    return model.found.get("reading") or []
 
 
 @torch.inference_mode()
@@ -58,15 +58,8 @@ def read_text(loaded: LoadedModel, inputs: np.ndarray, targets: np.ndarray, k: i
             (loaded.token_text(token), p, _ratio(loaded, best[0] - log_probability))
             for token, p, log_probability in zip(tokens.tolist(), best.exp().tolist(), best, strict=True)
         )
-        readings.append(
-            Reading(
-                token=loaded.token_text(int(y[position])),
-                p=float(own.exp()),
-                rank=int((log_p > own).sum()) + 1,
-                ratio=_ratio(loaded, best[0] - own),
-                nearest=nearest,
-            )
-        )
+        rank, ratio = int((log_p > own).sum()) + 1, _ratio(loaded, best[0] - own)
+        readings.append(Reading(loaded.token_text(int(y[position])), float(own.exp()), rank, ratio, nearest))
     return readings
 
 
@@ -97,9 +90,6 @@ def _passage(subject: Subject) -> tuple[np.ndarray, np.ndarray] | None:
     inputs, targets = subject.read.windows[0]
     return inputs[:longest], targets[:longest]
 
-
-# ------------------------------------------------------------------------------------------------------------
-# The page
 
 # A panel keeps to the bottom of the window as long as its own text is in sight.
 TEMPLATE = """
@@ -151,10 +141,5 @@ def section(analysis: Analysis) -> list[Block]:
     ]
 
 
-MEASURE = Measure(
-    name=NAME,
-    title="Text browser",
-    compute=compute,
-    rows=lambda model: {"reading": of(model)},
-    section=section,
-)
+def rows(model: ModelResult) -> dict[str, Any]:
+    return {"reading": of(model)}

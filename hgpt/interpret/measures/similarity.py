@@ -8,9 +8,9 @@ from tqdm import tqdm
 
 from hgpt.interpret.blocks import Block
 from hgpt.interpret.drawing import grid, sign
-from hgpt.interpret.measure import Analysis, Measure, ModelResult, counts_text, states_sampled
+from hgpt.interpret.measure import Analysis, ModelResult, counts_text, states_sampled
 
-NAME = "similarity"
+TITLE = "Similarity of hidden states"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,19 +77,13 @@ def compare(first: ModelResult, other: ModelResult) -> Similarity | None:
 
 
 def overall(analysis: Analysis) -> dict[str, Any]:
-    found: dict[str, Similarity] = analysis.compared.get(NAME, {})
-    return {
-        "cka_with_the_first": {label: entry.debiased for label, entry in found.items()},
-        "linear_cka_of_the_last_layer": {label: entry.last_layer for label, entry in found.items()},
-    }
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The page
+    found: dict[str, Similarity] = analysis.compared.get("similarity", {})
+    names = {"cka_with_the_first": "debiased", "linear_cka_of_the_last_layer": "last_layer"}
+    return {key: {label: getattr(entry, name) for label, entry in found.items()} for key, name in names.items()}
 
 
 def section(analysis: Analysis) -> list[Block]:
-    found: dict[str, Similarity] = analysis.compared.get(NAME, {})
+    found: dict[str, Similarity] = analysis.compared.get("similarity", {})
     if not found:
         return []
     first = analysis.models[0]
@@ -118,6 +112,3 @@ def section(analysis: Analysis) -> list[Block]:
             f"{analysis.data_source}.",
         )
     ]
-
-
-MEASURE = Measure(name=NAME, title="Similarity of hidden states", compare=compare, overall=overall, section=section)

@@ -1,5 +1,7 @@
 """What a run logged, and how the other measures change over its checkpoints."""
 
+import textwrap
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -7,15 +9,15 @@ import numpy as np
 from hgpt.history import records
 from hgpt.interpret.blocks import Block, Drawing, paragraph
 from hgpt.interpret.drawing import grid, listed, look, new_figure, sign
-from hgpt.interpret.measure import Analysis, Curve, Measure, ModelResult, Quantity
+from hgpt.interpret.measure import Analysis, Curve, ModelResult, Quantity
 from hgpt.interpret.subject import CHECKPOINT_SAMPLE, CHECKPOINT_TOKENS, CHECKPOINT_WINDOW, Subject
 
-NAME = "training"
+TITLE = "Training"
 
 
 def history(model: ModelResult) -> list[dict[str, Any]]:
     """The records of the run's metrics.jsonl up to the step of the model; none without a run."""
-    return model.found.get(NAME) or []
+    return model.found.get("training") or []
 
 
 def compute(subject: Subject) -> list[dict[str, Any]]:
@@ -44,7 +46,7 @@ def over_steps(model: ModelResult, curve: Curve) -> tuple[np.ndarray, bool]:
 
 
 def loss_curves(analysis: Analysis) -> Drawing | None:
-    models = [model for model in analysis.models if history(model)]
+    models = [model for _, model in analysis.having(history)]
     if not models:
         return None
     figure, axes = new_figure()
@@ -66,9 +68,7 @@ def loss_curves(analysis: Analysis) -> Drawing | None:
         "set.",
         models=models,
         source="From each run's metrics.jsonl.",
-        remarks=listed(
-            "Left out, without a metrics.jsonl", [model.label for model in analysis.models if not history(model)]
-        ),
+        remarks=listed("Left out, without a metrics.jsonl", [m.label for m in analysis.models if not history(m)]),
     )
 
 
@@ -92,7 +92,9 @@ def over_training(analysis: Analysis) -> Drawing | None:
     for panel, (curve, found) in zip(axes.flat, known, strict=False):
         for index, points in found:
             panel.plot(*points.T, **look(index), markersize=4, label=analysis.models[index].label)
-        panel.set(xlabel="optimiser step", ylabel=curve.axis, yscale="log" if curve.log_scale else "linear")
+        panel.set(
+            xlabel="optimiser step", ylabel=textwrap.fill(curve.axis, 32), yscale="log" if curve.log_scale else "linear"
+        )
     shown = sorted({index for _, found in known for index, _ in found})
     return sign(
         figure,
@@ -118,36 +120,24 @@ def over_training(analysis: Analysis) -> Drawing | None:
 
 
 def section(analysis: Analysis) -> list[Block]:
-    drawings: list[Block] = [d for d in (loss_curves(analysis), over_training(analysis)) if d is not None]
-    methods: list[Block] = [
-        paragraph(
-            f"Energy of {model.label}, by whole machines: {spent['method']}. Estimates compare runs on one machine "
-            "only.",
-            quiet=True,
-        )
-        for model in analysis.models
-        if (spent := energy(model)) is not None
-    ]
-    return drawings + methods
+    blocks: list[Block] = [d for d in (loss_curves(analysis), over_training(analysis)) if d is not None]
+    for model in analysis.models:
+        if (spent := energy(model)) is not None:
+            method = f"Energy of {model.label}, by whole machines: {spent['method']}."
+            blocks.append(paragraph(f"{method} Estimates compare runs on one machine only.", quiet=True))
+    return blocks
 
 
-def _energy(name: str) -> Any:
-    def value(model: ModelResult) -> str | None:
-        found = (energy(model) or {}).get(name)
-        return None if found is None else f"{found:.3g}"
-
-    return value
+def _energy(name: str) -> Callable[[ModelResult], str | None]:
+    return lambda model: None if (found := (energy(model) or {}).get(name)) is None else f"{found:.3g}"
 
 
-MEASURE = Measure(
-    name=NAME,
-    title="Training",
-    compute=compute,
-    rows=lambda model: {"energy": energy(model), "checkpoints": model.checkpoints},
-    section=section,
-    quantities=(
-        Quantity("energy of the training, kWh", _energy("energy_kwh"), "lower"),
-        Quantity("training tokens per joule", _energy("tokens_per_joule"), "higher"),
-        Quantity("emissions of the training, kg CO2eq", _energy("emissions_kg"), "lower"),
-    ),
+def rows(model: ModelResult) -> dict[str, Any]:
+    return {"energy": energy(model), "checkpoints": model.checkpoints}
+
+
+QUANTITIES = (
+    Quantity("energy of the training, kWh", _energy("energy_kwh"), "lower"),
+    Quantity("training tokens per joule", _energy("tokens_per_joule"), "higher"),
+    Quantity("emissions of the training, kg CO2eq", _energy("emissions_kg"), "lower"),
 )
