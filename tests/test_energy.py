@@ -338,8 +338,8 @@ def test_a_run_that_really_measures(data, tmp_path, capsys):
     # It is read back.
     (name, folder), *_ = find_runs(tmp_path)
     assert read_run(name, folder, time.time()).energy_kwh == last["energy_kwh"]
-    model = SimpleNamespace(found={training.NAME: [last]})
-    rows = {quantity.label: quantity.value(model) for quantity in training.MEASURE.quantities}
+    model = SimpleNamespace(found={"training": [last]})
+    rows = {quantity.label: quantity.value(model) for quantity in training.QUANTITIES}
     assert rows["energy of the training, kWh"] == f"{last['energy_kwh']:.3g}"
 
 

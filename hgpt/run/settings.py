@@ -95,8 +95,8 @@ def load_run_config(arguments: Sequence[str], shape_of: Callable[..., dict[str, 
     """
     parser = Parser(
         prog="python train.py",
-        description="Train a GPT-2 with a harmonic or a softmax head. The command line overrides files, later files override\n"
-        "earlier ones.",
+        description="Train a GPT-2 with a harmonic or a softmax head. The command line overrides files, and later "
+        "files override\nearlier ones.",
         epilog=_every_setting(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s --config FILE.toml [--section.key VALUE ...]",
