@@ -49,7 +49,7 @@ class HGPTConfig(PreTrainedConfig):
         distance_options: p of "minkowski" (required, 1 or more); temperature of "hamming" (default 1); of "mahalanobis"
             metric, "diagonal", "low_rank" or "full", and rank of "low_rank" (required, at most n_embd).
         exponent: n on the distance d of the harmonic head: a number, "sqrt_dim" (√D), "dim" or a multiple such as
-            "2*sqrt_dim"; stored as a number. Even numbers are fastest on a CPU: they need no logarithms.
+            "2*sqrt_dim"; stored as a number.
         learn_exponent: whether n is trained, starting from `exponent`. The learned n is in the head's weights.
         final_norm_gain: initial weight of the final layer norm, which sets the norm of the hidden states. Default:
             0.05 with the harmonic head, 1 with softmax.
