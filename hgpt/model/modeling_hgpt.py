@@ -408,7 +408,7 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. The harmonic head transforms its centres once, not for every token."""
         with self.lm_head.unchanged_centres() if isinstance(self.lm_head, HarmonicHead) else nullcontext():
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+            return super().generate(*args, **kwargs)
 
     def forward(
         self,
