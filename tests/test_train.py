@@ -288,7 +288,7 @@ def test_a_bare_nanogpt_folder_is_trained_on(tmp_path):
     for split, tokens in (("train", markov_tokens(2_000, 0)), ("val", markov_tokens(500, 1))):
         tokens.tofile(folder / f"{split}.bin")
     config = make_config(folder, tmp_path)
-    with pytest.raises(UserError, match=r"data\.vocab_size"):
+    with pytest.raises(UserError, match="state vocab_size"):
         train.main(config)
     config = replace(config, data=replace(config.data, vocab_size=VOCAB))
     train.main(config)

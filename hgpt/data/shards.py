@@ -353,7 +353,7 @@ class TokenShards:
             if vocab_size is None:
                 raise UserError(
                     f"{folder} has no {META_FILE} (a bare nanoGPT folder, or shards of other tools), so its vocabulary "
-                    "size is unknown: set data.vocab_size (50257 for GPT-2's tokenizer; the number of "
+                    "size is unknown: state vocab_size (50257 for GPT-2's tokenizer; the number of "
                     "characters for a character model)."
                 )
         elif vocab_size is None:
