@@ -15,16 +15,17 @@ then with G, the derivative of the loss with respect to them. With q_i = (1 − 
     softmax                         G_ti = p_ti − q_ti,  ∂L/∂x = G w,  ∂L/∂w = Gᵀ x
     learned n                       ∂L/∂n = −Σ_ti (p_ti − q_ti) log d_ti
 
-There are two kernels: `by_products` for softmax and for powers of a Euclidean distance, `by_blocks` for every other
-distance. `HeadLoss` is the autograd node around either. A fused GPU kernel that makes G from the products in one pass
-would be a module beside this one and replace `product_rows`.
+There are three kernels: `by_products` for softmax and for powers of a Euclidean distance, `row_kernels.by_rows` for the
+same on a GPU, and `by_blocks` for every other distance. `HeadLoss` is the autograd node around each.
 
 `torch.nn.functional.linear_cross_entropy` does the same for softmax, but sums the loss over chunks in bfloat16 if the
 operands are bfloat16 (torch 2.13: 29312 instead of 29099.6 nats over 3000 tokens): too coarse to compare two heads.
 """
 
 import functools
+import importlib
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,8 +44,6 @@ REDUCTIONS = ("mean", "sum", "none")
 _CHUNK_BYTES_CPU, _CHUNK_BYTES_GPU = 78 * 2**20, 512 * 2**20
 # Bytes of the rows of products that a CPU processes at a time, so that they stay in its cache.
 _CACHE_BYTES = 4 * 2**20
-# torch.compile compiles once per chunk size, with and without gradients; its default limit is 8.
-_COMPILED_FORMS = 64
 
 _LOG2_E, _LN_2 = 1 / math.log(2), math.log(2)
 
@@ -64,7 +63,6 @@ class LossParams:
         recompute: keep only the operands for the backward pass, which computes the products again: four matrix products
             instead of three, but no gradient of w in memory between the passes. Reduction "none" always does this.
         chunk: positions per chunk; None: `chunk_positions`, or `distances.score_chunk` for a distance in blocks.
-        compiled: torch.compile `product_rows`. No faster on a CPU (benchmarks/head_loss.py), not measured on a GPU.
 
     Raises:
         ValueError: a parameter is out of range or has no effect.
@@ -79,7 +77,6 @@ class LossParams:
     label_smoothing: float = 0.0
     recompute: bool = False
     chunk: int | None = None
-    compiled: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.n, int | float) and not 0 < self.n < math.inf:
@@ -130,7 +127,7 @@ def head_loss(x: Tensor, w: Tensor, targets: Tensor, params: LossParams) -> Tens
     weights = counted.to(dtype)  # (N,)
     if params.reduction == "mean":
         weights = weights / (counted.sum().clamp_min(1) if params.num_items is None else params.num_items)
-    kernel: Kernel = by_products
+    kernel: Kernel = kernel_for_products(x.device, x.dtype)
     parameters: list[Tensor] = []
     power = 1.0 if metric is None else metric.power
     if metric is not None and power is None:
@@ -299,11 +296,6 @@ def product_rows(
     return harmonic_rows(d_sq, distance_floor(x_sq), 0.5 * n, targets, factor, smoothing, learned)
 
 
-@functools.cache
-def _compiled_rows() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(product_rows, dynamic=False, recompile_limit=_COMPILED_FORMS)  # type: ignore[call-overload]
-
-
 def chunk_rows(
     params: LossParams,
     products: Tensor,
@@ -314,14 +306,32 @@ def chunk_rows(
     learned: bool,
 ) -> tuple[Tensor, Tensor]:
     """`product_rows` of a chunk: on a CPU a few rows at a time, so that they stay in its cache; else all at once."""
-    rows_of = _compiled_rows() if params.compiled else product_rows
     size = _CACHE_BYTES // (products.shape[1] * products.itemsize) if products.is_cpu else len(products)
     found = [
-        rows_of(params, products[r], x[r], w_sq, targets[r], None if weights is None else weights[r], learned)
+        product_rows(params, products[r], x[r], w_sq, targets[r], None if weights is None else weights[r], learned)
         for r in slices(len(products), max(1, size))
     ]
     losses, slopes = (torch.cat(values) for values in zip(*found, strict=True))
     return losses, slopes
+
+
+@functools.cache
+def kernel_for_products(device: torch.device, dtype: torch.dtype) -> Kernel:
+    """`row_kernels.by_rows` on a GPU on which Triton works, else `by_products`; a warning says why Triton does not.
+
+    The row kernels are no part of an exported model, which runs without them.
+    """
+    if device.type not in ("cuda", "xpu") or dtype == torch.float64:
+        return by_products
+    try:
+        row_kernels = importlib.import_module(".row_kernels", __package__)
+        x, targets = torch.ones(1, 16, device=device, dtype=dtype), torch.zeros(1, device=device, dtype=torch.int64)
+        row_kernels.by_rows(LossParams(n=2.0), (x, x, None), targets, targets.float(), [True, True, False])
+    except Exception as error:  # Triton, its compiler or the device's driver may raise anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        warnings.warn(f"the head's loss runs without Triton on {device}, several times slower: {reason}", stacklevel=2)
+        return by_products
+    return row_kernels.by_rows
 
 
 def by_products(
