@@ -109,7 +109,6 @@ def build_model(config: RunConfig, shards: TokenShards, resumed: Checkpoint | No
             for note in [same_tokenizer, *initialize_from(model, config.model.init_from)]:
                 engine.say(f"model.init_from: {note}")
     model.lm_head.label_smoothing = config.train.label_smoothing  # has an effect in training mode only; is not exported
-    model.lm_head.compiled = config.train.compile_loss
     if config.train.activation_checkpointing:
         # Early versions of transformers 5 have the second name only.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

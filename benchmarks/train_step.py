@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_step                                          the quickstart's model on the CPU
     python -m benchmarks.train_step --layers 12 --heads 12 --dim 768 --seq-len 1024 --vocab 50257 --micro-batch 32 \\
-        --exponent "2*sqrt_dim" --device cuda --precision bf16 --compile --compile-loss     GPT-2 small on a GPU
+        --exponent "2*sqrt_dim" --device cuda --precision bf16 --compile     GPT-2 small on a GPU
 
 "plain" is a GPT-2 with a softmax head in PyTorch alone, as nanoGPT trains it: dense logits and F.cross_entropy,
 scaled_dot_product_attention, fused AdamW, and with --compile the whole model compiled.
@@ -75,7 +75,6 @@ class PlainGPT(nn.Module):
 
 def our_model(config: HGPTConfig, options: argparse.Namespace) -> tuple[torch.optim.Optimizer, Callable, nn.Module]:
     model = HGPTForCausalLM(config).to(options.device).train()
-    model.lm_head.compiled = options.compile_loss
     for block in model.transformer.h if options.compile else ():
         block.compile()
     return (
@@ -123,7 +122,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--compile", action="store_true", help="torch.compile each block; of plain the whole model")
-    parser.add_argument("--compile-loss", action="store_true", help="torch.compile the losses of our two heads")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args(arguments)

@@ -254,7 +254,6 @@ REFUSED = [(setting,) for setting in REFUSED_VALUES.split()] + [
     (f"model.head.p=3 {SOFTMAX}", OPTIONS, "no effect"),
     ("optim.metric_lr_multiplier=2", "no effect"),
     (f"optim.metric_lr_multiplier=2 {SOFTMAX}", "no effect"),
-    ("train.compile_loss=true model.head.distance=manhattan", "no effect"),
     # Gone.
     ("model.initializer_range=0.1", "0.02"),
     ("model.pad_vocab_to_multiple_of=1", "64"),

@@ -34,7 +34,6 @@ class _Head(nn.Module):
         self.num_classes = num_classes
         self.init_std = init_std
         self.label_smoothing = label_smoothing
-        self.compiled = False  # torch.compile within the loss, as `LossParams.compiled`
         self.weight = nn.Parameter(torch.empty(num_classes if rows is None else rows, in_features))
         if not 1 <= num_classes <= len(self.weight):
             raise ValueError(
@@ -67,7 +66,6 @@ class _Head(nn.Module):
             distance=self.metric,
             num_classes=self.num_classes,
             label_smoothing=self.label_smoothing if self.training else 0.0,
-            compiled=self.compiled,
             **options,
         )
         x, w = self._operands(x, self.weight)

@@ -400,7 +400,7 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
         head = self._new_head(rows.num_embeddings)
         head.weight = nn.Parameter(rows.weight.data)
         # Take over what does not depend on the number of rows.
-        head.label_smoothing, head.compiled = old_lm_head.label_smoothing, old_lm_head.compiled
+        head.label_smoothing = old_lm_head.label_smoothing
         if isinstance(head, HarmonicHead):
             head.metric, head.log_exponent = old_lm_head.metric, old_lm_head.log_exponent
         return head

@@ -31,8 +31,8 @@ from .harmax import distance_floor
 from .loss import LossParams, slices
 
 # Tiles (rows, columns) and warps, the fastest of those tried on an H200 (benchmarks/gpu.py measures the whole).
-_LOSS_TILE, _LOSS_WARPS = (4, 1024), 8
-_GRADIENT_TILE, _GRADIENT_WARPS = (16, 512), 8
+_LOSS_TILE, _LOSS_WARPS = {"ROWS": 1, "COLUMNS": 2048}, 8
+_GRADIENT_TILE, _GRADIENT_WARPS = {"STEPS": 32, "ROWS": 1, "COLUMNS": 512}, 1
 # Bytes of a chunk's products in float32.
 _CHUNK_BYTES = 832 * 2**20
 
@@ -71,8 +71,8 @@ def _losses(
 
     REFERENCE is d² (softmax: the product) of the class that scores are relative to: the target, or the nearest class
     if NEAREST, which costs one more pass and keeps float32's digits where the target is far. SCALES (3, count) receives
-    the largest z, 1 / Σ 2^(z − largest), and (1 − ε) reference / d² of the target. Each lane keeps a maximum and a sum of its own,
-    so that lanes meet once, at the end.
+    the largest z, 1 / Σ 2^(z − largest), and (1 − ε) reference / d² of the target. Each lane
+    keeps a maximum and a sum of its own, so that lanes meet once, at the end.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = rows < count
@@ -101,10 +101,7 @@ def _losses(
             else:
                 best = tl.where(inside & (value > best), value, best)
         nearest = tl.maximum(tl.min(best, 1), floor) if HARMONIC else tl.max(best, 1)
-    if HARMONIC:
-        own_z = half_n * _log2_closeness(own, nearest, FAST)
-    else:
-        own_z = (own - nearest) * _LOG2_E
+    own_z = half_n * _log2_closeness(own, nearest, FAST) if HARMONIC else (own - nearest) * _LOG2_E
     own_slope = own_z
     if WEIGHTED:
         own_z += tl.load(LOG_WEIGHT + target, mask=valid, other=0.0) * _LOG2_E
@@ -160,72 +157,85 @@ def _gradients(
     PRODUCTS, stride, G, g_stride, TARGETS, WEIGHTS, X_SQ, FLOOR, W_SQ, LOG_WEIGHT, HALF_N, REFERENCE, SCALES,
     ROW_SUMS, COLUMN_SUMS, WEIGHT_SUMS, count, classes, width, smoothing,
     HARMONIC: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTHED: tl.constexpr, ROUNDED: tl.constexpr,
-    WEIGHT_GRADIENT: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WEIGHT_GRADIENT: tl.constexpr, FAST: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """G of a tile, times the weights of the positions, and the tile's sums.
+    """G of a tile (STEPS · ROWS, COLUMNS), times the weights of the positions, and the tile's sums.
 
     ROW_SUMS (tiles across, planes, count) and COLUMN_SUMS (tiles down, planes, width) receive the sums of G and, in a
     second plane if ROUNDED, of what rounding adds to G. WEIGHT_SUMS (tiles down, width) receives the sums of p − q over
-    the rows. The sums over rows are added to those of earlier chunks.
+    the rows. The sums over rows are added to those of earlier chunks. With one warp a program, a lane owns its columns:
+    it sums over rows alone, and the lanes meet only for the sums over columns.
     """
     down, across = tl.program_id(0), tl.program_id(1)
-    rows = down * ROWS + tl.arange(0, ROWS)
     columns = across * COLUMNS + tl.arange(0, COLUMNS)
-    valid, is_class = rows < count, columns < classes
-    inside = valid[:, None] & is_class[None, :]
-    hit = columns[None, :] == tl.load(TARGETS + rows, mask=valid, other=-1)[:, None]
-    weight = tl.load(WEIGHTS + rows, mask=valid, other=0.0)
-    reference = tl.load(REFERENCE + rows, mask=valid, other=1.0)
-    top = tl.load(SCALES + rows, mask=valid, other=0.0)
-    scale = tl.load(SCALES + count + rows, mask=valid, other=0.0)[:, None]
-    product = tl.load(PRODUCTS + rows[:, None].to(tl.int64) * stride + columns[None, :], mask=inside, other=0.0)
-    shift = -top[:, None]
+    is_class, within = columns < classes, columns < width
+    planes = 2 if ROUNDED else 1
+    column_sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    column_added = tl.zeros([ROWS, COLUMNS], tl.float32)
+    weight_sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    shift = tl.zeros([COLUMNS], tl.float32)
     if WEIGHTED:
-        shift += tl.load(LOG_WEIGHT + columns, mask=is_class, other=0.0)[None, :] * _LOG2_E
+        shift = tl.load(LOG_WEIGHT + columns, mask=is_class, other=0.0) * _LOG2_E
     if HARMONIC:
         half_n = tl.load(HALF_N)
-        x_sq = tl.load(X_SQ + rows, mask=valid, other=1.0)
-        floor = tl.load(FLOOR + rows, mask=valid, other=1.0)
-        own = tl.load(SCALES + 2 * count + rows, mask=valid, other=0.0)
         w_sq = tl.load(W_SQ + columns, mask=is_class, other=1.0)
-        d_sq = (w_sq[None, :] - 2 * product) + x_sq[:, None]
-        clamped = d_sq <= floor[:, None]
-        d_sq = tl.where(clamped, floor[:, None], d_sq)
-        closeness = _log2_closeness(d_sq, reference[:, None], FAST)
-        g = tl.exp2(shift + (half_n + 1) * closeness) * scale  # p d_0² / d²
-        if SMOOTHED:
-            g -= smoothing / classes * tl.exp2(closeness)
-        g = tl.where(hit, g - own[:, None], g)
-        if WEIGHT_GRADIENT:
-            residual = tl.where(inside, g * (weight / reference)[:, None] * d_sq, 0.0)
-        g *= (weight * 2 * half_n / reference)[:, None]
-        g = tl.where(clamped, 0.0, g)
-    else:
-        g = tl.exp2((product - reference[:, None]) * _LOG2_E + shift) * scale
-        if SMOOTHED:
-            g -= smoothing / classes
-        g = tl.where(hit, g - (1 - smoothing), g) * weight[:, None]
-        if WEIGHT_GRADIENT:
-            residual = tl.where(inside, g, 0.0)
-    g = tl.where(inside, g, 0.0)
-    rounded = g.to(G.dtype.element_ty)
-    within = columns < width
-    own_g = G + rows[:, None].to(tl.int64) * g_stride + columns[None, :]
-    tl.store(own_g, rounded, mask=valid[:, None] & within[None, :])
+    for step in range(STEPS):
+        rows = (down * STEPS + step) * ROWS + tl.arange(0, ROWS)
+        valid = rows < count
+        inside = valid[:, None] & is_class[None, :]
+        lines = rows[:, None].to(tl.int64)
+        product = tl.load(PRODUCTS + lines * stride + columns[None, :], mask=inside, other=0.0)
+        hit = columns[None, :] == tl.load(TARGETS + rows, mask=valid, other=-1)[:, None]
+        weight = tl.load(WEIGHTS + rows, mask=valid, other=0.0)
+        reference = tl.load(REFERENCE + rows, mask=valid, other=1.0)
+        top = tl.load(SCALES + rows, mask=valid, other=0.0)
+        scale = tl.load(SCALES + count + rows, mask=valid, other=0.0)[:, None]
+        if HARMONIC:
+            x_sq = tl.load(X_SQ + rows, mask=valid, other=1.0)
+            floor = tl.load(FLOOR + rows, mask=valid, other=1.0)
+            own = tl.load(SCALES + 2 * count + rows, mask=valid, other=0.0)
+            d_sq = (w_sq[None, :] - 2 * product) + x_sq[:, None]
+            clamped = d_sq <= floor[:, None]
+            d_sq = tl.where(clamped, floor[:, None], d_sq)
+            closeness = _log2_closeness(d_sq, reference[:, None], FAST)
+            g = tl.exp2((shift[None, :] - top[:, None]) + (half_n + 1) * closeness) * scale  # p d_0² / d²
+            if SMOOTHED:
+                g -= smoothing / classes * tl.exp2(closeness)
+            g = tl.where(hit, g - own[:, None], g)
+            if WEIGHT_GRADIENT:
+                weight_sums += tl.where(inside, g * (weight / reference)[:, None] * d_sq, 0.0)
+            g *= (weight * 2 * half_n / reference)[:, None]
+            g = tl.where(clamped, 0.0, g)
+        else:
+            g = tl.exp2((product - reference[:, None]) * _LOG2_E + (shift[None, :] - top[:, None])) * scale
+            if SMOOTHED:
+                g -= smoothing / classes
+            g = tl.where(hit, g - (1 - smoothing), g) * weight[:, None]
+            if WEIGHT_GRADIENT:
+                weight_sums += tl.where(inside, g, 0.0)
+        g = tl.where(inside, g, 0.0)
+        rounded = g.to(G.dtype.element_ty)
+        tl.store(G + lines * g_stride + columns[None, :], rounded, mask=valid[:, None] & within[None, :])
+        if HARMONIC:
+            own_sums = ROW_SUMS + across * planes * count + rows
+            tl.store(own_sums, tl.sum(g, 1), mask=valid)
+            column_sums += g
+            if ROUNDED:
+                added = rounded.to(tl.float32) - g
+                tl.store(own_sums + count, tl.sum(added, 1), mask=valid)
+                column_added += added
     if HARMONIC:
-        planes = 2 if ROUNDED else 1
-        own_sums = ROW_SUMS + across * planes * count + rows
-        tl.store(own_sums, tl.sum(g, 1), mask=valid)
         own_columns = COLUMN_SUMS + down * planes * width + columns
-        tl.store(own_columns, tl.load(own_columns, mask=within, other=0.0) + tl.sum(g, 0), mask=within)
+        total = tl.sum(column_sums, 0)
+        tl.store(own_columns, tl.load(own_columns, mask=within, other=0.0) + total, mask=within)
         if ROUNDED:
-            added = rounded.to(tl.float32) - g
-            tl.store(own_sums + count, tl.sum(added, 1), mask=valid)
             own_columns += width
-            tl.store(own_columns, tl.load(own_columns, mask=within, other=0.0) + tl.sum(added, 0), mask=within)
+            total = tl.sum(column_added, 0)
+            tl.store(own_columns, tl.load(own_columns, mask=within, other=0.0) + total, mask=within)
     if WEIGHT_GRADIENT:
         own_weights = WEIGHT_SUMS + down * width + columns
-        tl.store(own_weights, tl.load(own_weights, mask=within, other=0.0) + tl.sum(residual, 0), mask=within)
+        total = tl.sum(weight_sums, 0)
+        tl.store(own_weights, tl.load(own_weights, mask=within, other=0.0) + total, mask=within)
 
 
 @triton.jit
@@ -286,6 +296,10 @@ def chunk_positions(num_rows: int) -> int:
     return max(64, _CHUNK_BYTES // (4 * num_rows) // 64 * 64)
 
 
+def _gradient_rows() -> int:
+    return _GRADIENT_TILE["STEPS"] * _GRADIENT_TILE["ROWS"]
+
+
 def by_rows(
     params: LossParams, operands: Sequence[Any], targets: Tensor, weights: Tensor | None, needed: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
@@ -323,8 +337,8 @@ class _Buffers:
             return (torch.zeros if zero else torch.empty)(*shape, device=x.device, dtype=dtype)
 
         width = -(-len(w) // 8) * 8  # rows of buffers start at multiples of 16 bytes, as matrix products need
-        tiles = triton.cdiv(self.chunk, _GRADIENT_TILE[0]) if backward else 0
-        across, planes = triton.cdiv(len(w), _GRADIENT_TILE[1]), 2 if self.rounded else 1
+        tiles = triton.cdiv(self.chunk, _gradient_rows()) if backward else 0
+        across, planes = triton.cdiv(len(w), _GRADIENT_TILE["COLUMNS"]), 2 if self.rounded else 1
         try:
             self.products = new(self.chunk, width)[:, : len(w)]
             self.g = new(self.chunk if backward else 0, width, dtype=self.g_dtype)[:, : len(w)]
@@ -360,28 +374,27 @@ class _Buffers:
         count = rows.stop - rows.start
         multiply(self.x[rows], self.w.T, self.products[:count])
         log_weight = self.losses if self.log_weight is None else self.log_weight
-        tile = dict(zip(("ROWS", "COLUMNS"), _LOSS_TILE, strict=True))
-        _losses[(triton.cdiv(count, tile["ROWS"]),)](
+        _losses[(triton.cdiv(count, _LOSS_TILE["ROWS"]),)](
             self.products, self.products.stride(0), targets[rows], self.x_sq[rows], self.floor[rows], self.w_sq,
             log_weight, self.half_n, self.losses[rows], self.slopes[rows], self.reference, self.scales,
             count, self.classes, self.smoothing,
             HARMONIC=self.harmonic, WEIGHTED=self.log_weight is not None, SMOOTHED=self.smoothing > 0,
-            LEARNED=self.need_n, NEAREST=self.x.dtype == torch.float32, FAST=self.fast, **tile, num_warps=_LOSS_WARPS,
+            LEARNED=self.need_n, NEAREST=self.x.dtype == torch.float32, FAST=self.fast,
+            **_LOSS_TILE, num_warps=_LOSS_WARPS,
         )  # fmt: skip
 
     def gradients_of(self, rows: slice, targets: Tensor, weights: Tensor) -> None:
         """Add the gradients of a chunk, whose products `losses_of` left."""
         count, g = rows.stop - rows.start, self.g[: rows.stop - rows.start]
         log_weight = self.losses if self.log_weight is None else self.log_weight
-        tile = dict(zip(("ROWS", "COLUMNS"), _GRADIENT_TILE, strict=True))
-        across = triton.cdiv(len(self.w), tile["COLUMNS"])
-        _gradients[(triton.cdiv(count, tile["ROWS"]), across)](
+        across = triton.cdiv(len(self.w), _GRADIENT_TILE["COLUMNS"])
+        _gradients[(triton.cdiv(count, _gradient_rows()), across)](
             self.products, self.products.stride(0), g, g.stride(0), targets[rows], weights[rows], self.x_sq[rows],
             self.floor[rows], self.w_sq, log_weight, self.half_n, self.reference, self.scales,
             self.row_sums, self.column_sums, self.weight_sums, count, self.classes, len(self.w), self.smoothing,
             HARMONIC=self.harmonic, WEIGHTED=self.log_weight is not None, SMOOTHED=self.smoothing > 0,
             ROUNDED=self.rounded, WEIGHT_GRADIENT=self.need_log_weight,
-            FAST=self.fast, **tile, num_warps=_GRADIENT_WARPS,
+            FAST=self.fast, **_GRADIENT_TILE, num_warps=_GRADIENT_WARPS,
         )  # fmt: skip
         if self.grad_x is not None and self.harmonic:
             product = multiply(g, self.w_g, self.product_x[:count])

@@ -144,8 +144,6 @@ class TrainConfig:
             Logged training losses contain it, validation losses do not.
         skip_non_finite: number of steps with a non-finite gradient that are skipped before the run stops; 0 stops at
             the first. non_finite.jsonl lists the data of these steps. Not with DeepSpeed and FSDP2.
-        compile_loss: torch.compile the head's loss between its matrix products. No faster on a CPU; on a GPU
-            use it: GPT-2 small on an H200 trains 1.45 times as fast with it.
         hang_timeout: seconds without progress after which a process ends and names the processes that it waits for.
             Must be longer than the longest evaluation and the saving of a checkpoint.
     """
@@ -159,7 +157,6 @@ class TrainConfig:
     activation_checkpointing: bool = False
     label_smoothing: float = 0.0
     skip_non_finite: int = 0
-    compile_loss: bool = False
     hang_timeout: float = 1800.0
 
     def __post_init__(self) -> None:
@@ -346,8 +343,6 @@ class RunConfig:
                 f"optim.metric_lr_multiplier = {self.optim.metric_lr_multiplier} has no effect with {head}, which "
                 "learns no distance: remove it"
             )
-        if self.train.compile_loss and distance.power is None:
-            raise UserError(f"train.compile_loss = true has no effect with {head}: only matrix products are compiled")
 
     @property
     def run_folder(self) -> Path:

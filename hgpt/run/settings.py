@@ -71,6 +71,7 @@ def gone(settings: dict[str, Any]) -> dict[str, tuple[Any, str]]:
         "model.pad_vocab_to_multiple_of": (64, "it is always 64"),
         "train.loss_chunk": (None, "the size follows from the device"),
         "train.distance_memory": (None, "the size follows from the device"),
+        "train.compile_loss": (settings.get("train.compile_loss"), "on a GPU the loss has kernels of its own"),
         "optim.muon_momentum": (0.95, "it is always 0.95"),
         "optim.decay_fraction": (0.2, "it is always 0.2"),
         "checkpoint.on_interrupt": (True, "Ctrl-C always saves a checkpoint"),
