@@ -184,9 +184,20 @@ class HeadLoss(torch.autograd.Function):
             with torch.autocast(targets.device.type, enabled=False):
                 _, grads = ctx.kernel(ctx.params, operands, targets, weights, needed)
         else:
-            grads = [None if grad is None else grad.mul_(grad_output) for grad in grads]
-        wanted = (grad.to(o) if need else None for grad, o, need in zip(grads, operands, needed, strict=True))
+            grads = [
+                _times(grad, grad_output, o) if need and grad is not None else None
+                for grad, o, need in zip(grads, operands, needed, strict=True)
+            ]
+        wanted = (
+            grad.to(o) if need and grad is not None else None
+            for grad, o, need in zip(grads, operands, needed, strict=True)
+        )
         return None, None, None, None, *wanted
+
+
+def _times(grad: Tensor, factor: Tensor, like: Tensor) -> Tensor:
+    """grad · factor in the dtype of `like`: one pass over memory, in place where the dtype stays."""
+    return torch.mul(grad, factor, out=grad if grad.dtype == like.dtype else torch.empty_like(like))
 
 
 def slices(count: int, size: int) -> list[slice]:

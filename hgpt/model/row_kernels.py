@@ -32,7 +32,7 @@ from .loss import LossParams, slices
 
 # Tiles (rows, columns) and warps, the fastest of those tried on an H200 (benchmarks/gpu.py measures the whole).
 _LOSS_TILE, _LOSS_WARPS = {"ROWS": 1, "COLUMNS": 2048}, 8
-_GRADIENT_TILE, _GRADIENT_WARPS = {"STEPS": 32, "ROWS": 1, "COLUMNS": 512}, 1
+_GRADIENT_TILE, _GRADIENT_WARPS = {"STEPS": 32, "ROWS": 1, "COLUMNS": 256}, 1
 # Bytes of a chunk's products in float32.
 _CHUNK_BYTES = 832 * 2**20
 
@@ -53,10 +53,10 @@ def _squared_norms(V, OUT, count, width, stride, ROWS: tl.constexpr, COLUMNS: tl
 
 
 @triton.jit
-def _log2_closeness(d_sq, reference, FAST: tl.constexpr):
+def _log2_closeness(d_sq, reference, inverse, FAST: tl.constexpr):
     """log₂ (reference / d²); FAST: by the special-function unit, with an absolute error of 2⁻²² near 1."""
     if FAST:
-        return -libdevice.fast_log2f(d_sq * (1.0 / reference))
+        return -libdevice.fast_log2f(d_sq * inverse)
     return tl.log2(tl.div_rn(reference, d_sq))  # a quotient below 1 is rounded more finely than one above 1
 
 
@@ -70,9 +70,9 @@ def _losses(
     """Losses of rows of products, their derivatives by log n, and what `_gradients` needs of each row.
 
     REFERENCE is d² (softmax: the product) of the class that scores are relative to: the target, or the nearest class
-    if NEAREST, which costs one more pass and keeps float32's digits where the target is far. SCALES (3, count) receives
-    the largest z, 1 / Σ 2^(z − largest), and (1 − ε) reference / d² of the target. Each lane
-    keeps a maximum and a sum of its own, so that lanes meet once, at the end.
+    if NEAREST, which costs one more pass and keeps float32's digits where the target is far. SCALES (4, count) receives
+    the largest z, 1 / Σ 2^(z − largest), (1 − ε) reference / d² of the target, and 1 / reference.
+    Each lane keeps a maximum and a sum of its own, so that lanes meet once, at the end.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = rows < count
@@ -101,7 +101,8 @@ def _losses(
             else:
                 best = tl.where(inside & (value > best), value, best)
         nearest = tl.maximum(tl.min(best, 1), floor) if HARMONIC else tl.max(best, 1)
-    own_z = half_n * _log2_closeness(own, nearest, FAST) if HARMONIC else (own - nearest) * _LOG2_E
+    inverse = 1.0 / nearest
+    own_z = half_n * _log2_closeness(own, nearest, inverse, FAST) if HARMONIC else (own - nearest) * _LOG2_E
     own_slope = own_z
     if WEIGHTED:
         own_z += tl.load(LOG_WEIGHT + target, mask=valid, other=0.0) * _LOG2_E
@@ -119,7 +120,7 @@ def _losses(
             w_sq = tl.load(W_SQ + columns, mask=is_class, other=1.0)
             d_sq = (w_sq[None, :] - 2 * z) + x_sq[:, None]
             d_sq = tl.where(d_sq <= floor[:, None], floor[:, None], d_sq)
-            z = half_n * _log2_closeness(d_sq, nearest[:, None], FAST)
+            z = half_n * _log2_closeness(d_sq, nearest[:, None], inverse[:, None], FAST)
         else:
             z = (z - nearest[:, None]) * _LOG2_E
         by_log_n = tl.where(inside, z, 0.0)
@@ -150,6 +151,7 @@ def _losses(
     tl.store(SCALES + count + rows, 1 / sums, mask=valid)
     if HARMONIC:
         tl.store(SCALES + 2 * count + rows, (1 - smoothing) * nearest / own, mask=valid)
+        tl.store(SCALES + 3 * count + rows, inverse, mask=valid)
 
 
 @triton.jit
@@ -194,17 +196,18 @@ def _gradients(
             x_sq = tl.load(X_SQ + rows, mask=valid, other=1.0)
             floor = tl.load(FLOOR + rows, mask=valid, other=1.0)
             own = tl.load(SCALES + 2 * count + rows, mask=valid, other=0.0)
+            inverse = tl.load(SCALES + 3 * count + rows, mask=valid, other=0.0)
             d_sq = (w_sq[None, :] - 2 * product) + x_sq[:, None]
             clamped = d_sq <= floor[:, None]
             d_sq = tl.where(clamped, floor[:, None], d_sq)
-            closeness = _log2_closeness(d_sq, reference[:, None], FAST)
+            closeness = _log2_closeness(d_sq, reference[:, None], inverse[:, None], FAST)
             g = tl.exp2((shift[None, :] - top[:, None]) + (half_n + 1) * closeness) * scale  # p d_0² / d²
             if SMOOTHED:
                 g -= smoothing / classes * tl.exp2(closeness)
             g = tl.where(hit, g - own[:, None], g)
             if WEIGHT_GRADIENT:
-                weight_sums += tl.where(inside, g * (weight / reference)[:, None] * d_sq, 0.0)
-            g *= (weight * 2 * half_n / reference)[:, None]
+                weight_sums += tl.where(inside, g * (weight * inverse)[:, None] * d_sq, 0.0)
+            g *= (weight * 2 * half_n * inverse)[:, None]
             g = tl.where(clamped, 0.0, g)
         else:
             g = tl.exp2((product - reference[:, None]) * _LOG2_E + (shift[None, :] - top[:, None])) * scale
@@ -351,7 +354,7 @@ class _Buffers:
                 f"train.micro_batch, or `chunk` of LossParams. {error}"
             ) from error
         self.row_sums = new(across * planes * self.chunk if backward and self.harmonic else 0)
-        self.reference, self.scales = new(self.chunk), new(3 * self.chunk)
+        self.reference, self.scales = new(self.chunk), new(4 * self.chunk)
         self.losses, self.slopes = new(len(x)), new(len(x) if self.need_n else 0)
         self.grad_x = new(*x.shape, dtype=self.g_dtype) if backward and self.need_x else None
         self.grad_w = new(*w.shape, zero=True) if backward and self.need_w else None
