@@ -26,7 +26,7 @@ import hgpt
 from hgpt import cli
 from hgpt.errors import UserError
 from hgpt.hardware import choose_device
-from hgpt.interpret.token_distances import LEGEND, distance_table, measure
+from hgpt.interpret.token_distances import LEGEND, LEGEND_WITH_RADII, distance_table, measure
 from hgpt.model.distances import load_distances
 from hgpt.source import find_source, is_hub_id
 
@@ -76,7 +76,8 @@ def main(arguments: Sequence[str]) -> None:
             columns = shutil.get_terminal_size().columns if sys.stdout.isatty() and not options.nearest else None
             print("\n" + distance_table(tokens, tokenizer, exponent, columns))
     if options.show_distances:
-        print("\n" + LEGEND.format(exponent=exponent, distance=model.config.distance))
+        legend = LEGEND if head.log_weight is None else LEGEND_WITH_RADII
+        print("\n" + legend.format(exponent=exponent, distance=model.config.distance))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -194,6 +195,7 @@ def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokeni
 
 def describe(model: PreTrainedModel, exponent: float | None, context: int | None) -> str:
     head = "softmax head" if exponent is None else f"harmonic head, {model.config.distance}, n = {exponent:.4g}"
+    head += ", learned radii" if exponent is not None and model.config.radius == "learned" else ""
     length = f"context {context}, " if context else ""
     count = sum(parameter.numel() for parameter in model.parameters())
     size = f"{count / 1e6:.3g}M" if count < 1e9 else f"{count / 1e9:.3g}B"

@@ -16,6 +16,7 @@ import transformers
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
+from hgpt.data.baselines import unigram_log_p
 from hgpt.data.batches import TrainingBatches
 from hgpt.data.shards import TokenShards
 from hgpt.data.verify import verify
@@ -30,7 +31,7 @@ from hgpt.run.optim import build_optimizer, learning_rate, set_learning_rate
 from hgpt.run.report import Recent, Report, Speed
 from hgpt.run.settings import load_run_config
 from hgpt.run.stop import StopSignals, Watchdog, explain
-from hgpt.source import check_tokenizer, initialize_from, shape_of
+from hgpt.source import check_tokenizer, initialize_from, initialize_radii, shape_of
 
 
 def main(config: RunConfig) -> dict[str, float]:
@@ -108,6 +109,11 @@ def build_model(config: RunConfig, shards: TokenShards, resumed: Checkpoint | No
             same_tokenizer = check_tokenizer(config.model.init_from, shards)
             for note in [same_tokenizer, *initialize_from(model, config.model.init_from)]:
                 engine.say(f"model.init_from: {note}")
+        initialize_radii(
+            model,
+            config.model.head.radius_init,
+            lambda: engine.gather_objects(unigram_log_p(shards) if engine.is_main else None)[0],
+        )
     model.lm_head.label_smoothing = config.train.label_smoothing  # has an effect in training mode only; is not exported
     if config.train.activation_checkpointing:
         # Early versions of transformers 5 have the second name only.

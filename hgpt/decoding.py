@@ -52,7 +52,7 @@ def generate_captured(
         (num_return_sequences, T + new), new ≤ max_new_tokens, filled with pad_token_id after an end of text. The tokens
         are those of `generate` if it is greedy; sampled ones differ, because a graph draws other random numbers.
     """
-    batch, length, new = config.num_return_sequences or 1, prompt.shape[1], config.max_new_tokens
+    batch, new = config.num_return_sequences or 1, config.max_new_tokens
     ends = torch.tensor(config.eos_token_id or model.generation_config.eos_token_id or [], device=prompt.device)
     step = _Step(model, prompt.expand(batch, -1), new, config)
     done = torch.zeros(batch, dtype=torch.bool, device=prompt.device)

@@ -185,7 +185,7 @@ def head_memory(config: HGPTConfig, tokens: int, precision: Precision) -> HeadMe
     """Memory of `hgpt.model.loss` on a GPU for N = `tokens` positions and V rows of the unembedding.
 
     operands: x and its gradient, (N, D); under autocast x in both dtypes and a bf16 copy of w; the gradient of w in
-        float32, (V, D); norms and column sums, (V,).
+        float32, (V, D); norms and column sums, (V,); with log-weights their gradient and a chunk's share of it, (V,).
     chunk: C = `loss.chunk_positions` positions · V · 4 bytes of products and, harmonic, 4 of scores and 1 of a mask, or
         (bf16) 2 of G and a chunk's share of the gradient of w.
     dense: the operands, and N · V · 17 bytes in the backward pass of `harmax.harmonic_loss`, 12 in that of softmax.
@@ -199,7 +199,8 @@ def head_memory(config: HGPTConfig, tokens: int, precision: Precision) -> HeadMe
         operands = (tokens + rows) * width * 8 + transformed
         return HeadMemory(operands, memory_of("cuda"), operands + tokens * rows * 17, None)
     c, harmonic = precision.compute.itemsize, config.head == "harmonic"
-    operands = tokens * width * 2 * c + rows * width * 4 + 8 * rows + 20 * tokens + transformed
+    vectors = 16 * rows if config.radius == "learned" else 8 * rows
+    operands = tokens * width * 2 * c + rows * width * 4 + vectors + 20 * tokens + transformed
     if precision.autocast:
         operands += tokens * width * precision.residual.itemsize + rows * width * c
     positions = min(tokens, chunk_positions(rows, precision.compute, "cuda"))

@@ -9,7 +9,7 @@ Code in a model's folder is never executed (trust_remote_code=False), and pickle
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import huggingface_hub.utils.logging
+import numpy as np
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
@@ -71,6 +72,12 @@ class Source:
             raise UserError(
                 f"the weights in {self.folder} are incomplete, without {', '.join(sorted(missing))}; copy or export "
                 "the model again"
+            )
+        if unknown := [name for name in loading["unexpected_keys"] if name.startswith("lm_head.")]:
+            # For example radii beside a config.json without them: without what it learned, the head predicts otherwise.
+            raise UserError(
+                f"the weights in {self.folder} hold {', '.join(sorted(unknown))}, which the head of its config.json "
+                "does not have: copy or export the model again, or use the version of hgpt that wrote it"
             )
         return model
 
@@ -174,10 +181,11 @@ def first_line(error: BaseException) -> str:
 # The start of a run: model.init_from, which may also be nanoGPT's ckpt.pt
 
 _SHAPE = ("n_layer", "n_head", "n_embd")
-_HEAD_SETTINGS = ("exponent", "learn_exponent", "distance", "distance_options")
+_HARMONIC_SETTINGS = ("exponent", "learn_exponent", "distance", "distance_options")
+_HEAD_SETTINGS = (*_HARMONIC_SETTINGS, "radius")
 _TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # three names of one function
 _TOKENS, _HEAD, _POSITIONS = "transformer.wte.weight", "lm_head.weight", "transformer.wpe.weight"
-_EXPONENT, _METRIC = "lm_head.log_exponent", "lm_head.metric."
+_EXPONENT, _LOG_WEIGHT, _METRIC = "lm_head.log_exponent", "lm_head.log_weight", "lm_head.metric."
 _MOST_PADDING = 127  # rows that an embedding may have beyond the vocabulary: it is padded to multiples of up to 128
 # GPT-2's Conv1D stores (in, out) where nn.Linear stores (out, in).
 _CONV1D = re.compile(r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
@@ -302,6 +310,25 @@ def initialize_from(model: HGPTForCausalLM, init_from: str) -> list[str]:
     return notes
 
 
+@torch.no_grad()
+def initialize_radii(model: HGPTForCausalLM, radius_init: str | None, unigram: Callable[[], np.ndarray]) -> None:
+    """Set the log-weights of a model that is to be trained to model.head.radius_init.
+
+    Args:
+        radius_init: None keeps log-weights that `initialize_from` has loaded, and is "unigram" without them.
+        unigram: returns `unigram_log_p` of the training split. It is called only if it is needed.
+    """
+    a = model.lm_head.log_weight
+    if a is None or (radius_init is None and bool(a.any())):
+        return
+    if radius_init == "zero":
+        a.zero_()
+    else:
+        log_p = torch.from_numpy(unigram())
+        a.fill_(float(log_p.min()))  # the padding, which has no probability; a token added later is rare
+        a[: len(log_p)] = log_p
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Weights:
     """Weights with hgpt's names and layouts, and the settings of their model.
@@ -320,12 +347,12 @@ def _gpt2(source: Source) -> _Weights:
     """The weights of a GPT-2 of transformers or of an hgpt model."""
     config = _gpt2_config(source)
     weights = source.load_model(torch.float32).state_dict()
-    behaviour = {"bias": True, "head": "softmax"}
+    behaviour = {"bias": True, "head": "softmax", "radius": "none", "final_norm": "layer_norm"}
     names = ["activation_function", "scale_attn_by_inverse_layer_idx", "layer_norm_epsilon"]
     if config.model_type == "gpt2":
         weights = {name: value.T if _CONV1D.search(name) else value for name, value in weights.items()}
     else:
-        names += ["bias", "head", *(_HEAD_SETTINGS if config.head == "harmonic" else ())]
+        names += ["bias", "head", "radius", "final_norm", *(_HARMONIC_SETTINGS if config.head == "harmonic" else ())]
     behaviour |= {name: getattr(config, name) for name in names}
     if _EXPONENT in weights:
         behaviour["exponent"] = float(weights[_EXPONENT].exp())
@@ -363,6 +390,8 @@ def _nanogpt(path: Path) -> _Weights:
     # tanh GELU, whose checkpoints also contain scale_attn_by_inverse_layer_idx.
     older = "scale_attn_by_inverse_layer_idx" in arguments
     behaviour = {
+        "radius": "none",
+        "final_norm": "layer_norm",
         "bias": arguments.get("bias", True),
         "activation_function": "gelu_pytorch_tanh" if older else "gelu",
         "scale_attn_by_inverse_layer_idx": arguments.get("scale_attn_by_inverse_layer_idx", False),
@@ -388,7 +417,7 @@ def _fits(name: str, value: Tensor, parameter: Tensor, vocab_size: int) -> bool:
         return False
     if name == _POSITIONS:
         return len(value) >= len(parameter)
-    if name in (_TOKENS, _HEAD):  # more padding would mean another tokenizer
+    if name in (_TOKENS, _HEAD, _LOG_WEIGHT):  # more padding would mean another tokenizer
         return vocab_size <= len(value) <= vocab_size + _MOST_PADDING
     return len(value) == len(parameter)
 

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# Without a GPU Triton's kernels run in its interpreter. Triton reads this when transformers imports it.
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
+
 from small_run import markov_tokens, write_data
 
 

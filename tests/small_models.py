@@ -56,10 +56,11 @@ def export(
     context: int = 24,
     seed: int = 1,
     rows: int = 0,
+    **settings: str,
 ) -> Path:
     """A model of 2 blocks and 32 dimensions with random weights: `head` of hgpt, tied for softmax only, or "gpt2".
 
-    `rows`: of the embedding, by default one for each token.
+    `rows`: of the embedding, by default one for each token. `settings`: of HGPTConfig.
     """
     torch.manual_seed(seed)
     sizes = {"vocab_size": rows or backend.get_vocab_size(), "n_positions": context, "n_embd": 32, "n_layer": 2,
@@ -67,10 +68,11 @@ def export(
     if head == "gpt2":
         model = GPT2LMHeadModel(GPT2Config(**sizes))
     else:
-        model = hgpt.HGPTForCausalLM(hgpt.HGPTConfig(**sizes, head=head, tie_word_embeddings=head == "softmax"))
+        tied = head == "softmax"
+        model = hgpt.HGPTForCausalLM(hgpt.HGPTConfig(**sizes, head=head, tie_word_embeddings=tied, **settings))
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+        for name, parameter in model.named_parameters():
+            parameter.add_((2 if name.endswith("log_weight") else 0.05) * torch.randn_like(parameter))
     model.save_pretrained(folder)
     special = {"eos_token": END_OF_TEXT} | ({"unk_token": UNKNOWN} if UNKNOWN in backend.get_vocab() else {})
     PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)

@@ -85,7 +85,7 @@ def make_head(distance: str, options: dict[str, Any], dtype: Any = torch.float64
 def disturb(head: HarmonicHead) -> HarmonicHead:
     """With what is learnt of its distance away from the start."""
     with torch.no_grad():
-        for parameter in head.metric.parameters():
+        for parameter in (*head.metric.parameters(), *([] if head.log_weight is None else [head.log_weight])):
             parameter.add_(0.3 * torch.randn_like(parameter))
     return head
 
@@ -173,8 +173,8 @@ def test_powers_stay_within_the_range_of_float32() -> None:
 
 @EVERY
 def test_gradcheck(distance: str, options: dict[str, Any]) -> None:
-    """Of the logits and of the loss, by x, the centres, the exponent and what is learnt of the distance."""
-    head = disturb(make_head(distance, options, learn_exponent=True, rows=V + 2))
+    """Of the logits and of the loss, by x, the centres, the exponent, the radii and what is learnt of the distance."""
+    head = disturb(make_head(distance, options, learn_exponent=True, radius=True, rows=V + 2))
     x = torch.randn(5, D, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0, 3, -100, V - 1, 3])
     names, parameters = zip(*head.named_parameters(), strict=True)
@@ -191,8 +191,8 @@ def test_gradcheck(distance: str, options: dict[str, Any]) -> None:
 
 @EVERY
 def test_the_loss_is_the_cross_entropy_of_the_logits(distance: str, options: dict[str, Any]) -> None:
-    """With gradients by x, the centres, the exponent and what is learned of the distance."""
-    head = disturb(make_head(distance, options, learn_exponent=True, rows=V + 3, label_smoothing=0.1))
+    """With gradients by x, the centres, the exponent, the radii and what is learned of the distance."""
+    head = disturb(make_head(distance, options, learn_exponent=True, radius=True, rows=V + 3, label_smoothing=0.1))
     x = torch.randn(N, D, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(V, (N,))
     targets[1:9:3] = -100

@@ -16,7 +16,8 @@ from accelerate.utils import DistributedType
 from full_disk import file_size_limit
 from processes import ENGINES, finish, free_port, in_group, run, start
 from safetensors.torch import load_file
-from small_run import HARMONIC, SOFTMAX, assert_same_checkpoint, losses, make_config, records, set_back
+from small_run import HARMONIC as WITHOUT_RADII
+from small_run import SOFTMAX, assert_same_checkpoint, losses, make_config, records, set_back
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
@@ -32,6 +33,7 @@ from hgpt.run.engines import Engine, whole
 from hgpt.run.optim import build_optimizer
 from hgpt.run.stop import EXIT_HUNG, EXIT_PREEMPTED
 
+HARMONIC = replace(WITHOUT_RADII, radius="learned")
 pytestmark = pytest.mark.skipif(os.uname().sysname != "Linux", reason="DeepSpeed exists for Linux")
 
 
@@ -402,7 +404,8 @@ def test_fsdp2_pieces_are_collected_and_handed_out(tmp_path):
 
 
 def _fsdp2(folder: Path) -> None:
-    config = HGPTConfig(vocab_size=61, n_positions=8, n_layer=2, n_head=2, n_embd=10, exponent=5.0)
+    free = {"radius": "learned", "final_norm": "none"}
+    config = HGPTConfig(vocab_size=61, n_positions=8, n_layer=2, n_head=2, n_embd=10, exponent=5.0, **free)
     mesh = init_device_mesh("cpu", (2,))
     rank = torch.distributed.get_rank()
     accelerator = SimpleNamespace(

@@ -78,13 +78,12 @@ def exactly(model: HGPTForCausalLM, shards: Stream) -> dict[str, torch.Tensor]:
         targets.append(tokens[start + 1 : start + 1 + len(inputs)])
     x, y = torch.cat(hidden), torch.cat(targets)
     assert y.tolist() == tokens[1:].tolist()  # every token but the first, once
-    if model.config.head == "harmonic":
-        d = torch.cdist(x, centres, compute_mode="donot_use_mm_for_euclid_dist")
-        p = d**-model.config.exponent
-        p = p / p.sum(-1, keepdim=True)
-    else:
-        d, p = x @ centres.T, (x @ centres.T).softmax(-1)
-    return {"x": x, "y": y, "d": d, "loss": -p.gather(-1, y[:, None]).log().mean(), "w": centres}
+    d = torch.cdist(x, centres, compute_mode="donot_use_mm_for_euclid_dist")
+    p = d**-model.config.exponent if model.config.head == "harmonic" else (x @ centres.T).exp()
+    a = torch.zeros(1) if exact.lm_head.log_weight is None else exact.lm_head.log_weight[:VOCAB].detach()
+    p = p * a.exp()
+    p = p / p.sum(-1, keepdim=True)
+    return {"x": x, "y": y, "d": d, "p": p, "loss": -p.gather(-1, y[:, None]).log().mean(), "w": centres, "a": a}
 
 
 @HEADS
@@ -136,15 +135,16 @@ def test_with_accelerate_itself():
     assert found.step == 7 and found.loss == pytest.approx(exactly(model, shards)["loss"].item(), rel=2e-6)
 
 
+@pytest.mark.parametrize("radius", ["none", "learned"])
 @HEADS
-def test_diagnostics(head):
-    model, shards = small_model(head), stream(6 * T + 4)
+def test_diagnostics(head, radius):
+    model, shards = small_model(head, radius=radius), stream(6 * T + 4)
     truth = exactly(model, shards)
     found = evaluate(model, shards)  # more windows than there are: all
     x, y, d, w = truth["x"], truth["y"], truth["d"], truth["w"]
     expected = {
         "loss": truth["loss"],
-        "accuracy": ((d.argmin(-1) if head == "harmonic" else d.argmax(-1)) == y).double().mean(),
+        "accuracy": (truth["p"].argmax(-1) == y).double().mean(),
         "x_norm_mean": x.norm(dim=-1).mean(),
         "x_norm_max": x.norm(dim=-1).max(),
         "w_norm_mean": w.norm(dim=-1).mean(),
@@ -154,6 +154,8 @@ def test_diagnostics(head):
         median = d.quantile(0.5, dim=-1)  # V is odd: a distance that occurs
         expected["target_over_median_distance"] = (d.gather(-1, y[:, None])[:, 0] / median).mean()
         expected["nearest_over_median_distance"] = (d.amin(-1) / median).mean()
+    if radius == "learned":
+        expected |= {"log_weight_mean": truth["a"].mean(), "log_weight_std": truth["a"].std()}
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name] == pytest.approx(value.item(), rel=1e-5), name
@@ -180,8 +182,9 @@ def test_diagnostics_take_windows_from_all_over_the_split():
 
 
 def test_padding_rows_are_in_no_figure():
-    plain, padded = small_model(pad_vocab_to_multiple_of=1), small_model(pad_vocab_to_multiple_of=64)
+    plain, padded = (small_model(pad_vocab_to_multiple_of=rows, radius="learned") for rows in (1, 64))
     weights = plain.state_dict()
+    weights["lm_head.log_weight"] = torch.cat([weights["lm_head.log_weight"], torch.full((3,), 1e3)])
     weights["transformer.wte.weight"] = torch.cat([weights["transformer.wte.weight"], torch.full((3, 16), 1e3)])
     weights["lm_head.weight"] = weights["transformer.wte.weight"]
     padded.load_state_dict(weights)

@@ -104,6 +104,19 @@ def test_inverse_recovers_the_distance_ratios(exponent: float) -> None:
     assert (relative_distances(log_probs, exponent)[:, 3] == torch.inf).all()
 
 
+def test_radii() -> None:
+    """By hand: twice the radius is half the distance, in the probabilities and in what is read from them."""
+    d_sq, radii, n = torch.tensor([[1.0, 4.0, 16.0]]), torch.tensor([1.0, 2.0, 1.0]), 2.0
+    p = harmax(d_sq, n, n * radii.log())
+    torch.testing.assert_close(p, torch.tensor([[16 / 33, 16 / 33, 1 / 33]]))
+    torch.testing.assert_close(log_harmax(d_sq, n, n * radii.log()), p.log())
+    torch.testing.assert_close(relative_distances(p.log(), n, n * radii.log()), d_sq.sqrt())
+    torch.testing.assert_close(relative_distances(p.log(), n), torch.tensor([[1.0, 1.0, 4.0]]))
+    for log_weight in (torch.zeros(4), torch.zeros(1)):
+        with pytest.raises(ValueError, match="each of the 3 classes of log_probs"):
+            relative_distances(p.log(), n, log_weight)
+
+
 # Gradients
 
 

@@ -16,8 +16,15 @@ D, V, ROWS = 12, 29, 32
 WHICH = pytest.mark.parametrize("which", [0, 1], ids=["harmonic", "softmax"])
 
 
-def heads(rows: int | None = None, dtype: torch.dtype = torch.float64) -> list[HarmonicHead | SoftmaxHead]:
-    return [HarmonicHead(D, V, rows=rows).to(dtype), SoftmaxHead(D, V, init_std=0.5, rows=rows).to(dtype)]
+def heads(
+    rows: int | None = None, dtype: torch.dtype = torch.float64, radius: bool = False
+) -> list[HarmonicHead | SoftmaxHead]:
+    """A harmonic and a softmax head, with random radii if with any."""
+    both = [HarmonicHead(D, V, rows=rows, radius=radius), SoftmaxHead(D, V, init_std=0.5, rows=rows, radius=radius)]
+    for head in both:
+        if head.log_weight is not None:
+            nn.init.normal_(head.log_weight, std=2)
+    return [head.to(dtype) for head in both]
 
 
 def test_drop_in_classifier_learns_digits() -> None:
@@ -38,10 +45,10 @@ def test_drop_in_classifier_learns_digits() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [None, ROWS])
-def test_without_gradients_logits_are_made_in_one_tensor(rows: int | None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("rows", "radius"), [(None, False), (ROWS, False), (ROWS, True)])
+def test_without_gradients_logits_are_made_in_one_tensor(rows: int | None, radius: bool, dtype: torch.dtype) -> None:
     """And are those of the way with gradients, also where a distance is clamped and where one is nan."""
-    head, x = HarmonicHead(D, V, rows=rows).to(dtype), torch.randn(50, D).to(dtype)
+    head, x = heads(rows, dtype, radius)[0], torch.randn(50, D).to(dtype)
     with torch.no_grad():
         x[0], x[1, 3] = head.weight[7], torch.nan
     expected = head(x).detach()
@@ -75,11 +82,11 @@ def test_softmax_head_is_a_linear_layer() -> None:
     torch.testing.assert_close(head(x), F.linear(x, head.weight))
 
 
-@pytest.mark.parametrize("rows", [None, ROWS])
+@pytest.mark.parametrize(("rows", "radius"), [(None, False), (ROWS, False), (ROWS, True)])
 @WHICH
-def test_loss_is_the_cross_entropy_of_the_logits(which: int, rows: int | None) -> None:
+def test_loss_is_the_cross_entropy_of_the_logits(which: int, rows: int | None, radius: bool) -> None:
     """With every option; `test_loss` and `test_distances` compare the gradients."""
-    head = heads(rows)[which]
+    head = heads(rows, radius=radius)[which]
     x, targets = torch.randn(4, 5, D, dtype=torch.float64), torch.randint(V, (4, 5))
     with torch.no_grad():
         head.weight[V:] = x[0, : len(head.weight) - V]  # rows of padding on hidden states
@@ -103,13 +110,16 @@ def test_loss_is_the_cross_entropy_of_the_logits(which: int, rows: int | None) -
     torch.testing.assert_close(head.eval()(x, targets), each.sum() / 17)  # smoothing is for training only
 
 
+@pytest.mark.parametrize("radius", [False, True])
 @WHICH
-def test_autocast_rounds_the_operands_and_nothing_else(which: int) -> None:
-    head = heads(ROWS, torch.float32)[which]
+def test_autocast_rounds_the_operands_and_nothing_else(which: int, radius: bool) -> None:
+    head = heads(ROWS, torch.float32, radius)[which]
     x, targets = torch.randn(300, D), torch.randint(V, (300,))
     rounded = (x.bfloat16().double(), head.weight.detach().bfloat16().double()[:V])
-    exact = heads()[which]
+    exact = heads(radius=radius)[which]
     exact.weight = nn.Parameter(rounded[1])
+    if radius:
+        exact.log_weight = nn.Parameter(head.log_weight.detach().double()[:V])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits, loss = head(x), head(x, targets)
     assert logits.dtype == loss.dtype == torch.float32
@@ -147,6 +157,25 @@ def test_a_learned_exponent() -> None:
     torch.testing.assert_close(copy(x), head(x))
     copy.reset_parameters()
     assert copy.log_exponent.item() == pytest.approx(math.log(D**0.5))
+
+
+def test_radii() -> None:
+    """Learned log-weights a: softmax's bias, and of the harmonic head n times the logarithm of the radii."""
+    x = torch.randn(7, D, dtype=torch.float64)
+    harmonic, softmax = heads(ROWS, radius=True)
+    torch.testing.assert_close(softmax(x), F.linear(x, softmax.weight, softmax.log_weight)[:, :V])
+    d, n = torch.cdist(x, harmonic.weight[:V]), harmonic.exponent
+    torch.testing.assert_close(harmonic.distances(x), d)
+    powers = (d / harmonic.radii) ** -n
+    torch.testing.assert_close(harmonic(x).softmax(-1), powers / powers.sum(-1, keepdim=True))
+    torch.testing.assert_close(harmonic.relative_distances(harmonic(x)), d / d.amin(-1, keepdim=True))
+    torch.testing.assert_close(heads()[0].radii, torch.ones(V, dtype=torch.float64))
+    for head in (harmonic, softmax):
+        assert "radius=True" in repr(head) and head.log_weight.shape == (ROWS,)
+        head(x, torch.arange(7)).backward()
+        assert (head.log_weight.grad[V:] == 0).all()
+        head.reset_parameters()
+        assert (head.log_weight == 0).all()
 
 
 def test_initial_centres() -> None:

@@ -12,9 +12,11 @@ from hgpt.interpret.models import find_sources, loaded
 VOCAB, K = 300, 4
 
 
-@pytest.fixture(scope="module", params=["harmonic", "softmax", "gpt2"])
+@pytest.fixture(scope="module", params=["harmonic", "radii", "softmax", "gpt2"])
 def model(request, tmp_path_factory):
-    folder = export(tmp_path_factory.mktemp("centres") / request.param, byte_pairs(VOCAB), request.param)
+    folder, head = tmp_path_factory.mktemp("centres") / request.param, request.param.replace("radii", "harmonic")
+    settings = {"radius": "learned", "final_norm": "none"} if request.param == "radii" else {}
+    export(folder, byte_pairs(VOCAB), head, **settings)
     with loaded(find_sources([str(folder)])[0], torch.device("cpu")) as model:
         yield model
 
@@ -26,7 +28,9 @@ def exact(model, states):
     if not model.harmonic:
         return (x @ w.T).log_softmax(-1), None
     d = torch.cdist(x, w, compute_mode="donot_use_mm_for_euclid_dist")
-    return (-model.exponent * d.log()).log_softmax(-1), d
+    a = model.model.lm_head.log_weight
+    assert ("radii" in model.description) == (a is not None)
+    return (-model.exponent * d.log() + (0 if a is None else a[:VOCAB].detach())).log_softmax(-1), d
 
 
 def test_a_text_as_the_centres_see_it(model):
@@ -51,7 +55,7 @@ def test_a_text_as_the_centres_see_it(model):
             ratios = (d[position] / d[position].min()).tolist()
             assert reading.ratio == pytest.approx(ratios[target], rel=1e-4)
             assert [ratio for _, _, ratio in reading.nearest] == pytest.approx([ratios[t] for t in best], rel=1e-4)
-            assert d[position].argsort()[:K].tolist() == best
+            assert d[position].argsort()[:K].tolist() == best or model.log_weight is not None
     assert len({reading.rank for reading in found}) > 5  # targets are not the best at every position
 
 

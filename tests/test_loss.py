@@ -12,13 +12,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from hgpt.model import distances as distances_module
-from hgpt.model import loss as loss_module
 from hgpt.model.distances import make_distance
 from hgpt.model.harmax import harmonic_loss
 from hgpt.model.loss import LossParams, chunk_positions, head_loss
 
 # Awkward on purpose: no size is a multiple of a vector width or of the chunk.
 N, V, D, CHUNK, EXPONENT = 125, 253, 61, 32, 2 * math.sqrt(61)
+LOG_WEIGHT = 12 * torch.rand(V, generator=torch.Generator().manual_seed(0)) - 12  # as of tokens' frequencies, in nats
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -52,20 +52,22 @@ class Kind(NamedTuple):
     def __str__(self) -> str:
         return self.name
 
-    def loss(self, x: Tensor, w: Tensor, targets: Tensor, n: Any = EXPONENT, **options: Any) -> Tensor:
+    def loss(self, x: Tensor, w: Tensor, targets: Tensor, n: Any = EXPONENT, a: Any = None, **options: Any) -> Tensor:
         distance = make_distance("manhattan", D) if self.name == "blocks" else None
         n = None if self.name == "softmax" else n
-        return head_loss(x, w, targets, LossParams(n=n, distance=distance, **({"chunk": CHUNK} | options)))
+        options = {"chunk": CHUNK} | options
+        return head_loss(x, w, targets, LossParams(n=n, distance=distance, log_weight=a, **options))
 
-    def dense(self, x: Tensor, w: Tensor, targets: Tensor, n: Any = EXPONENT, **options: Any) -> Tensor:
+    def dense(self, x: Tensor, w: Tensor, targets: Tensor, n: Any = EXPONENT, a: Any = None, **options: Any) -> Tensor:
         if self.name == "harmonic":
-            return harmonic_loss(x, w, targets, n, **options)
+            return harmonic_loss(x, w, targets, n, a, **options)
         dtype = torch.promote_types(x.dtype, torch.float32)
+        a = 0 if a is None else a
         if self.name == "softmax":
-            return F.cross_entropy(F.linear(x, w).to(dtype), targets, **options)
+            return F.cross_entropy(F.linear(x, w).to(dtype) + a, targets, **options)
         d = (x.to(dtype)[:, None] - w.to(dtype)).abs().sum(-1)
         floor = make_distance("manhattan", D).floor(x.detach().to(dtype))
-        return F.cross_entropy(-n * torch.where(d <= floor, floor, d).log(), targets, **options)
+        return F.cross_entropy(-n * torch.where(d <= floor, floor, d).log() + a, targets, **options)
 
 
 HARMONIC, SOFTMAX, BLOCKS = Kind("harmonic"), Kind("softmax"), Kind("blocks")
@@ -118,21 +120,23 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("padding", [0, 5], ids=["", "padded"])
-def test_equals_the_dense_loss_in_float64(kind: Kind, options: dict[str, Any], padding: int) -> None:
-    """The value, and the gradients by x, w and a learned n of what comes after it."""
+@pytest.mark.parametrize(("padding", "weighted"), [(0, False), (0, True), (5, True)], ids=["", "radii", "padded"])
+def test_equals_the_dense_loss_in_float64(kind: Kind, options: dict[str, Any], padding: int, weighted: bool) -> None:
+    """The value, and the gradients by x, w, a learned n and the log-weights of what comes after it."""
     x, w, targets = make_problem().to(torch.float64)
     targets = targets.where(targets >= 0, options.get("ignore_index", -100))
     n = torch.tensor(EXPONENT, dtype=torch.float64, requires_grad=True)
+    a = LOG_WEIGHT.double().requires_grad_() if weighted else None
     rows = torch.cat([w, x[:padding].detach()])  # rows of padding, as near as can be
-    value = kind.loss(x, rows, targets, n, num_classes=V if padding else None, **options)
+    all_a = None if a is None else F.pad(a, (0, padding), value=3.0)
+    value = kind.loss(x, rows, targets, n, all_a, num_classes=V if padding else None, **options)
     same = ("reduction", "label_smoothing", "ignore_index")
-    expected = kind.dense(x, w, targets, n, **{name: options[name] for name in same if name in options})
+    expected = kind.dense(x, w, targets, n, a, **{name: options[name] for name in same if name in options})
     if "num_items" in options:
         expected = expected * (targets != -100).sum() / 100
     torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
     upstream = torch.randn_like(expected)  # of either sign
-    inputs = (x, w) if kind == SOFTMAX else (x, w, n)
+    inputs = [x, w, *([] if kind == SOFTMAX else [n]), *([] if a is None else [a])]
     for ours, theirs in zip(
         torch.autograd.grad(value, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
     ):
@@ -172,7 +176,7 @@ COMMON_MEANS_AND_SCALES = [(3.0, 1.0), (10.0, 1.0), (0.0, 0.02), (0.0, 30.0), (0
         *(
             (kind, 0.0, 1.0, options)
             for kind in (HARMONIC, SOFTMAX, BLOCKS)
-            for options in ({}, {"recompute": True}, {"label_smoothing": 0.1}, {"reduction": "none"})
+            for options in ({"a": LOG_WEIGHT}, {"recompute": True}, {"label_smoothing": 0.1}, {"reduction": "none"})
         ),
     ],
     ids=str,
@@ -193,15 +197,23 @@ def test_no_less_accurate_than_dense_in_the_same_dtype(
         assert relative_error(value, exact) < 1.3 * relative_error(other, exact) + 1e-6
 
 
-@DISTANCES
+@pytest.mark.parametrize(
+    ("kind", "learned"), [(HARMONIC, "n"), (BLOCKS, "n"), (HARMONIC, "a"), (BLOCKS, "a"), (SOFTMAX, "a")], ids=str
+)
 @pytest.mark.parametrize("options", [{}, {"recompute": True}, {"label_smoothing": 0.1}], ids=str)
 @pytest.mark.parametrize("dtype", NARROW)
-def test_an_exponent_that_is_learned_alone(kind: Kind, dtype: torch.dtype, options: dict[str, Any]) -> None:
+def test_an_exponent_or_log_weights_learned_alone(
+    kind: Kind, learned: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
     x, w, targets = (operand.detach() for operand in make_problem(planted=False).to(dtype))
 
     def gradient(loss_of: Callable, dtype: torch.dtype, **options: Any) -> Tensor:
-        n = torch.tensor(EXPONENT, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
-        return torch.autograd.grad(loss_of(x.to(dtype), w.to(dtype), targets, n, **options), n)[0]
+        wide = torch.promote_types(dtype, torch.float32)
+        parameters = {"n": torch.tensor(EXPONENT, dtype=wide), "a": LOG_WEIGHT.to(wide, copy=True)}
+        parameters[learned].requires_grad_()
+        return torch.autograd.grad(
+            loss_of(x.to(dtype), w.to(dtype), targets, **parameters, **options), parameters[learned]
+        )[0]
 
     same = {name: value for name, value in options.items() if name != "recompute"}
     truth, theirs = gradient(kind.dense, torch.float64, **same), gradient(kind.dense, dtype, **same)
@@ -343,11 +355,12 @@ def test_a_target_that_is_no_class_is_an_error(kind: Kind) -> None:
 
 
 @EVERY
-@pytest.mark.parametrize("where", ["x", "w"])
+@pytest.mark.parametrize("where", ["x", "w", "a"])
 def test_a_nan_reaches_the_loss(kind: Kind, where: str) -> None:
     problem = make_problem()
-    getattr(problem, where)[0, 0] = torch.nan
-    assert kind.loss(*problem).isnan()
+    a = torch.zeros(V)
+    (a if where == "a" else getattr(problem, where)[0])[0] = torch.nan
+    assert kind.loss(*problem, a=a).isnan()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -429,51 +442,6 @@ def test_torch_compile_around_it() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is done with the products, compiled
-
-
-def graphs_of_every_size(kind: Kind, **options: Any) -> int:
-    """Compares compiled losses, of batches of several sizes and as n changes, with the others; the number of graphs."""
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    n = torch.tensor(EXPONENT, requires_grad=True)
-    dtype = options.pop("dtype", torch.float32)
-    for positions in (N, 64, 20, 115):  # chunks of 32, and the last ones of 29, 20 and 19
-        x, w, targets = make_problem()
-        problem = Problem(x[:positions], w, targets[:positions]).to(dtype)
-        inputs = problem[:2] if kind == SOFTMAX else (*problem[:2], n)
-        expected, found = (kind.loss(*problem, n, compiled=compiled, **options) for compiled in (False, True))
-        for value, reference in zip(
-            (found, *torch.autograd.grad(found, inputs)),
-            (expected, *torch.autograd.grad(expected, inputs)),
-            strict=True,
-        ):
-            assert relative_error(value, reference.double()) < 1e-5 + torch.finfo(dtype).eps
-        with torch.no_grad():
-            n += 1
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-@PRODUCTS
-def test_compiled_rows(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = torch.compile(loss_module.product_rows, dynamic=False, recompile_limit=64, backend="aot_eager")
-    monkeypatch.setattr(loss_module, "_compiled_rows", lambda: compiled)
-    assert graphs_of_every_size(kind) == 4  # a graph for each size of a chunk, and none for another n
-
-
-@pytest.mark.slow
-@PRODUCTS
-@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"label_smoothing": 0.1}], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_compiled_by_inductor(kind: Kind, options: dict[str, Any], dtype: torch.dtype) -> None:
-    assert graphs_of_every_size(kind, dtype=dtype, **options) == (8 if "recompute" in options else 4)
-    x, w, targets = make_problem(planted=False).to(dtype)
-    for positions in range(1, 13):  # more sizes than torch.compile takes unless it is told otherwise
-        kind.loss(x[:positions], w, targets[:positions], compiled=True)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 4 + 11 > torch._dynamo.config.recompile_limit
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Memory and work
 
 
@@ -538,6 +506,7 @@ def test_gradients_that_nobody_needs_cost_nothing(kind: Kind, trained: str, reco
         ({"reduction": "average"}, "reduction must be one of mean, sum, none; got 'average'"),
         ({"reduction": "sum", "num_items": 3}, "num_items divides the sum of reduction=\"mean\".*no effect with 'sum'"),
         ({"label_smoothing": 1.0}, r"label_smoothing must lie in \[0, 1\); got 1.0"),
+        ({"a": LOG_WEIGHT[:-1]}, rf"log_weight must be \({V},\), one number for each row of w; got \({V - 1},\)"),
         ({"num_classes": 0}, f"num_classes must lie between 1 and the rows of w, {V}; got 0"),
         ({"num_classes": V + 1}, f"num_classes must lie between 1 and the rows of w, {V}; got {V + 1}"),
         *(({"n": n}, f"exponent must be a positive number; got {n}") for n in (0, -2.0, math.inf, math.nan)),

@@ -48,6 +48,14 @@ def test_another_distance_and_a_learnt_exponent():
     assert "n = 7.38906 (learned, from 14)" in text
 
 
+def test_radii():
+    text = card(HGPTConfig(exponent=14, radius="learned"))
+    assert "p_i = (d_i / ρ_i)^(−n) / Σ_j (d_j / ρ_j)^(−n),    n = 14" in text
+    assert "model.lm_head.relative_distances(logits)" in text and "dot products where" in text
+    text = card(HGPTConfig(head="softmax", radius="learned"))
+    assert "w_i · x + a_i" in text and "Do not serve" in text and "logits without the bias" in text
+
+
 def test_softmax():
     text = card(HGPTConfig(head="softmax"), validation=None)
     assert "w_i · x" in text and "| validation loss | not measured |" in text

@@ -55,6 +55,13 @@ def tokens(batch: int = 2, length: int = T) -> Tensor:
     return torch.randint(V, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
+def disturbed(model: HGPTForCausalLM) -> HGPTForCausalLM:
+    """With log-weights, which start at 0, that make a difference."""
+    if model.lm_head.log_weight is not None:
+        nn.init.normal_(model.lm_head.log_weight, std=2)
+    return model
+
+
 HEADS = pytest.mark.parametrize("head", ["harmonic", "softmax"])
 TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
@@ -121,9 +128,9 @@ def test_training_computes_no_logits(head: str) -> None:
 
 @HEADS
 def test_padding_changes_no_loss_no_logits_and_no_sample(head: str) -> None:
-    padded, plain = tiny_model(head=head), tiny_model(head=head, pad_vocab_to_multiple_of=1)
+    padded, plain = (disturbed(tiny_model(head=head, radius="learned", pad_vocab_to_multiple_of=k)) for k in (64, 1))
     state = padded.state_dict()
-    for name in ("transformer.wte.weight", "lm_head.weight"):
+    for name in ("transformer.wte.weight", "lm_head.weight", "lm_head.log_weight"):
         assert state[name].shape[0] == ROWS
         state[name] = state[name][:V]
     plain.load_state_dict(state)
@@ -138,14 +145,31 @@ def test_padding_changes_no_loss_no_logits_and_no_sample(head: str) -> None:
     assert torch.equal(*samples) and samples[0].max() < V
 
 
-def test_logits_are_log_harmax_of_the_final_hidden_states() -> None:
-    model = tiny_model(exponent="4*sqrt_dim")
+@pytest.mark.parametrize("radius", ["none", "learned"])
+def test_logits_are_log_harmax_of_the_final_hidden_states(radius: str) -> None:
+    model = disturbed(tiny_model(exponent="4*sqrt_dim", radius=radius))
     hidden, logits = model.transformer(tokens()).last_hidden_state, model(tokens()).logits
-    d = torch.cdist(hidden, model.transformer.wte.weight[:V].expand(2, V, 32))
+    d = torch.cdist(hidden, model.transformer.wte.weight[:V].expand(2, V, 32)) / model.lm_head.radii
+    assert (model.lm_head.radii.std() > 0.01) == (radius == "learned")
     for temperature in (1.0, 1.5):  # which divides the exponent
         p = d ** -(4 * 32**0.5 / temperature)
         p = p / p.sum(-1, keepdim=True)
         torch.testing.assert_close((logits / temperature).softmax(-1), p, rtol=1e-3, atol=1e-6)
+
+
+@HEADS
+def test_no_final_norm(head: str) -> None:
+    """x is the last block's output times a gain, under the name of the norm's weight."""
+    model, blocks = tiny_model(head=head, final_norm="none", bias=True), []
+    model.transformer.h[-1].register_forward_hook(lambda *call: blocks.append(call[2][0]))
+    with torch.no_grad():
+        model.transformer.ln_f.weight.mul_(torch.rand(32))
+    hidden = model.transformer(tokens()).last_hidden_state
+    assert [name for name in model.state_dict() if "ln_f" in name] == ["transformer.ln_f.weight"]
+    torch.testing.assert_close(hidden, blocks[0] * model.transformer.ln_f.weight)
+    assert hidden.norm(dim=-1).std() > 0.01 * hidden.norm(dim=-1).mean()
+    model(tokens(), labels=tokens()).loss.backward()
+    assert model.transformer.ln_f.weight.grad.abs().min() > 0
 
 
 # Attention, cache, padding on the left
@@ -372,7 +396,8 @@ def test_beam_search_finds_the_best_of_all_continuations(head: str) -> None:
 @TIED
 def test_save_and_load_give_the_same_weights_and_logits(tmp_path: Path, head: str, tied: bool) -> None:
     """Also that loading randomises nothing that was loaded (transformers #46620)."""
-    model = tiny_model(head=head, tie_word_embeddings=tied, bias=True)
+    free = {"radius": "learned", "final_norm": "none"} if tied else {}
+    model = tiny_model(head=head, tie_word_embeddings=tied, bias=True, **free)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -427,9 +452,15 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def test_remote_code_where_hgpt_cannot_be_imported(tmp_path: Path) -> None:
     folders = []
-    for head, tied in (("harmonic", True), ("softmax", False)):
-        model = tiny_model(head=head, tie_word_embeddings=tied, pad_token_id=V - 1, eos_token_id=V - 1)
-        folder = tmp_path / f"{head}_model"
+    free = {"radius": "learned", "final_norm": "none"}
+    for settings in ({"head": "harmonic"}, {"head": "harmonic", **free}, {"head": "softmax", **free}):
+        settings |= {
+            "tie_word_embeddings": settings["head"] == "harmonic",
+            "pad_token_id": V - 1,
+            "eos_token_id": V - 1,
+        }
+        model = disturbed(tiny_model(**settings))
+        folder = tmp_path / f"model{len(folders)}"
         model.save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
         write_expected(model, folder, tokens())
@@ -441,7 +472,8 @@ def test_remote_code_where_hgpt_cannot_be_imported(tmp_path: Path) -> None:
 @TIED
 def test_resize_token_embeddings(head: str, tied: bool, tmp_path: Path) -> None:
     for new in (V + 2, 100, 40):
-        model = tiny_model(head=head, tie_word_embeddings=tied)
+        model = disturbed(tiny_model(head=head, tie_word_embeddings=tied, radius="learned"))
+        a = model.lm_head.log_weight[:V].tolist()
         with torch.no_grad():  # a live graph would hold on to the old shapes
             before = model(tokens() % 40).logits
         model.lm_head.label_smoothing = 0.2
@@ -454,6 +486,8 @@ def test_resize_token_embeddings(head: str, tied: bool, tmp_path: Path) -> None:
         assert after.logits.shape[-1] == new
         kept = min(new, V)
         torch.testing.assert_close(after.logits[..., :kept], before[..., :kept])
+        rows = model.lm_head.weight.shape[0]
+        assert model.lm_head.log_weight.tolist() == a[:kept] + [min(a)] * (rows - kept)  # new tokens are rare
         after.loss.backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
         model.save_pretrained(tmp_path / str(new))
@@ -515,9 +549,11 @@ def test_initial_weights() -> None:
     sizes = {"n_embd": 64, "n_layer": 3, "vocab_size": 1000, "initializer_range": 0.02, "bias": True}
     scales = {"final_norm_gain": 0.05, "centre_init_std": 0.07}
     for head, tied in itertools.product(("harmonic", "softmax"), (True, False)):
-        model = HGPTForCausalLM(tiny_config(**sizes | scales, head=head, tie_word_embeddings=tied))
+        free = {"radius": "learned", "final_norm": "none" if tied else "layer_norm"}
+        model = HGPTForCausalLM(tiny_config(**sizes | scales | free, head=head, tie_word_embeddings=tied))
         for name, parameter in model.named_parameters():
-            constant = 0 if name.endswith(".bias") else 0.05 if "ln_f" in name else 1 if "ln_" in name else None
+            zero = name.endswith((".bias", ".log_weight"))
+            constant = 0 if zero else 0.05 if "ln_f" in name else 1 if "ln_" in name else None
             if constant is not None:
                 assert (parameter == constant).all(), name
                 continue
@@ -596,6 +632,9 @@ def test_config_defaults() -> None:
     assert config.padded_vocab_size == 50304 and config.exponent == pytest.approx(2 * 768**0.5)
     assert config.final_norm_gain == 0.05 and config.tie_word_embeddings
     assert HGPTConfig(head="softmax").final_norm_gain == 1.0
+    assert (config.radius, config.final_norm) == ("none", "layer_norm")
+    assert HGPTConfig(final_norm="none").final_norm_gain == 0.4
+    assert HGPTConfig(radius="learned").head_in_words.endswith(", learned radii")
     assert HGPTConfig(vocab_size=128, pad_vocab_to_multiple_of=64).padded_vocab_size == 128
 
 
@@ -615,6 +654,8 @@ def test_config_defaults() -> None:
         *(({"dropout": value}, rf"dropout must lie in \[0, 1\); got {value}") for value in (1.0, -0.1)),
         ({"n_head": 5}, "n_embd must be divisible by n_head = 5; got 32"),
         ({"head": "linear"}, "head must be one of harmonic, softmax; got 'linear'"),
+        ({"radius": "unigram"}, "radius must be one of none, learned; got 'unigram'"),
+        ({"final_norm": "rms"}, "final_norm must be one of layer_norm, none; got 'rms'"),
         ({"distance": "cosinus"}, "distance must be one of euclidean, cosine, .*; got 'cosinus'"),
         ({"exponent": 0}, "must be a positive number"),
         ({"exponent": "root"}, "got 'root'"),

@@ -82,9 +82,10 @@ def test_learning_rate_of_the_shortest_runs():
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("head", ["harmonic", "softmax"])
-def test_groups_are_the_parameters_of_the_model(tied, bias, head):
-    model = small_model(tie_word_embeddings=tied, bias=bias, head=head)
+@pytest.mark.parametrize(("head", "final_norm"), [("harmonic", "layer_norm"), ("softmax", "none")])
+def test_groups_are_the_parameters_of_the_model(tied, bias, head, final_norm):
+    settings = {"head": head, "final_norm": final_norm, "radius": "learned"}
+    model = small_model(tie_word_embeddings=tied, bias=bias, **settings)
     config = OptimConfig(weight_decay=0.1, centre_lr_multiplier=3.0, final_norm_lr_multiplier=5.0)
     groups = parameter_groups(model, config)
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -93,10 +94,10 @@ def test_groups_are_the_parameters_of_the_model(tied, bias, head):
     settings = {names[p]: (group["weight_decay"], group["lr_multiplier"]) for group in groups for p in group["params"]}
     centres = "transformer.wte.weight" if tied else "lm_head.weight"
     for name, (decay, multiplier) in settings.items():
-        is_vector = name.endswith(".bias") or ".ln_" in name
+        is_vector = name.endswith((".bias", ".log_weight")) or ".ln_" in name
         assert decay == (0.0 if is_vector else 0.1), name
         assert multiplier == (3.0 if name == centres else 5.0 if ".ln_f." in name else 1.0), name
-    assert any(name.endswith("ln_f.bias") for name in settings) == bias
+    assert any(name.endswith("ln_f.bias") for name in settings) == (bias and final_norm == "layer_norm")
 
 
 def test_frozen_parameters_are_left_out():

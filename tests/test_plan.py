@@ -85,6 +85,8 @@ def test_parameters_by_part(tied, bias):
     assert counts.total == HGPTForCausalLM(tiny(tie_word_embeddings=tied, bias=bias)).num_parameters()
     full = tiny(distance="mahalanobis", distance_options={"metric": "full"}, tie_word_embeddings=True)
     assert count_parameters(full).head == D * D
+    free = count_parameters(tiny(radius="learned", final_norm="none", bias=True, tie_word_embeddings=True))
+    assert (free.head, free.final_norm) == (rows, D)
 
 
 @pytest.mark.parametrize(("algorithm", "precision"), [("adamw", "bf16"), ("muon", "fp32")])
@@ -151,22 +153,25 @@ def test_checkpointing_and_dropout():
 # The head's loss
 
 
+@pytest.mark.parametrize("radius", ["none", "learned"])
 @pytest.mark.parametrize("head", ["harmonic", "softmax"])
 @pytest.mark.parametrize("precision", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("tokens", [1000, 12 * 1024])
-def test_the_fused_loss_allocates_what_is_planned(monkeypatch, head, precision, tokens):
+def test_the_fused_loss_allocates_what_is_planned(monkeypatch, radius, head, precision, tokens):
     """The code itself, at full size, on the meta device; it treats every device but a CPU as a GPU."""
     if precision.compute == torch.bfloat16:  # on a GPU the product alone: bf16 operands, float32 result
         monkeypatch.setattr(fused_loss, "inner_products", lambda x, w: x.new_empty(len(x), len(w), dtype=torch.float32))
-    config = HGPTConfig(head=head)
+    config = HGPTConfig(head=head, radius=radius)
     with torch.device("meta"):
+        a = torch.empty(config.vocab_size) if radius == "learned" else None
         x = torch.empty(tokens, config.n_embd, dtype=precision.compute)
         w = torch.empty(config.padded_vocab_size, config.n_embd, dtype=precision.compute)
         targets, weights = torch.empty(tokens, dtype=torch.long), torch.empty(tokens)
     chunk = fused_loss.chunk_positions(len(w), precision.compute, "cuda")
-    params = fused_loss.LossParams(n=55.4 if head == "harmonic" else None, num_classes=50257, chunk=chunk)
+    n = 55.4 if head == "harmonic" else None
+    params = fused_loss.LossParams(n=n, log_weight=a, num_classes=config.vocab_size, chunk=chunk)
     with Allocations(x, w, targets, weights) as seen:
-        fused_loss.by_products(params, (x, w, None), targets, weights, (True, True, False))
+        fused_loss.by_products(params, (x, w, None, a), targets, weights, (True, True, False, a is not None))
     planned = head_memory(config, tokens, precision)
     assert planned.chunk_positions == min(chunk, tokens)
     # x itself, its targets and their weights are made outside.

@@ -33,13 +33,16 @@ def bpe() -> Tokenizer:
     return load_tokenizer(f"bpe:{VOCAB}", lambda: [TEXT])
 
 
-def export(folder: Path, bpe: Tokenizer, head: str) -> Path:
+def export(folder: Path, bpe: Tokenizer, head: str, **settings: str) -> Path:
     torch.manual_seed(1)
     config = hgpt.HGPTConfig(
         vocab_size=VOCAB, n_positions=CONTEXT, n_embd=32, n_layer=1, n_head=2, head=head, centre_init_std=0.02,
-        bos_token_id=bpe.end_of_text, eos_token_id=bpe.end_of_text,
+        bos_token_id=bpe.end_of_text, eos_token_id=bpe.end_of_text, **settings,
     )  # fmt: skip
-    hgpt.HGPTForCausalLM(config).save_pretrained(folder)
+    model = hgpt.HGPTForCausalLM(config)
+    if model.lm_head.log_weight is not None:
+        torch.nn.init.normal_(model.lm_head.log_weight, std=2)
+    model.save_pretrained(folder)
     bpe.save(folder)
     hf_tokenizer(folder / "tokenizer.json", CONTEXT).save_pretrained(folder)
     return folder
@@ -105,6 +108,30 @@ def test_measured_distances_are_those_of_hidden_states_and_centres(loaded) -> No
         assert position.rank == 1 + (distances[t] < distances[t, token]).sum().item()
         assert [ratio for _, ratio in position.nearest] == pytest.approx(expected.values.tolist(), rel=1e-5)
         assert [token for token, _ in position.nearest[:6]] == expected.indices[:6].tolist()
+
+
+def test_distances_with_radii(tmp_path: Path, bpe, write) -> None:
+    """d, ρ and d / ρ of each token are those of the weights, and have their columns."""
+    folder = export(tmp_path, bpe, "harmonic", radius="learned", final_norm="none")
+    model, tokenizer = hgpt.HGPTForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    prompt_ids, new_ids = tokenizer(PROMPT).input_ids, [5, 299, 17]
+    distances = float64_distances(model, prompt_ids + new_ids)[len(prompt_ids) - 1 : -1]
+    radii = (model.lm_head.log_weight.detach().double()[:VOCAB] / model.config.exponent).exp()
+    scaled = distances / radii
+    positions = measure(model, prompt_ids, new_ids, nearest=3)
+    for token, position, d, own in zip(new_ids, positions, distances, scaled, strict=True):
+        p = own**-model.config.exponent
+        assert position.probability == pytest.approx((p[token] / p.sum()).item(), rel=1e-3)
+        assert position.ratio == pytest.approx((d[token] / d.min()).item(), rel=1e-4)
+        assert position.radius == pytest.approx((radii[token] / radii.max()).item(), rel=1e-4)
+        assert position.scaled == pytest.approx((own[token] / own.min()).item(), rel=1e-4)
+        assert position.rank == 1 + (own < own[token]).sum().item()
+        assert [ratio for _, ratio in position.nearest] == pytest.approx((own.sort().values[:3] / own.min()).tolist())
+    head, row, *_ = distance_table(positions, tokenizer, model.config.exponent).splitlines()
+    assert head.split()[:6] == ["token", "p", "d/d_min", "ρ/ρ_max", "d/ρ", "rank"]
+    assert row.split()[3:6] == [f"{v:.3f}" for v in (positions[0].ratio, positions[0].radius, positions[0].scaled)]
+    out = write(folder, "--prompt", PROMPT, "--max-new-tokens", "3", "--show-distances")
+    assert "\nρ/ρ_max  " in out and "learned radii" in write.notes
 
 
 def test_the_table_of_measured_values_is_printed_below_the_text(loaded, harmonic: Path, write) -> None:

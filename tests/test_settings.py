@@ -231,6 +231,10 @@ REFUSED = [(setting,) for setting in REFUSED_VALUES.split()] + [
     # The model.
     ("model.n_embd=65", "n_head"),
     ("model.head.exponent=null", "required"),
+    ("model.head.radius=unigram", '"none", "learned"'),
+    ("model.head.radius_init=mean model.head.radius=learned", '"unigram", "zero"'),
+    ("model.head.radius_init=zero", 'model.head.radius = "none"', "no effect"),
+    ("model.final_norm=rms", '"layer_norm", "none"'),
     # The distance.
     ("model.head.distance=cosinus", "euclidean"),
     (f"{OPTIONS}={{'scale':2}}", "scale = 2"),
@@ -332,8 +336,10 @@ def test_to_hf():
     expected |= {"learn_exponent": True, "distance": "euclidean", "distance_options": {}, "final_norm_gain": 0.03}
     expected |= {"centre_init_std": 0.5, "bos_token_id": 99, "eos_token_id": 99, "pad_token_id": 99}
     assert {name: getattr(found, name) for name in sizes | expected} == sizes | expected
-    softmax = replace(model, head=HeadConfig(type="softmax")).to_hf(vocab_size=100, seq_len=32)
-    assert (softmax.head, softmax.final_norm_gain) == ("softmax", 1.0)
+    softmax = replace(model, head=HeadConfig(type="softmax", radius="learned", radius_init="zero"), final_norm="none")
+    softmax = softmax.to_hf(vocab_size=100, seq_len=32)
+    assert (softmax.head, softmax.final_norm, softmax.final_norm_gain) == ("softmax", "none", 1.0)
+    assert softmax.radius == "learned"
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from hgpt.errors import UserError
 from hgpt.model.configuration_hgpt import HGPTConfig
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.settings import load_run_config, settings, write_toml
-from hgpt.source import check_tokenizer, find_source, initialize_from, shape_of
+from hgpt.source import check_tokenizer, find_source, initialize_from, initialize_radii, shape_of
 
 D, V, T = 32, 101, 16
 SHAPE = {"vocab_size": V, "n_positions": T, "n_embd": D, "n_layer": 2, "n_head": 4}
@@ -332,6 +332,41 @@ def test_hgpt_model_into_a_harmonic_run(tmp_path):
         assert torch.equal(model(IDS).logits, source(IDS).logits)
     (note,) = start(model_like(exponent=28.0), run)
     assert note == "model.head.exponent is 28.0, the checkpoint was trained with 14.0"
+
+
+def test_radii_come_from_the_source_or_from_the_frequencies(tmp_path):
+    unigram = torch.arange(V).double().log_softmax(0).numpy().copy
+    padded = [*unigram(), *[unigram().min()] * (128 - V)]
+    source = save_run(tmp_path, radius="learned")
+    torch.nn.init.normal_(source.lm_head.log_weight)
+    source.save_pretrained(tmp_path / "latest" / "model")
+    for init_from, radius_init, expected in (
+        (None, None, padded),
+        (None, "zero", [0.0] * 128),
+        (tmp_path, None, source.lm_head.log_weight.tolist()),
+        (tmp_path, "unigram", padded),
+    ):
+        model = model_like(radius="learned")
+        assert init_from is None or start(model, init_from) == []
+        initialize_radii(model, radius_init, unigram)
+        assert model.lm_head.log_weight.tolist() == pytest.approx(expected)
+    initialize_radii(model_like(), None, lambda: pytest.fail("counted for a model without radii"))
+    differences = start(model_like(final_norm="none"), tmp_path)
+    assert differences[0] == "model.head.radius is 'none', the checkpoint was trained with 'learned'"
+    assert differences[1] == "model.final_norm is 'none', the checkpoint was trained with 'layer_norm'"
+    assert differences[2:] == ["not used from the checkpoint: lm_head.log_weight"]
+
+
+def test_weights_that_the_configuration_does_not_know_are_refused(tmp_path):
+    """Radii without which the model would predict otherwise, or without which it cannot."""
+    for weights, configuration, message in (
+        ("learned", "none", "hold"),
+        ("none", "learned", "are incomplete, without"),
+    ):
+        model_like(radius=weights).save_pretrained(tmp_path)
+        model_like(radius=configuration).config.save_pretrained(tmp_path)
+        with pytest.raises(UserError, match=f"{message} lm_head.log_weight"):
+            find_source(str(tmp_path)).load_model()
 
 
 def test_other_and_damaged_models_are_refused(tmp_path):

@@ -74,6 +74,28 @@ def assert_same_end(config: RunConfig, expected: RunConfig) -> None:
 
 
 @HEADS
+def test_radii_start_at_the_frequencies_of_the_tokens(tmp_path, head):
+    """Almost the unigram model, whose loss is far below that of a uniform one; they are trained, and exported."""
+    rng = np.random.default_rng(0)
+    tokens = np.minimum(rng.geometric(0.05, 20_000), VOCAB - 1).astype(np.uint16)
+    folder = write_data(tmp_path / "data", tokens, tokens[:2000])
+    frequencies = (np.bincount(tokens, minlength=VOCAB) + 1) / (len(tokens) + VOCAB)
+    unigram = -np.log(frequencies[tokens[1:2000]]).mean()
+    # Far from the small centres all distances are alike; near 0 all products are.
+    head = replace(head, radius="learned", final_norm_gain=1.0 if head == HARMONIC else 0.01)
+    config = make_config(folder, tmp_path, head, eval={"unigram_baseline": True})
+    train.main(config)
+    first, *_, last = records(config.run_folder, "eval")
+    assert first["loss"] == pytest.approx(unigram, abs=0.01) and unigram < math.log(VOCAB) - 1
+    assert first["log_weight_mean"] == pytest.approx(np.log(frequencies).mean(), rel=1e-5)
+    weights = load_file(config.run_folder / "latest" / "model" / "model.safetensors")
+    trained = weights["lm_head.log_weight"][:VOCAB].double().numpy() - np.log(frequencies)
+    assert 1e-4 < np.abs(trained).max() < 0.1
+    model = AutoModelForCausalLM.from_pretrained(config.run_folder / "latest" / "model")
+    assert model.lm_head.log_weight.std().item() > 1 and last["step"] == 6
+
+
+@HEADS
 def test_overfits_one_batch(tmp_path, head):
     batch = np.random.RandomState(0).randint(0, VOCAB, 4 * SEQ_LEN + 1).astype(np.uint16)
     config = make_config(

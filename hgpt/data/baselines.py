@@ -1,15 +1,73 @@
-"""Losses of models that need no training, as baselines for a language model."""
+"""The frequencies of the tokens of a split, and the unigram model, a baseline that needs no training."""
+
+import hashlib
+import json
+import sys
+from contextlib import suppress
 
 import numpy as np
+from tqdm import tqdm
 
 from hgpt.data.shards import TokenShards
+from hgpt.durable import whole_file
 from hgpt.errors import UserError
+
+COUNTS_FILE = "{}_counts.json"  # of a split, in its data folder: {"shards": their digest, "counts": (V,)}
+
+
+def token_counts(shards: TokenShards) -> np.ndarray:
+    """How often each token occurs in the split, (V,) int64.
+
+    data_prep writes the counts beside the shards. In another folder, and after a change of the shards, they are counted
+    at the first call, and remembered in COUNTS_FILE if the folder can be written.
+
+    Raises:
+        UserError: a remembered file is damaged, or its counts do not fit the vocabulary or the number of tokens.
+    """
+    path, digest = shards.folder / COUNTS_FILE.format(shards.split), _digest(shards)
+    try:
+        content = json.loads(path.read_bytes())
+        if content["shards"] == digest:
+            counts = np.array(content["counts"], dtype=np.int64)
+            if len(counts) != shards.vocab_size or counts.min() < 0 or counts.sum() != len(shards):
+                raise UserError(
+                    f"{path} counts {counts.sum():,} of {len(counts)} different tokens, and the {shards.split} split "
+                    f"has {len(shards):,} tokens and a vocabulary of {shards.vocab_size}: delete the file, and the "
+                    "tokens are counted again"
+                )
+            return counts
+    except OSError:
+        pass  # not counted yet
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it, and the tokens are counted again") from error
+    counts = np.zeros(shards.vocab_size, dtype=np.int64)
+    interval = 0.2 if sys.stderr.isatty() else 30  # seconds between lines
+    text = f"counting the tokens of {shards.folder}"
+    with tqdm(desc=text, total=len(shards), unit=" tokens", unit_scale=True, delay=1, mininterval=interval) as bar:
+        for tokens in shards.chunks():
+            counts += np.bincount(tokens, minlength=shards.vocab_size)
+            bar.update(len(tokens))
+    with suppress(OSError), whole_file(path) as partial:  # a folder that cannot be written is counted each time
+        partial.write_text(json.dumps({"shards": digest, "counts": counts.tolist()}))
+    return counts
+
+
+def _digest(shards: TokenShards) -> str:
+    """SHA-256 of the checksums of the shards; without meta.json, of their names, sizes and times of change."""
+    if shards.meta is not None:
+        parts = [record.sha256 for record in shards.meta.splits[shards.split].shards]
+    else:
+        parts = [f"{path.name} {tokens} {path.stat().st_mtime_ns}" for path, _, tokens in shards.files]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def unigram_log_p(train: TokenShards) -> np.ndarray:
+    """log p(v) of the unigram model of `train` with add-one smoothing, (V,): p(v) = (count(v) + 1) / (len + V)."""
+    return np.log((token_counts(train) + 1) / (len(train) + train.vocab_size))
 
 
 def unigram_loss(train: TokenShards, val: TokenShards) -> float:
-    """Mean loss in nats on `val` of the unigram model of `train`: maximum likelihood, add-one smoothing.
-
-        p(v) = (count_train(v) + 1) / (len(train) + V)        loss = −mean over val targets of log p(target)
+    """−mean of log p(target) over the targets in `val`, in nats, with p of `unigram_log_p`.
 
     The targets are those of `Evaluation`, every token of `val` but the first, so the two losses are comparable. Raises
     UserError when the vocabularies differ or `val` has fewer than two tokens.
@@ -24,14 +82,6 @@ def unigram_loss(train: TokenShards, val: TokenShards) -> float:
             f"{val.folder}: the {val.split} split holds {len(val)} token and so no target; a loss needs at "
             "least 2 tokens. Prepare the data with a larger --val-fraction."
         )
-    train_counts, val_counts = _token_counts(train), _token_counts(val)
+    val_counts = token_counts(val)
     val_counts[val.read(0, 1)] -= 1
-    log_p = np.log((train_counts + 1) / (len(train) + train.vocab_size))  # (V,)
-    return float(-(val_counts * log_p).sum() / (len(val) - 1))
-
-
-def _token_counts(shards: TokenShards) -> np.ndarray:
-    counts = np.zeros(shards.vocab_size, dtype=np.int64)
-    for tokens in shards.chunks():
-        counts += np.bincount(tokens, minlength=shards.vocab_size)
-    return counts
+    return float(-(val_counts * unigram_log_p(train)).sum() / (len(val) - 1))

@@ -5,7 +5,8 @@ A data folder, as written by `data_prep`:
     train_000000.bin ...   shards in the format of llm.c: 256 int32 of header (magic 20240520, version 1,
     val_000000.bin ...     token count), then the tokens as uint16, all little-endian
     tokenizer.json         the tokenizer, as Hugging Face's `tokenizers` reads it
-    meta.json              `DataMeta`; written last, so a folder without it was never finished
+    meta.json              `DataMeta`; a folder without it was never finished
+    train_counts.json      how often each token occurs; made again if it is missing (hgpt/data/baselines.py)
 
 Two other kinds of folder can be read, for which the caller must state the vocabulary size, because they do not contain
 it: nanoGPT's (`train.bin` and `val.bin`, uint16 tokens without header; its `meta.pkl`, a pickle, is never opened), and

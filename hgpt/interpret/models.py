@@ -89,7 +89,7 @@ class LoadedModel:
     Attributes:
         source: where it came from.
         model, tokenizer: of transformers; the model in evaluation mode.
-        harmonic: whether its logits are −n log d with a metric of the head's own.
+        harmonic: whether its logits are −n log d, plus log-weights if it has radii, with a metric of the head's own.
         exponent: n on d, None for a softmax head.
         vocab_size: tokens that can be predicted, without rows of padding.
         context: the longest sequence.
@@ -114,16 +114,23 @@ class LoadedModel:
         self.tied = embedding.weight.data_ptr() == self._head.weight.data_ptr()
 
     @property
+    def log_weight(self) -> Tensor | None:
+        """The learned a_i of the tokens, (V,), float32; None without them."""
+        a = getattr(self._head, "log_weight", None)
+        return None if a is None else a[: self.vocab_size].detach().float()
+
+    @property
     def parameters(self) -> int:
         return self.model.num_parameters()
 
     @property
     def description(self) -> str:
-        """The head in words: "harmonic (euclidean), n = 33.9, untied"."""
+        """The head in words: "harmonic (euclidean), n = 33.9, radii, untied"."""
         tied = "tied" if self.tied else "untied"
+        weighted = self.log_weight is not None
         if self.harmonic:
-            return f"harmonic ({self._head.distance}), n = {self.exponent:.4g}, {tied}"
-        return f"softmax, {tied}"
+            return f"harmonic ({self._head.distance}), n = {self.exponent:.4g}, {'radii, ' if weighted else ''}{tied}"
+        return f"softmax, {'bias, ' if weighted else ''}{tied}"
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -167,7 +174,7 @@ class LoadedModel:
 
     @torch.inference_mode()
     def final_norm(self, hidden: Tensor) -> Tensor:
-        """The final layer norm of a block's output: the input of the head."""
+        """The final norm of a block's output: the input of the head."""
         return self._trunk.ln_f(hidden)
 
     @torch.inference_mode()
@@ -179,10 +186,10 @@ class LoadedModel:
     def log_distances(self, x: Tensor, logits: Tensor) -> Tensor:
         """log d_i to every centre, (N, D) and (N, V) → (N, V), float32.
 
-        With a harmonic head −z/n, whatever its metric. A softmax head has no metric: the Euclidean one is used.
+        With a harmonic head (a − z)/n, whatever its metric. A softmax head has no metric: the Euclidean one is used.
         """
         if self.exponent is not None:
-            return -logits / self.exponent
+            return (-logits if self.log_weight is None else self.log_weight - logits) / self.exponent
         w = self._head.weight[: self.vocab_size]
         return 0.5 * squared_distances(x.to(w.dtype), w).log().float()
 

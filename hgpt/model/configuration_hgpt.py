@@ -11,6 +11,8 @@ from .distances import distance_names, make_distance
 from .harmax import resolve_exponent
 
 HEADS = ("harmonic", "softmax")
+RADII = ("none", "learned")
+FINAL_NORMS = ("layer_norm", "none")
 
 
 class InvalidSetting(ValueError):
@@ -51,8 +53,12 @@ class HGPTConfig(PreTrainedConfig):
         exponent: n on the distance d of the harmonic head: a number, "sqrt_dim" (√D), "dim" or a multiple such as
             "2*sqrt_dim"; stored as a number.
         learn_exponent: whether n is trained, starting from `exponent`. The learned n is in the head's weights.
-        final_norm_gain: initial weight of the final layer norm, which sets the norm of the hidden states. Default:
-            0.05 with the harmonic head, 1 with softmax.
+        radius: "none", or "learned": each token has a log-weight a_i that is added to its logit, so with the harmonic
+            head p_i ∝ (d_i / ρ_i)^(−n) with a radius ρ_i = exp(a_i / n); with softmax a_i is the bias.
+        final_norm: "layer_norm", or "none": the head's x is the last block's output h times a learned gain g per
+            coordinate, x = g ⊙ h, so that the norm of x is free.
+        final_norm_gain: initial weight of the final norm (g of "none"), which sets the norm of the hidden states.
+            Default: 1 with softmax; with the harmonic head 0.05, and 0.4 with final_norm "none".
         centre_init_std: initial standard deviation of the centres (of the token embedding, where tied).
         use_cache: whether generation keeps keys and values.
         bos_token_id: token at the beginning of a text.
@@ -91,6 +97,8 @@ class HGPTConfig(PreTrainedConfig):
     distance_options: dict[str, Any] = field(default_factory=dict)
     exponent: float | str = "2*sqrt_dim"
     learn_exponent: bool = False
+    radius: Literal["none", "learned"] = "none"
+    final_norm: Literal["layer_norm", "none"] = "layer_norm"
     final_norm_gain: float = None  # type: ignore[assignment]  # until __post_init__ chooses a default
     centre_init_std: float = 0.02
     use_cache: bool = True
@@ -100,7 +108,8 @@ class HGPTConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.final_norm_gain is None:
-            self.final_norm_gain = 0.05 if self.head == "harmonic" else 1.0
+            harmonic = 0.05 if self.final_norm == "layer_norm" else 0.4
+            self.final_norm_gain = harmonic if self.head == "harmonic" else 1.0
         self._check_ranges()
         try:
             with torch.device("meta"):
@@ -123,24 +132,24 @@ class HGPTConfig(PreTrainedConfig):
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "pad_vocab_to_multiple_of"):
             require(name, getattr(self, name) >= 1, "must be at least 1")
         require("n_embd", self.n_embd % self.n_head == 0, f"must be divisible by n_head = {self.n_head}")
-        require("head", self.head in HEADS, f"must be one of {', '.join(HEADS)}")
+        for name, known in (("head", HEADS), ("radius", RADII), ("final_norm", FINAL_NORMS)):
+            require(name, getattr(self, name) in known, f"must be one of {', '.join(known)}")
         if self.head == "softmax":
             for name, default in (("distance", "euclidean"), ("learn_exponent", False)):
                 require(name, getattr(self, name) == default, 'has no effect with head = "softmax": remove it')
-        known = self.activation_function in ACT2FN
-        require("activation_function", known, "must be one that transformers knows, such as gelu")
+        in_transformers = self.activation_function in ACT2FN
+        require("activation_function", in_transformers, "must be one that transformers knows, such as gelu")
         require("dropout", 0 <= self.dropout < 1, "must lie in [0, 1)")
         for name in ("layer_norm_epsilon", "initializer_range", "final_norm_gain", "centre_init_std"):
             require(name, getattr(self, name) > 0, "must be positive")
 
     @property
     def head_in_words(self) -> str:
-        """The head for a reader: "harmonic head (cosine), n = 35.07"."""
+        """The head for a reader: "harmonic head (cosine), n = 35.07, learned radii"."""
         if self.head == "softmax":
-            return "softmax head"
-        return (
-            f"harmonic head ({self.distance}), n {'learned from' if self.learn_exponent else '='} {self.exponent:.4g}"
-        )
+            return "softmax head" + (", learned bias" if self.radius == "learned" else "")
+        n = f"n {'learned from' if self.learn_exponent else '='} {self.exponent:.4g}"
+        return f"harmonic head ({self.distance}), {n}" + (", learned radii" if self.radius == "learned" else "")
 
     @property
     def padded_vocab_size(self) -> int:

@@ -9,10 +9,14 @@ exponent n is defined on the distance d everywhere in this project, never on d²
 
 It is computed in log space, as softmax(z) of the scores z_i = −(n/2) · log d_i²: d^(−n) leaves float32's range
 long before p does.
+
+With a radius ρ_i for each class, p_i ∝ (d_i / ρ_i)^(−n). The functions take it as the log-weight a_i = n log ρ_i, which
+is added to the score.
 """
 
 import math
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,32 +128,51 @@ def squared_distances(x: Tensor, w: Tensor, w_sq: Tensor | None = None) -> Tenso
     return d_sq.reshape(*x.shape[:-1], w.shape[0])
 
 
-def harmonic_scores(d_sq: Tensor, exponent: float | Tensor) -> Tensor:
-    """z = −(n/2) · log d²: the scores whose softmax is HarMax. `d_sq` > 0, any shape; `exponent`: n on d."""
-    return -0.5 * exponent * d_sq.log()
+def harmonic_scores(d_sq: Tensor, exponent: float | Tensor, log_weight: Tensor | None = None) -> Tensor:
+    """z_i = −(n/2) · log d_i² + a_i: the scores whose softmax is HarMax.
+
+    Args:
+        d_sq: d² > 0, (..., V).
+        exponent: n on d.
+        log_weight: a_i = n log ρ_i, (V,), in nats; None: 0, so every radius ρ_i is 1.
+    """
+    scores = -0.5 * exponent * d_sq.log()
+    return scores if log_weight is None else scores + log_weight
 
 
-def log_harmax(d_sq: Tensor, exponent: float | Tensor) -> Tensor:
-    """log p_i = −(n/2) log d_i² − log Σ_j exp(−(n/2) log d_j²) over the last dimension."""
-    return F.log_softmax(harmonic_scores(d_sq, exponent), dim=-1)
+def log_harmax(d_sq: Tensor, exponent: float | Tensor, log_weight: Tensor | None = None) -> Tensor:
+    """log p_i = z_i − log Σ_j exp(z_j) over the last dimension, with z = `harmonic_scores`."""
+    return F.log_softmax(harmonic_scores(d_sq, exponent, log_weight), dim=-1)
 
 
-def harmax(d_sq: Tensor, exponent: float | Tensor) -> Tensor:
-    """p_i = d_i^(−n) / Σ_j d_j^(−n) over the last dimension, from squared distances."""
-    return F.softmax(harmonic_scores(d_sq, exponent), dim=-1)
+def harmax(d_sq: Tensor, exponent: float | Tensor, log_weight: Tensor | None = None) -> Tensor:
+    """p_i = (d_i/ρ_i)^(−n) / Σ_j (d_j/ρ_j)^(−n) over the last dimension; arguments of `harmonic_scores`."""
+    return F.softmax(harmonic_scores(d_sq, exponent, log_weight), dim=-1)
 
 
-def relative_distances(log_probs: Tensor, exponent: float | Tensor) -> Tensor:
-    """The inverse of HarMax: d_i / d_min = (p_max / p_i)^(1/n) over the last dimension.
+def relative_distances(log_probs: Tensor, exponent: float | Tensor, log_weight: Tensor | None = None) -> Tensor:
+    """The inverse of HarMax: d_i / d_min, with d_i ∝ ρ_i p_i^(−1/n), over the last dimension.
 
     Args:
         log_probs: log p_i, or scores that differ from them by a constant per row, (..., V). −inf (a masked class)
             gives the distance inf.
         exponent: n on d.
+        log_weight: a_i = n log ρ_i, (V,), in nats. None: every radius is 1; with the logits of a head with radii the
+            result is then d_i / ρ_i over the smallest of these.
 
     Returns:
         (..., V), at least 1. d_min itself cannot be recovered: HarMax is invariant to d → c·d.
+
+    Raises:
+        ValueError: a log-weight is not of the classes of `log_probs`, for example with the rows of padding.
     """
+    if log_weight is not None:
+        if log_weight.shape != log_probs.shape[-1:]:
+            raise ValueError(
+                f"log_weight must have one number for each of the {log_probs.shape[-1]} classes of log_probs; got "
+                f"{tuple(log_weight.shape)}: HarmonicHead.relative_distances takes those of its classes"
+            )
+        log_probs = log_probs - log_weight
     return torch.exp((log_probs.amax(dim=-1, keepdim=True) - log_probs) / exponent)
 
 
@@ -158,26 +181,17 @@ def harmonic_loss(
     w: Tensor,
     targets: Tensor,
     exponent: float | Tensor,
-    *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
+    log_weight: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """−log p_y with the whole (N, V) matrix in memory: the reference that `loss` is tested against.
 
     Args:
         x: hidden states, (..., D).
         w: centres, (V, D), the dtype of `x`.
-        targets: class indices, (...), int64; `ignore_index` drops a position.
-        exponent: n on d.
-        reduction: "mean" over the counted positions, "sum" or "none".
-        label_smoothing: ε of q_i = (1 − ε) 1[i = y] + ε / V: the loss is −Σ_i q_i log p_i.
+        targets: class indices, (...), int64.
+        exponent, log_weight: as in `harmonic_scores`.
+        options: `ignore_index`, `reduction` and `label_smoothing` of `torch.nn.functional.cross_entropy`.
     """
-    scores = harmonic_scores(squared_distances(x, w), exponent)
-    return F.cross_entropy(
-        scores.reshape(-1, w.shape[0]),
-        targets.reshape(-1),
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
+    scores = harmonic_scores(squared_distances(x, w), exponent, log_weight)
+    return F.cross_entropy(scores.reshape(-1, w.shape[0]), targets.reshape(-1), **options)

@@ -3,6 +3,9 @@
     harmonic    z_i = −n log d_i    so p_i = d_i^(−n) / Σ_j d_j^(−n), HarMax; d_i = |x − w_i|₂, or another distance
     softmax     z_i = w_i · x       a linear layer without bias, as `lm_head` of nanoGPT and GPT-2
 
+With `radius=True` a learned log-weight a_i is added to z_i. Of the harmonic head it is n times the logarithm of a
+radius, a_i = n log ρ_i, so p_i ∝ (d_i / ρ_i)^(−n); of softmax it is the bias.
+
 `HarmonicHead` is the harmonic distance layer of Baek et al., arXiv:2502.01628. `HGPTForCausalLM` uses either head; both
 work as the last layer of any classifier.
 """
@@ -16,18 +19,36 @@ import torch
 from torch import Tensor, nn
 
 from .distances import make_distance, pairwise_distances
-from .harmax import accumulation_dtype, inner_products, resolve_exponent, squared_distances, squared_norms
+from .harmax import (
+    accumulation_dtype,
+    inner_products,
+    relative_distances,
+    resolve_exponent,
+    squared_distances,
+    squared_norms,
+)
 from .loss import LossParams, head_loss
 
 
 class _Head(nn.Module):
-    """What the heads share. `weight` (rows, D): one row per class, then rows of padding, which are no classes."""
+    """What the heads share.
+
+    Attributes:
+        weight: (rows, D), one row per class, then rows of padding, which are no classes.
+        log_weight: a_i (rows,), in nats, initially 0; None without radii.
+    """
 
     exponent: Any  # n on d; None for softmax
     metric: Any  # the distance; None for softmax
 
     def __init__(
-        self, in_features: int, num_classes: int, rows: int | None, init_std: float, label_smoothing: float
+        self,
+        in_features: int,
+        num_classes: int,
+        rows: int | None,
+        init_std: float,
+        label_smoothing: float,
+        radius: bool,
     ) -> None:
         super().__init__()
         self.in_features = in_features
@@ -35,6 +56,7 @@ class _Head(nn.Module):
         self.init_std = init_std
         self.label_smoothing = label_smoothing
         self.weight = nn.Parameter(torch.empty(num_classes if rows is None else rows, in_features))
+        self.log_weight = nn.Parameter(torch.empty(len(self.weight))) if radius else None
         if not 1 <= num_classes <= len(self.weight):
             raise ValueError(
                 f"num_classes must lie between 1 and the number of rows, {len(self.weight)}; got {num_classes}"
@@ -42,6 +64,8 @@ class _Head(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.init_std)
+        if self.log_weight is not None:
+            nn.init.zeros_(self.log_weight)
 
     def forward(self, x: Tensor, targets: Tensor | None = None, **options: Any) -> Tensor:
         """`logits(x)`, or with `targets` `loss(x, targets, **options)`.
@@ -64,12 +88,20 @@ class _Head(nn.Module):
         params = LossParams(
             n=self.exponent,
             distance=self.metric,
+            log_weight=self.log_weight,
             num_classes=self.num_classes,
             label_smoothing=self.label_smoothing if self.training else 0.0,
             **options,
         )
         x, w = self._operands(x, self.weight)
         return head_loss(x, w, targets, params)
+
+    def _weighted(self, logits: Tensor) -> Tensor:
+        """logits + a, (..., num_classes), in place when no gradient is needed."""
+        if self.log_weight is None:
+            return logits
+        a = self.log_weight[: self.num_classes].to(logits.dtype)
+        return logits + a if logits.requires_grad or (a.requires_grad and torch.is_grad_enabled()) else logits.add_(a)
 
     def _operands(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """x and w in the dtype of the products: autocast's if it is enabled, otherwise that of x."""
@@ -80,11 +112,12 @@ class _Head(nn.Module):
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, num_classes={self.num_classes}, rows={len(self.weight)}"
+        text += "" if self.log_weight is None else ", radius=True"
         return f"{text}, label_smoothing={self.label_smoothing:g}" if self.label_smoothing else text
 
 
 class SoftmaxHead(_Head):
-    """logits_i = w_i · x."""
+    """logits_i = w_i · x, or with `radius=True` w_i · x + a_i."""
 
     exponent = metric = None
 
@@ -95,20 +128,24 @@ class SoftmaxHead(_Head):
         *,
         init_std: float = 0.02,
         rows: int | None = None,
+        radius: bool = False,
         label_smoothing: float = 0.0,
     ) -> None:
-        super().__init__(in_features, num_classes, rows, init_std, label_smoothing)
+        super().__init__(in_features, num_classes, rows, init_std, label_smoothing, radius)
         self.reset_parameters()
 
     def logits(self, x: Tensor) -> Tensor:
-        """w_i · x, (..., D) → (..., num_classes), in float32 (float64 for float64 input)."""
+        """w_i · x + a_i, (..., D) → (..., num_classes), in float32 (float64 for float64 input)."""
         x, w = self._operands(x, self.weight[: self.num_classes])
         with torch.autocast(x.device.type, enabled=False):
-            return inner_products(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], len(w))
+            products = inner_products(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], len(w))
+            return self._weighted(products)
 
 
 class HarmonicHead(_Head):
     """logits_i = −n log d(x, w_i), so softmax(logits) = HarMax = d_i^(−n) / Σ_j d_j^(−n).
+
+    With `radius=True` logits_i = −n log d(x, w_i) + a_i, i.e. p_i ∝ (d_i / ρ_i)^(−n) with ρ_i = exp(a_i / n).
 
     Replaces the last `nn.Linear` of a classifier:
 
@@ -127,11 +164,14 @@ class HarmonicHead(_Head):
         rows: rows of the weight, at least `num_classes` (the default); the rest is padding without probability.
         learn_exponent: train n as the parameter `log_exponent` = log n, (1,): n stays positive, and the optimiser's
             steps are relative to n.
+        radius: train a radius of each class as the parameter `log_weight` = a = n log ρ, (rows,), initially 0. Set it
+            to the logarithms of the classes' frequencies if these are unequal. Train it without weight decay.
         label_smoothing: ε of the loss in training mode.
         options: options of the distance, such as p of "minkowski".
 
     Attributes:
         metric: the `Distance`, with its learned parameters.
+        log_weight: a_i in nats, (rows,); None without radii.
     """
 
     def __init__(
@@ -144,11 +184,12 @@ class HarmonicHead(_Head):
         init_std: float | None = None,
         rows: int | None = None,
         learn_exponent: bool = False,
+        radius: bool = False,
         label_smoothing: float = 0.0,
         **options: Any,
     ) -> None:
         init_std = in_features**-0.5 if init_std is None else init_std
-        super().__init__(in_features, num_classes, rows, init_std, label_smoothing)
+        super().__init__(in_features, num_classes, rows, init_std, label_smoothing, radius)
         self.distance = distance
         self.metric = make_distance(distance, in_features, **options)
         self.initial_exponent = resolve_exponent(exponent, in_features)
@@ -169,8 +210,20 @@ class HarmonicHead(_Head):
         return self.initial_exponent if self.log_exponent is None else self.log_exponent.exp().squeeze()
 
     def logits(self, x: Tensor) -> Tensor:
-        """−n log d_i, (..., D) → (..., num_classes), in float32 (float64 for float64 input)."""
-        return _scaled(self.log_distances(x), -self.exponent)
+        """−n log d_i + a_i, (..., D) → (..., num_classes), in float32 (float64 for float64 input)."""
+        return self._weighted(_scaled(self.log_distances(x), -self.exponent))
+
+    def relative_distances(self, log_probs: Tensor) -> Tensor:
+        """`harmax.relative_distances` with the exponent and the radii of this head, (..., num_classes)."""
+        a = None if self.log_weight is None else self.log_weight[: self.num_classes]
+        return relative_distances(log_probs, self.exponent, a)
+
+    @property
+    def radii(self) -> Tensor:
+        """ρ_i = exp(a_i / n), (num_classes,); 1 without `radius=True`. Only their ratios have an effect."""
+        if self.log_weight is None:
+            return self.weight.new_ones(self.num_classes)
+        return (self.log_weight[: self.num_classes] / self.exponent).exp()
 
     def distances(self, x: Tensor) -> Tensor:
         """d_i to every class, (..., D) → (..., num_classes), in float32 (float64 for float64 input)."""

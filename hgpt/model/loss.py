@@ -2,7 +2,7 @@
 
 It computes, in two lines of PyTorch (as `harmax.harmonic_loss` does, with which the tests compare it):
 
-    scores = -n * torch.log(distance(x, w))        # (N, V); softmax head: x @ w.T
+    scores = -n * torch.log(distance(x, w)) + a    # (N, V); softmax head: x @ w.T + a; a (V,): log-weights, if any
     loss = F.cross_entropy(scores, targets, label_smoothing=ε)
 
 Positions are processed in chunks. A chunk's distances or products, (C, V), are overwritten with the probabilities p and
@@ -14,6 +14,7 @@ then with G, the derivative of the loss with respect to them. With q_i = (1 − 
                                     ∂L/∂x_t = Σ_i G_ti ∂d_ti/∂x_t,  ∂L/∂w_i = Σ_t G_ti ∂d_ti/∂w_i
     softmax                         G_ti = p_ti − q_ti,  ∂L/∂x = G w,  ∂L/∂w = Gᵀ x
     learned n                       ∂L/∂n = −Σ_ti (p_ti − q_ti) log d_ti
+    log-weights                     ∂L/∂a_i = Σ_t (p_ti − q_ti)
 
 There are three kernels: `by_products` for softmax and for powers of a Euclidean distance, `row_kernels.by_rows` for the
 same on a GPU, and `by_blocks` for every other distance. `HeadLoss` is the autograd node around each.
@@ -55,6 +56,7 @@ class LossParams:
     Attributes:
         n: exponent on the distance d: a number, or a learned tensor of shape (); None for softmax.
         distance: the distance d; None for |x − w|₂.
+        log_weight: a_i (V,), added to the logit of class i, in nats; None: 0.
         num_classes: the first rows of w are classes, the rest is padding without probability; None: all are classes.
         ignore_index: target of positions that are left out of the loss.
         num_items: divisor of the sum with reduction "mean"; None: the number of counted positions.
@@ -70,6 +72,7 @@ class LossParams:
 
     n: float | Tensor | None
     distance: Distance | None = None
+    log_weight: Tensor | None = None
     num_classes: int | None = None
     ignore_index: int = -100
     num_items: Tensor | float | None = None
@@ -106,8 +109,9 @@ def head_loss(x: Tensor, w: Tensor, targets: Tensor, params: LossParams) -> Tens
 
     Returns:
         A float32 scalar, or losses (...) with reduction "none" (float64 for float64 operands). Gradients reach x, w, a
-        learned n and the parameters of the distance in their dtypes, with sums over positions accumulated in float32.
-        Gradients that are not required are not computed. Autocast has no effect. torch.compile breaks the graph here.
+        learned n, the log-weights and the parameters of the distance in their dtypes, with sums over positions
+        accumulated in float32. Gradients of x and w that are not required are not computed. Autocast has no effect.
+        torch.compile breaks the graph here.
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
@@ -120,6 +124,12 @@ def head_loss(x: Tensor, w: Tensor, targets: Tensor, params: LossParams) -> Tens
         )
     if not 1 <= params.classes(w) <= len(w):
         raise ValueError(f"num_classes must lie between 1 and the rows of w, {len(w)}; got {params.num_classes}")
+    if params.log_weight is not None:
+        if params.log_weight.shape != w.shape[:1]:
+            got = tuple(params.log_weight.shape)
+            raise ValueError(f"log_weight must be ({len(w)},), one number for each row of w; got {got}")
+        wide = params.log_weight[: params.classes(w)].to(accumulation_dtype(x.dtype))
+        params = replace(params, log_weight=wide)
     shape, dtype, metric = targets.shape, accumulation_dtype(x.dtype), params.distance
     x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     counted = targets != params.ignore_index
@@ -135,7 +145,7 @@ def head_loss(x: Tensor, w: Tensor, targets: Tensor, params: LossParams) -> Tens
         x, w = x.to(dtype), w.to(dtype)
     elif power is not None and params.n is not None:
         params = replace(params, n=power * params.n)  # on |x − w|₂
-    operands = (x, w, params.n if isinstance(params.n, Tensor) else None, *parameters)
+    operands = (x, w, params.n if isinstance(params.n, Tensor) else None, params.log_weight, *parameters)
     tracked = torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in operands)
     if tracked and params.reduction != "none" and not params.recompute:
         return HeadLoss.apply(kernel, params, targets, weights, *operands)
@@ -145,7 +155,8 @@ def head_loss(x: Tensor, w: Tensor, targets: Tensor, params: LossParams) -> Tens
 
 # (params, operands, targets (N,), weights (N,) or None, needed) → losses (N,), and the gradient of
 # Σ_t weights_t losses_t with respect to each operand, valid only where `needed` is true. The operands are x (N, D),
-# w (V, D), the learned n (the same tensor as `params.n`) or None, and the parameters of the distance.
+# w (V, D), the learned n or None, the log-weights of the classes or None (the same tensors as `params.n` and
+# `params.log_weight`), and the parameters of the distance.
 Kernel = Callable[
     [LossParams, Sequence[Any], Tensor, Tensor | None, Sequence[bool]], tuple[Tensor, list[Tensor | None]]
 ]
@@ -210,26 +221,29 @@ def slices(count: int, size: int) -> list[slice]:
 
 
 def cross_entropy(
-    scores: Tensor, targets: Tensor, factor: Tensor | None, smoothing: float, keep_scores: bool
+    scores: Tensor, targets: Tensor, factor: Tensor | None, smoothing: float, powers: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of R positions: losses (R, 1), factor (p − q) (R, V), and Σ_i (p_i − q_i) scores_i (R, 1) in nats.
+    """Of R positions: losses (R, 1), factor (p − q) (R, V), and Σ_i (p_i − q_i) powers_i (R, 1) in nats.
 
     Args:
         scores: (R, V), in base 2 (on a CPU exp2 is several times faster than exp), minus the largest of the position,
-            because scores of thousands would lose precision. Overwritten unless `keep_scores`.
+            because scores of thousands would lose precision. Overwritten unless they are `powers`.
         targets: (R, 1), int64.
         factor: (R, 1). None: only the losses are meaningful.
-        keep_scores: whether the third result is needed, for which a second (R, V) tensor is allocated.
+        powers: the scores without log-weights, (R, V), in base 2; None: the third result is not needed.
     """
-    q_scores = scores.gather(-1, targets) * (1 - smoothing)  # Σ_i q_i scores_i
-    if smoothing:
-        q_scores += scores.mean(-1, keepdim=True) * smoothing
-    p = torch.exp2(scores, out=None if keep_scores else scores)
+
+    def by_q(values: Tensor) -> Tensor:  # Σ_i q_i values_i
+        own = values.gather(-1, targets) * (1 - smoothing)
+        return own + values.mean(-1, keepdim=True) * smoothing if smoothing else own
+
+    q_scores = by_q(scores)
+    p = torch.exp2(scores, out=None if scores is powers else scores)
     total = p.sum(-1, keepdim=True)
     losses, slopes = total.log() - q_scores * _LN_2, q_scores
     if factor is not None:
-        if keep_scores:
-            slopes = ((p * scores).sum(-1, keepdim=True) / total - q_scores) * _LN_2
+        if powers is not None:
+            slopes = ((p * powers).sum(-1, keepdim=True) / total - by_q(powers)) * _LN_2
         p.mul_(factor / total)
         if smoothing:
             p.sub_(factor * (smoothing / p.shape[-1]))
@@ -238,20 +252,26 @@ def cross_entropy(
 
 
 def harmonic_rows(
+    params: LossParams,
     d: Tensor,
     floor: Tensor,
     exponent: float | Tensor,
     targets: Tensor,
     factor: Tensor | None,
-    smoothing: float,
     learned: bool,
-) -> tuple[Tensor, Tensor]:
-    """Losses of p ∝ d^(−exponent) and −Σ_i (p_i − q_i) exponent log d_i, (R, 1); factor (p − q) / d overwrites d.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Losses of p ∝ e^a d^(−exponent); factor (p − q) / d overwrites d.
+
+    Returns:
+        Losses (R, 1), −Σ_i (p_i − q_i) exponent log d_i (R, 1), and Σ_t factor_t (p_ti − q_ti) (V,), None without
+        log-weights.
 
     Args:
+        params: of which only `log_weight` and `label_smoothing` are used.
         d: (R, V), distances or squared distances. Values up to `floor`, (R, 1), are clamped to it and have no gradient.
-        targets, factor, smoothing: as in `cross_entropy`; `learned` is its `keep_scores`.
+        targets, factor: as in `cross_entropy`; `learned`: whether the second result is needed.
     """
+    log_weight = params.log_weight
     nearest = d.amin(-1, keepdim=True)
     # On a CPU the mask is made only if something is clamped. On a GPU asking that would be a sync.
     clamped = None
@@ -260,13 +280,20 @@ def harmonic_rows(
         d, nearest = torch.maximum(d, floor, out=d), torch.maximum(nearest, floor)
     ratio = torch.div(nearest, d, out=d)
     scores = torch.log2(ratio).mul_(exponent)
+    powers = scores if learned else None
+    if log_weight is not None:
+        scores = torch.add(scores, log_weight, alpha=_LOG2_E, out=None if learned else scores)
+        scores.sub_(scores.amax(-1, keepdim=True))
     factor = None if factor is None else factor / nearest
-    losses, residual, slopes = cross_entropy(scores, targets, factor, smoothing, learned)
+    losses, residual, slopes = cross_entropy(scores, targets, factor, params.label_smoothing, powers)
+    residual_sums = None
     if factor is not None:
+        if log_weight is not None:
+            residual_sums = residual.T @ nearest[:, 0]
         torch.mul(residual, ratio, out=d)
         if clamped is not None:
             d.masked_fill_(clamped, 0.0)
-    return losses, slopes
+    return losses, slopes, residual_sums
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -287,8 +314,10 @@ def product_rows(
     targets: Tensor,
     weights: Tensor | None,
     learned: bool,
-) -> tuple[Tensor, Tensor]:
-    """Losses of R positions and ∂losses/∂log n, (R, 1); `products` is overwritten by G times the weights.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Losses of R positions and ∂losses/∂log n, (R, 1), and ∂L/∂a (V,), None without log-weights.
+
+    `products` is overwritten by G times the weights.
 
     Args:
         products: x·w_i, (R, V), in the accumulation dtype.
@@ -296,15 +325,18 @@ def product_rows(
         targets, weights: (R, 1). Without weights only the losses are meaningful.
         learned: whether ∂losses/∂log n is needed.
     """
-    n, smoothing = params.n, params.label_smoothing
+    n, log_weight = params.n, params.log_weight
     if n is None:
+        if log_weight is not None:
+            products.add_(log_weight)
         scores = products.sub_(products.amax(-1, keepdim=True)).mul_(_LOG2_E)
-        losses, _, slopes = cross_entropy(scores, targets, weights, smoothing, False)
-        return losses, slopes
+        losses, residual, slopes = cross_entropy(scores, targets, weights, params.label_smoothing, None)
+        return losses, slopes, None if log_weight is None or weights is None else residual.sum(0)
     x_sq = x.to(w_sq.dtype).square().sum(-1, keepdim=True)
     d_sq = torch.add(w_sq, products, alpha=-2, out=products).add_(x_sq)
     factor = None if weights is None else weights * n
-    return harmonic_rows(d_sq, distance_floor(x_sq), 0.5 * n, targets, factor, smoothing, learned)
+    losses, slopes, residual_sums = harmonic_rows(params, d_sq, distance_floor(x_sq), 0.5 * n, targets, factor, learned)
+    return losses, slopes, None if residual_sums is None else residual_sums / n
 
 
 def chunk_rows(
@@ -315,15 +347,15 @@ def chunk_rows(
     targets: Tensor,
     weights: Tensor | None,
     learned: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """`product_rows` of a chunk: on a CPU a few rows at a time, so that they stay in its cache; else all at once."""
     size = _CACHE_BYTES // (products.shape[1] * products.itemsize) if products.is_cpu else len(products)
     found = [
         product_rows(params, products[r], x[r], w_sq, targets[r], None if weights is None else weights[r], learned)
         for r in slices(len(products), max(1, size))
     ]
-    losses, slopes = (torch.cat(values) for values in zip(*found, strict=True))
-    return losses, slopes
+    losses, slopes, residual_sums = zip(*found, strict=True)
+    return torch.cat(losses), torch.cat(slopes), None if residual_sums[0] is None else torch.stack(residual_sums).sum(0)
 
 
 @functools.cache
@@ -337,7 +369,7 @@ def kernel_for_products(device: torch.device, dtype: torch.dtype) -> Kernel:
     try:
         row_kernels = importlib.import_module(".row_kernels", __package__)
         x, targets = torch.ones(1, 16, device=device, dtype=dtype), torch.zeros(1, device=device, dtype=torch.int64)
-        row_kernels.by_rows(LossParams(n=2.0), (x, x, None), targets, targets.float(), [True, True, False])
+        row_kernels.by_rows(LossParams(n=2.0), (x, x, None, None), targets, targets.float(), [True, True, False, False])
     except Exception as error:  # Triton, its compiler or the device's driver may raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         warnings.warn(f"the head's loss runs without Triton on {device}, several times slower: {reason}", stacklevel=2)
@@ -355,7 +387,7 @@ def by_products(
     part along the mean of w, rowsum(R − G) w̄, is known and subtracted, and likewise along the mean of x in ∂L/∂w.
     """
     x, w, *_ = operands
-    need_x, need_w, learned = needed
+    need_x, need_w, learned, _ = needed
     classes, harmonic, dtype = params.classes(w), params.n is not None, accumulation_dtype(x.dtype)
     g_dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # the gradients of a mean underflow in float16
     w_g, w_sq = w.to(g_dtype), squared_norms(w[:classes]) if harmonic else w.new_empty(0)
@@ -364,17 +396,19 @@ def by_products(
     losses = x.new_empty(len(x), 1, dtype=dtype)
     grad_x = x.new_empty(x.shape if need_x else 0, dtype=g_dtype)
     grad_w = x.new_zeros(w.shape if need_w else 0, dtype=dtype)
-    grad_n = x.new_zeros((), dtype=dtype)
+    grad_n, grad_a = x.new_zeros((), dtype=dtype), x.new_zeros(classes, dtype=dtype)
     column_sums = x.new_zeros(2, len(w), dtype=dtype)
 
     for rows in slices(len(x), params.chunk or chunk_positions(len(w), x.dtype, x.device.type)):
         x_c, weights_c = x[rows], None if weights is None else weights[rows, None]
         products = inner_products(x_c, w)  # (C, V); `chunk_rows` overwrites them with G
         own = products[:, :classes], x_c, w_sq, targets[rows, None], weights_c
-        losses[rows], slopes = chunk_rows(params, *own, learned)
+        losses[rows], slopes, residual_sums = chunk_rows(params, *own, learned)
         if weights_c is None:
             del products, own
             continue
+        if residual_sums is not None:
+            grad_a += residual_sums
         products[:, classes:] = 0
         g = products.to(g_dtype)
         if need_x:
@@ -392,7 +426,7 @@ def by_products(
         del products, own, g  # free them before the next chunk's products are allocated
     if need_w and harmonic:
         subtract_sums(grad_w, w, x_mean, column_sums)
-    return losses[:, 0], [grad_x, grad_w, grad_n / params.n if params.n is not None else grad_n]
+    return losses[:, 0], [grad_x, grad_w, grad_n / params.n if params.n is not None else grad_n, grad_a]
 
 
 def sums(products: Tensor, g: Tensor, dim: int) -> Tensor:
@@ -419,15 +453,17 @@ def by_blocks(
     x, w, *_ = operands
     assert params.distance is not None and params.n is not None
     metric, n, learned, centres = params.distance, params.n, needed[2], w[: params.classes(w)]
-    losses, grad_n = x.new_empty(len(x), 1), x.new_zeros(())
+    losses, grad_n, grad_a = x.new_empty(len(x), 1), x.new_zeros(()), x.new_zeros(len(centres))
     grad_x, grad_w, *others = (torch.zeros_like(v) for v in (x, w, *metric.parameters()))
     for rows in slices(len(x), params.chunk or score_chunk(len(centres), x.itemsize, x.device)):
         d, floor = distances_in_blocks(metric, x[rows], centres)  # (C, V), (C, 1)
         g, factor = d.clone(), None if weights is None else weights[rows, None] * -n
-        losses[rows], slopes = harmonic_rows(g, floor, n, targets[rows, None], factor, params.label_smoothing, learned)
+        losses[rows], slopes, residual_sums = harmonic_rows(params, g, floor, n, targets[rows, None], factor, learned)
         if weights is None:
             continue
+        if residual_sums is not None:
+            grad_a -= residual_sums / n
         add_gradients_in_blocks(metric, x[rows], centres, d, g, (grad_x[rows], grad_w[: len(centres)], *others))
         if learned:
             grad_n += (slopes * weights[rows, None]).sum() / n
-    return losses[:, 0], [grad_x, grad_w, grad_n, *others]
+    return losses[:, 0], [grad_x, grad_w, grad_n, grad_a, *others]

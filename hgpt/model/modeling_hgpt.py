@@ -184,6 +184,19 @@ class HGPTBlock(GradientCheckpointingLayer):
         return hidden + self.mlp(self.ln_2(hidden)), weights
 
 
+class Gain(nn.Module):
+    """x = g ⊙ h with a learned g (D,): what stands in the place of the final norm with final_norm = "none"."""
+
+    bias = None
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden * self.weight
+
+
 class HGPTPreTrainedModel(PreTrainedModel):
     """Initialisation and transformers' declarations, shared by the trunk and the language model."""
 
@@ -219,9 +232,11 @@ class HGPTPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=std)
             if isinstance(module, HarmonicHead) and module.log_exponent is not None:
                 init.constant_(module.log_exponent, math.log(module.initial_exponent))
+            if isinstance(module, HarmonicHead | SoftmaxHead) and module.log_weight is not None:
+                init.zeros_(module.log_weight)
         elif isinstance(module, Distance):
             module.reset_parameters()  # transformers guards torch.nn.init in the same way
-        elif isinstance(module, nn.LayerNorm):
+        elif isinstance(module, nn.LayerNorm | Gain):
             init.constant_(module.weight, config.final_norm_gain if module is trunk.ln_f else 1.0)
         elif next(module.parameters(recurse=False), None) is not None:
             raise TypeError(f"no initialisation is defined for the parameters of {type(module).__name__}")
@@ -236,14 +251,17 @@ class HGPTPreTrainedModel(PreTrainedModel):
 
 
 class HGPTModel(HGPTPreTrainedModel):
-    """The trunk: token and position embeddings, blocks, final layer norm."""
+    """The trunk: token and position embeddings, blocks, final norm or gain."""
 
     def __init__(self, config: HGPTConfig) -> None:
         super().__init__(config)
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList([HGPTBlock(config, layer_idx) for layer_idx in range(config.n_layer)])
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
+        if config.final_norm == "none":
+            self.ln_f: nn.Module = Gain(config.n_embd)
+        else:
+            self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -338,7 +356,8 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
     """The language model: trunk and head.
 
     `logits` are those of the head over the `vocab_size` tokens, without padding, in float32. With the harmonic head
-    they are −n log d_i, so softmax(logits) is HarMax, and sampling and losses for logits work unchanged.
+    they are −n log d_i (plus the learned log-weights, if any), so softmax(logits) is HarMax, and sampling and losses
+    for logits work unchanged.
     """
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
@@ -355,6 +374,7 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
             "in_features": config.n_embd,
             "num_classes": min(config.vocab_size, rows),
             "rows": rows,
+            "radius": config.radius == "learned",
         }
         if config.head == "softmax":
             return SoftmaxHead(**shape, init_std=config.centre_init_std)
@@ -379,13 +399,22 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> nn.Embedding:
-        """As in transformers, but `vocab_size` is the number of tokens, and the rows are padded."""
+        """As in transformers, but `vocab_size` is the number of tokens, and the rows are padded.
+
+        A new token gets the smallest log-weight there is: it has been seen less often than any other.
+        """
         if new_num_tokens is None:
             return self.transformer.wte
         if pad_to_multiple_of is not None:
             self.config.pad_vocab_to_multiple_of = pad_to_multiple_of
+        old, classes = self.lm_head.log_weight, self.lm_head.num_classes
         embedding = super().resize_token_embeddings(new_num_tokens, self.config.pad_vocab_to_multiple_of, mean_resizing)
         self.config.vocab_size = self.vocab_size = self.lm_head.num_classes = new_num_tokens
+        if old is not None:
+            a = old[:classes].min().detach().repeat(embedding.num_embeddings)
+            kept = min(classes, new_num_tokens)
+            a[:kept] = old[:kept].detach()
+            self.lm_head.log_weight = nn.Parameter(a, requires_grad=old.requires_grad)
         return embedding
 
     def _get_resized_lm_head(

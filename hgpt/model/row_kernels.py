@@ -323,11 +323,10 @@ class _Buffers:
     """Operands, buffers of a chunk, and results of `by_rows`."""
 
     def __init__(self, params: LossParams, operands: Sequence[Any], backward: bool, needed: Sequence[bool]) -> None:
-        self.x, self.w, n, *others = operands
-        log_weight = others[0] if others else None
-        x, w, self.operands = self.x, self.w, len(operands)
+        self.x, self.w, n, log_weight, *_ = operands
+        x, w = self.x, self.w
         self.smoothing, self.classes, self.harmonic = params.label_smoothing, params.classes(w), params.n is not None
-        self.need_x, self.need_w, self.need_n, self.need_log_weight = [*needed, False][:4]
+        self.need_x, self.need_w, self.need_n, self.need_log_weight = needed[:4]
         # The gradients of a mean underflow in float16.
         self.g_dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
         self.rounded = self.harmonic and self.g_dtype != torch.float32
@@ -414,6 +413,5 @@ class _Buffers:
     def results(self) -> tuple[Tensor, list[Tensor | None]]:
         if self.grad_w is not None and self.harmonic:
             subtract(self.grad_w, self.grad_w, self.w, self.x_mean, self.column_sums)
-        by_log_weight = self.weight_sums.sum(0) if self.need_log_weight else None
-        grads = [self.grad_x, self.grad_w, self.grad_n, by_log_weight]
-        return self.losses, grads[: self.operands]
+        by_log_weight = self.weight_sums.sum(0)[: self.classes] if self.need_log_weight else None
+        return self.losses, [self.grad_x, self.grad_w, self.grad_n, by_log_weight]

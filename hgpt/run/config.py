@@ -15,9 +15,12 @@ from hgpt.model.distances import load_distances, make_distance
 # The settings of [model] and [model.head] that are fields of HGPTConfig, with its types, defaults and descriptions.
 MODEL = (
     *("n_layer", "n_head", "n_embd", "bias", "dropout", "activation_function", "scale_attn_by_inverse_layer_idx"),
-    "tie_word_embeddings",
+    *("tie_word_embeddings", "final_norm"),
 )
-HEAD = ("type", "exponent", "learn_exponent", "distance", "distance_options", "final_norm_gain", "centre_init_std")
+HEAD = (
+    *("type", "exponent", "learn_exponent", "distance", "distance_options", "radius", "final_norm_gain"),
+    "centre_init_std",
+)
 # An error with a softmax head if they are set. Their default is None (learn_exponent: False), which means not set.
 HARMONIC_ONLY = ("exponent", "learn_exponent", "distance", "distance_file", "distance_options")
 
@@ -53,12 +56,20 @@ class HeadConfig(_fields_of_hgpt_config(HEAD)):  # type: ignore[misc]  # a base 
 
     Args:
         type: "harmonic" (logits −n log d) or "softmax" (logits w · x).
+        radius_init: initial log-weights a_i with radius "learned": "unigram", the logarithms of the tokens' frequencies
+            in the training split, or "zero". Default: those of model.init_from if it has any, otherwise "unigram".
         distance_file: a Python file, which is executed, that registers your own distance (hgpt.register_distance).
     """
 
+    radius_init: Literal["unigram", "zero"] | None = None
     distance_file: str | None = None
 
     def __post_init__(self) -> None:
+        if self.radius_init is not None and self.radius == "none":
+            raise UserError(
+                f'model.head.radius_init = "{self.radius_init}" has no effect with model.head.radius = "none": remove '
+                'it, or set model.head.radius to "learned"'
+            )
         if self.type == "softmax":
             for name in HARMONIC_ONLY:
                 value = getattr(self, name)

@@ -97,7 +97,8 @@ class Evaluation:
         of |w_i| over the vocabulary and of |x| over the positions. For a harmonic head also the means over positions of
         d_target / d_median and d_min / d_median, with d = exp(−z / n) from the logits z and d_median the median of the
         position's distances. A d_target / d_median near 1 means that the distances hardly differ, and that the head
-        acts like a softmax head. If n is learned, `exponent` is its value.
+        acts like a softmax head. If n is learned, `exponent` is its value. With radii d = exp((a − z) / n), and for
+        either head `log_weight_mean` and `log_weight_std` are those of the log-weights a over the vocabulary.
         """
         plain: HGPTForCausalLM = engine.accelerator.unwrap_model(model)
         config, head = plain.config, plain.lm_head
@@ -105,6 +106,10 @@ class Evaluation:
         if learned is not None:
             with whole(learned) as log_exponent:
                 exponent = float(log_exponent.exp())
+        a = None
+        if head.log_weight is not None:
+            with whole(head.log_weight) as log_weight:
+                a = log_weight[: config.vocab_size].float().clone()
         sums: dict[str, float] = {}
         x_norm_max, positions, count = 0.0, 0, self.config.diagnostic_windows
         for window in sorted({int(i * self.windows / count) for i in range(count)}):
@@ -116,19 +121,23 @@ class Evaluation:
             x_norms = output.hidden_states[-1][0, counted].float().norm(dim=-1)
             values = {"accuracy": (logits.argmax(-1) == targets).float(), "x_norm_mean": x_norms}
             if config.head == "harmonic":
-                values |= _distance_ratios(logits, targets, exponent)
+                values |= _distance_ratios(logits if a is None else logits - a, targets, exponent)
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + float(value.sum())
             x_norm_max = max(x_norm_max, float(x_norms.max()))
             positions += len(targets)
         with whole(head.weight) as centres:
             w_norms = centres[: config.vocab_size].float().norm(dim=-1)
-        return {name: total / positions for name, total in sums.items()} | {
-            "x_norm_max": x_norm_max,
-            "w_norm_mean": float(w_norms.mean()),
-            "w_norm_max": float(w_norms.max()),
-            **({} if learned is None else {"exponent": exponent}),
-        }
+        return (
+            {name: total / positions for name, total in sums.items()}
+            | {
+                "x_norm_max": x_norm_max,
+                "w_norm_mean": float(w_norms.mean()),
+                "w_norm_max": float(w_norms.max()),
+                **({} if learned is None else {"exponent": exponent}),
+            }
+            | ({} if a is None else {"log_weight_mean": float(a.mean()), "log_weight_std": float(a.std())})
+        )
 
 
 def _distance_ratios(logits: Tensor, targets: Tensor, exponent: float) -> dict[str, Tensor]:

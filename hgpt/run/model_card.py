@@ -20,15 +20,31 @@ w_i for each token, d_i = {distance}, and the probability of token i is
 work on them unchanged. Probabilities give back relative distances: d_i / d_min = (p_max / p_i)^(1/n).
 """
 
+_RADII = """\
+The unembedding is a harmonic distance layer (Baek et al., arXiv:2502.01628) with learned radii: with the hidden state
+x, a centre w_i and a radius ρ_i for each token, d_i = {distance}, and the probability of token i is
+
+    p_i = (d_i / ρ_i)^(−n) / Σ_j (d_j / ρ_j)^(−n),    n = {exponent:g}{learned}
+
+`logits` are −n log d_i + a_i with a_i = n log ρ_i, the parameter `lm_head.log_weight`, so softmax, temperature,
+top-k, top-p, beam search and cross-entropy work on them unchanged. `model.lm_head.relative_distances(logits)` gives
+d_i / d_min, and `model.lm_head.radii` ρ_i.
+"""
+
 _DISTANCE = "d(x, w_i) by the distance `{name}`{options} of hgpt: {formula}"
 
 _SOFTMAX = """\
 The unembedding is the ordinary softmax layer, logits w_i · x: the twin of a harmonic model of the same training code.
 """
 
+_BIAS = """\
+The unembedding is a softmax layer with a learned bias (`lm_head.log_weight`), logits w_i · x + a_i: the twin of a
+harmonic model with radii of the same training code.
+"""
+
 _WARNING = """\
 **Do not serve this model with an engine that puts its own linear head on the trunk** (vLLM's transformers backend
-does): it would silently compute dot products where this model needs distances.
+does): it would silently compute {wrong}.
 """
 
 _TEMPLATE = """\
@@ -80,7 +96,8 @@ def model_card(
         weights: the model's parameters by name, for their number and a learned exponent.
         validation: the last evaluation.
     """
-    harmonic = config.head == "harmonic"
+    harmonic, learned = config.head == "harmonic", config.radius == "learned"
+    wrong = "dot products where this model needs distances" if harmonic else "logits without the bias"
     loss = "not measured"
     if validation is not None:
         loss = f"{validation.loss:.4f} nats per token, unsmoothed, at step {validation.step:,}"
@@ -88,12 +105,12 @@ def model_card(
         config=config,
         name=name,
         parameters=sum(weight.numel() for weight in weights.values()),
-        description=_harmonic(config, weights) if harmonic else _SOFTMAX,
+        description=_harmonic(config, weights) if harmonic else _BIAS if learned else _SOFTMAX,
         data=data,
         tokens=tokens,
         steps=steps,
         loss=loss,
-        warning="\n" + _WARNING if harmonic else "",
+        warning=f"\n{_WARNING.format(wrong=wrong)}" if harmonic or learned else "",
     )
 
 
@@ -106,7 +123,7 @@ def _harmonic(config: HGPTConfig, weights: Mapping[str, Tensor]) -> str:
         formula = (inspect.getdoc(metric) or "").partition("\n")[0]  # the docstring's first line is its formula
         distance = _DISTANCE.format(name=config.distance, options=options and f" ({options})", formula=formula)
     learned = weights.get("lm_head.log_exponent")
-    return _HARMONIC.format(
+    return (_RADII if config.radius == "learned" else _HARMONIC).format(
         distance=distance,
         exponent=config.exponent if learned is None else float(learned.exp()),
         learned="" if learned is None else f" (learned, from {config.exponent:g})",

@@ -316,7 +316,10 @@ def to_toml(values: dict[str, Any]) -> str:
 # Settings that must not differ between a checkpoint and the run that resumes from it: those of the model, of the order
 # of the data and of the optimiser's state.
 _FIXED_ON_RESUME = ("model.", "data.", "train.seed", "train.global_batch", "optim.algorithm")
-_FREE_ON_RESUME = ("model.init_from", "model.head.distance_file", "data.path", "data.verify")
+_FREE_ON_RESUME = (
+    *("model.init_from", "model.head.radius_init", "model.head.distance_file"),
+    *("data.path", "data.verify"),
+)
 
 
 def check_resume(saved: dict[str, Any], config: RunConfig, checkpoint: Path) -> list[str]:

@@ -43,13 +43,15 @@ def nearest_contexts(loaded: LoadedModel, states: np.ndarray, token: int, k: int
     """
     scores, shown = [], []
     for start in range(0, len(states), CHUNK):
-        logits = loaded.logits(torch.from_numpy(states[start : start + CHUNK]).to(loaded.device))
+        x = torch.from_numpy(states[start : start + CHUNK]).to(loaded.device)
+        logits = loaded.logits(x)
         if loaded.exponent is None:
             scores.append(-logits[:, token])
             shown.append(logits.log_softmax(-1)[:, token].exp())
         else:
-            scores.append(-logits[:, token] / loaded.exponent)  # log d: the scale counts, so the nearest of all states
-            shown.append(torch.exp((logits.amax(-1) - logits[:, token]) / loaded.exponent))
+            log_d = loaded.log_distances(x, logits)
+            scores.append(log_d[:, token])  # the scale counts, so the nearest of all states
+            shown.append(torch.exp(log_d[:, token] - log_d.amin(-1)))
     values = torch.cat(shown)
     order = torch.cat(scores).argsort()[:k]
     return [(int(index), float(values[index])) for index in order]

@@ -43,29 +43,31 @@ def of(model: ModelResult) -> list[Reading]:
 def read_text(loaded: LoadedModel, inputs: np.ndarray, targets: np.ndarray, k: int) -> list[Reading]:
     """For each position of `inputs`, (T,), its target and its `k` most probable tokens with their distance ratios.
 
-    With a harmonic head the most probable tokens are those with the nearest centres, and
-    d_i / d_min = exp((z_max − z_i) / n), in any metric.
+    With a harmonic head without radii the most probable tokens are those with the nearest centres.
     """
     x = loaded.hidden_states(torch.from_numpy(inputs.astype(np.int64))[None])[-1][0]
     y = torch.from_numpy(targets.astype(np.int64)).to(loaded.device)
     readings = []
     for position in range(len(inputs)):
         logits = loaded.logits(x[position : position + 1])[0]  # (V,): one row at a time, there are few
-        log_p = logits.log_softmax(-1)
+        log_p, ratios = logits.log_softmax(-1), _ratios(loaded, x[position : position + 1], logits[None])
         own = log_p[y[position]]
         best, tokens = log_p.topk(min(k, len(log_p)))
         nearest = tuple(
-            (loaded.token_text(token), p, _ratio(loaded, best[0] - log_probability))
-            for token, p, log_probability in zip(tokens.tolist(), best.exp().tolist(), best, strict=True)
+            (loaded.token_text(token), p, None if ratios is None else float(ratios[token]))
+            for token, p in zip(tokens.tolist(), best.exp().tolist(), strict=True)
         )
-        rank, ratio = int((log_p > own).sum()) + 1, _ratio(loaded, best[0] - own)
+        rank, ratio = int((log_p > own).sum()) + 1, None if ratios is None else float(ratios[y[position]])
         readings.append(Reading(loaded.token_text(int(y[position])), float(own.exp()), rank, ratio, nearest))
     return readings
 
 
-def _ratio(loaded: LoadedModel, difference: Tensor) -> float | None:
-    """d / d_min from log p_max − log p; None without a metric."""
-    return None if loaded.exponent is None else float(torch.exp(difference / loaded.exponent))
+def _ratios(loaded: LoadedModel, x: Tensor, logits: Tensor) -> Tensor | None:
+    """d / d_min of every token, (1, D) and (1, V) → (V,); None without a metric."""
+    if loaded.exponent is None:
+        return None
+    log_d = loaded.log_distances(x, logits)[0]
+    return torch.exp(log_d - log_d.min())
 
 
 def compute(subject: Subject) -> list[Reading] | None:
@@ -133,8 +135,8 @@ def section(analysis: Analysis) -> list[Block]:
     return [
         paragraph(
             "Point at a token, tap it or reach it with Tab: what each model thought before it came, the most probable "
-            "tokens first. Of a harmonic head these are the nearest centres, with d / d_min; the list of a softmax "
-            "head is by probability alone."
+            "tokens first. Of a harmonic head these are the nearest centres (with radii ρ, those with the smallest "
+            "d / ρ), with d / d_min; the list of a softmax head is by probability alone."
         ),
         paragraph(f"Text: {source}.", quiet=True),
         Html(template=TEMPLATE, values={"groups": groups}),
