@@ -33,6 +33,7 @@ def _row_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if DEVICE == "cpu":  # the interpreter takes as long for a small tile as for a large one
         monkeypatch.setattr(row_kernels, "_LOSS_TILE", {"ROWS": 16, "COLUMNS": 128})
         monkeypatch.setattr(row_kernels, "_GRADIENT_TILE", {"STEPS": 2, "ROWS": 8, "COLUMNS": 128})
+        monkeypatch.setattr(row_kernels, "_VECTOR_TILE", {"ROWS": 128, "COLUMNS": 64})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "divide by zero|invalid value", RuntimeWarning)  # masked lanes, interpreted
         yield

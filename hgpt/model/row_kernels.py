@@ -33,6 +33,7 @@ from .loss import LossParams, slices
 # Tiles (rows, columns) and warps, the fastest of those tried on an H200 (benchmarks/gpu.py measures the whole).
 _LOSS_TILE, _LOSS_WARPS = {"ROWS": 1, "COLUMNS": 2048}, 8
 _GRADIENT_TILE, _GRADIENT_WARPS = {"STEPS": 32, "ROWS": 1, "COLUMNS": 256}, 1
+_VECTOR_TILE = {"ROWS": 16, "COLUMNS": 256}  # of x and w
 # Bytes of a chunk's products in float32.
 _CHUNK_BYTES = 832 * 2**20
 
@@ -271,16 +272,15 @@ def _subtract(
 def squared_norms(v: Tensor) -> Tensor:
     """|v|² of rows, (N, D) → (N,) float32, in one kernel."""
     norms = torch.empty(len(v), device=v.device, dtype=torch.float32)
-    _squared_norms[(triton.cdiv(len(v), 4),)](v, norms, *v.shape, v.stride(0), ROWS=4, COLUMNS=256)
+    _squared_norms[(triton.cdiv(len(v), _VECTOR_TILE["ROWS"]),)](v, norms, *v.shape, v.stride(0), **_VECTOR_TILE)
     return norms
 
 
 def subtract(grad: Tensor, out: Tensor, own: Tensor, mean: Tensor | None, sums: Tensor) -> None:
     """out = grad − Σ sums[:, 0] ⊙ own − Σ sums[:, 1] ⊙ mean, for (R, D) tensors and `sums` (parts, planes, R)."""
-    rows = 16
-    _subtract[(triton.cdiv(len(grad), rows),)](
+    _subtract[(triton.cdiv(len(grad), _VECTOR_TILE["ROWS"]),)](
         grad, out, own, grad if mean is None else mean, sums, grad.stride(0), out.stride(0), own.stride(0),
-        len(sums), *grad.shape, ROUNDED=mean is not None, ROWS=rows, COLUMNS=256, num_warps=4,
+        len(sums), *grad.shape, ROUNDED=mean is not None, **_VECTOR_TILE,
     )  # fmt: skip
 
 
