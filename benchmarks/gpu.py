@@ -17,6 +17,7 @@ on. Unused time goes to the parts after it. FOLDER gets gpu.json, rewritten afte
 log.txt, what the parts printed. All parts use the first GPU; the tests use all of them.
 """
 
+import argparse
 import gc
 import json
 import os
@@ -71,6 +72,7 @@ MICRO_BATCH = 32  # of `train`, and of the goals
 MICRO_BATCHES = (MICRO_BATCH, 16, 64, 8)  # the most important first
 TRAIN_STEPS = 60
 ENERGY_SECONDS = 3.0
+MARGIN = 12  # seconds of all minutes for imports before `main` begins, and for the end
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def step(job: Job) -> None:
         job.save(result)
 
 
-def measured_step(options: Any) -> dict[str, Any]:
+def measured_step(options: argparse.Namespace) -> dict[str, Any]:
     times, configs = train_step.measure(options), train_step.configs_of(options)
     rates = {name: options.micro_batch * options.seq_len / statistics.median(own) for name, own in times.items()}
     models = {
@@ -196,7 +198,12 @@ def train(job: Job) -> None:
         settings += ["--model.n_layer=1", "--model.n_head=2", "--model.n_embd=16"]
     environment = os.environ | ({"ACCELERATE_USE_CPU": "true"} if job.tiny else {"CUDA_VISIBLE_DEVICES": first_gpu()})
     began = time.time()
-    subprocess.run([sys.executable, "train.py", *settings], cwd=ROOT, env=environment, check=True)
+    done = subprocess.run(
+        [sys.executable, "train.py", *settings], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    print(done.stderr, file=sys.stderr)
+    if done.returncode:
+        raise RuntimeError(f"train.py ended with exit code {done.returncode}: {done.stderr.strip()[-250:]}")
     config = load_run_config(settings)
     logged = records(config.run_folder, "train")
     steady = [record for record in logged if record["step"] > steps // 3]
@@ -240,11 +247,12 @@ def tests(job: Job) -> None:
     class Recorder:
         def pytest_runtest_logreport(self, report: Any) -> None:
             if report.when == "call" or report.outcome != "passed":
-                reason = report.longrepr[2] if report.skipped else str(report.longrepr).splitlines()[-1:]
+                crash = getattr(report.longrepr, "reprcrash", None)
+                reason = report.longrepr[2] if report.skipped else crash.message if crash else str(report.longrepr)
                 outcomes[report.nodeid] = {
                     "outcome": report.outcome,
                     "seconds": report.duration,
-                    "reason": None if report.passed else str(reason),
+                    "reason": None if report.passed else " ".join(reason.split())[:300],
                 }
                 job.save({"tests": outcomes})
 
@@ -252,8 +260,9 @@ def tests(job: Job) -> None:
     files = [str(path) for path in sorted(ROOT.glob("tests/test_*.py")) if "pytest.mark.gpu" in path.read_text()]
     chosen = ["-m", "not gpu and not slow", str(ROOT / "tests" / "test_gpu.py")] if job.tiny else ["-m", "gpu", *files]
     code = pytest.main(["-v", "--tb=short", "-p", "no:cacheprovider", *chosen], plugins=[Recorder()])
-    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-        raise RuntimeError(f"pytest ended with {code!s}")
+    if code != pytest.ExitCode.OK:
+        failed = sum(entry["outcome"] == "failed" for entry in outcomes.values())
+        raise RuntimeError(f"pytest ended with exit code {int(code)}, {failed} of {len(outcomes)} tests failed")
 
 
 def generate(job: Job) -> None:
@@ -308,7 +317,8 @@ def nvml_counter(job: Job, skipped: dict[str, str]) -> Callable[[], float] | Non
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+        by_index, by_uuid, first = pynvml.nvmlDeviceGetHandleByIndex, pynvml.nvmlDeviceGetHandleByUUID, first_gpu()
+        handle = by_index(int(first)) if first.isdigit() else by_uuid(first)
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except Exception as error:  # not installed, no NVIDIA driver, or a card without a counter
         skipped["NVML"] = one_line(error)
@@ -349,7 +359,7 @@ PARTS = {
     "train": Part(train, 90, 60),
     "tests": Part(tests, 110, 40),
     "generate": Part(generate, 40, 20),
-    "energy": Part(energy, 15, 10),
+    "energy": Part(energy, 20, 10),
 }
 
 
@@ -394,17 +404,16 @@ def run_part(name: str, device: str, limit: float, work: Path, log: Path) -> dic
 
 def command(name: str, device: str, limit: float, work: Path) -> list[str]:
     own = [sys.executable, "-m", "benchmarks.gpu", "--device", device, "--out", str(work)]
-    return [*own, "--minutes", str(limit / 60), "--run", name]
+    return [*own, "--run", name, "--until", str(time.monotonic() + limit)]
 
 
-def run_here(name: str, device: str, seconds: float, work: Path) -> None:
-    """A part, in this process. Leaves a little time to save."""
+def run_here(name: str, device: str, deadline: float, work: Path) -> None:
+    """A part, in this process."""
 
     def save(result: dict[str, Any]) -> None:
-        with whole_file(work / f"{name}.json") as path:
-            path.write_text(json.dumps({"card": head_loss.machine_name(device), **result}))
+        write(work / f"{name}.json", json.dumps({"card": head_loss.machine_name(device), **result}))
 
-    PARTS[name].run(Job(device, time.monotonic() + seconds - 8, work, save))
+    PARTS[name].run(Job(device, deadline, work, save))
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -443,9 +452,11 @@ def look_up(tree: Any, *path: str) -> Any:
 def report_text(report: dict[str, Any]) -> str:
     """All tables, at most 100 columns wide."""
     versions = [f"{name} {version}" for name, version in report["versions"].items() if version != "not installed"]
+    origin = f"commit {report['commit']}, code {report['code']}"
     lines = [
         *textwrap.wrap(f"{report['card']}, {', '.join(versions)}", 100),
-        f"commit {report['commit']}, code {report['code']}, {report['started']}, {report['minutes']:g} minutes",
+        origin,
+        f"{report['started']}, {report['minutes']:g} minutes",
     ]
     rows = [
         [name, record["status"], f"{record['seconds']:.0f}", f"{record['limit']:.0f}", record["reason"] or ""]
@@ -565,7 +576,12 @@ def aligned(header: list[str], rows: list[list[str]]) -> list[str]:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def new_report(options: Any, device: str) -> dict[str, Any]:
+def write(file: Path, text: str) -> None:
+    with whole_file(file) as path:
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+def new_report(options: argparse.Namespace, device: str) -> dict[str, Any]:
     try:
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         commit = git.stdout.strip() if git.returncode == 0 else "unknown"
@@ -585,13 +601,15 @@ def new_report(options: Any, device: str) -> dict[str, Any]:
     }
 
 
-def parse(arguments: Sequence[str]) -> Any:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = cli.Parser(prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=8.0, help="the whole ends within them (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json, gpu.txt and log.txt")
     parser.add_argument("--device", help="cuda, xpu, or cpu with tiny sizes (default: a GPU)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these parts")
-    parser.add_argument("--run", choices=PARTS, help="run one part in this process, and write its result to --out")
+    # A part's process: its name, and its deadline on the clock of time.monotonic, which all processes share.
+    parser.add_argument("--run", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.parts = [name for name in PARTS if name in options.parts]
     return options
@@ -616,11 +634,11 @@ def main(arguments: Sequence[str]) -> str | None:
     options = parse(arguments)
     device = choose_device(options.device).type
     if options.run is not None:
-        run_here(options.run, device, 60 * options.minutes, options.out)
+        run_here(options.run, device, options.until - 3, options.out)
         return None
     if device == "cpu" and options.device is None:
         raise UserError("there is no GPU here: --device cpu runs every part with tiny sizes")
-    deadline = begin + 60 * options.minutes - 5  # the start of this process, and the end
+    deadline = begin + 60 * options.minutes - MARGIN
     for line in left_out(options.parts, deadline - time.monotonic()):
         print(line, flush=True)
     if (options.out / "gpu.json").exists():
@@ -640,9 +658,8 @@ def main(arguments: Sequence[str]) -> str | None:
             report["parts"][name] = record
             report["card"] = record["result"].get("card", report["card"])
             report["goals"] = goals(report["parts"])
-            for file, text in (("gpu.json", json.dumps(report, indent=1)), ("gpu.txt", report_text(report) + "\n")):
-                with whole_file(options.out / file) as path:
-                    path.write_text(text)
+            write(options.out / "gpu.json", json.dumps(report, indent=1))
+            write(options.out / "gpu.txt", report_text(report))
             print(f"{name}: {record['status']} after {record['seconds']:.0f} s {record['reason'] or ''}", flush=True)
     return "\n" + report_text(report)
 
