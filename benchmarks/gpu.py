@@ -21,6 +21,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -46,10 +47,8 @@ from hgpt.durable import whole_file
 from hgpt.errors import UserError
 from hgpt.hardware import choose_device, device_name, installed_versions
 from hgpt.history import records
-from hgpt.plan import GIB, Launch, make_plan
 from hgpt.run.energy import EnergyMeter, Reading
 from hgpt.run.engines import code_fingerprint
-from hgpt.run.settings import load_run_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
@@ -188,7 +187,8 @@ def train(job: Job) -> None:
     batch, seq_len, vocab = (2, 8, 50) if job.tiny else (MICRO_BATCH, 1024, 50257)
     write_data(data, vocab, {"train": (steps + 1) * batch * seq_len, "val": 2 * batch * seq_len + 1})
     settings = [
-        f"--config={ROOT / 'configs' / 'gpt2_small_harmonic.toml'}", f"--runs_dir={job.work}", f"--data.path={data}",
+        f"--config={ROOT / 'configs' / 'gpt2_small_harmonic.toml'}", f"--runs_dir={job.work}", "--name=train",
+        f"--data.path={data}",
         f"--data.seq_len={seq_len}", f"--train.steps={steps}", f"--train.global_batch={batch}",
         f"--train.micro_batch={batch}", "--optim.warmup_steps=1", f"--eval.every={steps}",
         f"--eval.micro_batch={batch}", "--eval.diagnostic_windows=1", f"--checkpoint.every={steps}",
@@ -204,24 +204,24 @@ def train(job: Job) -> None:
     print(done.stderr, file=sys.stderr)
     if done.returncode:
         raise RuntimeError(f"train.py ended with exit code {done.returncode}: {done.stderr.strip()[-250:]}")
-    config = load_run_config(settings)
-    logged = records(config.run_folder, "train")
+    logged = records(job.work / "train", "train")
     steady = [record for record in logged if record["step"] > steps // 3]
-    plan = make_plan(config, Launch(device=device_name(torch.device(job.device))))
-    memory = logged[-1]["memory_gib"]
-    job.save(
-        {
-            "steps": logged[-1]["step"],
-            "tokens_per_step": batch * seq_len,
-            "tokens_per_second": statistics.median(record["tokens_per_second"] for record in steady),
-            "mfu": statistics.median(record["mfu"] for record in steady) if "mfu" in steady[-1] else None,
-            "warm_up": logged[0]["time"] - began,
-            "whole": time.time() - began,
-            "memory_gib": memory,
-            "planned_gib": plan.memory("ddp").total / GIB,
-            "loss": [logged[0]["loss"], logged[-1]["loss"]],
-        }
-    )
+    result: dict[str, Any] = {
+        "steps": logged[-1]["step"],
+        "tokens_per_step": batch * seq_len,
+        "tokens_per_second": statistics.median(record["tokens_per_second"] for record in steady),
+        "mfu": statistics.median(record["mfu"] for record in steady) if "mfu" in steady[-1] else None,
+        "warm_up": logged[0]["time"] - began,
+        "whole": time.time() - began,
+        "memory_gib": logged[-1]["memory_gib"],
+        "planned_gib": None,
+        "loss": [logged[0]["loss"], logged[-1]["loss"]],
+    }
+    job.save(result)
+    plan = [sys.executable, "-m", "hgpt.plan", "--device", device_name(torch.device(job.device)), *settings]
+    planned = subprocess.run(plan, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    match = re.search(r"^ +total +([0-9.]+)", planned, re.MULTILINE)
+    job.save(result | {"planned_gib": None if match is None else float(match[1])})
 
 
 def write_data(folder: Path, vocab: int, tokens: dict[str, int]) -> None:
@@ -514,7 +514,7 @@ def train_table(result: dict[str, Any]) -> list[str]:
         ("seconds until the first step is done", f"{result['warm_up']:.1f}"),
         ("seconds of the process", f"{result['whole']:.1f}"),
         ("peak memory, GiB", f"{result['memory_gib']:.2f}"),
-        ("hgpt.plan's estimate, GiB", f"{result['planned_gib']:.2f}"),
+        ("hgpt.plan's estimate, GiB", shown(result["planned_gib"], ".2f")),
     ]
     return aligned([f"{result['steps']} steps", ""], [list(row) for row in values])
 

@@ -365,11 +365,12 @@ def test_blocks_compile_with_a_torch_that_cannot_keep_compilations_apart(monkeyp
         compiled.append(module)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     shape = {"vocab_size": 50, "n_positions": 8, "n_layer": 3, "n_head": 2, "n_embd": 16}
     model = HGPTForCausalLM(HGPTConfig(**shape, scale_attn_by_inverse_layer_idx=apart))
-    engines.compile_blocks(model)
-    assert compiled == list(model.transformer.h) and torch._dynamo.config.recompile_limit == limit
+    with torch._dynamo.config.patch(recompile_limit=8):
+        engines.compile_blocks(model)
+        assert torch._dynamo.config.recompile_limit == limit
+    assert compiled == list(model.transformer.h)
 
 
 def test_engines_that_are_not_there(monkeypatch):
