@@ -362,7 +362,7 @@ def compile_blocks(model: HGPTForCausalLM) -> None:
     for block in blocks:
         try:
             block.compile(isolate_recompiles=apart)
-        except TypeError:  # torch before 2.13: the compilations of all blocks count against one limit
+        except TypeError:  # torch 2.11 does not know it: the compilations of all blocks count against one limit
             block.compile()
             if apart:  # each block in training and in evaluation, with static and with dynamic shapes
                 limit = torch._dynamo.config.recompile_limit
