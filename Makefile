@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= passive
 MODEL_TESTS := tests/test_modeling.py tests/test_model_card.py tests/test_source.py tests/test_sample.py tests/test_earlier_versions.py
 HUGGING_FACE := ^(transformers|accelerate|huggingface_hub|tokenizers|safetensors)==
 
-.PHONY: quickstart announce test test-all test-versions lint clean
+.PHONY: quickstart announce test test-all test-versions gpu lint clean
 
 # What training, sampling and the reports need.
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -61,6 +61,12 @@ $(VENV)-newest/.installed $(VENV)-oldest/.installed: pyproject.toml constraints.
 	$(if $(findstring oldest,$@),printf 'transformers==5.17.0\naccelerate==1.15.0\n' >> $(@D)/constraints.txt)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt -e ".[gpt2-offline]" pytest
 	touch $@
+
+# What only a GPU can show, with the python of the environment that is active: GPU machines have a torch of their own.
+MINUTES ?= 8
+OUT ?= runs/gpu-$(shell date +%Y%m%d-%H%M%S)
+gpu:
+	$(PYTHON) -m benchmarks.gpu --minutes $(MINUTES) --out $(OUT)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.checkpoint import Checkpoint, Checkpoints
 from hgpt.run.config import RunConfig
 from hgpt.run.energy import check_country
-from hgpt.run.engines import Engine
+from hgpt.run.engines import Engine, compile_blocks
 from hgpt.run.evaluation import Evaluation, Validation
 from hgpt.run.optim import build_optimizer, learning_rate, set_learning_rate
 from hgpt.run.report import Recent, Report, Speed
@@ -120,9 +120,7 @@ def build_model(config: RunConfig, shards: TokenShards, resumed: Checkpoint | No
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     if config.train.compile:
-        for block in model.transformer.h:  # in place, so that parameters keep their names
-            # Blocks share one compilation, unless each scales attention by a constant of its own.
-            block.compile(isolate_recompiles=config.model.scale_attn_by_inverse_layer_idx)
+        compile_blocks(model)
     return model
 
 

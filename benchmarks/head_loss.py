@@ -8,10 +8,10 @@
 
 Prints a table. Every variant runs once in each round, so that other programs on the machine slow down all variants.
 `time` is the median and the quartiles of forward + backward over the rounds; a ratio is the median over rounds of the
-ratio within a round. `memory` is the peak extra memory of one forward + backward, gradients included, measured in its
-own process: the peak resident set minus that before (Linux), on a GPU the allocator's peak. `errors` are those of the
-loss and of the gradients by x and by w (2-norms), relative to float64 on the same rounded operands, over the first
-positions.
+ratio within a round. `memory` is the peak extra memory of one forward + backward, gradients included: on a GPU the
+allocator's peak, on a CPU the peak resident set minus that before, each loss in its own process (Linux). `errors` are
+those of the loss and of the gradients by x and by w (2-norms), relative to float64 on the same rounded operands: on a
+GPU of all positions, on a CPU of the first 128.
 """
 
 import argparse
@@ -24,19 +24,20 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hgpt.hardware import device_name
 from hgpt.model.harmax import harmonic_loss, resolve_exponent
 from hgpt.model.heads import HarmonicHead
 from hgpt.model.loss import LossParams, chunk_positions, head_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # x (N, D), w (V, D), targets (N,)
-ACCURACY_POSITIONS = 128
+Operands = tuple[Tensor, Tensor, Tensor]
 REFERENCES = ("F.cross_entropy(x @ W.T)", "F.linear_cross_entropy", "F.linear_cross_entropy, our chunk")
 
 
@@ -56,6 +57,11 @@ class Settings:
     def n(self) -> float:
         return resolve_exponent(self.exponent, self.dim)
 
+    @property
+    def accuracy_positions(self) -> int:
+        """Positions whose loss is also computed in float64."""
+        return min(self.positions, 128) if self.device == "cpu" else self.positions
+
 
 def dense_softmax(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy((x @ w.T).float() if x.dtype != torch.float64 else x @ w.T, targets)
@@ -63,6 +69,28 @@ def dense_softmax(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
 
 def torch_chunked(x: Tensor, w: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
     return F.linear_cross_entropy(x, w, targets, options=nn.LinearCrossEntropyOptions(batch_chunk_size=chunk))
+
+
+def liger() -> Loss:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss()
+    return lambda x, w, y: loss(w, x, y)
+
+
+def apple_cce() -> Loss:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy
+
+
+def quack() -> Loss:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return lambda x, w, y: chunked_linear_cross_entropy(x, w, y, tuned=False)
+
+
+LIBRARIES = {"Liger": liger, "Apple CCE": apple_cce, "quack": quack}  # softmax losses for GPUs
 
 
 @dataclass
@@ -107,35 +135,39 @@ def distance_and_options(text: str) -> dict[str, object]:
 
 
 def variants(settings: Settings) -> dict[str, Loss]:
-    """Name → loss. Liger's and Apple's kernels need a GPU and are left out where they are not installed."""
+    """Name → loss, of those that run here."""
+    return {name: loss for name, loss in all_variants(settings).items() if not isinstance(loss, str)}
+
+
+def all_variants(settings: Settings) -> dict[str, Loss | str]:
+    """Name → loss, or the reason why it does not run here."""
     n, chunk = settings.n, settings.chunk
 
     def fused(n: float | None, **options: bool) -> Loss:
         params = LossParams(n=n, chunk=chunk, **options)  # type: ignore[arg-type]
         return lambda x, w, y: head_loss(x, w, y, params)
 
-    found: dict[str, Loss] = {
+    found: dict[str, Loss | str] = {
         "dense harmonic": lambda x, w, y: harmonic_loss(x, w, y, n),
         "fused harmonic": fused(n),
-        "fused harmonic, compiled": fused(n, compiled=True),
         "fused harmonic, recompute": fused(n, recompute=True),
         "F.cross_entropy(x @ W.T)": dense_softmax,
+        "F.cross_entropy(x @ W.T), compiled": torch.compile(dense_softmax, dynamic=False),
         "F.linear_cross_entropy": torch_chunked,
         "F.linear_cross_entropy, our chunk": lambda x, w, y: torch_chunked(
             x, w, y, chunk or chunk_positions(len(w), x.dtype, x.device.type)
         ),
         "fused softmax": fused(None),
-        "fused softmax, compiled": fused(None, compiled=True),
     }
     found |= {f"harmonic, {text}": DistanceLoss(text, settings) for text in settings.distances}
-    if settings.device == "cuda" and find_spec("liger_kernel"):
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        found["Liger"] = lambda x, w, y: LigerFusedLinearCrossEntropyLoss()(w, x, y)
-    if settings.device == "cuda" and find_spec("cut_cross_entropy"):
-        from cut_cross_entropy import linear_cross_entropy
-
-        found["Apple CCE"] = linear_cross_entropy
+    for name in found if not hasattr(F, "linear_cross_entropy") else ():
+        if name.startswith("F.linear_cross_entropy"):
+            found[name] = f"torch {torch.__version__} does not have it"
+    for name, load in LIBRARIES.items():
+        try:
+            found[name] = load() if settings.device != "cpu" else "it needs a GPU"
+        except Exception as error:  # not installed, or not with this torch
+            found[name] = f"{type(error).__name__}: {error}"
     return found
 
 
@@ -143,7 +175,7 @@ def is_harmonic(name: str) -> bool:
     return "harmonic" in name
 
 
-def problem(settings: Settings, harmonic: bool) -> tuple[Tensor, Tensor, Tensor]:
+def problem(settings: Settings, harmonic: bool) -> Operands:
     """x, w and targets with the scales of a new model: normed x times the initial gain, w ~ N(0, 0.02²)."""
     torch.manual_seed(0)
     x = torch.randn(settings.positions, settings.dim) * (0.05 if harmonic else 1.0)
@@ -153,40 +185,82 @@ def problem(settings: Settings, harmonic: bool) -> tuple[Tensor, Tensor, Tensor]
     return x, w, targets.to(settings.device)
 
 
-def differentiate(loss: Loss, operands: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def differentiate(loss: Loss, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     value = loss(*operands)
     grads = torch.autograd.grad(value, (*operands[:2], *getattr(loss, "parameters", ())))
     return value.detach(), *grads[:2]
 
 
 def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    if device != "cpu":
+        torch.accelerator.synchronize()
 
 
-def measure_times(losses: dict[str, Loss], settings: Settings, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round; a first round is not counted."""
-    operands = {harmonic: problem(settings, harmonic) for harmonic in (True, False)}
+def seconds(function: Callable[[], object], device: str) -> float:
+    """The time of a call: on a GPU between events in its queue, after all work before it."""
+    synchronize(device)
+    if device == "cpu":
+        begin = time.perf_counter()
+        function()
+        return time.perf_counter() - begin
+    start, end = (torch.get_device_module(device).Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def measure_times(
+    losses: dict[str, Loss], operands: dict[bool, Operands], rounds: int, device: str
+) -> dict[str, list[float]]:
+    """Seconds of each round; a first round is not counted. `operands`: harmonic or not → `problem`."""
     times: dict[str, list[float]] = {name: [] for name in losses}
     for number in range(rounds + 1):
         for name, loss in losses.items():
-            synchronize(settings.device)
-            start = time.perf_counter()
-            differentiate(loss, operands[is_harmonic(name)])
-            synchronize(settings.device)
+            taken = seconds(partial(differentiate, loss, operands[is_harmonic(name)]), device)
             if number > 0:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(taken)
     return times
 
 
-def measure_errors(loss: Loss, settings: Settings, harmonic: bool) -> list[float]:
-    x, w, targets = problem(settings, harmonic)
-    x, targets = x[:ACCURACY_POSITIONS].detach().requires_grad_(), targets[:ACCURACY_POSITIONS]
-    values = differentiate(loss, (x, w, targets))
-    exact = (x.detach().double().requires_grad_(), w.detach().double().requires_grad_(), targets)
-    reference: Loss = (lambda x, w, y: harmonic_loss(x, w, y, settings.n)) if harmonic else dense_softmax
-    truth = differentiate(loss.dense if isinstance(loss, DistanceLoss) else reference, exact)
-    return [((v.double() - t).norm() / t.norm()).item() for v, t in zip(values, truth, strict=True)]
+def truth(dense: Loss, settings: Settings, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean loss over the first `accuracy_positions` and its gradients in float64, 1024 positions at a time."""
+    x, w, targets = (tensor.detach() for tensor in operands)
+    w, count = w.double().requires_grad_(), settings.accuracy_positions
+    value, grad_w, grad_x = w.new_zeros(()), torch.zeros_like(w), []
+    for start in range(0, count, 1024):
+        rows = slice(start, min(start + 1024, count))
+        share = (rows.stop - start) / count
+        own, dx, dw = differentiate(dense, (x[rows].double().requires_grad_(), w, targets[rows]))
+        value += share * own
+        grad_w += share * dw
+        grad_x.append(share * dx)
+    return value, torch.cat(grad_x), grad_w
+
+
+def dense_of(loss: Loss, settings: Settings, harmonic: bool) -> Loss:
+    """The loss that is computed in float64 to compare `loss` with."""
+    if isinstance(loss, DistanceLoss):
+        return loss.dense
+    return (lambda x, w, y: harmonic_loss(x, w, y, settings.n)) if harmonic else dense_softmax
+
+
+def measure_errors(
+    loss: Loss, settings: Settings, operands: Operands, exact: tuple[Tensor, Tensor, Tensor]
+) -> list[float]:
+    """Relative errors of the loss, dx and dw; `exact` is their `truth`."""
+    x, w, targets = operands
+    few = x[: settings.accuracy_positions].detach().requires_grad_(), w, targets[: settings.accuracy_positions]
+    return [float((v.double() - t).norm() / t.norm()) for v, t in zip(differentiate(loss, few), exact, strict=True)]
+
+
+def peak_memory(loss: Loss, operands: Operands) -> int:
+    """Bytes that a forward + backward adds at its peak on a GPU, gradients included."""
+    torch.accelerator.reset_peak_memory_stats()
+    before = torch.accelerator.memory_allocated()
+    differentiate(loss, operands)
+    return torch.accelerator.max_memory_allocated() - before
 
 
 def status_bytes(field: str) -> int:
@@ -203,23 +277,17 @@ def measure_alone(name: str, settings: Settings, passes: int) -> tuple[list[floa
     x, w, targets = problem(settings, is_harmonic(name))
     small = (x[:8].detach().requires_grad_(), w[:64].detach().requires_grad_(), targets[:8] % 64)
     differentiate(loss, small)  # libraries load, and threads start
-    on_gpu = settings.device == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    if settings.device != "cpu":
+        extra = peak_memory(loss, (x, w, targets))
     else:
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
         before = status_bytes("VmRSS")
-    seconds, extra = [], 0
+    times = []
     for number in range(passes):
-        synchronize(settings.device)
-        start = time.perf_counter()
-        differentiate(loss, (x, w, targets))
-        synchronize(settings.device)
-        seconds.append(time.perf_counter() - start)
-        if number == 0:
-            extra = (torch.cuda.max_memory_allocated() if on_gpu else status_bytes("VmHWM")) - before
-    return seconds, extra
+        times.append(seconds(partial(differentiate, loss, (x, w, targets)), settings.device))
+        if number == 0 and settings.device == "cpu":
+            extra = status_bytes("VmHWM") - before
+    return times, extra
 
 
 def in_a_process_of_its_own(name: str, settings: Settings, passes: int = 1) -> tuple[list[float], int]:
@@ -227,9 +295,10 @@ def in_a_process_of_its_own(name: str, settings: Settings, passes: int = 1) -> t
         return pool.submit(measure_alone, name, settings, passes).result()
 
 
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
+def machine_name(device: str) -> str:
+    """The GPU's name, or the CPU's."""
+    if device != "cpu":
+        return device_name(torch.device(device))
     cpuinfo = Path("/proc/cpuinfo")
     match = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return match[1] if match else platform.processor()
@@ -253,7 +322,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", type=parse_shape, default=(2048, 768, 50304), help="positions x dim x rows")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, xpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--chunk", type=int, help="positions per chunk of the fused losses (default: their own choice)")
     parser.add_argument("--exponent", default="2*sqrt_dim", help="exponent n of the distance d")
@@ -288,12 +357,13 @@ def main(arguments: list[str] | None = None) -> None:
         losses = {name: loss for name, loss in losses.items() if name in options.only or isinstance(loss, DistanceLoss)}
 
     threads = f", {options.threads} threads" if options.device == "cpu" else ""
-    print(f"{device_name(options.device)}{threads}, torch {torch.__version__}, {options.dtype}")
+    print(f"{machine_name(options.device)}{threads}, torch {torch.__version__}, {options.dtype}")
     print(f"{positions} positions x {dim} x {rows} rows, n = {settings.n:.4g}, {options.rounds} rounds\n")
     header, columns = ["loss"], [[name] for name in losses]
+    operands = {harmonic: problem(settings, harmonic) for harmonic in {is_harmonic(name) for name in losses}}
 
     if "time" not in options.skip:
-        times = measure_times(losses, settings, options.rounds)
+        times = measure_times(losses, operands, options.rounds, options.device)
         references = [name for name in REFERENCES if name in losses]
         references += ["fused harmonic"] if options.distances and "fused harmonic" in losses else []
         header += ["time, s (quartiles)", *(f"/ {name}" for name in references)]
@@ -304,7 +374,10 @@ def main(arguments: list[str] | None = None) -> None:
             for name in references:
                 column.append(f"{statistics.median(a / b for a, b in zip(own, times[name], strict=True)):.3f}")
     if "memory" not in options.skip:
-        memory = {name: in_a_process_of_its_own(name, settings)[1] for name in losses}
+        if settings.device == "cpu":
+            memory = {name: in_a_process_of_its_own(name, settings)[1] for name in losses}
+        else:
+            memory = {name: peak_memory(loss, operands[is_harmonic(name)]) for name, loss in losses.items()}
         header.append("memory, MiB")
         for column in columns:
             column.append(f"{memory[column[0]] / 2**20:.0f}")
@@ -315,7 +388,9 @@ def main(arguments: list[str] | None = None) -> None:
     if "errors" not in options.skip:
         header.append("errors: loss, dx, dw")
         for column in columns:
-            errors = measure_errors(losses[column[0]], settings, is_harmonic(column[0]))
+            loss, harmonic = losses[column[0]], is_harmonic(column[0])
+            exact = truth(dense_of(loss, settings, harmonic), settings, operands[harmonic])
+            errors = measure_errors(loss, settings, operands[harmonic], exact)
             column.append(", ".join(f"{error:.1e}" for error in errors))
     print_table(header, columns)
 

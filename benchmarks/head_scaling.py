@@ -17,7 +17,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from benchmarks.head_loss import Settings, device_name, in_a_process_of_its_own
+from benchmarks.head_loss import Settings, in_a_process_of_its_own, machine_name
 
 LOSSES = ("dense harmonic", "fused harmonic", "F.cross_entropy(x @ W.T)", "F.linear_cross_entropy")
 DENSE_MATRICES = {"dense harmonic": 8, "F.cross_entropy(x @ W.T)": 3}  # (positions, rows) tensors alive at the peak
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--max-rows", type=int, default=200_000)
     parser.add_argument("--first", type=int, default=1024, help="smallest number of positions and of classes")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, xpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--limit", type=float, default=8, help="most GiB of a dense loss")
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
             axes[row][column].set(xscale="log", yscale="log", xlabel=f"{field}", ylabel=label)
             axes[row][column].spines[["top", "right"]].set_visible(False)
     axes[0][0].legend(frameon=False)
-    figure.suptitle(f"{device_name(options.device)}, {options.dtype}, width {options.dim}")
+    figure.suptitle(f"{machine_name(options.device)}, {options.dtype}, width {options.dim}")
     figure.savefig(options.out)
     print(options.out)
 

@@ -13,11 +13,13 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.head_loss import synchronize
 from hgpt import cli
 from hgpt.hardware import device_name
 from hgpt.model.configuration_hgpt import HEADS, HGPTConfig
@@ -41,25 +43,24 @@ def without_cache(model: HGPTForCausalLM, prompt: Tensor, count: int) -> Tensor:
     return prompt
 
 
-def now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def now(device: torch.device) -> float:
+    synchronize(device.type)
     return time.perf_counter()
 
 
 def seconds(generate: Generate, model: HGPTForCausalLM, prompt: Tensor, count: int) -> float:
-    start = now()
+    start = now(prompt.device)
     text = generate(model, prompt, count)
     assert text.shape == (len(prompt), prompt.shape[1] + count)
-    return now() - start
+    return now(prompt.device) - start
 
 
 def share_of_head(model: HGPTForCausalLM, prompt: Tensor, count: int) -> float:
     """The head's share of the time with the cache. On a GPU the synchronisation for it slows down the rest."""
     times: list[float] = []
     hooks = [
-        model.lm_head.register_forward_pre_hook(lambda *_: times.append(-now())),
-        model.lm_head.register_forward_hook(lambda *_: times.append(now())),
+        model.lm_head.register_forward_pre_hook(lambda *_: times.append(-now(prompt.device))),
+        model.lm_head.register_forward_hook(lambda *_: times.append(now(prompt.device))),
     ]
     whole = seconds(with_cache, model, prompt, count)
     for hook in hooks:
@@ -67,21 +68,19 @@ def share_of_head(model: HGPTForCausalLM, prompt: Tensor, count: int) -> float:
     return sum(times) / whole
 
 
-def main(arguments: Sequence[str]) -> None:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("layers", 12), ("heads", 12), ("dim", 768), ("vocab", 50257)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--prompt", type=int, default=16, help="tokens of the prompt")
-    parser.add_argument("--new-tokens", type=int, default=256)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
-    parser.add_argument("--uncached-batch", type=int, nargs="+", default=[1], help="batch sizes without the cache")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args(arguments)
+class Row(NamedTuple):
+    """Medians of a head and a batch size; `uncached` and `ratio` (cached to uncached) are None if not measured."""
 
-    torch.set_num_threads(options.threads)
+    head: str
+    batch: int
+    cached: float  # tokens/s
+    uncached: float | None
+    ratio: float | None
+    share: float  # of the head, with the cache
+
+
+def measure(options: argparse.Namespace) -> Iterator[Row]:
+    """One row for each head and batch size."""
     torch.manual_seed(0)
     device, new = torch.device(options.device), options.new_tokens
     models = {}
@@ -91,11 +90,6 @@ def main(arguments: Sequence[str]) -> None:
             n_embd=options.dim, head=head, eos_token_id=None,
         )  # fmt: skip
         models[head] = HGPTForCausalLM(config).to(device, getattr(torch, options.dtype)).eval()
-
-    print(f"{device_name(device)}, {options.threads} threads, torch {torch.__version__}, {options.dtype}")
-    print(f"{options.prompt} + {new} tokens, median of {options.rounds} rounds\n")
-    print("| head | batch | with cache, tokens/s | without, tokens/s | ratio | head's share with cache |")
-    print("| --- | --- | --- | --- | --- | --- |")
     for batch in options.batch:
         prompt = torch.randint(options.vocab, (batch, options.prompt), device=device)
         # Warm-up: libraries load, and the C library allocates and keeps the memory of a whole text.
@@ -109,11 +103,40 @@ def main(arguments: Sequence[str]) -> None:
                 rounds[head].append((cached, uncached, share_of_head(model, prompt, new)))
         for head, measured in rounds.items():
             cached, uncached, share = (statistics.median(values) for values in zip(*measured, strict=True))
-            cells = [head, str(batch), f"{batch * new / cached:,.1f}", "", "", f"{share:.1%}"]
+            tokens, without, ratio = batch * new, None, None
             if uncached:
-                ratio = statistics.median(without / with_it for with_it, without, _ in measured)
-                cells[3:5] = f"{batch * new / uncached:,.1f}", f"{ratio:.2f}"
-            print(f"| {' | '.join(cells)} |", flush=True)
+                without = tokens / uncached
+                ratio = statistics.median(slow / fast for fast, slow, _ in measured)
+            yield Row(head, batch, tokens / cached, without, ratio, share)
+
+
+def parser() -> cli.Parser:
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("layers", 12), ("heads", 12), ("dim", 768), ("vocab", 50257)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--prompt", type=int, default=16, help="tokens of the prompt")
+    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--uncached-batch", type=int, nargs="*", default=[1], help="batch sizes without the cache")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, xpu, mps")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--rounds", type=int, default=3)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    name = device_name(torch.device(options.device))
+    print(f"{name}, {options.threads} threads, torch {torch.__version__}, {options.dtype}")
+    print(f"{options.prompt} + {options.new_tokens} tokens, median of {options.rounds} rounds\n")
+    print("| head | batch | with cache, tokens/s | without, tokens/s | ratio | head's share with cache |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for row in measure(options):
+        without = ["", ""] if row.uncached is None else [f"{row.uncached:,.1f}", f"{row.ratio:.2f}"]
+        cells = [row.head, str(row.batch), f"{row.cached:,.1f}", *without, f"{row.share:.1%}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.head_loss import synchronize
 from hgpt.hardware import device_name, peak_flops
 from hgpt.model.configuration_hgpt import HEADS, HGPTConfig
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.config import OptimConfig
+from hgpt.run.engines import compile_blocks
 from hgpt.run.optim import build_optimizer
 from hgpt.run.report import flops_per_token
 
@@ -75,8 +77,8 @@ class PlainGPT(nn.Module):
 
 def our_model(config: HGPTConfig, options: argparse.Namespace) -> tuple[torch.optim.Optimizer, Callable, nn.Module]:
     model = HGPTForCausalLM(config).to(options.device).train()
-    for block in model.transformer.h if options.compile else ():
-        block.compile()
+    if options.compile:
+        compile_blocks(model)
     return (
         build_optimizer(model, OptimConfig()),
         lambda inputs, targets: model(inputs, shift_labels=targets, use_cache=False).loss,
@@ -106,58 +108,78 @@ def training_step(name: str, config: HGPTConfig, options: argparse.Namespace) ->
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if options.device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(options.device)
         return time.perf_counter() - start
 
     return step
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("layers", 4), ("heads", 4), ("dim", 128), ("seq-len", 128), ("micro-batch", 16)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--vocab", type=int, default=2048)
-    parser.add_argument("--exponent", default="34", help="n of the harmonic head, as in model.head.exponent")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--compile", action="store_true", help="torch.compile each block; of plain the whole model")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--rounds", type=int, default=20)
-    options = parser.parse_args(arguments)
-    if options.rounds < 2:
-        parser.error(f"argument --rounds: quartiles need at least 2 rounds; got {options.rounds}")
-
-    torch.set_num_threads(options.threads)
+def configs_of(options: argparse.Namespace) -> dict[str, HGPTConfig]:
+    """The model of each name; "plain" is built from the softmax twin's."""
     shape = {"n_layer": options.layers, "n_head": options.heads, "n_embd": options.dim, "exponent": options.exponent}
     configs = {
         head: HGPTConfig(vocab_size=options.vocab, n_positions=options.seq_len, head=head, **shape) for head in HEADS
     }
-    configs["plain"] = configs["softmax"]
-    steps = {name: training_step(name, config, options) for name, config in configs.items()}
-    times: dict[str, list[float]] = {name: [] for name in configs}
+    return configs | {"plain": configs["softmax"]}
+
+
+def measure(options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of a step in each round, by the model's name."""
+    steps = {name: training_step(name, config, options) for name, config in configs_of(options).items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(options.rounds + 3):
         for name in ORDERS[number % len(ORDERS)]:
             seconds = steps[name]()
             if number >= 3:  # the first steps compile and allocate
                 times[name].append(seconds)
+    return times
 
-    name, tokens = device_name(torch.device(options.device)), options.micro_batch * options.seq_len
-    print(f"{name}, {options.threads} threads, torch {torch.__version__}, {options.precision}, ", end="")
+
+def mfu(config: HGPTConfig, tokens_per_second: float, options: argparse.Namespace) -> float | None:
+    """Model FLOPs utilisation; None in fp32 and on a device whose peak is not known."""
+    peak = peak_flops(device_name(torch.device(options.device))) if options.precision == "bf16" else None
+    return None if peak is None else tokens_per_second * flops_per_token(config, options.seq_len) / peak
+
+
+def ratio(times: dict[str, list[float]], name: str) -> float:
+    """Tokens/s of harmonic relative to `name`: the median over rounds."""
+    return statistics.median(b / a for a, b in zip(times["harmonic"], times[name], strict=True))
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("layers", 4), ("heads", 4), ("dim", 128), ("seq-len", 128), ("micro-batch", 16)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--vocab", type=int, default=2048)
+    parser.add_argument("--exponent", default="34", help="n of the harmonic head, as in model.head.exponent")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, xpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile each block; of plain the whole model")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--rounds", type=int, default=20)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    if options.rounds < 2:
+        parser().error(f"argument --rounds: quartiles need at least 2 rounds; got {options.rounds}")
+    torch.set_num_threads(options.threads)
+    times, configs, tokens = measure(options), configs_of(options), options.micro_batch * options.seq_len
+
     print(
-        f"compile {options.compile}\n{options.layers} blocks, width {options.dim}, vocabulary {options.vocab}, "
-        f"n = {configs['harmonic'].exponent:.4g}, {tokens} tokens per step\n"
+        f"{device_name(torch.device(options.device))}, {options.threads} threads, torch {torch.__version__}, "
+        f"{options.precision}, compile {options.compile}\n{options.layers} blocks, width {options.dim}, vocabulary "
+        f"{options.vocab}, n = {configs['harmonic'].exponent:.4g}, {tokens} tokens per step\n"
     )
-    peak = peak_flops(name) if options.precision == "bf16" else None
-    for head, seconds in times.items():
+    for name, seconds in times.items():
         low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
-        line = f"{head:<9} {tokens / middle:9,.0f} tokens/s ({tokens / high:,.0f} to {tokens / low:,.0f})"
-        if peak is not None:
-            line += f"  MFU {tokens / middle * flops_per_token(configs[head], options.seq_len) / peak:.1%}"
+        line = f"{name:<9} {tokens / middle:9,.0f} tokens/s ({tokens / high:,.0f} to {tokens / low:,.0f})"
+        if (share := mfu(configs[name], tokens / middle, options)) is not None:
+            line += f"  MFU {share:.1%}"
         print(line)
     for name in ("softmax", "plain"):
-        ratio = statistics.median(b / a for a, b in zip(times["harmonic"], times[name], strict=True))
-        print(f"harmonic / {name}, tokens/s: {ratio:.3f}")
+        print(f"harmonic / {name}, tokens/s: {ratio(times, name):.3f}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ resumes (data_prep/state.py). The bytes of the folder depend neither on interrup
 """
 
 import hashlib
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -48,9 +47,10 @@ from hgpt.data.shards import (
     read_meta,
     write_meta,
 )
-from hgpt.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, package_versions
+from hgpt.data.tokenizer import TOKENIZER_FILE, TOKENIZER_PACKAGES, Tokenizer, load_tokenizer
 from hgpt.durable import publish
 from hgpt.errors import UserError
+from hgpt.hardware import installed_versions
 
 SAVE_SECONDS = 5.0  # between saves of the progress: a kill loses this much work and the units in the workers
 SHARD_BYTES_PER_BYTE = 0.45  # of text: a token of GPT-2 is 4.4 bytes of English, and 2 bytes in a shard
@@ -188,7 +188,6 @@ def _tokenizer(recipe: Recipe, plan: Plan) -> Tokenizer:
 
 def _settings(recipe: Recipe, plan: Plan, tokenizer_json: Path) -> dict[str, Any]:
     """The settings that determine the bytes of the shards."""
-    versions = {name: importlib.metadata.version(name) for name in recipe.packages}
     return {
         "revision": plan.source.revision,
         "source": files_digest(plan.sections, plan.source.files),
@@ -198,7 +197,11 @@ def _settings(recipe: Recipe, plan: Plan, tokenizer_json: Path) -> dict[str, Any
         "val_fraction": recipe.val_fraction,
         "seed": recipe.seed,
         "tokens_per_shard": recipe.tokens_per_shard,
-        "packages": {**versions, "python": platform.python_version(), **package_versions()},
+        "packages": {
+            **installed_versions(*recipe.packages),
+            "python": platform.python_version(),
+            **installed_versions(*TOKENIZER_PACKAGES),
+        },
         # Last, because an error names the first setting that differs, and this one follows from the others.
         "tokenizer_json": hashlib.sha256(tokenizer_json.read_bytes()).hexdigest(),
     }

@@ -1,7 +1,10 @@
-"""What devices can do: peak FLOP/s, memory, bandwidth."""
+"""What a machine has: devices, their peak FLOP/s, memory and bandwidth, and versions of packages."""
 
 import resource
 import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -34,6 +37,9 @@ _DEVICES: dict[str, tuple[float, int | None, int | None]] = {
     "A10": (125, 22, 600),
     "RTX 4090": (165, 23, 1008),
     "RTX 3090": (71, 23, 936),
+    "B200": (2250, 178, 8000),
+    "Instinct MI300X": (1307, 191, 5300),
+    "Instinct MI250X": (191.5, 63, 1638),  # one of its two dies, which is a device of its own
 }
 # Names with these words are other devices: a slice of a GPU (MIG), or a variant of one above.
 _OTHER_DEVICE = {"MIG", "Laptop", "Ti", "D"}
@@ -57,14 +63,15 @@ def peak_flops(name: str) -> float | None:
 
 
 def device_name(device: torch.device) -> str:
-    """CUDA's name of a GPU; for other devices their type, such as "cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    """The driver's name of a GPU (CUDA, ROCm, XPU); for other devices their type, such as "cpu" and "mps"."""
+    name_of = getattr(torch.get_device_module(device), "get_device_name", None)
+    return device.type if name_of is None else name_of(device)
 
 
 def memory_in_use(device: torch.device) -> float:
-    """Peak memory of this process in GiB: allocated on its GPU, or resident if it uses the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+    """Peak memory of this process in GiB: allocated on its GPU, or resident where no allocator of the device counts."""
+    if device.type != "cpu" and (peak := torch.accelerator.max_memory_allocated(device)):
+        return peak / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
@@ -78,3 +85,24 @@ def choose_device(name: str | None) -> torch.device:
         return torch.empty(1, device=name).device  # torch.device(name) also accepts a missing device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def installed_versions(*packages: str) -> dict[str, str]:
+    """Versions of packages, "not installed" for those that are not there.
+
+    A checkout on the path need not be installed: the version of hgpt is then that of its pyproject.toml, or "unknown".
+    """
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = _own_version() if name == "hgpt" else "not installed"
+    return found
+
+
+def _own_version(project: Path = Path(__file__).parents[1] / "pyproject.toml") -> str:
+    try:
+        return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"]
+    except (OSError, ValueError, KeyError):
+        return "unknown"

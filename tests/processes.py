@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate.commands import launch
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 import train
 from hgpt.run.config import RunConfig
@@ -23,9 +25,20 @@ ENGINES = {
     "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
 }
 
-# Forked from a server that has imported everything already, so that a process starts in a moment.
-_context = multiprocessing.get_context("forkserver")
+# Forked from a server that has imported everything already, so that a process starts in a moment. With a GPU, which a
+# forked process cannot use if the server has asked for it, processes start anew.
+_context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 _context.set_forkserver_preload(["train", "deepspeed", "accelerate.utils.deepspeed"])
+
+
+def engine_environment(engine: str) -> dict[str, str]:
+    """What a launcher sets. On a GPU a run of one plain process needs nothing but the processes' numbers."""
+    if engine == "fsdp2":
+        file = str(Path(__file__).parent.parent / "configs" / "accelerate" / "fsdp2.yaml")
+        arguments = launch.launch_command_parser().parse_args(["--config_file", file, "train.py"])
+        known = prepare_multi_gpu_env(launch._validate_launch_command(arguments)[0])
+        return {name: value for name, value in known.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+    return ENGINES[engine]
 
 
 def free_port() -> int:
@@ -40,7 +53,7 @@ def start(configs: Sequence[RunConfig], processes: int, engine: str = "ddp", log
     shared |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1}
     started = []
     for rank in range(processes):
-        settings = shared | {"RANK": rank, "LOCAL_RANK": rank} | ENGINES[engine] | environment
+        settings = shared | {"RANK": rank, "LOCAL_RANK": rank} | engine_environment(engine) | environment
         settings = {name: str(value) for name, value in settings.items()}
         config = configs[rank] if len(configs) > 1 else configs[0]
         process = _context.Process(target=_train, args=(config, settings, log and log.with_suffix(f".{rank}")))

@@ -98,7 +98,7 @@ def test_last_short_window_is_filled_with_ignored_targets():
 
 @pytest.mark.parametrize(
     "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+    ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)],
 )
 def test_what_is_read_ahead_is_what_is_asked_for(device):
     plain, ahead = batches(micro_batch=2), batches(micro_batch=2, device=device)

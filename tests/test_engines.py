@@ -356,6 +356,25 @@ def test_what_an_engine_cannot_do_is_said(refused, engine, section, settings, me
     refused({}, message, engine, **{section: settings})
 
 
+@pytest.mark.parametrize(("apart", "limit"), [(False, 8), (True, 12)])
+def test_blocks_compile_with_a_torch_that_cannot_keep_compilations_apart(monkeypatch, apart, limit):
+    """`isolate_recompiles` is newer than torch 2.11: all blocks then share a limit, which has to be high enough."""
+    compiled = []
+
+    def compile(module, **options):
+        if options:
+            raise TypeError(f"compile() got an unexpected keyword argument {next(iter(options))!r}")
+        compiled.append(module)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    shape = {"vocab_size": 50, "n_positions": 8, "n_layer": 3, "n_head": 2, "n_embd": 16}
+    model = HGPTForCausalLM(HGPTConfig(**shape, scale_attn_by_inverse_layer_idx=apart))
+    with torch._dynamo.config.patch(recompile_limit=8):
+        engines.compile_blocks(model)
+        assert torch._dynamo.config.recompile_limit == limit
+    assert compiled == list(model.transformer.h)
+
+
 def test_engines_that_are_not_there(monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"asks for FSDP, .* on GPUs"):
         patch.setenv("ACCELERATE_USE_FSDP", "true")

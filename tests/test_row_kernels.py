@@ -20,6 +20,7 @@ from hgpt.model.loss import LossParams, by_products, head_loss, kernel_for_produ
 
 pytest.importorskip("triton", reason="the row kernels need Triton, which is part of PyTorch's builds for GPUs")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 # The interpreter rounds to bfloat16 towards zero, a GPU to the nearest: the mean error is twice as large.
 BFLOAT16_ERROR = 1.2 if DEVICE == "cuda" else 4.0
 

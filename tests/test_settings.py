@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import tomllib
 from dataclasses import fields, replace
 from pathlib import Path
@@ -406,3 +407,11 @@ def test_resume_refuses_another_model_or_other_data(file, given, line):
     message = str(error.value)
     assert message.startswith("cannot resume runs/x/checkpoints/step_0000005") and f"\n  {line}\n" in message
     assert "optim.lr" not in message  # which is allowed
+
+
+def test_only_descriptions_need_docstring_parser(monkeypatch):
+    """A checkout on a GPU machine trains without it."""
+    known = known_settings()
+    monkeypatch.setitem(sys.modules, "docstring_parser", None)
+    bare = known_settings.__wrapped__()
+    assert bare.keys() == known.keys() and known["name"].doc and not bare["name"].doc

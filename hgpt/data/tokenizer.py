@@ -24,6 +24,7 @@ from hgpt.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_PACKAGES = ("tiktoken", "tokenizers")  # they decide which tokens a text becomes
 
 # (file, SHA-256) as tiktoken checks them, in tiktoken_ext/openai_public.py.
 GPT2_VOCABULARY = ("encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783")
@@ -153,11 +154,6 @@ def hf_tokenizer(
         pad_token=token,
         clean_up_tokenization_spaces=False,
     )
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that decide which tokens a text becomes, for `meta.json`."""
-    return {name: importlib.metadata.version(name) for name in ("tiktoken", "tokenizers")}
 
 
 # ------------------------------------------------------------------------------------------------------------

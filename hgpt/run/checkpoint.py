@@ -321,10 +321,11 @@ def write_manifest(folder: Path) -> None:
 
 
 def random_state() -> dict[str, Tensor]:
-    """State of this process's generators that dropout draws from: "torch" and, with CUDA, "cuda"; uint8 tensors."""
+    """State of this process's generators that dropout draws from: "torch" and the GPU's by its type; uint8 tensors."""
     generators = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        generators["cuda"] = torch.cuda.get_rng_state()
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    if gpu is not None:
+        generators[gpu.type] = torch.get_device_module(gpu).get_rng_state()
     return generators
 
 
@@ -442,6 +443,7 @@ class Checkpoint:
             return False
         tensors = load_file(path)
         torch.set_rng_state(tensors["torch"])
-        if "cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["cuda"])
+        gpu = torch.accelerator.current_accelerator(check_available=True)
+        if gpu is not None and gpu.type in tensors:
+            torch.get_device_module(gpu).set_rng_state(tensors[gpu.type])
         return True

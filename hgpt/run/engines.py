@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.integrations import unset_hf_deepspeed_config
 
 from hgpt.errors import UserError
+from hgpt.hardware import installed_versions
 from hgpt.model.configuration_hgpt import HGPTConfig
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.config import RunConfig
@@ -355,15 +355,23 @@ def _configure_deepspeed(config: dict[str, Any], ours: dict[str, tuple[float, st
     config.setdefault("communication_data_type", "fp32")
 
 
+def compile_blocks(model: HGPTForCausalLM) -> None:
+    """torch.compile each block in place, so that parameters keep their names."""
+    # Blocks share one compilation, unless each scales attention by a constant of its own.
+    apart, blocks = model.config.scale_attn_by_inverse_layer_idx, model.transformer.h
+    for block in blocks:
+        try:
+            block.compile(isolate_recompiles=apart)
+        except TypeError:  # torch 2.11 does not know it: the compilations of all blocks count against one limit
+            block.compile()
+            if apart:  # each block in training and in evaluation, with static and with dynamic shapes
+                limit = torch._dynamo.config.recompile_limit
+                torch._dynamo.config.recompile_limit = max(limit, 4 * len(blocks))
+
+
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide what a run computes."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # a source checkout on the path
-            versions[package] = "not installed"
-    return versions
+    return {"python": platform.python_version(), **installed_versions(*_PACKAGES)}
 
 
 def code_fingerprint(package: Path = Path(__file__).parents[1]) -> str:

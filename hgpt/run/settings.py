@@ -21,8 +21,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-import docstring_parser
-
 from hgpt.cli import Parser
 from hgpt.errors import UserError
 from hgpt.model.configuration_hgpt import HGPTConfig
@@ -49,11 +47,16 @@ def known_settings(section: type = RunConfig, prefix: str = "") -> dict[str, Set
         if isinstance(entry.type, type) and is_dataclass(entry.type):
             found |= known_settings(entry.type, f"{prefix}{entry.name}.")
         else:
-            found[prefix + entry.name] = Setting(entry.type, entry.default, docs[entry.name])
+            found[prefix + entry.name] = Setting(entry.type, entry.default, docs.get(entry.name, ""))
     return found
 
 
 def _docs(section: type) -> dict[str, str]:
+    """Descriptions for --help; none in a checkout without docstring_parser."""
+    try:
+        import docstring_parser
+    except ImportError:
+        return {}
     params = docstring_parser.parse(section.__doc__ or "").params
     return {param.arg_name: " ".join((param.description or "").split()) for param in params}
 

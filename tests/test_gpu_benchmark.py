@@ -1,0 +1,170 @@
+"""benchmarks/gpu.py: its parts on a CPU, its time limits, and what it reports of parts that fail."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+
+from benchmarks import gpu, head_loss
+from hgpt import cli
+
+PARTIAL = {"card": "a card", "shape": [1, 2, 3], "dtype": "float32", "losses": {}, "skipped": {"Liger": "not here"}}
+
+
+def test_time_goes_to_the_parts_in_proportion_and_the_last_are_left_out_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {"a": (60, 30), "b": (120, 50), "c": (20, 15)}
+    monkeypatch.setattr(gpu, "PARTS", {name: gpu.Part(print, *seconds) for name, seconds in parts.items()})
+    assert gpu.time_limits(["a", "b", "c"], 400) == {"a": 120, "b": 240, "c": 40}
+    assert gpu.time_limits(["a", "b", "c"], 120) == {"a": 40, "b": 80}  # c would get 12 s
+    assert gpu.time_limits(["a", "b", "c"], 60) == {"a": 60}
+    assert gpu.time_limits(["a", "b", "c"], 29) == {}
+    assert gpu.time_limits(["c"], 29) == {"c": 29}  # when its turn comes
+
+
+@pytest.mark.parametrize("name", ["head", "step", "generate"])
+def test_a_part_on_the_cpu(name: str, tmp_path: Path) -> None:
+    saved: list[dict] = []
+    gpu.PARTS[name].run(gpu.Job("cpu", time.monotonic() + 100, tmp_path, saved.append))
+    lines = gpu.TABLES[name](json.loads(json.dumps(saved[-1])))
+    assert max(map(len, lines)) <= 100
+    if name == "head":
+        losses = saved[-1]["losses"]
+        assert {"harmonic", "softmax", "F.cross_entropy", "dense harmonic"} <= set(losses)
+        assert saved[-1]["skipped"].keys() >= {"Liger", "Apple CCE", "quack", "F.cross_entropy, compiled"}
+        assert all(0 <= error < 1e-5 for row in losses.values() for error in row["errors"])
+        assert losses["harmonic"]["harmonic / this"] == 1 and losses["softmax"]["ms"] > 0
+    elif name == "step":
+        assert list(saved[-1]["micro_batches"]) == ["32", "16", "64", "8"]
+        assert all(row["plain"]["tokens_per_second"] > 0 for row in saved[-1]["micro_batches"].values())
+    else:
+        assert [(row["head"], row["batch"]) for row in saved[-1]["rows"]] == [
+            (head, batch) for batch in (1, 2) for head in ("harmonic", "softmax")
+        ]
+
+
+def test_a_part_that_fails_or_hangs_is_reported_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`head` hangs after it has saved something, `train` fails, `tests` is no longer possible, `energy` is done."""
+    seconds = {"head": (1, 1), "train": (3, 1), "tests": (50, 50), "energy": (4, 1)}
+    monkeypatch.setattr(gpu, "PARTS", {name: gpu.Part(print, *both) for name, both in seconds.items()})
+    monkeypatch.setattr(gpu, "MARGIN", 0)
+
+    def command(name: str, device: str, limit: float, work: Path) -> list[str]:
+        (work / "head.json").write_text(json.dumps(PARTIAL))
+        code = {"head": "import time; time.sleep(60)", "train": "1 / 0", "energy": "print('done')"}[name]
+        return [sys.executable, "-c", code]
+
+    monkeypatch.setattr(gpu, "command", command)
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    out, begin = tmp_path / "out", time.monotonic()
+    assert cli.run(gpu.main, ["--device", "cpu", "--minutes", "0.14", "--out", str(out)]) == 0
+    assert time.monotonic() - begin < 8.4
+    report = json.loads((out / "gpu.json").read_text())
+    status = {name: (record["status"], record["reason"]) for name, record in report["parts"].items()}
+    assert status["head"][0] == "stopped" and report["parts"]["head"]["result"] == PARTIAL
+    assert status["train"] == ("failed", "ZeroDivisionError: division by zero")
+    assert status["tests"][0] == "left out" and "needs 50" in status["tests"][1]
+    assert status["energy"] == ("done", None)
+    assert report["card"] == "a card" and report["versions"]["transformers"] == transformers.__version__
+    assert len(report["commit"]) == 40 or report["commit"] == "unknown"
+    printed = capsys.readouterr().out
+    assert "left out unless an earlier part ends early: tests" in printed
+    assert "skipped: Liger (not here)" in (text := (out / "gpu.txt").read_text()) and text in printed
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--minutes", "0.5", "--device", "cpu"], "--minutes is too few for any part"),
+        (["--minutes", "0.5", "--device", "cpu", "--parts", "step"], "step need at least 75 s"),
+        (["--device", "nonsense"], "--device nonsense cannot be used here"),
+        pytest.param(
+            [],
+            "there is no GPU here",
+            marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one here"),
+        ),
+        (["--device", "cpu"], "has the gpu.json of another call"),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "gpu.json").write_text("{}")
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(gpu, "MARGIN", 25)
+    assert cli.run(gpu.main, [*arguments, "--out", str(tmp_path)]) == 2
+    monkey.undo()
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "gpu.json").read_text() == "{}"
+
+
+def test_the_goals_are_ratios_of_one_run() -> None:
+    def part(**result) -> dict:
+        return {"result": {"card": "a card", **result}}
+
+    parts = {
+        "head": part(
+            losses={
+                "harmonic": {"extra_bytes": 30},
+                "Liger": {"harmonic / this": 0.9, "softmax / this": 0.8, "extra_bytes": 1},
+                "dense harmonic": {"extra_bytes": 1000},
+            }
+        ),
+        "step": part(
+            micro_batches={
+                "32": {
+                    "harmonic": {"tokens_per_second": 500, "mfu": 0.5},
+                    "harmonic / softmax": 0.99,
+                    "harmonic / plain": 1.1,
+                }
+            }
+        ),
+        "train": part(tokens_per_second=490),
+        "generate": part(
+            rows=[
+                {"head": "softmax", "batch": 1, "tokens_per_second": 7, "share_of_head": 0.7},
+                {"head": "harmonic", "batch": 1, "tokens_per_second": 1000, "share_of_head": 0.07},
+            ]
+        ),
+    }
+    assert [value for _, _, value, _ in gpu.goals(parts)] == [0.9, 0.8, 0.03, 0.99, 1.1, 0.5, 0.98, 1000, 0.07]
+    assert {value for _, _, value, _ in gpu.goals({"head": part()})} == {None}
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise ImportError("no module of that name")
+
+    settings = head_loss.Settings(8, 4, 16, torch.float32, "meta", 1, None, "2*sqrt_dim")
+    monkeypatch.setattr(head_loss, "LIBRARIES", {"Liger": fails, "quack": lambda: print})
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)  # torch 2.11 does not have it
+    found = head_loss.all_variants(settings)
+    assert found["Liger"] == "ImportError: no module of that name" and found["quack"] is print
+    assert found["F.linear_cross_entropy"] == f"torch {torch.__version__} does not have it"
+    assert not {"Liger", "F.linear_cross_entropy"} & set(head_loss.variants(settings))
+
+
+def test_the_tests_of_other_machines_are_not_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU only the files with tests for it: others may need packages that are not there."""
+    asked: list[str] = []
+    fake = SimpleNamespace(main=lambda arguments, plugins: asked.extend(arguments) or 0, ExitCode=SimpleNamespace(OK=0))
+    monkeypatch.setitem(sys.modules, "pytest", fake)
+    gpu.tests(gpu.Job("cuda", 0, tmp_path, print))
+    files = {Path(name).name for name in asked if name.endswith(".py")}
+    assert {"test_gpu.py", "test_batches.py"} <= files and "test_modeling.py" not in files
+
+
+@pytest.mark.slow
+def test_every_part_on_the_cpu(tmp_path: Path) -> None:
+    assert cli.run(gpu.main, ["--device", "cpu", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert {name: record["status"] for name, record in report["parts"].items()} == dict.fromkeys(gpu.PARTS, "done")
+    trained = report["parts"]["train"]["result"]
+    assert trained["tokens_per_second"] > 0 and trained["steps"] == 6 and 0 < trained["warm_up"] < trained["whole"]
+    assert {entry["outcome"] for entry in report["parts"]["tests"]["result"]["tests"].values()} == {"passed"}
+    assert report["parts"]["energy"]["result"]["seconds"] > 0
