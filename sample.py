@@ -24,6 +24,7 @@ from transformers.generation import BaseStreamer
 
 import hgpt
 from hgpt import cli
+from hgpt.decoding import can_capture, generate_captured
 from hgpt.errors import UserError
 from hgpt.hardware import choose_device
 from hgpt.interpret.token_distances import LEGEND, LEGEND_WITH_RADII, distance_table, measure
@@ -292,10 +293,13 @@ def generate(
         **({"do_sample": False} if options.temperature == 0 else {"do_sample": True} | sampling),
     )
     prompt = torch.tensor([prompt_ids], device=model.device)
-    mask = torch.ones_like(prompt)
     torch.manual_seed(options.seed)
     try:
-        output = model.generate(prompt, attention_mask=mask, generation_config=config, streamer=stream)
+        if can_capture(model, new):
+            output = generate_captured(model, prompt, config, stream)
+        else:
+            mask = torch.ones_like(prompt)
+            output = model.generate(prompt, attention_mask=mask, generation_config=config, streamer=stream)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{model.device} ran out of memory with --num-samples {options.num_samples} of up to {new} tokens; "

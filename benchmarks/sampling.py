@@ -4,9 +4,9 @@
     python -m benchmarks.sampling --device cuda --dtype bfloat16
     python -m benchmarks.sampling --layers 4 --heads 4 --dim 128 --vocab 2048      the quickstart's model
 
-Both ways sample the same number of tokens from the whole distribution. "with cache" is transformers' `generate`, which
-`sample.py` uses; "without" runs the model on the whole text for each token, as nanoGPT's `generate` does. Heads and
-ways take turns, so that other programs on the machine slow down all of them.
+Both ways sample the same number of tokens from the whole distribution. "with cache" is what `sample.py` uses:
+transformers' `generate`, on a GPU `hgpt.decoding`. "without" runs the model on the whole text for each token, as
+nanoGPT's `generate` does. Heads and ways take turns, so that other programs on the machine slow down all of them.
 """
 
 import argparse
@@ -14,15 +14,19 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from benchmarks.head_loss import synchronize
 from hgpt import cli
+from hgpt.decoding import can_capture, generate_captured
 from hgpt.hardware import device_name
 from hgpt.model.configuration_hgpt import HEADS, HGPTConfig
+from hgpt.model.heads import HarmonicHead
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 
 Generate = Callable[[HGPTForCausalLM, Tensor, int], Tensor]
@@ -30,9 +34,10 @@ Generate = Callable[[HGPTForCausalLM, Tensor, int], Tensor]
 
 @torch.no_grad()
 def with_cache(model: HGPTForCausalLM, prompt: Tensor, count: int) -> Tensor:
-    mask = torch.ones_like(prompt)
-    lengths = {"min_new_tokens": count, "max_new_tokens": count}
-    return model.generate(prompt, attention_mask=mask, do_sample=True, pad_token_id=0, **lengths)
+    config = GenerationConfig(do_sample=True, max_new_tokens=count, pad_token_id=0)  # the models have no end of text
+    if can_capture(model, count):
+        return generate_captured(model, prompt, config)
+    return model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
 
 
 @torch.no_grad()
@@ -56,7 +61,9 @@ def seconds(generate: Generate, model: HGPTForCausalLM, prompt: Tensor, count: i
 
 
 def share_of_head(model: HGPTForCausalLM, prompt: Tensor, count: int) -> float:
-    """The head's share of the time with the cache. On a GPU the synchronisation for it slows down the rest."""
+    """The head's share of the time with the cache."""
+    if can_capture(model, count):
+        return seconds_of_head(model, len(prompt)) * count / seconds(with_cache, model, prompt, count)
     times: list[float] = []
     hooks = [
         model.lm_head.register_forward_pre_hook(lambda *_: times.append(-now(prompt.device))),
@@ -66,6 +73,22 @@ def share_of_head(model: HGPTForCausalLM, prompt: Tensor, count: int) -> float:
     for hook in hooks:
         hook.remove()
     return sum(times) / whole
+
+
+@torch.inference_mode()
+def seconds_of_head(model: HGPTForCausalLM, batch: int, calls: int = 200) -> float:
+    """One call of the head for a token of each text, in a CUDA graph as in `generate_captured`."""
+    hidden = torch.randn(batch, 1, model.config.n_embd, device=model.device, dtype=model.dtype)
+    with model.lm_head.unchanged_centres() if isinstance(model.lm_head, HarmonicHead) else nullcontext():
+        model.lm_head(hidden)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                model.lm_head(hidden)
+        graph.replay()
+        start = now(model.device)
+        graph.replay()
+        return (now(model.device) - start) / calls
 
 
 class Row(NamedTuple):

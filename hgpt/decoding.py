@@ -5,6 +5,9 @@ them. `generate` of transformers launches them; `generate_captured` records one 
 one, and replays it.
 """
 
+from contextlib import nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, StaticCache
@@ -17,6 +20,7 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from hgpt.model.heads import HarmonicHead
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 
 EAGER_STEPS = 3  # before the step is recorded: libraries choose kernels and allocate on their first calls
@@ -46,36 +50,34 @@ def warpers(config: GenerationConfig) -> LogitsProcessorList:
 def generate_captured(
     model: HGPTForCausalLM, prompt: Tensor, config: GenerationConfig, streamer: BaseStreamer | None = None
 ) -> Tensor:
-    """As `model.generate(prompt, generation_config=config, streamer=streamer)` for a prompt (1, T) without padding.
+    """As `model.generate(prompt, generation_config=config, streamer=streamer)`, for prompts (B, T) without padding.
 
     Returns:
-        (num_return_sequences, T + new), new ≤ max_new_tokens, filled with pad_token_id after an end of text. The tokens
-        are those of `generate` if it is greedy; sampled ones differ, because a graph draws other random numbers.
+        (B · num_return_sequences, T + new), new ≤ max_new_tokens, filled with pad_token_id after an end of text. The
+        tokens are those of `generate` if it is greedy; sampled ones differ, because a graph draws other random numbers.
     """
-    batch, new = config.num_return_sequences or 1, config.max_new_tokens
+    prompt, new = prompt.repeat_interleave(config.num_return_sequences or 1, dim=0), config.max_new_tokens
     ends = torch.tensor(config.eos_token_id or model.generation_config.eos_token_id or [], device=prompt.device)
-    step = _Step(model, prompt.expand(batch, -1), new, config)
-    done = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
+    step = _Step(model, prompt, new, config)
     if streamer is not None:
         streamer.put(prompt.cpu())
-    with model.lm_head.unchanged_centres() if hasattr(model.lm_head, "unchanged_centres") else torch.no_grad():
+    head = model.lm_head
+    with head.unchanged_centres() if isinstance(head, HarmonicHead) else nullcontext():
         for count in range(1, new + 1):
             step()
             if streamer is not None:
                 streamer.put(step.token[:, 0].cpu())
-            if len(ends) and (streamer is not None or count % CHECK_EVERY == 0):
-                done = torch.isin(step.tokens[:, :count], ends).any(1)
-                if bool(done.all()):
-                    break
+            if (streamer is not None or count % CHECK_EVERY == 0) and bool(
+                torch.isin(step.tokens[:, :count], ends).any(1).all()
+            ):
+                break
     if streamer is not None:
         streamer.end()
     found = step.tokens[:, :count]
-    if len(ends):
-        ended = torch.isin(found, ends).long().cumsum(1)
-        after = ended - torch.isin(found, ends).long() > 0
-        found = found.masked_fill(after, config.pad_token_id)
-        found = found[:, : int((~after).sum(1).max())]
-    return torch.cat((prompt.expand(batch, -1), found), dim=1)
+    is_end = torch.isin(found, ends).long()
+    after = is_end.cumsum(1) > is_end  # behind the first end of text
+    length = int((~after).sum(1).max())
+    return torch.cat((prompt, found.masked_fill(after, config.pad_token_id)[:, :length]), dim=1)
 
 
 class _Step:
@@ -90,7 +92,8 @@ class _Step:
         self.tokens = prompt.new_zeros(len(prompt), new)
         self.token = prompt.new_zeros(len(prompt), 1)
         self.position = prompt.new_zeros(1)  # of the next token in `tokens`
-        self.calls, self.graph = 0, None
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
         if self.calls == 0:
@@ -104,7 +107,7 @@ class _Step:
         else:
             if self.graph is None:
                 self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):
+                with torch.cuda.graph(self.graph):  # records the step without running it
                     self._append(self.token)
             self.graph.replay()
         self.calls += 1
@@ -114,7 +117,8 @@ class _Step:
         output = self.model(inputs, self.cache, use_cache=True, logits_to_keep=1)
         logits = output.logits[:, -1]
         if self.config.do_sample:
-            probabilities = self.warpers(inputs, logits).softmax(-1)
+            ids: Any = inputs
+            probabilities = self.warpers(ids, logits).softmax(-1)
             token = torch.multinomial(probabilities, 1)
         else:
             token = logits.argmax(-1, keepdim=True)

@@ -363,8 +363,7 @@ class _Buffers:
         self.w_mean, self.x_mean = (
             v.mean(0, dtype=torch.float32) if self.rounded and backward else None for v in (w[: self.classes], x)
         )
-        self.n = params.n
-        if self.harmonic:
+        if params.n is not None:
             self.half_n = n.detach().float() / 2 if isinstance(n, Tensor) else new(1).fill_(params.n / 2)
             self.x_sq, self.w_sq = squared_norms(x), squared_norms(w)
             self.floor = distance_floor(self.x_sq)
@@ -408,7 +407,7 @@ class _Buffers:
         if self.grad_w is not None:
             multiply(g.T, self.x[rows].to(self.g_dtype), self.grad_w, add=True)
         if self.grad_n is not None:
-            self.grad_n += (self.slopes[rows] * weights[rows]).sum() / self.n
+            self.grad_n += (self.slopes[rows] * weights[rows]).sum() / (2 * self.half_n)
 
     def results(self) -> tuple[Tensor, list[Tensor | None]]:
         if self.grad_w is not None and self.harmonic:
