@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from data_prep.encoding import Tally
-from hgpt.data.baselines import token_counts
+from hgpt.data.baselines import training_counts
 from hgpt.data.shards import META_FILE, PART_FILE, SPLITS, UNFINISHED_FOLDER, ShardRecord, TokenShards
 from hgpt.durable import folder_lock, whole_file
 from hgpt.errors import UserError
@@ -160,7 +160,7 @@ class Preparation(AbstractContextManager["Preparation"]):
     def finish(self) -> None:
         """Count the training tokens, and remove the state. meta.json (or part.json) must have been written before."""
         if (self.out / META_FILE).exists():
-            token_counts(TokenShards.open(self.out, "train"))  # which remembers them in the folder
+            training_counts(TokenShards.open(self.out, "train"))  # remembers them in the folder
         shutil.rmtree(self.folder)
 
     def _write(self, path: Path, content: dict[str, Any]) -> None:

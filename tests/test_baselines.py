@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from hgpt.data.baselines import token_counts, unigram_log_p, unigram_loss
+from hgpt.data.baselines import training_counts, unigram_log_p, unigram_loss
 from hgpt.data.shards import TokenShards
 from hgpt.errors import UserError
 
@@ -35,13 +35,13 @@ def test_tokens_are_counted_once(tmp_path, data, monkeypatch):
             nanogpt(tmp_path, vocab_size, train=[3, 3, 5, 12])
         shards = TokenShards.open(folder, "train", vocab_size)
         expected = np.bincount(shards.read(0, len(shards)), minlength=shards.vocab_size)
-        assert np.array_equal(token_counts(shards), expected)
+        assert np.array_equal(training_counts(shards), expected)
         with monkeypatch.context() as patch:
             patch.setattr(TokenShards, "chunks", lambda *_: pytest.fail("counted again"))
-            assert np.array_equal(token_counts(TokenShards.open(folder, "train", vocab_size)), expected)
+            assert np.array_equal(training_counts(TokenShards.open(folder, "train", vocab_size)), expected)
     (changed,) = nanogpt(tmp_path, 13, train=[1, 1, 1, 1])
     os.utime(tmp_path / "train.bin", ns=(1, 1))  # a clock may be too coarse to tell the two apart
-    assert token_counts(changed)[1] == 4
+    assert training_counts(changed)[1] == 4
 
 
 def test_a_folder_that_cannot_be_written_is_counted_each_time(tmp_path, monkeypatch):
@@ -51,7 +51,7 @@ def test_a_folder_that_cannot_be_written_is_counted_each_time(tmp_path, monkeypa
         raise PermissionError(13, "read-only")
 
     monkeypatch.setattr("pathlib.Path.write_text", refuse)
-    assert token_counts(shards).tolist() == [1, 0, 2]
+    assert training_counts(shards).tolist() == [1, 0, 2]
     assert [path.name for path in tmp_path.iterdir()] == ["train.bin"]
     assert unigram_log_p(shards).tolist() == pytest.approx([math.log(k / 6) for k in (2, 1, 3)])
 
@@ -69,11 +69,11 @@ def test_a_folder_that_cannot_be_written_is_counted_each_time(tmp_path, monkeypa
 )
 def test_counts_that_do_not_fit(tmp_path, content, message):
     (shards,) = nanogpt(tmp_path, 3, train=[0, 2, 2])
-    token_counts(shards)
+    training_counts(shards)
     path = tmp_path / "train_counts.json"
     path.write_text(content.replace("DIGEST", json.loads(path.read_text())["shards"]))
     with pytest.raises(UserError, match=rf"train_counts\.json {message}"):
-        token_counts(shards)
+        training_counts(shards)
 
 
 def test_the_first_token_is_no_target(tmp_path):

@@ -12,11 +12,11 @@ from hgpt.data.shards import TokenShards
 from hgpt.durable import whole_file
 from hgpt.errors import UserError
 
-COUNTS_FILE = "{}_counts.json"  # of a split, in its data folder: {"shards": their digest, "counts": (V,)}
+COUNTS_FILE = "train_counts.json"  # in a data folder: {"shards": digest of the train shards, "counts": (V,)}
 
 
-def token_counts(shards: TokenShards) -> np.ndarray:
-    """How often each token occurs in the split, (V,) int64.
+def training_counts(shards: TokenShards) -> np.ndarray:
+    """How often each token occurs in the training split, (V,) int64.
 
     data_prep writes the counts beside the shards. In another folder, and after a change of the shards, they are counted
     at the first call, and remembered in COUNTS_FILE if the folder can be written.
@@ -24,7 +24,7 @@ def token_counts(shards: TokenShards) -> np.ndarray:
     Raises:
         UserError: a remembered file is damaged, or its counts do not fit the vocabulary or the number of tokens.
     """
-    path, digest = shards.folder / COUNTS_FILE.format(shards.split), _digest(shards)
+    path, digest = shards.folder / COUNTS_FILE, _digest(shards)
     try:
         content = json.loads(path.read_bytes())
         if content["shards"] == digest:
@@ -40,6 +40,14 @@ def token_counts(shards: TokenShards) -> np.ndarray:
         pass  # not counted yet
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it, and the tokens are counted again") from error
+    counts = count_tokens(shards)
+    with suppress(OSError), whole_file(path) as partial:  # a folder that cannot be written is counted each time
+        partial.write_text(json.dumps({"shards": digest, "counts": counts.tolist()}))
+    return counts
+
+
+def count_tokens(shards: TokenShards) -> np.ndarray:
+    """How often each token occurs in the split, (V,) int64, by reading all of it; shows progress."""
     counts = np.zeros(shards.vocab_size, dtype=np.int64)
     interval = 0.2 if sys.stderr.isatty() else 30  # seconds between lines
     text = f"counting the tokens of {shards.folder}"
@@ -47,8 +55,6 @@ def token_counts(shards: TokenShards) -> np.ndarray:
         for tokens in shards.chunks():
             counts += np.bincount(tokens, minlength=shards.vocab_size)
             bar.update(len(tokens))
-    with suppress(OSError), whole_file(path) as partial:  # a folder that cannot be written is counted each time
-        partial.write_text(json.dumps({"shards": digest, "counts": counts.tolist()}))
     return counts
 
 
@@ -63,7 +69,7 @@ def _digest(shards: TokenShards) -> str:
 
 def unigram_log_p(train: TokenShards) -> np.ndarray:
     """log p(v) of the unigram model of `train` with add-one smoothing, (V,): p(v) = (count(v) + 1) / (len + V)."""
-    return np.log((token_counts(train) + 1) / (len(train) + train.vocab_size))
+    return np.log((training_counts(train) + 1) / (len(train) + train.vocab_size))
 
 
 def unigram_loss(train: TokenShards, val: TokenShards) -> float:
@@ -82,6 +88,6 @@ def unigram_loss(train: TokenShards, val: TokenShards) -> float:
             f"{val.folder}: the {val.split} split holds {len(val)} token and so no target; a loss needs at "
             "least 2 tokens. Prepare the data with a larger --val-fraction."
         )
-    val_counts = token_counts(val)
+    val_counts = count_tokens(val)
     val_counts[val.read(0, 1)] -= 1
     return float(-(val_counts * unigram_log_p(train)).sum() / (len(val) - 1))
