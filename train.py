@@ -120,7 +120,7 @@ def build_model(config: RunConfig, shards: TokenShards, resumed: Checkpoint | No
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     if config.train.compile:
-        compile_blocks(model)
+        compile_blocks(model, together=engine.name == "one process" and not config.train.activation_checkpointing)
     return model
 
 

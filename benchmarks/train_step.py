@@ -78,7 +78,7 @@ class PlainGPT(nn.Module):
 def our_model(config: HGPTConfig, options: argparse.Namespace) -> tuple[torch.optim.Optimizer, Callable, nn.Module]:
     model = HGPTForCausalLM(config).to(options.device).train()
     if options.compile:
-        compile_blocks(model)
+        compile_blocks(model, together=True)  # as train.py does in one process
     return (
         build_optimizer(model, OptimConfig()),
         lambda inputs, targets: model(inputs, shift_labels=targets, use_cache=False).loss,

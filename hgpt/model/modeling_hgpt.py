@@ -197,6 +197,30 @@ class Gain(nn.Module):
         return hidden * self.weight
 
 
+class HGPTBlocks(nn.ModuleList):
+    """The blocks, one after the other; a module of its own, so that torch.compile can compile all of them at once."""
+
+    def forward(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        output_hidden_states: bool | None = False,
+        output_attentions: bool | None = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Any, ...]]:
+        """The last hidden states, and if asked for those before each block and the attention weights of each block."""
+        all_hidden: tuple[Tensor, ...] = ()
+        all_weights: tuple[Any, ...] = ()  # None where the attention implementation gives none
+        for block in self:
+            if output_hidden_states:
+                all_hidden += (hidden,)
+            hidden, weights = block(hidden, attention_mask, cache, **kwargs)
+            if output_attentions:
+                all_weights += (weights,)
+        return hidden, all_hidden, all_weights
+
+
 class HGPTPreTrainedModel(PreTrainedModel):
     """Initialisation and transformers' declarations, shared by the trunk and the language model."""
 
@@ -257,7 +281,7 @@ class HGPTModel(HGPTPreTrainedModel):
         super().__init__(config)
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.h = nn.ModuleList([HGPTBlock(config, layer_idx) for layer_idx in range(config.n_layer)])
+        self.h = HGPTBlocks([HGPTBlock(config, layer_idx) for layer_idx in range(config.n_layer)])
         if config.final_norm == "none":
             self.ln_f: nn.Module = Gain(config.n_embd)
         else:
@@ -333,14 +357,7 @@ class HGPTModel(HGPTPreTrainedModel):
             position_ids = count_attended(attention_mask, past, T, inputs_embeds.device)
         hidden = inputs_embeds + self.wpe(position_ids)  # (B, T, D)
         hidden = F.dropout(hidden, config.dropout, self.training)
-        all_hidden: tuple[Tensor, ...] = ()
-        all_weights: tuple[Any, ...] = ()  # None where the attention implementation gives none
-        for block in self.h:
-            if output_hidden_states:
-                all_hidden += (hidden,)
-            hidden, weights = block(hidden, mask, cache, **kwargs)
-            if output_attentions:
-                all_weights += (weights,)
+        hidden, all_hidden, all_weights = self.h(hidden, mask, cache, output_hidden_states, output_attentions, **kwargs)
         hidden = self.ln_f(hidden)
 
         output = BaseModelOutputWithPast(

@@ -355,8 +355,16 @@ def _configure_deepspeed(config: dict[str, Any], ours: dict[str, tuple[float, st
     config.setdefault("communication_data_type", "fp32")
 
 
-def compile_blocks(model: HGPTForCausalLM) -> None:
-    """torch.compile each block in place, so that parameters keep their names."""
+def compile_blocks(model: HGPTForCausalLM, together: bool = False) -> None:
+    """torch.compile the blocks in place, so that parameters keep their names.
+
+    Args:
+        together: compile all blocks as one function. A step then launches fewer kernels, which is what limits small
+            micro-batches. But its backward pass gives out all gradients at its end, so that several processes could not
+            exchange gradients during it, and hooks that an engine puts on single blocks would not be called.
+    """
+    if together:
+        return model.transformer.h.compile()
     # Blocks share one compilation, unless each scales attention by a constant of its own.
     apart, blocks = model.config.scale_attn_by_inverse_layer_idx, model.transformer.h
     for block in blocks:
