@@ -14,7 +14,7 @@ FLOORS = (
     ("hgpt.errors", "hgpt.durable", "hgpt.history", "hgpt.hardware", "hgpt.cli"),
     ("hgpt.data",),
     ("hgpt.run",),
-    ("hgpt.source",),
+    ("hgpt.source", "hgpt.decoding"),
     ("hgpt.interpret",),
     ("hgpt.compare", "hgpt.plan", "hgpt.runs", "data_prep"),  # commands
     ("train", "sample", "benchmarks"),
@@ -53,7 +53,8 @@ def own(found: set[str]) -> set[str]:
     return found & set(ALL)
 
 
-MODEL = [name for name in ALL if name.startswith("hgpt.model.")]
+# The row kernels stay at home: an exported model runs without them (hgpt/model/loss.py).
+MODEL = [name for name in ALL if name.startswith("hgpt.model.") and name != "hgpt.model.row_kernels"]
 
 
 def floor(name: str) -> int:
@@ -84,7 +85,7 @@ def test_a_handful_of_folders_and_modules() -> None:
         name.split(".")[1] for name, path in ALL.items() if name.startswith("hgpt.") and path.name == "__init__.py"
     }
     assert folders == {"data", "interpret", "model", "run"}
-    assert len([name for name in ours if name.split(".")[1:] not in ([folder] for folder in folders)]) <= 30
+    assert len([name for name in ours if name.split(".")[1:] not in ([folder] for folder in folders)]) <= 32
 
 
 def test_imports_go_down() -> None:
