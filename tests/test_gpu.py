@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from processes import run
 from small_run import HARMONIC, SOFTMAX, assert_same_checkpoint, at_step, losses, make_config, set_back
 from torch.autograd import DeviceType
@@ -41,6 +42,13 @@ def gpu_config(data: Path, runs: Path, name: str, **changes) -> RunConfig:
         data, runs, name=name, **{s: sections.get(s, {}) | changes.get(s, {}) for s in sections | changes}
     )
     return replace(config, data=replace(config.data, seq_len=64))
+
+
+@pytest.fixture(autouse=True)
+def _own_precision():
+    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps one precision per process
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("device", CPU_AND_GPU)
