@@ -44,7 +44,6 @@ from hgpt.data.shards import (
     UNFINISHED_FOLDER,
     ShardRecord,
     ShardWriter,
-    check_vocab_size,
     read_meta,
     write_meta,
 )
@@ -112,6 +111,7 @@ def prepare(out: Path, recipe: Recipe, *, workers: int = 1, part: tuple[int, int
             tokenizer=tokenizer.name,
             vocab_size=tokenizer.vocab_size,
             end_of_text=tokenizer.end_of_text,
+            end_of_text_token=tokenizer.end_of_text_token,
             source=plan.source.name,
             left_out=plan.left_out,
             tally=tally,
@@ -181,9 +181,7 @@ def _tokenizer(recipe: Recipe, plan: Plan) -> Tokenizer:
                     bar.update(section.documents)
                 place += section.documents
 
-    tokenizer = load_tokenizer(recipe.tokenizer, training_texts)
-    check_vocab_size(tokenizer.vocab_size, f"tokenizer {recipe.tokenizer}")
-    return tokenizer
+    return load_tokenizer(recipe.tokenizer, training_texts)
 
 
 def _settings(recipe: Recipe, plan: Plan, tokenizer_json: Path) -> dict[str, Any]:

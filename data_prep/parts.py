@@ -46,6 +46,7 @@ class Record:
     left_out: list[str]
     tally: Tally
     shards: dict[str, tuple[ShardRecord, ...]]
+    end_of_text_token: str | None = None
 
     def write(self, folder: Path) -> None:
         with whole_file(folder / PART_FILE) as path:
@@ -86,6 +87,8 @@ class Record:
             tokenizer=self.tokenizer,
             vocab_size=self.vocab_size,
             end_of_text=self.end_of_text,
+            end_of_text_token=self.end_of_text_token,
+            tokenizer_sha256=self.settings["tokenizer_json"],
             splits=splits,
             source=self.source,
             source_revision=self.settings["revision"],

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from hgpt.data.shards import MAX_VOCAB_SIZE, META_FILE, TokenShards
-from hgpt.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from hgpt.data.shards import META_FILE, TokenShards
+from hgpt.data.tokenizer import MAX_VOCAB_SIZE, TOKENIZER_FILE, Tokenizer, load_tokenizer
 from hgpt.errors import UserError
 from hgpt.interpret.models import LoadedModel, Outline, Source
 from hgpt.interpret.positions import Window
