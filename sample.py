@@ -28,7 +28,7 @@ from hgpt.errors import UserError
 from hgpt.hardware import choose_device
 from hgpt.interpret.token_distances import LEGEND, distance_table, measure
 from hgpt.model.distances import load_distances
-from hgpt.source import find_source, is_hub_id
+from hgpt.source import find_source, is_hub_id, out_of_memory
 
 DEFAULT_TEMPERATURE, DEFAULT_TOP_K = 0.8, 200  # as in nanoGPT's sample.py
 MOST_NEAREST = 4  # centres that the table shows for each token, unless --nearest says how many
@@ -182,9 +182,10 @@ def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokeni
             load_distances(options.distance_file)
         except ValueError as error:
             raise UserError(f"--distance-file: {error}") from error
+    source = find_source(options.checkpoint)
     if is_hub_id(options.checkpoint):
         note("model", f"there is no folder {options.checkpoint} here; looking on the Hugging Face hub")
-    model, tokenizer = find_source(options.checkpoint).load(options.dtype)
+    model, tokenizer = source.load(options.dtype)
     # A model of the hub has its own sampling defaults: keep only the tokens that end a text.
     end = model.generation_config.eos_token_id
     end = tokenizer.eos_token_id if end is None else end
@@ -210,8 +211,8 @@ def read_prompt(options: argparse.Namespace) -> str:
         source = f"prompt file {options.prompt_file}"
         try:
             content = Path(options.prompt_file).read_bytes()
-        except OSError as error:
-            raise UserError(f"{source} cannot be read: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # ValueError: NUL in the name
+            raise UserError(f"{source} cannot be read: {getattr(error, 'strerror', error)}") from error
     elif options.prompt == "-":
         source = "the prompt on standard input"
         if sys.stdin.isatty():
@@ -294,7 +295,9 @@ def generate(
     torch.manual_seed(options.seed)
     try:
         output = model.generate(prompt, attention_mask=mask, generation_config=config, streamer=stream)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         raise UserError(
             f"{model.device} ran out of memory with --num-samples {options.num_samples} of up to {new} tokens; "
             "lower one of them, or try --dtype bfloat16"
