@@ -17,6 +17,7 @@ from data_prep.encoding import Tally, Unit
 from data_prep.state import Preparation, Progress
 from hgpt.data.shards import (
     HEADER_BYTES,
+    META_FILE,
     PART_FILE,
     SPLITS,
     TOKEN,
@@ -27,7 +28,7 @@ from hgpt.data.shards import (
     write_meta,
 )
 from hgpt.data.tokenizer import TOKENIZER_FILE
-from hgpt.durable import sha256, whole_file
+from hgpt.durable import read_json, sha256, whole_file
 from hgpt.errors import UserError
 
 PARTS = re.compile(r"part_(\d+)_of_(\d+)")
@@ -55,12 +56,15 @@ class Record:
     @classmethod
     def read(cls, folder: Path) -> "Record":
         try:
-            content = json.loads((folder / PART_FILE).read_text())
+            content = read_json(folder / PART_FILE, "Copy the part again from where it was prepared.")
             shards = {
                 split: tuple(ShardRecord(**record) for record in records)
                 for split, records in content["shards"].items()
             }
             tally = Tally.from_json(content["tally"])
+            for split, records in shards.items():
+                if sum(record.tokens for record in records) != tally.counts[split].tokens:
+                    raise ValueError(f"its shards of {split} have other tokens than its tally")
             return cls(**{**content, "part": tuple(content["part"]), "tally": tally, "shards": shards})
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(
@@ -132,6 +136,8 @@ def merge(out: Path, describe: Callable[[Record, Tally], dict[str, Any]]) -> lis
     The shards are renamed, not copied. Their sizes are checked; data_prep.verify checks their checksums. `describe`
     returns `preparation` of meta.json. An interrupted merge resumes when it is called again. Raises UserError.
     """
+    if (out / META_FILE).is_file() and not any(PARTS.fullmatch(path.name) for path in out.iterdir()):
+        return []
     if not os.path.isdir(out):
         raise UserError(f"--out {out} is no folder that can be read. Give the one in which the parts were written.")
     with Preparation(out, may_hold=lambda name: PARTS.fullmatch(name) is not None) as preparation:

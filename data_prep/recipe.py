@@ -48,6 +48,13 @@ class Recipe:
 
     def check(self) -> None:
         """Raise UserError for options that are wrong for any documents."""
+        if not 0 < self.val_fraction < 1:
+            raise UserError(
+                f"--val-fraction must lie between 0 and 1, not {self.val_fraction}: train and val both need documents. "
+                "0.01 keeps one document in a hundred for validation."
+            )
+        if not 0 <= self.seed < 1 << 64:
+            raise UserError(f"--seed must be from 0 to 2^64 - 1, not {self.seed}.")
         if self.tokens_per_shard < 1:
             raise UserError(f"--tokens-per-shard must be at least 1, not {self.tokens_per_shard}.")
 

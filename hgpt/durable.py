@@ -39,7 +39,7 @@ def read_json(path: Path, way_out: str) -> Any:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}. Change its permissions, or: {way_out}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: it is not valid JSON ({error}). {way_out}") from error
+        raise UserError(f"{path} cannot be read as JSON ({error}). {way_out}") from error
 
 
 def sync(path: Path) -> None:

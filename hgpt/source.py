@@ -75,8 +75,8 @@ class Source:
             needed = weight_bytes(config, dtype) + working_bytes
         if needed > (free := psutil.virtual_memory().available):
             raise UserError(
-                f"{self.folder} needs about {needed / 1e9:.1f} GB of memory to load it and to work, and {free / 1e9:.1f} GB are free: close "
-                "other programs, or use a machine with more memory"
+                f"{self.folder} needs about {needed / 1e9:.1f} GB of memory to load it and to work, and "
+                f"{free / 1e9:.1f} GB are free: close other programs, or use a machine with more memory"
             )
         self._check("model")
         load: Any = AutoModelForCausalLM.from_pretrained  # with output_loading_info it returns a pair

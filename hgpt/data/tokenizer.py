@@ -342,14 +342,18 @@ def _gpt2_file(name: str, checksum: str) -> bytes:
 
 def _from_file(spec: str) -> Tokenizer:
     path = Path(spec)
-    if path.is_dir():
+    try:
+        kind = "folder" if path.is_dir() else "file" if path.is_file() else None
+    except OSError as error:
+        raise UserError(f"tokenizer {spec!r} cannot be read: {error.strerror}. Give another path.") from error
+    if kind == "folder":
         path = path / TOKENIZER_FILE
         if not path.is_file():
             raise UserError(
                 f"tokenizer folder {spec} holds no {TOKENIZER_FILE}. If transformers can load it, write one "
                 f"with: AutoTokenizer.from_pretrained({spec!r}).save_pretrained({spec!r})"
             )
-    elif not path.is_file():
+    elif kind is None:
         raise UserError(
             f"tokenizer {spec!r} is neither gpt2, nor bpe:N (for example bpe:2048), nor the path of a folder "
             f"or a {TOKENIZER_FILE} on this machine."
