@@ -423,7 +423,8 @@ def check_tokenizer_file(
     ids = token_ids(path)
     if checksum is None:
         _read_backend(path)
-    size, found = max(ids.values()) + 1, ids.get(token or END_OF_TEXT, end_of_text)
+    size = max(ids.values()) + 1
+    found = ids.get(END_OF_TEXT, end_of_text) if token is None else ids.get(token)
     if (size, found) != (vocab_size, end_of_text):
         raise UserError(
             f"{path} has {size} tokens and ends texts with token {found}, but meta.json has vocab_size {vocab_size} "
