@@ -120,8 +120,8 @@ def main(arguments: Sequence[str]) -> str:
 def _unescape(text: str) -> str:
     r"""Replace \n, \t and the like in a command-line argument by the characters that they name."""
     value = text.encode("latin-1", "backslashreplace").decode("unicode_escape")
-    if not value:
-        raise argparse.ArgumentTypeError("must not be empty")
+    if not value or printable(value) != value:
+        raise argparse.ArgumentTypeError("must not be empty, and must be UTF-8")
     return value
 
 

@@ -26,13 +26,17 @@ from transformers import AutoTokenizer
 
 import sample
 from data_prep import documents, openwebtext
+from data_prep import verify as verify_command
 from data_prep.parts import Record
 from data_prep.text_files import find_files
 from hgpt.data.shards import TokenShards, read_meta, write_meta
 from hgpt.data.tokenizer import hf_tokenizer, load_tokenizer
 from hgpt.data.verify import verify
 from hgpt.errors import UserError
+from hgpt.interpret.corpus import Corpus, data_settings
 from hgpt.interpret.relations import load_relations, read_relation
+from hgpt.model.configuration_hgpt import HGPTConfig
+from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.checkpoint import data_fingerprint, write_manifest
 from hgpt.source import find_source, initialize_from, shape_of
 
@@ -242,6 +246,7 @@ TAKE_A_NAME: dict[str, Callable[[str], object]] = {
     "prompt file": lambda name: sample.main(["--checkpoint", "x", "--prompt-file", name]),
     "init_from": lambda name: shape_of("./" + name),
     "data": lambda name: TokenShards.open(name, "train"),
+    "data of a report": Corpus.open,
     "tokenizer": load_tokenizer,
     "relations": load_relations,
     "files": lambda name: find_files([name]),
@@ -287,6 +292,10 @@ def test_a_checkpoint_is_compared_with_its_manifest(run: Path, file: str, load: 
     for name in (run, checkpoint, checkpoint / "model"):
         refused(getattr(find_source(str(name)), load), f"model/{file}", checkpoint)
     refused(lambda: sample.main(["--checkpoint", str(run)]), f"model/{file}")
+    if load == "load_model":
+        refused(lambda: initialize_from(HGPTForCausalLM(HGPTConfig()), str(run)), f"model/{file}")
+    if load == "load_config":
+        refused(lambda: shape_of(str(run)), f"model/{file}")
     (checkpoint / "manifest.json").write_text('{"files": {}}')
     refused(getattr(find_source(str(run)), load), "manifest.json")
 
@@ -455,6 +464,40 @@ def test_names_that_are_not_utf_8(corpus: Path, capsys: pytest.CaptureFixture[st
 def test_options_are_checked_before_anything_is_read(tmp_path: Path, option: Any, main: Any, capsys: Any) -> None:
     assert prepare_files(tmp_path / "nowhere", *option, main=main) == 2
     assert option[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (documents.main, ("--tokens-per-shard", str(2**31))),
+        (documents.main, ("--tokens-per-shard", "0")),
+        (documents.main, ("--seed", str(2**64))),
+        (documents.main, ("--separator", "\udcff")),
+        (documents.main, ("--separator", r"\x")),
+        (verify_command.main, ("--decode", str(10**30))),
+        (verify_command.main, ("--vocab-size", str(10**30))),
+        (sample.main, ("--num-samples", str(10**9))),
+        (sample.main, ("--num-samples", str(10**30))),
+    ],
+    ids=str,
+)
+def test_numbers_and_texts_out_of_range(prepared: Path, command: Any, option: Any, capsys: Any) -> None:
+    paths = {documents.main: ("--out", "/nowhere/x", __file__), verify_command.main: (prepared,)}
+    assert status(command, *paths.get(command, ("--checkpoint", prepared)), *option) == 2
+    assert option[0].strip("-").replace("-", "_") in capsys.readouterr().err.replace("-", "_")
+
+
+@pytest.mark.parametrize("content", ["[" * 9999, "x = ", "data = 3", "[data]\npath = 3", '[data]\nvocab_size = "x"'])
+def test_a_configuration_of_a_run_that_is_none(run: Path, content: str) -> None:
+    (run / "config.toml").write_text(content)
+    refused(lambda: data_settings(find_source(str(run))), run / "config.toml")
+
+
+def test_memory_that_runs_out_while_sampling(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("to", "generate"):
+        with monkeypatch.context() as patch:
+            patch.setattr(HGPTForCausalLM, name, lambda *_, **__: torch.empty(10**16))
+            refused(lambda: sample.main(["--checkpoint", str(run), "--prompt", "with"]), "cpu ran out of memory")
 
 
 # ------------------------------------------------------------------------------------------------ tokenizers
