@@ -136,10 +136,14 @@ def merge(out: Path, describe: Callable[[Record, Tally], dict[str, Any]]) -> lis
     The shards are renamed, not copied. Their sizes are checked; data_prep.verify checks their checksums. `describe`
     returns `preparation` of meta.json. An interrupted merge resumes when it is called again. Raises UserError.
     """
-    if (out / META_FILE).is_file() and not any(PARTS.fullmatch(path.name) for path in out.iterdir()):
+    try:
+        names = os.listdir(out)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--out {out} is no folder that can be read. Give the one in which the parts were written."
+        ) from error
+    if META_FILE in names and not any(map(PARTS.fullmatch, names)):
         return []
-    if not os.path.isdir(out):
-        raise UserError(f"--out {out} is no folder that can be read. Give the one in which the parts were written.")
     with Preparation(out, may_hold=lambda name: PARTS.fullmatch(name) is not None) as preparation:
         parts: list[Record] = []
         if not preparation.complete:
