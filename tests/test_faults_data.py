@@ -60,7 +60,9 @@ def data(prepared: Path, tmp_path: Path) -> Path:
 def run(tmp_path: Path) -> Path:
     """A run with one checkpoint and its manifest."""
     run_of(tmp_path / "run", "", byte_pairs(300), {5: 16}, "harmonic")
-    write_manifest(tmp_path / "run" / "checkpoints" / "step_0000005")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_0000005"
+    (checkpoint / "optimizer.safetensors").write_bytes(b"any")
+    write_manifest(checkpoint)
     return tmp_path / "run"
 
 
