@@ -14,7 +14,8 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from hgpt.errors import UserError
 from hgpt.hardware import choose_device
 from hgpt.interpret.token_distances import LEGEND, LEGEND_WITH_RADII, distance_table, measure
 from hgpt.model.distances import load_distances
-from hgpt.source import find_source, is_hub_id
+from hgpt.source import find_source, is_hub_id, out_of_memory
 
 DEFAULT_TEMPERATURE, DEFAULT_TOP_K = 0.8, 200  # as in nanoGPT's sample.py
 MOST_NEAREST = 4  # centres that the table shows for each token, unless --nearest says how many
@@ -46,7 +47,8 @@ def main(arguments: Sequence[str]) -> None:
     prompt = read_prompt(options)
     device = choose_device(options.device)
     model, tokenizer = load(options)
-    model.to(device)
+    with enough_memory(device, "use --device cpu, or try --dtype bfloat16"):
+        model.to(device)
     head = model.get_output_embeddings()
     exponent = float(head.exponent) if isinstance(head, hgpt.HarmonicHead) else None
     if options.show_distances and exponent is None:
@@ -101,7 +103,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
     count = checked(int, "be at least 1", lambda n: n >= 1)
     add = parser.add_argument_group("text").add_argument
-    add("--num-samples", type=count, default=1, metavar="N", help="number of texts (default: 1)")
+    few = checked(int, "lie between 1 and 10000", lambda n: 1 <= n <= 10_000)  # all samples are one batch
+    add("--num-samples", type=few, default=1, metavar="N", help="number of texts (default: 1)")
     add("--max-new-tokens", type=count, default=200, metavar="N", help="longest text (default: 200)")
     add("--seed", type=checked(int, "lie between 0 and 2^63 - 1", lambda n: 0 <= n < 2**63),
         default=secrets.randbelow(2**31), help="seed of the random numbers; the same seed gives the same text on "
@@ -184,14 +187,26 @@ def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokeni
             load_distances(options.distance_file)
         except ValueError as error:
             raise UserError(f"--distance-file: {error}") from error
+    source = find_source(options.checkpoint)
     if is_hub_id(options.checkpoint):
         note("model", f"there is no folder {options.checkpoint} here; looking on the Hugging Face hub")
-    model, tokenizer = find_source(options.checkpoint).load(options.dtype)
+    model, tokenizer = source.load(options.dtype)
     # A model of the hub has its own sampling defaults: keep only the tokens that end a text.
     end = model.generation_config.eos_token_id
     end = tokenizer.eos_token_id if end is None else end
     model.generation_config = GenerationConfig(eos_token_id=[end] if isinstance(end, int) else end)
     return model, tokenizer
+
+
+@contextmanager
+def enough_memory(device: torch.device, way_out: str) -> Iterator[None]:
+    """Turn the error of a device that ran out of memory into a UserError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(f"{device} ran out of memory; {way_out}") from error
 
 
 def describe(model: PreTrainedModel, exponent: float | None, context: int | None) -> str:
@@ -213,8 +228,8 @@ def read_prompt(options: argparse.Namespace) -> str:
         source = f"prompt file {options.prompt_file}"
         try:
             content = Path(options.prompt_file).read_bytes()
-        except OSError as error:
-            raise UserError(f"{source} cannot be read: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # ValueError: NUL in the name
+            raise UserError(f"{source} cannot be read: {getattr(error, 'strerror', error)}") from error
     elif options.prompt == "-":
         source = "the prompt on standard input"
         if sys.stdin.isatty():
@@ -294,17 +309,12 @@ def generate(
     )
     prompt = torch.tensor([prompt_ids], device=model.device)
     torch.manual_seed(options.seed)
-    try:
+    with enough_memory(model.device, "lower --num-samples or --max-new-tokens, or try --dtype bfloat16"):
         if can_capture(model, new):
             output = generate_captured(model, prompt, config, stream)
         else:
             mask = torch.ones_like(prompt)
             output = model.generate(prompt, attention_mask=mask, generation_config=config, streamer=stream)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{model.device} ran out of memory with --num-samples {options.num_samples} of up to {new} tokens; "
-            "lower one of them, or try --dtype bfloat16"
-        ) from error
     rows = output[:, len(prompt_ids) :].tolist()  # padded after end-of-text
     return [row[: 1 + next((i for i, token in enumerate(row) if token in end_ids), len(row))] for row in rows]
 

@@ -20,7 +20,7 @@ from data_prep.parts import Record
 from data_prep.recipe import Recipe, Source, add_options, add_text_options
 from data_prep.splits import HashSplit
 from data_prep.state import Preparation
-from data_prep.text_files import Section, find_files, kind_of
+from data_prep.text_files import Section, find_files, kind_of, printable, say_left_out
 from hgpt.cli import Parser, run
 from hgpt.errors import UserError
 
@@ -42,20 +42,17 @@ class Documents(Recipe):
 
     @property
     def source_name(self) -> str:
-        names = [path.name for path in self._found[0]]
+        names = [printable(path.name) for path in self._found[0]]
         return ", ".join(names[:4]) + (f" and {len(names) - 4} more files" if len(names) > 4 else "")
 
     def check(self) -> None:
         super().check()
-        self.split(0)
         if self.separator is not None and not any(kind_of(path) == ".txt" for path in self._found[0]):
             raise UserError("--separator has no effect without a .txt file: leave it out.")
 
     def find_source(self, preparation: Preparation) -> Source:
         files, ignored = self._found
-        if ignored:
-            names = ", ".join(path.name for path in ignored[:5]) + (", ..." if len(ignored) > 5 else "")
-            print(f"left out {len(ignored)} files of other kinds: {names}", file=sys.stderr)
+        say_left_out(ignored)
         return Source(files=files, name=self.source_name)
 
     def split(self, documents: int) -> HashSplit:
@@ -123,8 +120,8 @@ def main(arguments: Sequence[str]) -> str:
 def _unescape(text: str) -> str:
     r"""Replace \n, \t and the like in a command-line argument by the characters that they name."""
     value = text.encode("latin-1", "backslashreplace").decode("unicode_escape")
-    if not value:
-        raise argparse.ArgumentTypeError("must not be empty")
+    if not value or printable(value) != value:
+        raise argparse.ArgumentTypeError("must not be empty, and must be UTF-8")
     return value
 
 

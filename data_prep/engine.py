@@ -39,11 +39,11 @@ from data_prep.text_files import Section, find_sections
 from data_prep.worker_pool import start_imports
 from hgpt.data.shards import (
     META_FILE,
+    PART_FILE,
     SPLITS,
     UNFINISHED_FOLDER,
     ShardRecord,
     ShardWriter,
-    check_vocab_size,
     read_meta,
     write_meta,
 )
@@ -86,7 +86,7 @@ def prepare(out: Path, recipe: Recipe, *, workers: int = 1, part: tuple[int, int
     started = time.perf_counter()
     target = out if part is None else part_folder(out, part)
     if _is_done(target, recipe):
-        return f"{target} was prepared before with the same settings. To prepare it again, delete it."
+        return f"{target} was prepared before with the same settings. Its texts were not compared."
     with Preparation(target) as preparation:
         if preparation.complete:
             preparation.finish()
@@ -112,6 +112,7 @@ def prepare(out: Path, recipe: Recipe, *, workers: int = 1, part: tuple[int, int
             tokenizer=tokenizer.name,
             vocab_size=tokenizer.vocab_size,
             end_of_text=tokenizer.end_of_text,
+            end_of_text_token=tokenizer.end_of_text_token,
             source=plan.source.name,
             left_out=plan.left_out,
             tally=tally,
@@ -134,12 +135,19 @@ def prepare(out: Path, recipe: Recipe, *, workers: int = 1, part: tuple[int, int
 
 
 def _is_done(target: Path, recipe: Recipe) -> bool:
-    """Whether meta.json records a finished preparation with the same source and settings."""
-    if not os.path.isfile(target / META_FILE) or os.path.exists(target / UNFINISHED_FOLDER):
+    """Whether meta.json or part.json records a finished preparation with the same source and settings."""
+    if os.path.exists(target / UNFINISHED_FOLDER):
         return False
-    meta = read_meta(target)
-    made = {"source": meta.source, "tokenizer": meta.tokenizer, **meta.preparation}
-    wanted = {name: getattr(recipe, name) for name in ("tokenizer", "val_fraction", "seed", "text_column", "separator")}
+    if os.path.isfile(target / META_FILE):
+        meta = read_meta(target)
+        made = {"source": meta.source, "tokenizer": meta.tokenizer, **meta.preparation}
+    elif os.path.isfile(target / PART_FILE):
+        record = Record.read(target)
+        made = {**record.settings, "source": record.source}
+    else:
+        return False
+    names = ("tokenizer", "val_fraction", "seed", "text_column", "separator", "tokens_per_shard")
+    wanted = {name: getattr(recipe, name) for name in names}
     return all(made.get(name, value) == value for name, value in (wanted | {"source": recipe.source_name}).items())
 
 
@@ -181,9 +189,7 @@ def _tokenizer(recipe: Recipe, plan: Plan) -> Tokenizer:
                     bar.update(section.documents)
                 place += section.documents
 
-    tokenizer = load_tokenizer(recipe.tokenizer, training_texts)
-    check_vocab_size(tokenizer.vocab_size, f"tokenizer {recipe.tokenizer}")
-    return tokenizer
+    return load_tokenizer(recipe.tokenizer, training_texts)
 
 
 def _settings(recipe: Recipe, plan: Plan, tokenizer_json: Path) -> dict[str, Any]:

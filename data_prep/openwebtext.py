@@ -25,7 +25,7 @@ from data_prep.recipe import Recipe, Source, add_options, add_text_options
 from data_prep.splits import PlaceSplit, nanogpt_places
 from data_prep.state import Preparation
 from data_prep.summary import summary
-from data_prep.text_files import find_files, kind_of
+from data_prep.text_files import find_files, kind_of, printable, say_left_out
 from hgpt.cli import Parser, run
 from hgpt.errors import UserError
 
@@ -57,7 +57,7 @@ class OpenWebText(Recipe):
 
     @property
     def source_name(self) -> str:
-        return Path(self.source).resolve().name if self._is_here() else self.source
+        return printable(Path(self.source).resolve().name) if self._is_here() else self.source
 
     def _is_here(self) -> bool:
         try:
@@ -93,8 +93,7 @@ class OpenWebText(Recipe):
                 "this machine: leave it out."
             )
         files, ignored = find_files([self.source])
-        if ignored:
-            print(f"left out {len(ignored)} files of other kinds in {self.source}", file=sys.stderr)
+        say_left_out(ignored)
         kinds = sorted({kind for kind in map(kind_of, files) if kind is not None})
         if len(kinds) > 1:
             raise UserError(

@@ -17,6 +17,7 @@ from data_prep.encoding import Tally, Unit
 from data_prep.state import Preparation, Progress
 from hgpt.data.shards import (
     HEADER_BYTES,
+    META_FILE,
     PART_FILE,
     SPLITS,
     TOKEN,
@@ -27,7 +28,7 @@ from hgpt.data.shards import (
     write_meta,
 )
 from hgpt.data.tokenizer import TOKENIZER_FILE
-from hgpt.durable import sha256, whole_file
+from hgpt.durable import read_json, sha256, whole_file
 from hgpt.errors import UserError
 
 PARTS = re.compile(r"part_(\d+)_of_(\d+)")
@@ -46,6 +47,7 @@ class Record:
     left_out: list[str]
     tally: Tally
     shards: dict[str, tuple[ShardRecord, ...]]
+    end_of_text_token: str | None = None
 
     def write(self, folder: Path) -> None:
         with whole_file(folder / PART_FILE) as path:
@@ -54,12 +56,15 @@ class Record:
     @classmethod
     def read(cls, folder: Path) -> "Record":
         try:
-            content = json.loads((folder / PART_FILE).read_text())
+            content = read_json(folder / PART_FILE, "Copy the part again from where it was prepared.")
             shards = {
                 split: tuple(ShardRecord(**record) for record in records)
                 for split, records in content["shards"].items()
             }
             tally = Tally.from_json(content["tally"])
+            for split, records in shards.items():
+                if sum(record.tokens for record in records) != tally.counts[split].tokens:
+                    raise ValueError(f"its shards of {split} have other tokens than its tally")
             return cls(**{**content, "part": tuple(content["part"]), "tally": tally, "shards": shards})
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(
@@ -86,6 +91,8 @@ class Record:
             tokenizer=self.tokenizer,
             vocab_size=self.vocab_size,
             end_of_text=self.end_of_text,
+            end_of_text_token=self.end_of_text_token,
+            tokenizer_sha256=self.settings["tokenizer_json"],
             splits=splits,
             source=self.source,
             source_revision=self.settings["revision"],
@@ -129,8 +136,14 @@ def merge(out: Path, describe: Callable[[Record, Tally], dict[str, Any]]) -> lis
     The shards are renamed, not copied. Their sizes are checked; data_prep.verify checks their checksums. `describe`
     returns `preparation` of meta.json. An interrupted merge resumes when it is called again. Raises UserError.
     """
-    if not os.path.isdir(out):
-        raise UserError(f"--out {out} is no folder that can be read. Give the one in which the parts were written.")
+    try:
+        names = os.listdir(out)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--out {out} is no folder that can be read. Give the one in which the parts were written."
+        ) from error
+    if META_FILE in names and not any(map(PARTS.fullmatch, names)):
+        return []
     with Preparation(out, may_hold=lambda name: PARTS.fullmatch(name) is not None) as preparation:
         parts: list[Record] = []
         if not preparation.complete:

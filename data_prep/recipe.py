@@ -48,8 +48,15 @@ class Recipe:
 
     def check(self) -> None:
         """Raise UserError for options that are wrong for any documents."""
-        if self.tokens_per_shard < 1:
-            raise UserError(f"--tokens-per-shard must be at least 1, not {self.tokens_per_shard}.")
+        if not 0 < self.val_fraction < 1:
+            raise UserError(
+                f"--val-fraction must lie between 0 and 1, not {self.val_fraction}: train and val both need documents. "
+                "0.01 keeps one document in a hundred for validation."
+            )
+        if not 0 <= self.seed < 1 << 64:
+            raise UserError(f"--seed must be from 0 to 2^64 - 1, not {self.seed}.")
+        if not 1 <= self.tokens_per_shard < 1 << 31:  # the header's int32
+            raise UserError(f"--tokens-per-shard must be at least 1 and below 2^31, not {self.tokens_per_shard}.")
 
     @property
     def source_name(self) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 from data_prep.encoding import Tally
 from hgpt.data.baselines import training_counts
 from hgpt.data.shards import META_FILE, PART_FILE, SPLITS, UNFINISHED_FOLDER, ShardRecord, TokenShards
-from hgpt.durable import folder_lock, whole_file
+from hgpt.durable import folder_lock, read_json, whole_file
 from hgpt.errors import UserError
 
 
@@ -75,11 +75,11 @@ class Preparation(AbstractContextManager["Preparation"]):
             self._lock.enter_context(folder_lock(self.folder / "lock", busy))
             if not (self.folder / "lock").exists():  # the process that held it has finished, and removed it
                 raise UserError(busy)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: NUL in the name
             self._remove_made()
             raise UserError(
-                f"--out {self.out} cannot be written: {error.strerror}. Choose another folder, or change "
-                "its permissions."
+                f"--out {self.out} cannot be written: {getattr(error, 'strerror', error)}. Choose another folder, or "
+                "change its permissions."
             ) from error
         self.complete = self._is_complete()
         return self
@@ -95,13 +95,13 @@ class Preparation(AbstractContextManager["Preparation"]):
         names = sorted(path.name for path in self.out.iterdir() if not self._may_hold(path.name))
         if META_FILE in names or PART_FILE in names:
             raise UserError(
-                f"--out {self.out} holds prepared data already. Nothing is overwritten: choose another "
-                "folder or delete it."
+                f"--out {self.out} holds prepared data already, of other settings. Nothing is overwritten: choose "
+                "another folder."
             )
         if names:
             raise UserError(
                 f"--out {self.out} is not empty (it holds {names[0]}{', ...' if len(names) > 1 else ''}), and "
-                "there is no preparation in it to resume. Choose another folder or delete it."
+                "there is no preparation in it to resume. Choose another folder."
             )
 
     def __exit__(
@@ -129,12 +129,12 @@ class Preparation(AbstractContextManager["Preparation"]):
         """All settings of the earlier run, {} if there is none. Raises UserError if one of `settings` differs."""
         if not self._settings.exists():
             return {}
-        begun: dict[str, Any] = json.loads(self._settings.read_text())
+        begun = self._read(self._settings)
         for name, value in settings.items():
             if begun.get(name) != value:
                 raise UserError(
                     f"--out {self.out} holds a preparation that was begun with another {name}: "
-                    f"{begun.get(name)!r}, now {value!r}. Use the same, or delete the folder."
+                    f"{begun.get(name)!r}, now {value!r}. Use the same, or choose another folder."
                 )
         return begun
 
@@ -153,9 +153,24 @@ class Preparation(AbstractContextManager["Preparation"]):
         """The progress that was saved last."""
         if not self._progress.exists():
             return Progress()
-        content = json.loads(self._progress.read_text())
-        shards = {split: [ShardRecord(**record) for record in records] for split, records in content["shards"].items()}
-        return Progress(**{**content, "tally": Tally.from_json(content["tally"]), "shards": shards})
+        content = self._read(self._progress)
+        try:
+            shards = {split: [ShardRecord(**record) for record in content["shards"][split]] for split in SPLITS}
+            unfinished = {split: int(content["unfinished"][split]) for split in SPLITS}
+            tally = Tally.from_json(content["tally"])
+            return Progress(units=int(content["units"]), tally=tally, shards=shards, unfinished=unfinished)
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{self._progress} is damaged ({type(error).__name__}: {error}). {self._again}") from error
+
+    @property
+    def _again(self) -> str:
+        return "Begin again with another --out."
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        content = read_json(path, self._again)
+        if not isinstance(content, dict):
+            raise UserError(f"{path} is damaged: it is no table. {self._again}")
+        return content
 
     def finish(self) -> None:
         """Count the training tokens, and remove the state. meta.json (or part.json) must have been written before."""

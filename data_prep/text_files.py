@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class BadDocument(UserError):
 
 
 def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
-    """The text files in `paths` (files and folders), sorted, and the files of other kinds in the folders.
+    """The text files in `paths` (files and folders), sorted, and what else is in the folders and cannot be read.
 
     Folders are searched recursively, through links too; hidden files and folders are skipped. A file that `paths` names
     must be of a kind that can be read. A file that is found twice is listed once. Raises UserError.
@@ -57,14 +58,14 @@ def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
         try:
             if path.is_dir():
                 files = _files_below(path)
-                readable = [file for file in files if kind_of(file) is not None]
+                readable = [file for file in files if kind_of(file) is not None and file.is_file()]
                 if not readable:
                     raise UserError(
                         f"folder {path} holds no text to read. Wanted: {', '.join(SUFFIXES)} files, the first "
                         "two also with .gz or .zst."
                     )
                 found += readable
-                ignored += [file for file in files if kind_of(file) is None]
+                ignored += [file for file in files if kind_of(file) is None or not file.is_file()]
             elif not path.exists():
                 raise UserError(f"{path} does not exist. Give the path of a file or a folder of text.")
             elif kind_of(path) is None:
@@ -72,6 +73,8 @@ def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
                     f"{path}: its name does not say what kind of file it is. Wanted: {', '.join(SUFFIXES)}, the first "
                     "two also with .gz or .zst; rename it if it is one of these."
                 )
+            elif not path.is_file():
+                raise UserError(f"{path} is not a file that can be read twice. Save its content in a file.")
             else:
                 found.append(path)
         except OSError as error:
@@ -97,7 +100,19 @@ def _files_below(folder: Path) -> list[Path]:
                 wanted.append(name)
         folders[:] = wanted
         found += [Path(parent, name) for name in files if not name.startswith(".")]
-    return [file for file in found if file.is_file()]
+    return found
+
+
+def say_left_out(ignored: Sequence[Path]) -> None:
+    if ignored:
+        names = [printable(path.name) + ("" if path.is_file() else " (no file)") for path in ignored[:5]]
+        names += ["..."] * (len(ignored) > 5)
+        print(f"left out {len(ignored)} files of other kinds: {', '.join(names)}", file=sys.stderr)
+
+
+def printable(name: str) -> str:
+    """`name` with U+FFFD for bytes that are not UTF-8, which Python keeps as surrogates."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def kind_of(path: Path) -> str | None:
@@ -118,8 +133,13 @@ def _open(path: Path) -> IO[bytes]:
         return io.BufferedReader(gzip.open(path, "rb"))
     if suffix == ".zst":
         # pyarrow, because the zstandard package reads a truncated file without an error.
-        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"), BLOCK)
+        return io.BufferedReader(pa.input_stream(_for_pyarrow(path), compression="zstd"), BLOCK)
     return open(path, "rb")
+
+
+def _for_pyarrow(path: Path) -> Any:
+    """The path, or the open file where its name is not UTF-8, which pyarrow does not take."""
+    return str(path) if printable(str(path)) == str(path) else open(path, "rb")
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
@@ -171,12 +191,22 @@ def find_sections(
     sections: list[Section] = []
     bad: list[str] = []
     wrong: list[str] = []
+    whole: list[Path] = []  # without the separator
     for path in files:
         try:
             if refuse_empty and path.stat().st_size == 0:
                 raise OSError("it is empty, 0 bytes")
             if kind_of(path) != ".parquet":
-                sections += _text_sections(path, fields)
+                of_file = list(_text_sections(path, fields))
+                sections += of_file
+                if kind_of(path) == ".txt" and fields.separator and sum(s.documents for s in of_file) == 1:
+                    whole.append(path)
+                if _full_of_nul(path):
+                    print(
+                        f"warning: {path} is full of NUL bytes. If it is UTF-16 without a mark, convert it: iconv -f "
+                        f"UTF-16LE -t UTF-8 {path}",
+                        file=sys.stderr,
+                    )
                 continue
             with _open_parquet(path) as file:
                 reason = _wrong_column(file.schema_arrow, fields.column)
@@ -189,6 +219,9 @@ def find_sections(
             if not skip_bad:
                 raise UserError(f"{message} With --skip-bad it is left out and named in the summary.") from error
             bad.append(message)
+    if whole:
+        names = ", ".join(map(str, whole[:5])) + (", ..." if len(whole) > 5 else "")
+        print(f"note: --separator does not occur in {len(whole)} files, each one document: {names}", file=sys.stderr)
     if wrong:
         fitting = len(files) - len(bad) - len(wrong)
         mixed = f"The source has mixed schemas; in {fitting} of {len(files)} files the text was found.\n"
@@ -325,6 +358,12 @@ def _text_sections(path: Path, fields: Fields) -> Iterator[Section]:
     reader.close()
 
 
+def _full_of_nul(path: Path) -> bool:
+    with _open(path) as stream:
+        start = stream.read(4096)
+    return start.count(0) > len(start) / 4
+
+
 def _size_of_text(path: Path) -> int:
     if not is_compressed(path):
         return path.stat().st_size
@@ -415,7 +454,7 @@ def _text_of_line(line: bytes | None, where: str, column: str) -> bytes | BadDoc
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
     # With pre_buffer=False a row group is read block by block, not at once.
-    return pq.ParquetFile(path, pre_buffer=False, buffer_size=BLOCK, page_checksum_verification=True)
+    return pq.ParquetFile(_for_pyarrow(path), pre_buffer=False, buffer_size=BLOCK, page_checksum_verification=True)
 
 
 def _wrong_column(schema: pa.Schema, column: str) -> str | None:
@@ -425,10 +464,12 @@ def _wrong_column(schema: pa.Schema, column: str) -> str | None:
         return (
             f" has no column {column!r}; its columns are {names}. Name the one that holds the text with --text-column."
         )
+    if schema.names.count(column) > 1:
+        return f" has {schema.names.count(column)} columns {column!r}; its columns are {names}. Rename or remove one."
     kind = schema.field(column).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    if kind in (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary()):
+    if kind in (pa.null(), pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary()):
         return None
     return (
         f": the column {column!r} holds {kind}, not text. Its columns are {names}: name the one that holds the text "

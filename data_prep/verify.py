@@ -56,8 +56,8 @@ def main(arguments: Sequence[str]) -> str:
         "--vocab-size", type=int, help="size of the vocabulary, for folders without meta.json (nanoGPT, llm.c)"
     )
     options = parser.parse_args(arguments)
-    if options.decode < 0:
-        raise UserError(f"--decode must be at least 0 documents, not {options.decode}.")
+    if not 0 <= options.decode <= sys.maxsize:
+        raise UserError(f"--decode must be at least 0 documents and no more than there can be, not {options.decode}.")
     lines = verify_folder(options.folder, options.vocab_size)
     if not options.decode:
         return "\n".join(lines)

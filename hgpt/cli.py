@@ -41,6 +41,8 @@ def run(
     try:
         text = main(sys.argv[1:] if arguments is None else arguments)
         if text is not None:
+            if hasattr(sys.stdout, "reconfigure"):
+                sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are not UTF-8
             print(text)
         sys.stdout.flush()
     except UserError as error:

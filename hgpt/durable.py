@@ -6,12 +6,14 @@ its name has the old content or the complete new content. Two processes must not
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -24,6 +26,20 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal, as `sha256sum` prints it."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path, way_out: str) -> Any:
+    """The content of a JSON file. Raises FileNotFoundError, and UserError if it is no file or no JSON."""
+    try:
+        if not path.is_file() and path.exists():  # opening a FIFO would wait for ever
+            raise UserError(f"{path} is not a file. {way_out}")
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}. Change its permissions, or: {way_out}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}). {way_out}") from error
 
 
 def sync(path: Path) -> None:

@@ -7,7 +7,7 @@ A name is a run folder (its latest checkpoint), a checkpoint folder, an exported
 Code in a model's folder is never executed (trust_remote_code=False), and pickles are loaded with weights_only=True.
 """
 
-import json
+import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,19 +18,19 @@ from typing import Any
 
 import huggingface_hub.utils.logging
 import numpy as np
+import psutil
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hgpt  # noqa: F401  (registers the model with transformers)
 from hgpt.data.shards import TokenShards
-from hgpt.data.tokenizer import TOKENIZER_FILE, hf_tokenizer, load_tokenizer
+from hgpt.data.tokenizer import TOKENIZER_FILE, hf_tokenizer, load_tokenizer, token_ids
+from hgpt.durable import read_json
 from hgpt.errors import UserError
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
-from hgpt.run.checkpoint import LATEST, MODEL, STATE, checkpoint_step
+from hgpt.run.checkpoint import LATEST, MANIFEST, MODEL, STATE, checkpoint_step, damage
 
 GPT2_KINDS = ("gpt2", "hgpt")  # the values of model_type that share GPT-2's blocks and their names
 GPT2_TOKENS = 50_257
@@ -43,6 +43,8 @@ GPT2_TOKENS = 50_257
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """The location of a model, and what its checkpoint says about it.
+
+    Each method compares the files that it reads with the manifest of the checkpoint, if there is one.
 
     Attributes:
         label: its name in reports.
@@ -60,11 +62,24 @@ class Source:
     # Any: transformers annotates these with unions of all its models and tokenizers.
     def load_config(self) -> Any:
         """The configuration, a small download from the hub. Raises UserError if it cannot be read."""
+        self._check("config")
         with _loading(self.folder):
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
 
-    def load_model(self, dtype: str | torch.dtype = "auto") -> Any:
-        """The model. Raises UserError if it cannot be loaded or a weight is missing."""
+    def load_model(self, dtype: str | torch.dtype = "auto", working_bytes: int = 0) -> Any:
+        """The model. Raises UserError if it cannot be loaded or a weight is missing.
+
+        Also, before the weights are read or downloaded, if less memory is free than they and `working_bytes` take.
+        """
+        config = self.load_config()
+        with _loading(self.folder):
+            needed = weight_bytes(config, dtype) + working_bytes
+        if needed > (free := psutil.virtual_memory().available):
+            raise UserError(
+                f"{self.folder} needs about {needed / 1e9:.1f} GB of memory to load it and to work, and "
+                f"{free / 1e9:.1f} GB are free: close other programs, or use a machine with more memory"
+            )
+        self._check("model")
         load: Any = AutoModelForCausalLM.from_pretrained  # with output_loading_info it returns a pair
         with _loading(self.folder):
             model, loading = load(self.folder, dtype=dtype, trust_remote_code=False, output_loading_info=True)
@@ -96,10 +111,13 @@ class Source:
 
     def load_tokenizer(self) -> Any:
         """The tokenizer saved beside the model. Raises UserError if there is none."""
+        self._check("tokenizer")
+        if (file := Path(self.folder) / TOKENIZER_FILE).is_file():
+            token_ids(file)
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
             found = tokenizer.vocab_size > 0  # some classes start empty where they find no file
-        except (OSError, ValueError, RuntimeError):
+        except Exception:  # transformers raises any for files that are none of a tokenizer
             found = False
         if not found:
             raise UserError(
@@ -108,23 +126,46 @@ class Source:
             )
         return tokenizer
 
+    def _check(self, beginning: str) -> None:
+        """Raise UserError if a file of the model whose name begins so is not the one in the checkpoint's manifest."""
+        folder = Path(self.folder).resolve()
+        kept = folder.name == MODEL and (folder.parent / MANIFEST).exists()
+        if kept and (fault := damage(folder.parent, f"{MODEL}/{beginning}")):
+            raise UserError(f"{folder.parent} is damaged: {fault}. Copy the checkpoint again, or use another one")
+
 
 def find_source(name: str) -> Source:
     """The model called `name`. Raises UserError for a path that is no model; does not look up a hub id."""
-    if is_hub_id(name):
-        return Source(label=name, folder=name)
+    try:
+        return Source(label=name, folder=name) if is_hub_id(name) else _local_source(name)
+    except (OSError, ValueError) as error:  # a name that is too long; a folder that may not be entered; NUL in a name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{name} cannot be read: {reason}. Give another path, or change its permissions") from error
+
+
+def _local_source(name: str) -> Source:
     folder = model_folder(name)
     inside = folder.resolve()
     checkpoint = inside.parent
     run = checkpoint.parents[1] if inside.name == MODEL and checkpoint.name.startswith("step_") else None
-    try:
-        state = json.loads((checkpoint / STATE).read_bytes())
-    except (OSError, ValueError):
-        state = {}
+    step, tokens = _progress(checkpoint / STATE)
     label = inside.name if run is None else run.name
     if run is not None and Path(name).resolve() not in (run, (run / LATEST).resolve()):
         label += f" step {checkpoint_step(checkpoint)}"
-    return Source(label=label, folder=str(folder), run=run, step=state.get("step"), tokens_seen=state.get("tokens"))
+    return Source(label=label, folder=str(folder), run=run, step=step, tokens_seen=tokens)
+
+
+def _progress(file: Path) -> list[int | None]:
+    """Steps and training tokens in a checkpoint's state.json; None for a model that lies beside no such file."""
+    again = "Copy the checkpoint again"
+    try:
+        state = read_json(file, f"{again}.")
+    except FileNotFoundError:
+        return [None, None]
+    found = [state.get(name) if isinstance(state, dict) else state for name in ("step", "tokens")]
+    if any(value is not None and (type(value) is not int or value < 0) for value in found):
+        raise UserError(f"{file} is damaged: step and tokens must be whole numbers, but are {found}. {again}")
+    return found
 
 
 def is_hub_id(name: str) -> bool:
@@ -157,13 +198,27 @@ def _loading(folder: str) -> Iterator[None]:
     huggingface_hub.utils.logging.set_verbosity_error()
     try:
         yield
-    # TypeError: a configuration with a value of the wrong type.
-    except (OSError, ValueError, TypeError, RuntimeError, MemoryError, SafetensorError, StrictDataclassError) as error:
+    except Exception as error:  # transformers raises any for a configuration or weights that are none
         if out_of_memory(error):
             raise UserError(
                 f"this machine ran out of memory with {folder}: close other programs, or use a machine with more memory"
             ) from error
         raise UserError(f"no model can be loaded from {folder}: {first_line(error)}") from error
+
+
+def weight_bytes(config: Any, dtype: str | torch.dtype = "auto") -> int:
+    """The size of a model's weights in memory, from its configuration alone; "auto": in the dtype of their file."""
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None) or config.dtype or torch.float32
+    text = config.get_text_config()
+    # Making the modules of a great many layers takes memory too, even where their weights take none.
+    layers, width = int(getattr(text, "num_hidden_layers", 0)), int(getattr(text, "hidden_size", 0))
+    least = layers * (width**2 * dtype.itemsize + 100_000)
+    if least > psutil.virtual_memory().available:
+        return least
+    make: Any = AutoModelForCausalLM.from_config  # it writes into the configuration
+    with torch.device("meta"):
+        return int(make(copy.deepcopy(config), trust_remote_code=False).num_parameters()) * dtype.itemsize
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -202,7 +257,7 @@ def shape_of(init_from: str, resume: str = "never", run_folder: Path | None = No
         init_from = resume
     elif resume == "auto" and run_folder is not None and (run_folder / LATEST).exists():
         init_from = str(run_folder)
-    if Path(init_from).is_file():
+    if _is_file(init_from):
         return _nanogpt(Path(init_from)).shape
     with _naming_the_setting(init_from):
         return _shape(_gpt2_config(find_source(init_from)))
@@ -220,14 +275,17 @@ def check_tokenizer(init_from: str, data: TokenShards) -> str:
     Raises:
         UserError: they differ. The message contains the command that prepares data with the model's tokenizer.
     """
-    if Path(init_from).is_file():
+    if _is_file(init_from):
         return "nanoGPT's ckpt.pt holds no tokenizer to compare: make sure that the data has the model's tokens"
     with _naming_the_setting(init_from):
         source = find_source(init_from)
         source.load_config()  # UserError for a missing model, which is not one without a tokenizer
     try:
-        of_model = source.load_tokenizer()
+        with _naming_the_setting(init_from):
+            of_model = source.load_tokenizer()
     except UserError:
+        if (Path(source.folder) / TOKENIZER_FILE).exists():
+            raise
         return f"{source.folder} has no tokenizer to compare: make sure that the data has the model's tokens"
     of_data = _tokenizer_of(data)
     if of_data is None:
@@ -262,7 +320,7 @@ def initialize_from(model: HGPTForCausalLM, init_from: str) -> list[str]:
     Raises:
         UserError: `init_from` cannot be read, or has another n_layer, n_head, n_embd or vocabulary, or less context.
     """
-    if Path(init_from).is_file():
+    if _is_file(init_from):
         found = _nanogpt(Path(init_from))
     else:
         with _naming_the_setting(init_from):
@@ -383,9 +441,15 @@ def _nanogpt(path: Path) -> _Weights:
         raise UserError(
             f"model.init_from = {path}: nanoGPT's ckpt.pt holds 'model' and 'model_args'; this holds {keys}"
         )
-    arguments = content["model_args"]
-    if absent := set(_SHAPE) - arguments.keys():
-        raise UserError(f"model.init_from = {path}: its model_args lack {', '.join(sorted(absent))}")
+    arguments, weights = content["model_args"], content["model"]
+    known = arguments if isinstance(arguments, dict) else {}
+    if absent := [name for name in sorted(_SHAPE) if type(known.get(name)) is not int]:
+        raise UserError(f"model.init_from = {path}: its model_args lack {', '.join(absent)} (whole numbers)")
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) and value.is_floating_point() and not value.is_sparse
+        for name, value in weights.items()
+    ):
+        raise UserError(f"model.init_from = {path}: its 'model' must be a table of names and tensors of real numbers")
     # nanoGPT's blocks have one option, the bias. The code of arXiv:2502.01628 is based on an older nanoGPT with GPT-2's
     # tanh GELU, whose checkpoints also contain scale_attn_by_inverse_layer_idx.
     older = "scale_attn_by_inverse_layer_idx" in arguments
@@ -399,7 +463,7 @@ def _nanogpt(path: Path) -> _Weights:
     iteration = content.get("iter_num")
     what = f"{path} (nanoGPT{f', iteration {iteration:,}' if isinstance(iteration, int) else ''})"
     shape = {name: arguments[name] for name in _SHAPE}
-    return _Weights(what=what, weights=_clean(content["model"]), shape=shape, behaviour=behaviour)
+    return _Weights(what=what, weights=_clean(weights), shape=shape, behaviour=behaviour)
 
 
 def _shape(config: Any) -> dict[str, int]:
@@ -433,6 +497,13 @@ def _differences(found: _Weights, config: Any) -> list[str]:
         for name, value in found.behaviour.items()
         if now[name] != value and not (now[name] in _TANH_GELUS and value in _TANH_GELUS)
     ]
+
+
+def _is_file(init_from: str) -> bool:
+    try:
+        return Path(init_from).is_file()
+    except OSError as error:
+        raise UserError(f"model.init_from = {init_from} cannot be read: {error.strerror}. Give another path") from error
 
 
 @contextmanager

@@ -1,6 +1,9 @@
 """The two heads as modules: a drop-in classifier, logits against loss, padding rows, dtypes, errors."""
 
+import copy
 import math
+import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -75,6 +78,33 @@ def test_unchanged_centres_in_compiled_code(options: dict[str, Any]) -> None:
                     torch.testing.assert_close(compiled(x), expected)
             head.weight.mul_(1.1)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"distance": "cosine"}, {"distance": "mahalanobis"}], ids=str)
+def test_unchanged_centres_of_several_threads_and_of_a_weight_that_changes(options: dict[str, Any]) -> None:
+    head, x = HarmonicHead(D, V, **options), torch.randn(3, D)
+    begun, ended = threading.Barrier(2), threading.Barrier(2)
+
+    def other() -> None:
+        with torch.no_grad(), head.unchanged_centres():
+            head(x)
+            begun.wait(10)
+            ended.wait(10)  # ends after the context of the first thread, which began later
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    begun.wait(10)
+    with torch.no_grad():
+        with head.unchanged_centres():
+            head(x)
+            for parameter in [head.weight, *head.metric.parameters()]:
+                parameter.mul_(1.1 + torch.rand_like(parameter))
+                torch.testing.assert_close(head(x), copy.deepcopy(head)(x))
+        ended.wait(10)
+        thread.join()
+        head.weight.mul_(1 + torch.rand(V, 1))
+        assert head._cache.entries is None
+        torch.testing.assert_close(head(x), pickle.loads(pickle.dumps(head))(x))
 
 
 def test_softmax_head_is_a_linear_layer() -> None:

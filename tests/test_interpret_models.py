@@ -10,7 +10,7 @@ from small_models import byte_pairs, export, unigrams, word_pieces
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoConfig, GPTNeoForCausalLM
 
 from hgpt.errors import UserError
-from hgpt.interpret.models import LoadedModel, check_memory, find_sources, loaded, outlines
+from hgpt.interpret.models import WORKING_BYTES, LoadedModel, find_sources, loaded, outlines
 from hgpt.source import Source
 
 CPU = torch.device("cpu")
@@ -69,10 +69,12 @@ def test_a_model_on_the_hub_that_would_not_fit_is_refused_before_it_is_downloade
     """GPT-2 small: 124,439,808 parameters of 4 bytes, and 1 GB to work with."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1.49e9))
     source = Source(label="gpt2", folder="somebody/gpt2")
-    with pytest.raises(UserError, match=r"somebody/gpt2 needs about 1\.5 GB of memory .* and 1\.5 GB are free"):
-        check_memory(source, GPT2Config())
+    monkeypatch.setattr(Source, "load_config", lambda self: GPT2Config())
+    with pytest.raises(UserError, match=r"somebody/gpt2 needs about 1\.5 GB of memory .*, and 1\.5 GB are free"):
+        source.load_model(torch.float32, WORKING_BYTES)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1.51e9))
-    check_memory(source, GPT2Config())
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: ("loaded", {"missing_keys": []}))
+    assert source.load_model(torch.float32, WORKING_BYTES) == "loaded"
 
 
 def test_outlines_know_what_the_models_know(tmp_path):

@@ -160,8 +160,12 @@ def copy(parts, tmp_path):
 
 
 def test_parts_are_merged_into_the_same_streams(copy, whole, source, capsys):
-    assert status(main, "--source", source, "--out", copy, *SMALL, "--part", "2/2") == 2  # never overwritten
-    assert status(main, "--out", copy, "--merge") == 0
+    before = contents(copy / "part_2_of_2")
+    for seed, code in ((2357, 0), (1, 2)):  # done already; never overwritten
+        assert status(main, "--source", source, "--out", copy, *SMALL, "--part", "2/2", "--seed", seed) == code
+    assert contents(copy / "part_2_of_2") == before
+    for _ in range(2):
+        assert status(main, "--out", copy, "--merge") == 0
     verify_shards(copy)
     assert streams(copy) == streams(whole)
     ours, theirs = read_meta(copy), read_meta(whole)
@@ -284,8 +288,10 @@ def test_what_cannot_be_read_is_left_out_and_named_if_asked(tmp_path, capsys):
 def test_bad_options(tmp_path, source, capsys):
     base = ("--source", source, "--out", tmp_path / "out", *SMALL)
     for value in ("1.5", "nan", "0"):
-        assert f"--val-fraction {float(value)} of 300 documents" in failed(capsys, *base, "--val-fraction", value)
-    assert "--seed must be at least 0, not -1" in failed(capsys, *base, "--seed", -1)
+        assert f"--val-fraction must lie between 0 and 1, not {float(value)}" in failed(
+            capsys, *base, "--val-fraction", value
+        )
+    assert "--seed must be from 0 to 2^64 - 1, not -1" in failed(capsys, *base, "--seed", -1)
     assert "--workers must be at least 1" in failed(capsys, *base, "--workers", 0)
     assert "--tokens-per-shard must be at least 1" in failed(capsys, *base, "--tokens-per-shard", 0)
     assert "--revision main has no effect on --source" in failed(capsys, *base, "--revision", "main")

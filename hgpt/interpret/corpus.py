@@ -1,5 +1,6 @@
 """The text that models are measured on, in the tokens of each."""
 
+import os
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from hgpt.data.shards import MAX_VOCAB_SIZE, META_FILE, TokenShards
-from hgpt.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from hgpt.data.shards import META_FILE, TokenShards
+from hgpt.data.tokenizer import MAX_VOCAB_SIZE, TOKENIZER_FILE, Tokenizer, load_tokenizer
 from hgpt.errors import UserError
 from hgpt.interpret.models import LoadedModel, Outline, Source
 from hgpt.interpret.positions import Window
@@ -49,6 +50,12 @@ class Corpus:
                 every token of the validation split lies is taken for it.
             tokenizer_files: for a folder without tokenizer.json, where else the tokenizer that made it may lie.
         """
+        try:
+            os.stat(folder)
+        except FileNotFoundError:
+            pass  # `TokenShards` says how to prepare one
+        except (OSError, ValueError) as error:  # ValueError: NUL in the name
+            raise UserError(f"data folder {folder} cannot be read: {error}. Give another path") from error
         files = [Path(folder) / TOKENIZER_FILE, *tokenizer_files]
         file = next((file for file in files if file.is_file()), None)
         tokenizer = vocabulary = None
@@ -197,11 +204,14 @@ def data_settings(source: Source) -> dict[str, Any]:
     if source.run is None or not (source.run / "config.toml").is_file():
         return {}
     try:
-        return tomllib.loads((source.run / "config.toml").read_text(encoding="utf-8")).get("data", {})
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        data: Any = tomllib.loads((source.run / "config.toml").read_text(encoding="utf-8")).get("data", {})
+        if not isinstance(data.get("path", ""), str) or type(data.get("vocab_size", 0)) is not int:
+            raise ValueError("data.path must be a text and data.vocab_size a whole number")
+        return data
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{source.run / 'config.toml'} is not TOML: {error}. Restore it, or name the exported model instead of the "
-            "run"
+            f"{source.run / 'config.toml'} is not TOML of a run: {error}. Restore it, or name the exported model "
+            "instead of the run"
         ) from error
 
 

@@ -1,6 +1,5 @@
 """Models to be measured: harmonic, softmax, or a GPT-2 of transformers, all asked in the same way."""
 
-import copy
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,19 +8,16 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hgpt.errors import UserError
 from hgpt.model.harmax import squared_distances
 from hgpt.model.heads import HarmonicHead
 from hgpt.run.checkpoint import MODEL, checkpoint_step, checkpoints
-from hgpt.source import GPT2_KINDS, Source, find_source, first_line, out_of_memory
+from hgpt.source import GPT2_KINDS, Source, find_source, out_of_memory
 
 # Memory to work in beside the weights: chunks of logits, the vectors of a vocabulary, figures.
 WORKING_BYTES = 1_000_000_000
@@ -265,10 +261,11 @@ def loaded(source: Source, device: torch.device) -> Iterator[LoadedModel]:
     Raises UserError for a folder without a model or a tokenizer, and for too little memory: before the weights are
     loaded where that can be foreseen, otherwise when memory runs out, in the block too.
     """
-    check_memory(source, read_config(source))
+    read_config(source)
     try:
-        yield LoadedModel(source, source.load_model(torch.float32), source.load_tokenizer(), device)
-    except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
+        model = source.load_model(torch.float32, WORKING_BYTES)
+        yield LoadedModel(source, model, source.load_tokenizer(), device)
+    except (RuntimeError, MemoryError, OSError) as error:
         if not out_of_memory(error):
             raise
         if device.type == "cpu":
@@ -291,25 +288,4 @@ def _check_kind(source: Source, model_type: str, name: str) -> None:
     if model_type not in GPT2_KINDS:
         raise UserError(
             f"{source.folder} is a {name}; hgpt.interpret reads models of hgpt and GPT-2 models of transformers"
-        )
-
-
-def check_memory(source: Source, config: Any) -> None:
-    """Raises UserError when the weights in float32 and room to work need more memory than is free.
-
-    It needs no more than `config`: a model on the hub is refused before it is downloaded.
-    """
-    make: Any = AutoModelForCausalLM.from_config  # it writes into the configuration
-    try:
-        with torch.device("meta"):
-            weights = 4 * make(copy.deepcopy(config), trust_remote_code=False).num_parameters()
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"no model can be loaded from {source.folder}: {first_line(error)}") from error
-    needed = weights + WORKING_BYTES
-    available = psutil.virtual_memory().available
-    if needed > available:
-        raise UserError(
-            f"{source.folder} needs about {needed / 1e9:.1f} GB of memory (its weights in float32 and "
-            f"{WORKING_BYTES / 1e9:.0f} GB to work in), and {available / 1e9:.1f} GB are free: close other programs, "
-            "or use a machine with more memory"
         )

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from hgpt.durable import read_json
 from hgpt.errors import UserError
 
 SHIPPED = Path(__file__).parent / "relation_sets"
@@ -46,9 +47,11 @@ class TokenPairs:
 def load_relations(folder: str | Path | None = None) -> list[Relation]:
     """Every `*.json` of `folder` (default: the shipped sets), by name. Raises UserError for none, or a broken one."""
     folder = SHIPPED if folder is None else Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"--relations {folder}: there is no such folder; leave it out to use the sets that ship")
-    files = sorted(folder.glob("*.json"))
+    try:
+        files = sorted(path for path in folder.iterdir() if path.suffix == ".json")
+    except (OSError, ValueError) as error:
+        reason = "there is no such folder" if isinstance(error, FileNotFoundError | NotADirectoryError) else error
+        raise UserError(f"--relations {folder}: {reason}; leave it out to use the sets that ship") from error
     if not files:
         raise UserError(
             f'--relations {folder} holds no .json file; each is one relation, a list of {{"input": ..., "output": ...}}'
@@ -61,9 +64,9 @@ def read_relation(path: str | Path) -> Relation:
     path = Path(path)
     rule = 'a relation is a list of {"input": "text", "output": "text"}'
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); {rule}") from error
+        content = read_json(path, f"{rule}.")
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; {rule}") from error
     if not isinstance(content, list):
         raise UserError(f"{path}: {rule}; got {_shown(content)}")
     pairs: dict[tuple[str, str], None] = {}

@@ -11,6 +11,7 @@ work as the last layer of any classifier.
 """
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -194,8 +195,7 @@ class HarmonicHead(_Head):
         self.metric = make_distance(distance, in_features, **options)
         self.initial_exponent = resolve_exponent(exponent, in_features)
         self.log_exponent = nn.Parameter(torch.empty(1)) if learn_exponent else None
-        # Cache for generation: (dtype, device) → (transformed centres or None, their squared norms).
-        self._cache: dict[tuple[torch.dtype, torch.device], tuple[Tensor | None, Tensor]] | None = None
+        self._cache = _Cache()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -245,13 +245,14 @@ class HarmonicHead(_Head):
     def unchanged_centres(self) -> Iterator[None]:
         """Context in which w′ and |w′|² are computed once and cached, for logits and distances without gradients.
 
-        The weight and the metric must not change in it. Generation uses it.
+        Generation uses it. The cache is the calling thread's own. It notices a weight that is changed in place, but not
+        in compiled code, in inference mode or through `.data`.
         """
-        outer, self._cache = self._cache, {}
+        outer, self._cache.entries = self._cache.entries, {}
         try:
             yield
         finally:
-            self._cache = outer
+            self._cache.entries = outer
 
     def _operands(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """x′ and w′ of the distance, computed in the accumulation dtype; for products, cast to the compute dtype."""
@@ -266,10 +267,10 @@ class HarmonicHead(_Head):
 
     def _operands_and_norms(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """`_operands`, and |w′|² (V,) from the cache, or None if nothing may be cached."""
-        metric, cache = self.metric, self._cache
+        metric, cache = self.metric, self._cache.entries
         if cache is None or torch.is_grad_enabled() or (metric.transforms and not metric.apart):
             return *self._operands(x, self.weight), None
-        key = _compute_dtype(x), x.device
+        key = _compute_dtype(x), x.device, _versions(self.weight, *metric.parameters())
         if key not in cache:
             w = self._operands(x, self.weight)[1]
             # Do not cache the weight itself: an engine that shards it frees it after each call.
@@ -283,6 +284,22 @@ class HarmonicHead(_Head):
         learned = "" if self.log_exponent is None else " (learned)"
         n = float(torch.as_tensor(self.exponent).detach())
         return f"{super().extra_repr()}, exponent={n:g}{learned}, distance={self.distance}"
+
+
+class _Cache(threading.local):
+    """Of `unchanged_centres`, for each thread: key → (w′ or None, |w′|²). None outside the context."""
+
+    entries: dict[Any, tuple[Tensor | None, Tensor]] | None = None
+
+    def __reduce__(self) -> Any:
+        return _Cache, ()  # a copied or unpickled head has an empty one
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    """How often each tensor was changed in place; () where PyTorch does not say it."""
+    if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
+        return ()
+    return tuple(tensor._version for tensor in tensors)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

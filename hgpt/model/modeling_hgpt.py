@@ -445,6 +445,7 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
         rows = self._get_resized_embeddings(rows, new_num_tokens, mean_resizing=mean_resizing)
         head = self._new_head(rows.num_embeddings)
         head.weight = nn.Parameter(rows.weight.data)
+        head._is_hf_initialized = True  # type: ignore[assignment]  # post_init draws no new weights
         # Take over what does not depend on the number of rows.
         head.label_smoothing = old_lm_head.label_smoothing
         if isinstance(head, HarmonicHead):

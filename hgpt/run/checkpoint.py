@@ -76,11 +76,13 @@ class TrainState:
 
 
 def data_fingerprint(*splits: TokenShards) -> str:
-    """SHA-256 of the shard checksums in meta.json; of the splits' lengths where there is no meta.json."""
+    """SHA-256 of the checksums in meta.json and of end-of-text; of the splits' lengths where there is no meta.json."""
     parts: list[Any] = []
     for shards in splits:
         meta = shards.meta
         parts.append(len(shards) if meta is None else [record.sha256 for record in meta.splits[shards.split].shards])
+        if meta is not None and meta.tokenizer_sha256 is not None:  # earlier versions did not write it
+            parts.append([meta.tokenizer_sha256, meta.vocab_size, meta.end_of_text])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -232,13 +234,18 @@ def checkpoints(run_folder: Path) -> list[Path]:
     return sorted(found, key=checkpoint_step)
 
 
-def damage(checkpoint: Path) -> str | None:
-    """The first fault of a checkpoint, None if it has none. Checks size and SHA-256 of every file in the manifest."""
+def damage(checkpoint: Path, beginning: str = "") -> str | None:
+    """The first fault of a checkpoint, None if it has none. Checks size and SHA-256 of every file in the manifest.
+
+    `beginning`: only of the files whose names begin so.
+    """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())["files"]
-        entries = [(name, entry["bytes"], entry["sha256"]) for name, entry in manifest.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        entries = [(n, entry["bytes"], entry["sha256"]) for n, entry in manifest.items() if n.startswith(beginning)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({error})"
+    if not manifest:
+        return f"{MANIFEST} names no files"
     for name, size, checksum in entries:
         path = checkpoint / name
         if not path.is_file():
