@@ -1,12 +1,16 @@
 """What devices can do: peak FLOP/s, memory, bandwidth."""
 
-import resource
 import sys
+from contextlib import suppress
 from typing import NamedTuple
 
+import psutil
 import torch
 
 from hgpt.errors import UserError
+
+with suppress(ImportError):  # Windows has none
+    import resource
 
 
 class Device(NamedTuple):
@@ -65,6 +69,8 @@ def memory_in_use(device: torch.device) -> float:
     """Peak memory of this process in GiB: allocated on its GPU, or resident if it uses the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

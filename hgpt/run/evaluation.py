@@ -106,7 +106,7 @@ class Evaluation:
             with whole(learned) as log_exponent:
                 exponent = float(log_exponent.exp())
         sums: dict[str, float] = {}
-        x_norm_max, positions, count = 0.0, 0, self.config.diagnostic_windows
+        x_norm_max, positions, count = 0.0, 0, min(self.config.diagnostic_windows, self.windows)
         for window in sorted({int(i * self.windows / count) for i in range(count)}):
             inputs, targets = (t.to(engine.device) for t in read_windows(self.shards, [window], self.seq_len))
             with engine.accelerator.autocast():
