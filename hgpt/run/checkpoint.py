@@ -223,14 +223,26 @@ class Checkpoints:
             self._writer.submit(lambda: self._write(full, random_states, state))
 
     def _write(self, full: FullState, random_states: list[dict[str, Tensor]], state: TrainState) -> None:
+        """Write a checkpoint; into a new run folder if the run folder was renamed or deleted while the run trains."""
+        run_folder = self.config.run_folder
+        mark = run_folder / CONFIG_FILE
+        try:
+            if mark.exists():
+                return self._write_into(run_folder, full, random_states, state)
+        except UserError:
+            if mark.exists():
+                raise
+        _warn(f"{run_folder} was renamed or deleted: checkpoints go to a new folder of this name")
+        with writing(mark):
+            run_folder.mkdir(parents=True, exist_ok=True)
+            write_toml(self.config, mark)
+        return self._write_into(run_folder, full, random_states, state)
+
+    def _write_into(
+        self, run_folder: Path, full: FullState, random_states: list[dict[str, Tensor]], state: TrainState
+    ) -> None:
         """Write the checkpoint folder, point `latest` at it, and delete old checkpoints."""
-        run_folder, config = self.config.run_folder, self.engine.model_config
-        target = checkpoint_folder(run_folder, state.step)
-        if not (run_folder / CONFIG_FILE).exists():
-            _warn(f"{run_folder} was renamed or deleted: later checkpoints go to a new folder of this name")
-            with writing(run_folder):
-                run_folder.mkdir(parents=True, exist_ok=True)
-                write_toml(self.config, run_folder / CONFIG_FILE)
+        config, target = self.engine.model_config, checkpoint_folder(run_folder, state.step)
         with whole_folder(target) as folder:
             save_training_state(folder, full, random_states, state)
             save_model(folder / MODEL, config, full.weights)

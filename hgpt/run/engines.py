@@ -277,7 +277,7 @@ def check_environment() -> None:
     for name, value in environment.items():
         least = 0 if "RANK" in name else 1
         limit = below.get(name, "1000000")
-        if not (value.isascii() and value.isdigit() and least <= int(value) < int(limit)):
+        if not (value.isascii() and value.isdigit() and len(value) < 9 and least <= int(value) < int(limit)):
             raise UserError(
                 f"the environment variable {name} must be a whole number from {least} to {int(limit) - 1}; got "
                 f"{value!r}: a launcher sets it (accelerate launch, torchrun); unset it to train in one process"

@@ -143,7 +143,7 @@ def _read_toml(file: str) -> dict[str, Any]:
     except RecursionError as error:
         raise UserError(f"--config {file}: not valid TOML: nested too deeply") from error
     except ValueError as error:  # also from int(), for numbers of thousands of digits
-        raise UserError(f"--config {file!r}: not valid TOML: {error}") from error
+        raise UserError(f"--config {file}: not valid TOML: {error}") from error
 
 
 def _merged(given: list[tuple[str, str, Any]]) -> dict[str, Any]:
