@@ -177,7 +177,7 @@ class Watchdog:
                 others: list[str] = []
                 asking = threading.Thread(target=self._ask, args=(store, step, others), daemon=True)
                 asking.start()
-                asking.join(6 * self._interval)
+                asking.join(3 * self._interval)  # collectives time out after 1.5 · timeout
                 others = others or ["process 0, which holds the list of the others' steps, does not answer"]
                 message = f"process {self._rank} has waited for {self.timeout:g} s in step {step} ({doing})"
                 with suppress(OSError):
@@ -189,7 +189,7 @@ class Watchdog:
         ranks = sorted(set(range(self._world_size)) - {self._rank})
         try:
             before = self._read(store, ranks)
-            time.sleep(3 * self._interval)
+            time.sleep(2 * self._interval)
             now = self._read(store, ranks)
         except RuntimeError as error:
             phrases.append(f"the other processes cannot be asked ({str(error).splitlines()[0]})")
@@ -199,7 +199,7 @@ class Watchdog:
             if rank not in now:
                 phrases.append(f"process {rank} was never heard of")
             elif alive == before.get(rank, (0, "", 0))[2]:
-                silent = f"has been silent for {3 * self._interval:g} s"
+                silent = f"has been silent for {2 * self._interval:g} s"
                 phrases.append(f"process {rank} {silent}, since step {their_step} ({doing})")
             elif their_step < step:
                 phrases.append(f"process {rank} is still in step {their_step} ({doing})")
