@@ -8,7 +8,7 @@ searched for runs. The table reads only the end of metrics.jsonl, a plot all of 
 The first of these states that applies is shown:
 
     finished        the newest checkpoint is that of the last step
-    preempted       SIGTERM or SIGUSR1 stopped the run, and there is a checkpoint to resume from
+    preempted       SIGTERM, SIGUSR1 or SIGHUP stopped the run, and there is a checkpoint to resume from
     running         the last record of metrics.jsonl is younger than two minutes or, if that is longer, than three times
                     the longest pause between the last records, but at most half an hour
     damaged         a file of the newest checkpoint is missing, or its size is not that in the manifest

@@ -141,18 +141,18 @@ class Checkpoints:
         manifest = path / MANIFEST
         seen = engine.together(lambda: sha256(manifest) if manifest.is_file() else None)
         engine.compare({f"the SHA-256 of {manifest}": seen})
-        found = engine.together(lambda: self._check(path, verify=engine.is_local_main and not engine.is_main))
-        differences = check_resume(found.state.settings, self.config, path)
+        verify = engine.is_local_main and not engine.is_main
+        found, differences = engine.together(lambda: self._check(path, verify))
         engine.say(f"resuming from {path}" + "".join(f"\n  {line}" for line in differences))
         self.resumed = found
         return found
 
-    def _check(self, path: Path, verify: bool) -> "Checkpoint":
-        """The checkpoint in `path`. Raises UserError if this run cannot resume it."""
+    def _check(self, path: Path, verify: bool) -> "tuple[Checkpoint, list[str]]":
+        """The checkpoint in `path`, and how its settings differ. Raises UserError if this run cannot resume it."""
         if verify and (fault := damage(path)):
             raise UserError(f"{path} is damaged: {fault}; copy it again from the machine that wrote it")
         found, steps = Checkpoint(path), self.config.train.steps
-        check_resume(found.state.settings, self.config, path)
+        differences = check_resume(found.state.settings, self.config, path)
         if not same_data(found.state.data, self.data):
             raise UserError(
                 f"cannot resume {path}: the data in {self.config.data.path} is not the data it was trained on (the "
@@ -163,7 +163,7 @@ class Checkpoints:
                 f"cannot resume {path}: train.steps = {steps} is less than its {found.state.step} "
                 f"steps. Set train.steps to {found.state.step} or more, or resume an earlier checkpoint."
             )
-        return found
+        return found, differences
 
     @contextmanager
     def claim(self) -> Iterator[None]:
@@ -172,7 +172,6 @@ class Checkpoints:
         Enter it only after all input was checked. Collective. Raises UserError if another process trains in the folder,
         or if the folder cannot be written.
         """
-        self.engine.accelerator.wait_for_everyone()  # the main process has looked whether the folder exists
         with ExitStack() as held:
             self.engine.together(lambda: self._claim(held) if self.engine.is_main else None)
             yield

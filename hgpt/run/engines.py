@@ -67,7 +67,7 @@ class Engine:
     Every method whose docstring says "collective" must be called by every process.
 
     Attributes:
-        rank, world_size, is_main, is_local_main, device: of this process; is_local_main: the first of its node.
+        rank, world_size, is_main, device: of this process.
         model_config, num_parameters: of the model; known after `prepare`.
     """
 
@@ -78,7 +78,7 @@ class Engine:
         self.config = config
         self.accelerator = accelerator
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
-        self.is_main, self.is_local_main = accelerator.is_main_process, accelerator.is_local_main_process
+        self.is_main = accelerator.is_main_process
         self.device = accelerator.device
 
     @classmethod
@@ -144,6 +144,11 @@ class Engine:
         if self.accelerator.distributed_type == DistributedType.FSDP:
             return "FSDP2"
         return "DDP" if self.world_size > 1 else "one process"
+
+    @property
+    def is_local_main(self) -> bool:
+        """Whether this process is the first of its node."""
+        return self.accelerator.is_local_main_process
 
     @property
     def precision(self) -> str:
