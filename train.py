@@ -3,10 +3,10 @@
     python train.py --config configs/quickstart.toml [--section.key value ...]
     accelerate launch --config_file configs/accelerate/multi_gpu.yaml train.py --config configs/gpt2_small_harmonic.toml
 
-Read it once, downwards: `main` sets up, `loop` trains, `optimizer_step` is one step. `--help` lists every setting.
+Read it once, downwards: `run` sets up, `loop` trains, `optimizer_step` is one step. `--help` lists every setting.
 
 Exit codes: 0 finished; 2 bad input or a failure, and the message says what to do; 70 a process hung or lost contact
-with the others; 75 stopped by SIGTERM or SIGUSR1 after a checkpoint, to be resumed; 130 interrupted by Ctrl-C.
+with the others; 75 stopped by SIGTERM, SIGUSR1 or SIGHUP after a checkpoint, to be resumed; 130 interrupted by Ctrl-C.
 """
 
 import sys
@@ -18,34 +18,37 @@ from torch import Tensor, nn
 
 from hgpt.data.baselines import unigram_log_p
 from hgpt.data.batches import TrainingBatches
-from hgpt.data.shards import TokenShards
+from hgpt.data.shards import TokenShards, fingerprint, same_data
 from hgpt.data.verify import verify
 from hgpt.hardware import device_name
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.checkpoint import Checkpoint, Checkpoints
 from hgpt.run.config import RunConfig
 from hgpt.run.energy import check_country
-from hgpt.run.engines import Engine, compile_blocks
+from hgpt.run.engines import Engine, compile_blocks, weights_fingerprint
 from hgpt.run.evaluation import Evaluation, Validation
 from hgpt.run.optim import build_optimizer, learning_rate, set_learning_rate
 from hgpt.run.report import Recent, Report, Speed
 from hgpt.run.settings import load_run_config
-from hgpt.run.stop import StopSignals, Watchdog, explain
+from hgpt.run.stop import LastingOutput, StopSignals, Watchdog, explain
 from hgpt.source import check_tokenizer, initialize_from, initialize_radii, shape_of
 
 
 def main(config: RunConfig) -> dict[str, float]:
     """Train the run that `config` describes; returns the values of the last evaluation, as `Evaluation` does."""
-    # ------------------------------------------------------------------------------------------------------------
-    # Data first: most mistakes are in the data settings, and they should show at once.
-    check_country(config.log.energy_country)
-    train_shards = TokenShards.open(config.data.path, "train", config.data.vocab_size)
-    val_shards = TokenShards.open(config.data.path, "val", config.data.vocab_size)
-    evaluation = Evaluation(train_shards, val_shards, config)
-
-    # ------------------------------------------------------------------------------------------------------------
     # Processes. The launcher chooses their number, and whether DDP, ZeRO or FSDP trains the model.
     engine = Engine.start(config)
+    with Watchdog(config.train.hang_timeout) as watchdog, StopSignals(engine) as signals:
+        validation = run(config, engine, watchdog, signals)
+    engine.end()
+    return validation.values
+
+
+def run(config: RunConfig, engine: Engine, watchdog: Watchdog, signals: StopSignals) -> Validation:
+    """Set up a run, and train it; returns the last evaluation. What reads files is done by all processes together."""
+    # ------------------------------------------------------------------------------------------------------------
+    # Data first: most mistakes are in the data settings, and they should show at once.
+    train_shards, val_shards, evaluation = engine.together(lambda: open_data(config))
     batches = TrainingBatches(
         train_shards,
         seq_len=config.data.seq_len,
@@ -57,24 +60,32 @@ def main(config: RunConfig) -> dict[str, float]:
         device=engine.device,
     )
     engine.configure(batches.accumulation)
-    if config.data.verify and engine.is_main:
-        verify(config.data.path, config.data.vocab_size)
+    verifying = config.data.verify and engine.is_local_main  # each node reads its own disk
+    data = engine.together(lambda: check_data(config, (train_shards, val_shards), whole=verifying))
+    engine.compare({f"the data in {config.data.path}": data}, same_data)
 
     # ------------------------------------------------------------------------------------------------------------
     # The run folder: a new one, or one to resume. Nothing is written yet.
-    checkpoints = Checkpoints(config, train_shards, val_shards, engine)
+    watchdog.beat(0, "looking for a checkpoint")
+    checkpoints = Checkpoints(config, train_shards, data, engine)
     resumed = checkpoints.to_resume()
 
     # ------------------------------------------------------------------------------------------------------------
     # Model and optimiser. Every process draws the same initial weights; dropout then differs between processes.
+    watchdog.beat(0, "building the model")
     set_seed(config.train.seed)
-    model = build_model(config, train_shards, resumed, engine)
+    model = engine.together(lambda: build_model(config, train_shards, resumed, engine))
+    if config.model.init_from is not None and resumed is None and engine.world_size > 1:
+        engine.compare({f"the weights of model.init_from = {config.model.init_from}": weights_fingerprint(model)})
     set_seed(config.train.seed, device_specific=True)
     model.to(engine.device)
     optimizer = build_optimizer(model, config.optim)
-    if resumed is not None and not resumed.load_random_state(engine.rank) and config.model.dropout > 0:
-        engine.say("the checkpoint has no random state for this process: dropout draws other random numbers")
-    model, optimizer = engine.prepare(model, optimizer, {} if resumed is None else resumed.load_optimizer(model))
+    states = {}
+    if resumed is not None:
+        states = engine.together(lambda: resumed.load_optimizer(model, optimizer))
+        if not engine.together(lambda: resumed.load_random_state(engine.rank)) and config.model.dropout > 0:
+            engine.say("the checkpoint has no random state for this process: dropout draws other random numbers")
+    model, optimizer = engine.prepare(model, optimizer, states)
     model.train()
 
     # ------------------------------------------------------------------------------------------------------------
@@ -90,10 +101,22 @@ def main(config: RunConfig) -> dict[str, float]:
     )
     if evaluation.unigram is not None:
         engine.say(f"a unigram model of this data has validation loss {evaluation.unigram:.4f}")
+    return loop(batches, evaluation, checkpoints, model, optimizer, watchdog, signals)
 
-    validation = loop(config, engine, batches, evaluation, checkpoints, model, optimizer)
-    engine.end()
-    return validation.values
+
+def open_data(config: RunConfig) -> tuple[TokenShards, TokenShards, Evaluation]:
+    """The training and the validation split, and the evaluation of the latter."""
+    check_country(config.log.energy_country)
+    train_shards = TokenShards.open(config.data.path, "train", config.data.vocab_size)
+    val_shards = TokenShards.open(config.data.path, "val", config.data.vocab_size)
+    return train_shards, val_shards, Evaluation(train_shards, val_shards, config)
+
+
+def check_data(config: RunConfig, splits: tuple[TokenShards, TokenShards], whole: bool) -> str:
+    """The fingerprint of the data, after a check of every byte if `whole`."""
+    if whole:
+        verify(config.data.path, config.data.vocab_size)
+    return fingerprint(splits, whole=whole)
 
 
 def build_model(config: RunConfig, shards: TokenShards, resumed: Checkpoint | None, engine: Engine) -> HGPTForCausalLM:
@@ -102,7 +125,7 @@ def build_model(config: RunConfig, shards: TokenShards, resumed: Checkpoint | No
         vocab_size=shards.vocab_size, seq_len=config.data.seq_len, end_of_text=shards.end_of_text
     )
     if resumed is not None:
-        model = resumed.load_model()
+        model = resumed.load_model(model_config)
     else:
         model = HGPTForCausalLM(model_config)
         if config.model.init_from is not None:
@@ -125,23 +148,20 @@ def build_model(config: RunConfig, shards: TokenShards, resumed: Checkpoint | No
 
 
 def loop(
-    config: RunConfig,
-    engine: Engine,
     batches: TrainingBatches,
     evaluation: Evaluation,
     checkpoints: Checkpoints,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    watchdog: Watchdog,
+    signals: StopSignals,
 ) -> Validation:
     """Train to the last step, with evaluations, checkpoints and log lines on the way; returns the last evaluation."""
-    resumed = checkpoints.resumed
+    config, engine, resumed = checkpoints.config, checkpoints.engine, checkpoints.resumed
     step, validation = (0, None) if resumed is None else (resumed.state.step, resumed.state.validation)
-    with (
-        StopSignals(engine) as signals,
-        checkpoints.claim(),  # creates the run folder; nothing was written before
-        Watchdog(config.train.hang_timeout) as watchdog,
-        Report(config, engine, checkpoints) as report,
-    ):
+    # `claim` creates the run folder; nothing was written before.
+    with checkpoints.claim(), Report(config, engine, checkpoints) as report:
+        signals.training = True
         # One pass more than there are steps: the last pass only evaluates and saves.
         while True:
             last = step >= config.train.steps
@@ -234,6 +254,7 @@ def log_line(
 if __name__ == "__main__":
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    sys.stdout, sys.stderr = LastingOutput(sys.stdout), LastingOutput(sys.stderr)
     try:
         main(load_run_config(sys.argv[1:], shape_of))
     except BaseException as error:

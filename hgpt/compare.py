@@ -34,12 +34,12 @@ import hgpt
 from hgpt.cli import Parser
 from hgpt.cli import run as run_command
 from hgpt.errors import UserError
-from hgpt.history import records
+from hgpt.history import DIVERGED, number_in, records
 from hgpt.interpret.drawing import measure_against_loss, save_figure
 from hgpt.interpret.report import READABILITY, analyse, readability, restricted, write_report
 from hgpt.interpret.statistics import holm
 from hgpt.interpret.subject import AnalysisSettings
-from hgpt.run.checkpoint import LATEST, MODEL
+from hgpt.run.checkpoint import checkpoint_step, checkpoints
 from hgpt.run.config import RunConfig
 from hgpt.run.settings import CONFIG_FILE, load_run_config, settings, write_toml
 from hgpt.source import shape_of
@@ -78,7 +78,7 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A run that has ended: its last evaluation, or None and the message of its error."""
+    """A run that has ended: its last evaluation, or None and the message if it diverged."""
 
     folder: Path
     evaluation: dict[str, float] | None
@@ -86,7 +86,7 @@ class Outcome:
 
     @property
     def loss(self) -> float:
-        """Validation loss in nats per token; infinite for a failed run, which is never the best."""
+        """Validation loss in nats per token; infinite for a run that diverged, which is never the best."""
         return float("inf") if self.evaluation is None else self.evaluation["loss"]
 
 
@@ -107,7 +107,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     for arm in arms:
         if tuned[run_name(arm, best[arm.name], 0)].evaluation is None:
             raise UserError(
-                f"every run of the arm {arm.name} failed; see {out / 'logs'}. Lower the learning rates of the sweep."
+                f"every run of the arm {arm.name} diverged; see {out / 'logs'}. Lower the learning rates of the sweep."
             )
     again = [run_config(arm, best[arm.name], seed, out) for arm in arms for seed in range(1, options.seeds)]
     outcomes = tuned | train_all(again, places, out, "seeds")
@@ -328,13 +328,12 @@ def train_all(
 
 
 def train(config: RunConfig, place: dict[str, str], out: Path) -> Outcome:
-    """Train one run with train.py, unless it has finished or failed before."""
-    folder = config.run_folder
-    failure = out / "logs" / f"{config.name}.failed"
-    if failure.exists():
-        return Outcome(folder=folder, evaluation=None, message=failure.read_text(encoding="utf-8"))
-    if evaluation := finished(config):
-        return Outcome(folder=folder, evaluation=evaluation)
+    """Train one run with train.py, unless it has finished or diverged before.
+
+    A loss that is not finite is a result. Raises UserError for any other failure: the same command tries the run again.
+    """
+    if outcome := outcome_of(config):
+        return outcome
     for name in ("configs", "logs"):
         (out / name).mkdir(parents=True, exist_ok=True)
     file, log = out / "configs" / f"{config.name}.toml", out / "logs" / f"{config.name}.log"
@@ -345,29 +344,30 @@ def train(config: RunConfig, place: dict[str, str], out: Path) -> Outcome:
         ).returncode
     if status == 130:
         raise KeyboardInterrupt
-    evaluation = finished(config)
-    if evaluation is not None:
-        return Outcome(folder=folder, evaluation=evaluation)
+    if outcome := outcome_of(config):
+        return outcome
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     message = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")
-    # A run that trained and then stopped with an error has diverged. That is a result, not an error of the comparison.
-    if status == 2 and records(folder, "train"):
-        failure.write_text(message, encoding="utf-8")
-        return Outcome(folder=folder, evaluation=None, message=message)
     raise UserError(f"the run {config.name} stopped with status {status}: {message} (the whole output: {log})")
 
 
-def finished(config: RunConfig) -> dict[str, float] | None:
-    """The evaluation after the last step; None if the run has not finished.
+def outcome_of(config: RunConfig) -> Outcome | None:
+    """The outcome of a run whose last record says that it diverged, or that it evaluated its last step; else None.
 
-    Raises UserError when the folder holds a finished run with other settings.
+    Raises UserError when the folder holds such a run with other settings.
     """
     folder = config.run_folder
-    evaluations = records(folder, "eval")
-    if not evaluations or evaluations[-1]["step"] != config.train.steps:
+    ends = [record for record in records(folder) if record["kind"] in ("eval", DIVERGED)]
+    if not ends or (ends[-1]["kind"] == "eval" and ends[-1]["step"] < config.train.steps):
         return None
-    if not (folder / LATEST / MODEL / "config.json").is_file():
-        return None
+    evaluation = {key: value for key in ends[-1] if (value := number_in(ends[-1], key)) is not None}
+    outcome = Outcome(folder=folder, evaluation=None, message=str(ends[-1].get("message", "")))
+    if ends[-1]["kind"] == "eval":
+        newest = checkpoints(folder)[-1:]
+        if "loss" not in evaluation or not newest or checkpoint_step(newest[0]) < config.train.steps:
+            return None
+        measured = {key: value for key, value in evaluation.items() if key not in ("step", "time")}
+        outcome = Outcome(folder=folder, evaluation=measured)
     with _PARSING:
         there = settings(load_run_config(["--config", str(folder / CONFIG_FILE)]))
     wanted = settings(config)
@@ -381,7 +381,7 @@ def finished(config: RunConfig) -> dict[str, float] | None:
             f"{folder} holds a finished run with other settings ({'; '.join(different)}): choose another --out, or "
             "delete that run"
         )
-    return {key: value for key, value in evaluations[-1].items() if key not in ("kind", "step", "time")}
+    return outcome
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -396,7 +396,7 @@ def row(arm: Arm, best: dict[str, str], outcomes: dict[str, Outcome], seeds: int
     losses = [evaluation["loss"] for evaluation in evaluations]
     folders = [run.folder for run in runs]
     tried = [(point, outcomes.get(run_name(arm, point, 0))) for point in arm.points]
-    measured = evaluations[0].keys() - {"loss"}
+    measured = set.intersection(*(set(evaluation) for evaluation in evaluations)) - {"loss"}
     return {
         "arm": arm.name,
         "config": arm.file,
@@ -427,7 +427,7 @@ def gradient_norm_spread(folder: Path) -> float | None:
 
     That leaves out the warm-up and the initial drop of the loss. None for fewer than two values.
     """
-    norms = [(record["step"], record["grad_norm"]) for record in records(folder) if "grad_norm" in record]
+    norms = [(r["step"], norm) for r in records(folder, "train") if (norm := number_in(r, "grad_norm")) is not None]
     late = [norm for step, norm in norms if 2 * step > norms[-1][0]]
     return statistics.stdev(late) / statistics.mean(late) if len(late) > 1 else None
 
@@ -437,15 +437,15 @@ def median_tokens_per_second(folders: Sequence[Path]) -> float | None:
 
     Logged values contain no evaluations and checkpoints.
     """
-    logged = [[line["tokens_per_second"] for line in records(f) if "tokens_per_second" in line] for f in folders]
-    rates = [rate for values in logged for rate in values[1:]]
+    logged = [[number_in(line, "tokens_per_second") for line in records(f, "train")] for f in folders]
+    rates = [rate for values in logged for rate in values[1:] if rate is not None]
     return statistics.median(rates) if rates else None
 
 
 def joules_per_token(folder: Path) -> float | None:
     """Energy per training token in J; None if it was not measured (log.energy_country)."""
-    measured = records(folder, "energy")
-    return 1 / measured[-1]["tokens_per_joule"] if measured and measured[-1]["tokens_per_joule"] else None
+    measured = [value for r in records(folder, "energy") if (value := number_in(r, "tokens_per_joule"))]
+    return 1 / measured[-1] if measured else None
 
 
 def best_point(arm: Arm, tuned: dict[str, Outcome]) -> dict[str, str]:
@@ -551,8 +551,11 @@ MEASURED = (
 
 
 def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
+    """A table as CSV. Cells that a spreadsheet would run as formulas get an apostrophe; negative numbers stay."""
+    safe = [[re.sub(r"^(?=[=@\t\r]|[+-](?!\d))", "'", cell) if isinstance(cell, str) else cell for cell in row]
+            for row in rows]  # fmt: skip
     with path.open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows(rows)
+        csv.writer(stream).writerows(safe)
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from hgpt.errors import UserError
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # the file system does not support locks
+_NO_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM}
 
 
 def sha256(path: Path) -> str:
@@ -43,12 +44,19 @@ def read_json(path: Path, way_out: str) -> Any:
 
 
 def sync(path: Path) -> None:
-    """Flush a file's content, or a folder's list of names, to the disk, so that it survives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file's content, or a folder's list of names, to the disk, so that it survives a power cut.
+
+    Some file systems (SMB, FUSE) cannot flush folders; their lists of names are left to them.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC or not path.is_dir():
+            raise
 
 
 def publish(partial: Path, target: Path) -> None:
@@ -86,17 +94,20 @@ def whole_folder(target: Path) -> Iterator[Path]:
     After an error the new folder is removed and `target` is as it was before. An older folder is renamed to
     .NAME.replaced before the new one gets its name: a process that is killed between the two renames leaves no
     `target`, and the next call puts the older folder back. It also removes temporary folders of killed processes.
-    Raises UserError for an error of the disk.
+    All files get the mode of new files: libraries make temporary ones that only their owner may read. Raises UserError
+    for an error of the disk.
     """
     partial, older = partial_name(target), target.with_name(f".{target.name}.replaced")
-    for pattern in (".*.partial", ".*.deleted"):
-        for leftover in target.parent.glob(pattern):
-            shutil.rmtree(leftover, ignore_errors=True)
+    sweep(target.parent)
     try:
         _put_back(older, target)
         partial.mkdir(parents=True)
         yield partial
+        mode = partial.stat().st_mode & 0o666  # of a new folder without x: the umask, which only os.umask could tell
         for path in partial.rglob("*"):
+            if path.is_file():
+                with suppress(OSError):  # a file system without modes
+                    path.chmod(mode)
             sync(path)
         if target.exists():
             os.replace(target, older)
@@ -122,11 +133,27 @@ def _put_back(older: Path, target: Path) -> None:
     shutil.rmtree(older, ignore_errors=True)
 
 
+def sweep(folder: Path) -> None:
+    """Delete the temporary folders in `folder` that killed processes left: .NAME.partial and .NAME.deleted."""
+    for pattern in (".*.partial", ".*.deleted"):
+        for leftover in folder.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 def remove_folder(folder: Path) -> None:
     """Delete a folder. It is renamed first, so an interrupted deletion leaves nothing under its name."""
     doomed = folder.with_name(f".{folder.name}.deleted")
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError in the block into a UserError which says that `path`, a file of a run, could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"could not write {path}: {error}; make room, then resume with --resume auto") from error
 
 
 @contextmanager

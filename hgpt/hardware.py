@@ -1,15 +1,19 @@
 """What a machine has: devices, their peak FLOP/s, memory and bandwidth, and versions of packages."""
 
-import resource
 import sys
 import tomllib
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 
 from hgpt.errors import UserError
+
+with suppress(ImportError):  # Windows has none
+    import resource
 
 
 class Device(NamedTuple):
@@ -72,6 +76,8 @@ def memory_in_use(device: torch.device) -> float:
     """Peak memory of this process in GiB: allocated on its GPU, or resident where no allocator of the device counts."""
     if device.type != "cpu" and (peak := torch.accelerator.max_memory_allocated(device)):
         return peak / 2**30
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

@@ -15,6 +15,8 @@ from typing import Any
 from hgpt.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
+DIVERGED = "diverged"  # the kind of the last record of a run whose loss or gradient was not finite
+LARGEST = 1e300  # larger numbers come from damaged files; JSON integers can exceed the range of a float
 
 
 def records(source: Path, kind: str | None = None) -> list[dict[str, Any]]:
@@ -56,6 +58,14 @@ def newest_first(source: Path) -> Iterator[dict[str, Any]]:
                 end = start - 1
     except (OSError, ValueError):  # mmap raises ValueError for an empty file
         return
+
+
+def number_in(record: Any, name: str) -> float | None:
+    """The finite number with this name in a record or another table; None if there is none, as in a damaged file."""
+    value = record.get(name) if isinstance(record, dict) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if abs(value) < LARGEST else None  # False for NaN
 
 
 @cache  # a command that reads a file several times warns once

@@ -8,7 +8,7 @@ searched for runs. The table reads only the end of metrics.jsonl, a plot all of 
 The first of these states that applies is shown:
 
     finished        the newest checkpoint is that of the last step
-    preempted       SIGTERM or SIGUSR1 stopped the run, and there is a checkpoint to resume from
+    preempted       SIGTERM, SIGUSR1 or SIGHUP stopped the run, and there is a checkpoint to resume from
     running         the last record of metrics.jsonl is younger than two minutes or, if that is longer, than three times
                     the longest pause between the last records, but at most half an hour
     damaged         a file of the newest checkpoint is missing, or its size is not that in the manifest
@@ -32,13 +32,12 @@ import numpy as np
 from hgpt.cli import Parser
 from hgpt.cli import run as run_command
 from hgpt.errors import UserError
-from hgpt.history import METRICS_FILE, newest_first, records
+from hgpt.history import METRICS_FILE, newest_first, number_in, records
 from hgpt.run.checkpoint import CHECKPOINTS, MANIFEST, PREEMPTED, checkpoint_step, checkpoints
 from hgpt.run.settings import CONFIG_FILE
 
 LINE_WIDTH = 100
 
-_LARGEST = 1e300  # larger numbers come from damaged files; JSON integers can exceed the range of a float
 _RECENT_LINES = 8
 _DEPTH = 3  # levels of folders that are searched for runs
 _POINTS = 2000  # training losses per curve; a plot has fewer pixels
@@ -98,7 +97,7 @@ def read_run(name: str, folder: Path, now: float) -> Run:
     recent, last = _last_records(folder)
     train, evaluation = last.get("train", {}), last.get("eval", {})
     steps = _integer(_settings(folder).get("train"), "steps")
-    times = [value for record in recent if (value := _number(record, "time")) is not None]
+    times = [value for record in recent if (value := number_in(record, "time")) is not None]
     if not times:
         times = [path.stat().st_mtime for path in (folder / METRICS_FILE, folder / CONFIG_FILE) if path.is_file()][:1]
     age = max(0.0, now - max(times)) if times else None
@@ -107,11 +106,11 @@ def read_run(name: str, folder: Path, now: float) -> Run:
         folder=folder,
         step=max((record["step"] for record in (train, evaluation) if record), default=None),
         steps=steps,
-        training_loss=_number(train, "loss"),
-        validation_loss=_number(evaluation, "loss"),
-        tokens_per_second=_number(train, "tokens_per_second"),
+        training_loss=number_in(train, "loss"),
+        validation_loss=number_in(evaluation, "loss"),
+        tokens_per_second=number_in(train, "tokens_per_second"),
         tokens=_integer(train, "tokens"),
-        energy_kwh=_number(last.get("energy"), "energy_kwh"),
+        energy_kwh=number_in(last.get("energy"), "energy_kwh"),
         age=age,
         state=_state(folder, steps, age, times),
     )
@@ -138,7 +137,7 @@ def _is_damaged(checkpoint: Path) -> bool:
     try:
         files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
         return any((checkpoint / name).stat().st_size != entry["bytes"] for name, entry in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return True
 
 
@@ -146,7 +145,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     """The tables of the run's config.toml, empty if the file cannot be read."""
     try:
         settings = tomllib.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return {name: table for name, table in settings.items() if isinstance(table, dict)}
 
@@ -168,16 +167,8 @@ def _last_records(folder: Path) -> tuple[list[dict[str, Any]], dict[str, dict[st
     return recent[::-1], last
 
 
-def _number(record: Any, name: str) -> float | None:
-    """A finite number with this name in a table, otherwise None."""
-    value = record.get(name) if isinstance(record, dict) else None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return value if abs(value) < _LARGEST else None  # False for NaN
-
-
 def _integer(record: Any, name: str) -> int | None:
-    value = _number(record, name)
+    value = number_in(record, name)
     return None if value is None else int(value)
 
 
@@ -268,7 +259,7 @@ def read_curves(run: Run, axis: str) -> Curves:
     per_step = _tokens_per_step(run, chosen) if axis == "tokens" else 1
     points: dict[str, dict[float, float]] = {"train": {}, "eval": {}}
     for record in chosen:
-        loss = _number(record, "loss")
+        loss = number_in(record, "loss")
         if record["kind"] in points and loss is not None and per_step is not None:
             points[record["kind"]][record["step"] * per_step] = loss
     return Curves(name=run.name, training=sorted(points["train"].items()), validation=sorted(points["eval"].items()))
@@ -277,11 +268,11 @@ def read_curves(run: Run, axis: str) -> Curves:
 def _tokens_per_step(run: Run, found: list[dict[str, Any]]) -> float | None:
     """Tokens per step: from a training record, otherwise from config.toml. Evaluation records have no tokens."""
     for record in reversed(found):
-        if (tokens := _number(record, "tokens")) and record["step"] > 0:
+        if (tokens := number_in(record, "tokens")) and record["step"] > 0:
             return tokens / record["step"]
     settings = _settings(run.folder)
-    batch = _number(settings.get("train"), "global_batch")
-    length = _number(settings.get("data"), "seq_len")
+    batch = number_in(settings.get("train"), "global_batch")
+    length = number_in(settings.get("data"), "seq_len")
     return None if batch is None or length is None else batch * length
 
 

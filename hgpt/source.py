@@ -30,7 +30,7 @@ from hgpt.data.tokenizer import TOKENIZER_FILE, hf_tokenizer, load_tokenizer, to
 from hgpt.durable import read_json
 from hgpt.errors import UserError
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
-from hgpt.run.checkpoint import LATEST, MANIFEST, MODEL, STATE, checkpoint_step, damage
+from hgpt.run.checkpoint import CHECKPOINTS, LATEST, MANIFEST, MODEL, STATE, checkpoint_step, damage, latest_checkpoint
 
 GPT2_KINDS = ("gpt2", "hgpt")  # the values of model_type that share GPT-2's blocks and their names
 GPT2_TOKENS = 50_257
@@ -181,6 +181,8 @@ def model_folder(path: str | Path) -> Path:
     for candidate in (path, path / MODEL, path / LATEST / MODEL):
         if (candidate / "config.json").is_file():
             return candidate
+    if (path / CHECKPOINTS).is_dir() and (newest := latest_checkpoint(path)) is not None:  # no link on this file system
+        return newest / MODEL
     if not path.exists():
         raise UserError(f"{path}: there is no such folder; give a run folder, a checkpoint folder or an exported model")
     if (path / "config.toml").is_file():

@@ -47,16 +47,32 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
-def start(configs: Sequence[RunConfig], processes: int, engine: str = "ddp", log: Path | None = None, **environment):
-    """The processes, started; each trains with the configuration of its rank (with the only one, if there is one)."""
+def start(
+    configs: Sequence[RunConfig],
+    processes: int,
+    engine: str = "ddp",
+    log: Path | None = None,
+    *,
+    folders: Sequence[Path] | None = None,
+    at_build: Sequence[Callable[[], None] | None] | None = None,
+    **environment,
+):
+    """The processes, started; each trains with the configuration of its rank (with the only one, if there is one).
+
+    folders: working directories by rank; each process is then a node of its own.
+    at_build: by rank, what a process does in place of building its model.
+    """
     shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": free_port()}
     shared |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1}
     started = []
     for rank in range(processes):
-        settings = shared | {"RANK": rank, "LOCAL_RANK": rank} | engine_environment(engine) | environment
+        settings = shared | {"RANK": rank, "LOCAL_RANK": 0 if folders else rank}
+        settings |= engine_environment(engine) | environment
+        settings |= {"LOCAL_WORLD_SIZE": 1} if folders else {}
         settings = {name: str(value) for name, value in settings.items()}
         config = configs[rank] if len(configs) > 1 else configs[0]
-        process = _context.Process(target=_train, args=(config, settings, log and log.with_suffix(f".{rank}")))
+        around = (folders and folders[rank], at_build and at_build[rank])
+        process = _context.Process(target=_train, args=(config, settings, log and log.with_suffix(f".{rank}"), *around))
         process.start()
         started.append(process)
     return started
@@ -107,10 +123,20 @@ def _print_to(log: Path) -> None:
     os.dup2(file, 2)
 
 
-def _train(config: RunConfig, environment: dict[str, str], log: Path | None) -> None:
+def _train(
+    config: RunConfig,
+    environment: dict[str, str],
+    log: Path | None,
+    folder: Path | None = None,
+    at_build: Callable[[], None] | None = None,
+) -> None:
     os.environ.update(environment)
     if log is not None:
         _print_to(log)
+    if folder is not None:
+        os.chdir(folder)
+    if at_build is not None:
+        train.build_model = lambda *arguments: at_build()
     faulthandler.dump_traceback_later(500)  # says where a process hangs
     torch.set_num_threads(1)
     code = 0

@@ -1,5 +1,6 @@
 """hgpt/compare.py: the grid, what is trained and what is not, and the table; with a trainer that only pretends."""
 
+import csv
 import json
 import re
 import tomllib
@@ -67,10 +68,11 @@ def pretended_training(command, env, stdout, stderr) -> CompletedProcess:
         lines.append({"kind": "eval", "step": config["train"]["steps"], "time": 0, **measured})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if lr >= 1:
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"kind": "diverged", "step": 2, "message": "the loss of step 2 is nan"}\n')
         stdout.write("error: the loss of step 2 is nan\n")
         return CompletedProcess(command, 2)
-    (folder / "latest" / "model").mkdir(parents=True, exist_ok=True)
-    (folder / "latest" / "model" / "config.json").write_text("{}")
+    (folder / "checkpoints" / f"step_{config['train']['steps']:07d}").mkdir(parents=True, exist_ok=True)
     return CompletedProcess(command, 0)
 
 
@@ -191,12 +193,48 @@ def test_a_run_that_diverges_is_not_the_best_and_not_repeated(arms, capsys):
     result = run(*command)
     assert result["arms"][0]["best"] == {"optim.lr": "3e-3"}
     assert result["arms"][0]["tried"][1]["loss"] is None
-    assert result["runs"]["harmonic-lr1-seed0"]["message"] == "error: the loss of step 2 is nan"
+    assert result["runs"]["harmonic-lr1-seed0"]["message"] == "the loss of step 2 is nan"
     before = len(trained(Path("out")))
     run(*command)
     assert len(trained(Path("out"))) == before
     assert main([*arms, "--sweep", "optim.lr=1,2", "--seeds", "1", "--out", "other", "--no-report"]) == 2
-    assert "every run of the arm harmonic failed" in capsys.readouterr().err
+    assert "every run of the arm harmonic diverged" in capsys.readouterr().err
+
+
+def test_only_a_loss_that_is_not_finite_is_a_result(arms, monkeypatch, capsys):
+    """A full disk after some steps stops the comparison; the same command tries the run again and ends."""
+    command = [*arms, "--seeds", "1", "--out", "out"]
+
+    def full_disk(command, **settings):
+        folder = Path("out/runs/harmonic-seed0")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 9.0}\n')
+        settings["stdout"].write("error: could not write it: No space left on device\n")
+        return CompletedProcess(command, 2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare.subprocess, "run", full_disk)
+        assert main([*command, "--no-report"]) == 2
+    assert "harmonic-seed0 stopped with status 2: error: could not write it" in capsys.readouterr().err
+    assert run(*command)["arms"][0]["mean"] > 0
+
+
+def test_records_in_which_text_stands_for_numbers(tmp_path):
+    lines = [
+        {"kind": "energy", "step": 1, "tokens_per_joule": 4.0},
+        {"kind": "energy", "step": 2, "tokens_per_joule": "x"},
+    ]
+    lines += [{"kind": "train", "step": step, "grad_norm": "x", "tokens_per_second": None} for step in range(4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert compare.joules_per_token(tmp_path) == 0.25
+    assert compare.gradient_norm_spread(tmp_path) is compare.median_tokens_per_second([tmp_path]) is None
+
+
+def test_no_cell_of_a_table_is_a_formula(tmp_path):
+    cells = ["=1+1", "@x", "+a", "-x", "\t=1", "-0.5 (-1 to 2)", "+3", "a=1", 2, None]
+    compare.write_csv(tmp_path / "table.csv", [cells])
+    (found,) = csv.reader((tmp_path / "table.csv").open(newline=""))
+    assert found == ["'=1+1", "'@x", "'+a", "'-x", "'\t=1", "-0.5 (-1 to 2)", "+3", "a=1", "2", ""]
 
 
 def test_runs_are_spread_over_gpus_or_share_the_cpu(arms, monkeypatch):

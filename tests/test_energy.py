@@ -1,5 +1,6 @@
 """hgpt/run/energy.py: what codecarbon may do, the arithmetic over restarts and machines, and runs that measure."""
 
+import json
 import logging
 import math
 import os
@@ -264,6 +265,15 @@ def test_tokens_per_joule_and_resuming(tracker):
     with RunEnergy("DEU", OneOf(), tokens=7200, before=None) as late:
         assert late.read(7201)["tokens"] == 1
     assert [made.stopped for made in tracker.made] == [1, 1, 1]
+
+
+def test_energy_records_without_numbers_do_not_count(tmp_path):
+    """As a damaged metrics.jsonl has them; the total goes on from the record before."""
+    good = {"kind": "energy", "step": 2, "tokens": 5, **dict.fromkeys(Reading._fields, 1.0)}
+    wrong = [good | {"step": 3, name: value} for name in ("cpu_kwh", "tokens") for value in ("x", None, [1], 10**400)]
+    lines = [good, *wrong, {"kind": "energy", "step": 3}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert last_record(tmp_path, 3) == good and last_record(tmp_path, 1) is None
 
 
 def test_the_sum_over_machines(tracker):

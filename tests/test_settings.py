@@ -200,8 +200,20 @@ model.dropout=nan model.activation_function=wave model.head.final_norm_gain=0 mo
 model.head.centre_init_std=-1 model.head.exponent=0 model.head.exponent=-3 model.head.exponent=2*root
 model.head.distance_file=none.py train.steps=1.5 train.steps=100.0 train.steps=1e3 train.steps=true train.steps=[1]
 optim.lr=true optim.lr=nan optim.lr=inf optim.betas=[0.9] optim.algorithm=sgd
+eval.diagnostic_windows=1000000000000 eval.micro_batch=1000000000000 train.global_batch=9223372036854775807
+train.micro_batch=9223372036854775807 train.steps=9223372036854775808 train.distance_memory=1e-09
+train.hang_timeout=1e+300 train.hang_timeout=1e-09 model.n_layer=1000000000 model.n_embd=4000000000
 """
+PATHS = ("name", "runs_dir", "resume", "data.path", "model.init_from")
 REFUSED = [(setting,) for setting in REFUSED_VALUES.split()] + [
+    # Names and paths that no file can have; numbers and nesting without end.
+    *((f"{name}=\udce4", "UTF-8", "\\udce4") for name in PATHS),
+    *((f"{name}=a\0b", "UTF-8", "a\\x00b") for name in PATHS),
+    (f"name={'a' * 300}", "200 bytes"),
+    (f"name={'ä' * 101}", "200 bytes"),
+    (f"train.steps={'9' * 5000}", "a whole number"),
+    (f"train.steps={'[' * 5000}", "a whole number"),
+    (f"optim.betas={'[' * 100}{']' * 100}", "a list of 2"),
     # No such setting, or no such value.
     ("train.stepss=1", "train.steps"),
     ("optim.learning-rate=1", "--help"),
@@ -305,6 +317,11 @@ def test_files_and_arguments_that_cannot_be_read(file, tmp_path):
     assert "--train.steps needs a value" in refusal(file, "--train.steps")
     assert "--train.steps needs a value" in refusal(file, "--train.steps", "--optim.lr", "1")
     assert "optim is a section" in refusal(file, "--optim", "3")
+    for content in (b"x = " + b"[" * 9999, b"x" + b".x" * 9999 + b" = 1", b"x = " + b"9" * 9999):
+        file.write_bytes(content)
+        assert "x.toml: not valid TOML: " in refusal(file)
+    file.write_text(CONFIG.replace("steps = 100", f"steps = 0x{'f' * 9999}"))
+    assert "train.steps must be a whole number; got a number of thousands of digits" in refusal(file)
     for content in (b"name = x", b'lr: 3\n"', b"optim = 3", b"name = '\xff'", b"[head]\ntype = 'softmax'"):
         file.write_bytes(content)
         assert re.search(r"x\.toml: (not valid TOML|cannot read|optim is a section|.*model\.head\.type)", refusal(file))

@@ -1,7 +1,10 @@
 """hgpt/run/stop.py: signals, the watchdog, and the end of a run that did not finish."""
 
+import errno
+import io
 import os
 import signal
+import threading
 import time
 from types import SimpleNamespace
 
@@ -10,13 +13,14 @@ import torch
 import torch.distributed as dist
 
 from hgpt.errors import UserError
-from hgpt.run.stop import EXIT_HUNG, EXIT_PREEMPTED, Preempted, StopSignals, Watchdog, explain
+from hgpt.run.stop import EXIT_HUNG, EXIT_PREEMPTED, LastingOutput, Preempted, StopSignals, Watchdog, explain
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_the_first_signal_is_seen_when_asked_for_and_a_later_one_stops_at_once(number, monkeypatch):
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt), StopSignals(SimpleNamespace(world_size=1)) as signals:
+        signals.training = True
         assert signals.ask(together=False) == 0
         os.kill(os.getpid(), number)
         assert signals.seen == 0 and signals.ask(together=False) == number
@@ -37,11 +41,60 @@ def test_several_processes_see_a_signal_only_where_all_ask():
         assert signals.ask(together=True) == signal.SIGTERM
 
 
+def test_a_signal_before_the_first_step_ends_the_run_at_once():
+    for number, raised in ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Preempted), (signal.SIGHUP, Preempted)):
+        with pytest.raises(raised, match="before the first step"), StopSignals(SimpleNamespace(world_size=1)):
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+
+
+def test_signals_that_are_ignored_and_threads_are_left_alone(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with StopSignals(SimpleNamespace(world_size=1)) as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.ask(together=False) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    handlers = []
+
+    def in_a_thread():
+        with StopSignals(SimpleNamespace(world_size=1)):
+            handlers.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=in_a_thread)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.getsignal(signal.SIGTERM)]
+
+
+@pytest.mark.parametrize("code", [errno.EPIPE, errno.EIO, errno.ENOSPC])
+def test_output_outlives_its_reader(tmp_path, code):
+    """A pipe that nobody reads, a closed terminal, a full disk; then a stream of a file that goes on."""
+
+    class Broken(io.StringIO):
+        def write(self, text):
+            raise OSError(code, os.strerror(code))
+
+        def fileno(self):
+            return file.fileno()
+
+    with open(tmp_path / "out", "wb") as file:
+        output = LastingOutput(Broken())
+        assert output.write("text") == 4
+        output.flush()
+        file.write(b"to the end")
+    assert (tmp_path / "out").read_bytes() == b"" and not output.isatty()
+
+
 def test_what_a_run_that_did_not_finish_says(monkeypatch):
     monkeypatch.setenv("RANK", "3")
     for error, message, code in (
         (UserError("no such file"), "error: no such file", 2),
-        (torch.OutOfMemoryError("CUDA out of memory.\nMore"), "error: CUDA out of memory. Lower train.micro_batch", 2),
+        (torch.OutOfMemoryError("CUDA out of memory.\nMore"), "error: out of memory: CUDA out of memory. Lower tr", 2),
+        (cpu_out_of_memory(), "error: out of memory: ", 2),
+        (MemoryError(), "error: out of memory: ", 2),
         (Preempted("stopped by SIGTERM"), "stopped by SIGTERM", EXIT_PREEMPTED),
         (dist.DistBackendError("NCCL\nmore"), "error: process 3 lost contact with another one: NCCL The", EXIT_HUNG),
         (RuntimeError("[gloo] connection closed"), "error: process 3 lost contact", EXIT_HUNG),
@@ -52,6 +105,13 @@ def test_what_a_run_that_did_not_finish_says(monkeypatch):
         assert said.startswith(message) and status == code
     with pytest.raises(ZeroDivisionError):
         explain(ZeroDivisionError())
+
+
+def cpu_out_of_memory() -> RuntimeError:
+    """What torch raises for 4 EB."""
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60)
+    return raised.value
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -90,3 +150,25 @@ def test_the_message_names_the_step_and_the_processes_that_are_behind(monkeypatc
     message = capfd.readouterr().err
     assert "error: process 0 has waited for 1 s in step 9 (training)" in message
     assert "process 1 is still in step 8 (saving a checkpoint); process 2 was never heard of" in message
+
+
+def test_a_store_that_does_not_answer_delays_nobody(monkeypatch, capfd):
+    """Process 0, which holds the store, is frozen: each call on it waits. The clock of the machine is set back."""
+
+    class Frozen:
+        def __getattr__(self, name):
+            return lambda *arguments: time.sleep(60)
+
+    codes = []
+    monkeypatch.setattr(os, "_exit", lambda code: (codes.append(code), watchdog._end.set()))
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    watchdog = Watchdog(timeout=1.0)
+    watchdog._rank, watchdog._world_size, watchdog._store = 1, 2, Frozen()
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    with watchdog:
+        deadline = time.monotonic() + 20
+        while not codes and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert codes == [EXIT_HUNG]
+    message = capfd.readouterr().err
+    assert "process 1 has waited for 1 s in step 0 (starting)" in message and "process 0" in message

@@ -14,6 +14,7 @@ shards of other tools with llm.c's header and the split in their names (`fineweb
 `tiny_shakespeare_val.bin`).
 """
 
+import hashlib
 import json
 import os
 import re
@@ -432,6 +433,38 @@ class TokenShards:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open_files": {}}
+
+
+def fingerprint(splits: Sequence[TokenShards], *, whole: bool) -> str:
+    """What identifies data, as words: `same_data` compares those that two fingerprints both have.
+
+    With meta.json they are the SHA-256 of its checksums of the shards, and that of its checksum of the tokenizer with
+    the vocabulary's size and end-of-text, if it has one. Other folders have no checksums: their words are
+    the SHA-256 of the splits' lengths, that of 256 blocks of 4 KB from each shard, and, if `whole`, that of the shards.
+    """
+    parts = [len(s) if s.meta is None else [record.sha256 for record in s.meta.splits[s.split].shards] for s in splits]
+    words = [hashlib.sha256(json.dumps(parts).encode())]
+    metas = [s.meta for s in splits if s.meta is not None and s.meta.tokenizer_sha256 is not None]
+    if metas:
+        tokenizers = [[meta.tokenizer_sha256, meta.vocab_size, meta.end_of_text] for meta in metas]
+        words.append(hashlib.sha256(json.dumps(tokenizers).encode()))
+    files = [path for shards in splits if shards.meta is None for path, _, _ in shards.files]
+    if files:
+        words.append(hashlib.sha256())
+        for path in files:
+            with open(path, "rb") as file:
+                last = max(0, path.stat().st_size - 4096)
+                for number in range(256):
+                    file.seek(last * number // 255)
+                    words[-1].update(file.read(4096))
+    if files and whole:
+        words.append(hashlib.sha256("".join(map(sha256, files)).encode()))
+    return " ".join(word.hexdigest() for word in words)
+
+
+def same_data(one: str, other: str) -> bool:
+    """Whether two fingerprints agree in the words that both have: earlier versions and other checks give fewer."""
+    return all(a == b for a, b in zip(one.split(), other.split(), strict=False))
 
 
 def beyond_vocabulary(path: Path, part: np.ndarray, start: int, vocab_size: int) -> str:

@@ -9,29 +9,43 @@
 
 A checkpoint is written under a temporary name and renamed, so it is complete or absent. The weights are stored once: a
 run resumes from the exported model. Any engine with any number of processes can resume a checkpoint. Its files are
-safetensors and JSON, so that reading them executes no code.
+safetensors and JSON, so that reading them executes no code. RUN_FOLDER/latest is a link to the newest one, where the
+file system has links. A run that is set back to an earlier checkpoint moves the later ones to RUN_FOLDER/abandoned.
 """
 
 import copy
-import hashlib
 import json
+import os
+import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hgpt.data.shards import TokenShards
+from hgpt.data.shards import TokenShards, same_data
 from hgpt.data.tokenizer import hf_tokenizer
-from hgpt.durable import folder_lock, remove_folder, sha256, whole_file, whole_folder
+from hgpt.durable import (
+    folder_lock,
+    read_json,
+    remove_folder,
+    sha256,
+    sweep,
+    whole_file,
+    whole_folder,
+    writing,
+)
 from hgpt.errors import UserError
 from hgpt.model.configuration_hgpt import HGPTConfig
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
+from hgpt.run.config import HEAD as HEAD_SETTINGS
+from hgpt.run.config import MODEL as MODEL_SETTINGS
 from hgpt.run.config import CheckpointConfig, RunConfig
 from hgpt.run.engines import Engine, FullState, OptimizerState, package_versions
 from hgpt.run.evaluation import Validation
@@ -40,6 +54,7 @@ from hgpt.run.settings import CONFIG_FILE, check_resume, settings, write_toml
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
+ABANDONED = "abandoned"  # checkpoints of a course that was given up
 MODEL = "model"
 LOCK = ".lock"  # locked by the process that trains in the folder
 PREEMPTED = "preempted"  # marks a run that a cluster stopped, because launchers do not pass on exit codes
@@ -47,6 +62,9 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 RANDOM_STATE = "rng_{:05d}.safetensors"
+# Fields of HGPTConfig by which a checkpoint's model must be that of the run.
+COMPARED = {*MODEL_SETTINGS, *HEAD_SETTINGS, "head", "vocab_size", "n_positions"}
+ESSENTIAL = {STATE, OPTIMIZER, f"{MODEL}/config.json"}  # every checkpoint has these, and weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +73,7 @@ class TrainState:
 
     `step` counts finished optimiser steps, `tokens` their training tokens; `validation_loss` was measured at
     `validation_step`. `settings` are the resolved settings by dotted name; `data` identifies the token shards
-    (`data_fingerprint`).
+    (`hgpt.data.shards.fingerprint`). Raises UserError for a value of another type or out of range.
     """
 
     step: int
@@ -67,6 +85,18 @@ class TrainState:
     world_size: int
     packages: dict[str, str] = field(default_factory=package_versions)
 
+    def __post_init__(self) -> None:
+        loss, at = self.validation_loss, self.validation_step
+        right = {
+            **{name: _is_count(getattr(self, name)) for name in ("step", "tokens", "world_size")},
+            "validation_loss": loss is None or (type(loss) in (int, float) and abs(loss) < float("inf")),
+            "validation_step": at is None or _is_count(at),
+            "data": isinstance(self.data, str),
+            **{name: isinstance(getattr(self, name), dict) for name in ("settings", "packages")},
+        }
+        if wrong := [name for name, holds in right.items() if not holds]:
+            raise UserError(f"{wrong[0]} cannot be {getattr(self, wrong[0])!r:.100}")
+
     @property
     def validation(self) -> Validation | None:
         """The last evaluation before the checkpoint."""
@@ -75,15 +105,8 @@ class TrainState:
         return Validation(self.validation_step, {"loss": self.validation_loss})
 
 
-def data_fingerprint(*splits: TokenShards) -> str:
-    """SHA-256 of the checksums in meta.json and of end-of-text; of the splits' lengths where there is no meta.json."""
-    parts: list[Any] = []
-    for shards in splits:
-        meta = shards.meta
-        parts.append(len(shards) if meta is None else [record.sha256 for record in meta.splits[shards.split].shards])
-        if meta is not None and meta.tokenizer_sha256 is not None:  # earlier versions did not write it
-            parts.append([meta.tokenizer_sha256, meta.vocab_size, meta.end_of_text])
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 class Checkpoints:
@@ -93,38 +116,54 @@ class Checkpoints:
         resumed: the checkpoint that the run resumes, None for a new run; set by `to_resume`.
     """
 
-    def __init__(self, config: RunConfig, train_shards: TokenShards, val_shards: TokenShards, engine: Engine) -> None:
+    def __init__(self, config: RunConfig, shards: TokenShards, data: str, engine: Engine) -> None:
+        """`data`: the fingerprint of the data."""
         self.config = config
         self.engine = engine
-        self.shards = train_shards
-        self.data = data_fingerprint(train_shards, val_shards)
+        self.shards = shards
+        self.data = data
         self.resumed: Checkpoint | None = None
         self._writer = Writer(config.checkpoint.background)
 
     def to_resume(self) -> "Checkpoint | None":
-        """The checkpoint that `resume` asks for, None for a new run. Nothing is written.
+        """The checkpoint that `resume` asks for, None for a new run. Nothing is written. Collective.
 
-        Raises UserError if a run folder would be overwritten, if the checkpoint is damaged or was trained on other
-        data, if a setting differs that must not, and if train.steps is less than the checkpoint's step.
+        The main process chooses and verifies it. The others compare the manifest that they see, and the first process
+        of each node verifies the files. All raise UserError if a run folder would be overwritten, if the checkpoint is
+        damaged, differs between processes or was trained on other data, if a setting differs that must not, and if
+        train.steps is less than the checkpoint's step.
         """
-        path = find_checkpoint(self.config, self.engine.say)
+        engine = self.engine
+        choose = engine.together(lambda: find_checkpoint(self.config, engine.say) if engine.is_main else None)
+        path: Path | None = engine.gather_objects(choose)[0]
         if path is None:
             return None
-        found = Checkpoint(path)
+        manifest = path / MANIFEST
+        seen = engine.together(lambda: sha256(manifest) if manifest.is_file() else None)
+        engine.compare({f"the SHA-256 of {manifest}": seen})
+        verify = engine.is_local_main and not engine.is_main
+        found, differences = engine.together(lambda: self._check(path, verify))
+        engine.say(f"resuming from {path}" + "".join(f"\n  {line}" for line in differences))
+        self.resumed = found
+        return found
+
+    def _check(self, path: Path, verify: bool) -> "tuple[Checkpoint, list[str]]":
+        """The checkpoint in `path`, and how its settings differ. Raises UserError if this run cannot resume it."""
+        if verify and (fault := damage(path)):
+            raise UserError(f"{path} is damaged: {fault}; copy it again from the machine that wrote it")
+        found, steps = Checkpoint(path), self.config.train.steps
         differences = check_resume(found.state.settings, self.config, path)
-        if found.state.data != self.data:
+        if not same_data(found.state.data, self.data):
             raise UserError(
                 f"cannot resume {path}: the data in {self.config.data.path} is not the data it was trained on (the "
                 "checksums of the shards differ). Point data.path at that data, or give the run another name."
             )
-        if found.state.step > self.config.train.steps:
+        if found.state.step > steps:
             raise UserError(
-                f"cannot resume {path}: train.steps = {self.config.train.steps} is less than its {found.state.step} "
+                f"cannot resume {path}: train.steps = {steps} is less than its {found.state.step} "
                 f"steps. Set train.steps to {found.state.step} or more, or resume an earlier checkpoint."
             )
-        self.engine.say(f"resuming from {path}" + "".join(f"\n  {line}" for line in differences))
-        self.resumed = found
-        return found
+        return found, differences
 
     @contextmanager
     def claim(self) -> Iterator[None]:
@@ -133,24 +172,31 @@ class Checkpoints:
         Enter it only after all input was checked. Collective. Raises UserError if another process trains in the folder,
         or if the folder cannot be written.
         """
-        self.engine.accelerator.wait_for_everyone()  # every process has looked whether the folder exists
-        folder = self.config.run_folder
         with ExitStack() as held:
-            if self.engine.is_main:
-                try:
-                    folder.mkdir(parents=True, exist_ok=True)
-                    busy = f"another process is training in {folder}: wait for it, or end it, or choose another --name"
-                    held.enter_context(folder_lock(folder / LOCK, busy))
-                    write_toml(self.config, folder / CONFIG_FILE)
-                    (folder / PREEMPTED).unlink(missing_ok=True)
-                except OSError as error:
-                    raise UserError(
-                        f"the run folder {folder} cannot be written: {error}; choose another --runs_dir"
-                    ) from error
-                if self.resumed is not None and self.resumed.path.parent == folder / CHECKPOINTS:
-                    point_latest(folder, self.resumed.path)  # a crash may have come before the link was made
-                held.enter_context(self._writer)
+            self.engine.together(lambda: self._claim(held) if self.engine.is_main else None)
             yield
+
+    def _claim(self, held: ExitStack) -> None:
+        folder, config = self.config.run_folder, self.config
+        mine = self.resumed is not None and self.resumed.path.resolve().parent == (folder / CHECKPOINTS).resolve()
+        if self.resumed is not None and not mine:  # until the first checkpoint, config.toml alone says where it began
+            config = replace(config, resume=str(self.resumed.path.resolve()))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            busy = f"another process is training in {folder}: wait for it, or end it, or choose another --name"
+            held.enter_context(folder_lock(folder / LOCK, busy))
+            sweep(folder / CHECKPOINTS)
+            if self.resumed is not None and mine:
+                for path in checkpoints(folder):
+                    if checkpoint_step(path) > self.resumed.state.step:
+                        moved = set_aside(folder, path)
+                        self.engine.say(f"{path} is of a course that this run leaves: moved to {moved}")
+                point_latest(folder, self.resumed.path)  # a crash may have come before the link was made
+            write_toml(config, folder / CONFIG_FILE)
+            (folder / PREEMPTED).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"the run folder {folder} cannot be written: {error}; choose another --runs_dir") from error
+        held.enter_context(self._writer)
 
     def due(self, step: int, *, last: bool = False, stopping: bool = False) -> bool:
         """Whether to save after `step` steps; not at the step of the resumed checkpoint, which exists."""
@@ -176,9 +222,26 @@ class Checkpoints:
             self._writer.submit(lambda: self._write(full, random_states, state))
 
     def _write(self, full: FullState, random_states: list[dict[str, Tensor]], state: TrainState) -> None:
+        """Write a checkpoint; into a new run folder if the run folder was renamed or deleted while the run trains."""
+        run_folder = self.config.run_folder
+        mark = run_folder / CONFIG_FILE
+        try:
+            if mark.exists():
+                return self._write_into(run_folder, full, random_states, state)
+        except UserError:
+            if mark.exists():
+                raise
+        _warn(f"{run_folder} was renamed or deleted: checkpoints go to a new folder of this name")
+        with writing(mark):
+            run_folder.mkdir(parents=True, exist_ok=True)
+            write_toml(self.config, mark)
+        return self._write_into(run_folder, full, random_states, state)
+
+    def _write_into(
+        self, run_folder: Path, full: FullState, random_states: list[dict[str, Tensor]], state: TrainState
+    ) -> None:
         """Write the checkpoint folder, point `latest` at it, and delete old checkpoints."""
-        run_folder, config = self.config.run_folder, self.engine.model_config
-        target = checkpoint_folder(run_folder, state.step)
+        config, target = self.engine.model_config, checkpoint_folder(run_folder, state.step)
         with whole_folder(target) as folder:
             save_training_state(folder, full, random_states, state)
             save_model(folder / MODEL, config, full.weights)
@@ -211,7 +274,8 @@ class Checkpoints:
     def mark_preempted(self) -> None:
         """Create the file that marks the run as stopped by a cluster."""
         if self.engine.is_main:
-            (self.config.run_folder / PREEMPTED).touch()
+            with suppress(OSError):  # the exit code says it too
+                (self.config.run_folder / PREEMPTED).touch()
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -240,20 +304,28 @@ def damage(checkpoint: Path, beginning: str = "") -> str | None:
     `beginning`: only of the files whose names begin so.
     """
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        manifest = read_json(checkpoint / MANIFEST, "")["files"]
         entries = [(n, entry["bytes"], entry["sha256"]) for n, entry in manifest.items() if n.startswith(beginning)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (UserError, OSError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
-    if not manifest:
-        return f"{MANIFEST} names no files"
-    for name, size, checksum in entries:
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if sha256(path) != checksum:
-            return f"{name} does not match its checksum"
+    missing = sorted(ESSENTIAL - manifest.keys())
+    if not any(name.startswith(f"{MODEL}/") and name.endswith(".safetensors") for name in manifest):
+        missing.append("the weights")
+    if missing:
+        return f"{MANIFEST} does not list {', '.join(missing)}"
+    try:
+        for name, size, checksum in entries:
+            path = checkpoint / name
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                return f"{MANIFEST} lists {name!r}, which lies outside the checkpoint"
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes instead of {size}"
+            if sha256(path) != checksum:
+                return f"{name} does not match its checksum"
+    except OSError as error:
+        return f"{error.filename} cannot be read ({error.strerror})"
     return None
 
 
@@ -270,28 +342,52 @@ def newest_checkpoint(run_folder: Path, warn: Callable[[str], None]) -> Path | N
 def find_checkpoint(config: RunConfig, warn: Callable[[str], None]) -> Path | None:
     """The checkpoint that `resume` asks for, None for a new run. UserError rather than overwrite a run folder."""
     run_folder = config.run_folder
-    occupied = run_folder.exists() and any(run_folder.iterdir())
-    if config.resume == "never":
-        if occupied:
-            raise UserError(
-                f"{run_folder} exists already and is never overwritten: resume it with --resume auto, or choose "
-                "another --name"
-            )
-        return None
-    if config.resume == "auto":
-        newest = newest_checkpoint(run_folder, warn)
-        if newest is None and checkpoints(run_folder):
-            raise UserError(f"every checkpoint of {run_folder} is damaged: choose another --name to start anew")
-        return newest
-    checkpoint = Path(config.resume)
-    if not checkpoint.is_dir():
-        raise UserError(f'resume = {config.resume!r}: it must be "never", "auto" or the folder of a checkpoint')
+    try:
+        occupied = run_folder.exists() and any(run_folder.iterdir())
+        if config.resume == "never":
+            if occupied:
+                raise UserError(
+                    f"{run_folder} exists already and is never overwritten: resume it with --resume auto, or choose "
+                    "another --name"
+                )
+            return None
+        if config.resume == "auto":
+            newest = newest_checkpoint(run_folder, warn)
+            if newest is None and checkpoints(run_folder):
+                raise UserError(f"every checkpoint of {run_folder} is damaged: choose another --name to start anew")
+            return newest or _origin(run_folder)
+        checkpoint = Path(config.resume)
+        if not checkpoint.is_dir():
+            raise UserError(f'resume = {config.resume!r}: it must be "never", "auto" or the folder of a checkpoint')
+        if checkpoint.is_symlink():  # latest
+            checkpoint = checkpoint.resolve()
+    except OSError as error:
+        raise UserError(
+            f"the run folder {run_folder} or resume = {config.resume!r} cannot be read: {error.strerror}; choose "
+            "another --name, --runs_dir or --resume"
+        ) from error
     if fault := damage(checkpoint):
         raise UserError(f"{checkpoint} is damaged: {fault}; choose another one, or --resume auto")
     mine = checkpoint.resolve().parent == (run_folder / CHECKPOINTS).resolve()
-    if occupied and not mine:
+    if occupied and not mine and checkpoint.resolve() != _origin(run_folder):
         raise UserError(f"{run_folder} exists already and {checkpoint} is not its checkpoint: choose another --name")
     return checkpoint
+
+
+def _origin(run_folder: Path) -> Path | None:
+    """The checkpoint of another run from which a run that has saved nothing yet resumed; None if there is none."""
+    try:
+        origin = tomllib.loads((run_folder / CONFIG_FILE).read_text(encoding="utf-8")).get("resume")
+    except (OSError, ValueError, RecursionError):
+        return None
+    if checkpoints(run_folder) or not isinstance(origin, str) or origin in ("never", "auto"):
+        return None
+    if fault := damage(Path(origin)):
+        raise UserError(
+            f"{run_folder} resumed from {origin}, which is damaged or not there any more: {fault}. Resume another "
+            "checkpoint under another --name"
+        )
+    return Path(origin)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -372,75 +468,131 @@ class Writer:
 
 
 def point_latest(run_folder: Path, checkpoint: Path) -> None:
-    """Make run_folder/latest a link to `checkpoint`, atomically."""
-    with whole_file(run_folder / LATEST) as link:
-        link.symlink_to(checkpoint.relative_to(run_folder))
+    """Make run_folder/latest a link to `checkpoint`, atomically. A file system without links is said, and no error."""
+    link = run_folder / LATEST
+    try:
+        if link.is_dir() and not link.is_symlink():  # a copy of the run in which links were followed
+            set_aside(run_folder, link)
+        with whole_file(link) as partial:
+            partial.symlink_to(os.path.relpath(checkpoint.resolve(), run_folder.resolve()))
+    except (OSError, NotImplementedError) as error:
+        _warn(f"no link {link} could be made ({error}): use {checkpoint.parent}")
+
+
+def latest_checkpoint(run_folder: Path) -> Path | None:
+    """The checkpoint that `latest` links to; without a link the newest complete one; None if there is none."""
+    link = run_folder / LATEST
+    if link.is_symlink() and (link / MODEL).is_dir():
+        return link
+    return newest_checkpoint(run_folder, _warn)
+
+
+def set_aside(run_folder: Path, path: Path) -> Path:
+    """Move a folder into run_folder/abandoned, under a name that is free there; returns its new path."""
+    target = run_folder / ABANDONED / path.name
+    number = 1
+    while target.exists():
+        target, number = target.with_name(f"{path.name}.{number}"), number + 1
+    target.parent.mkdir(exist_ok=True)
+    os.replace(path, target)
+    return target
 
 
 def remove_old(run_folder: Path, config: CheckpointConfig) -> None:
-    """Delete checkpoints up to `latest`, but not the newest `keep_last` of them nor those that are kept for good.
-
-    A run that resumed from an earlier checkpoint leaves later ones after `latest`: they are kept and not counted.
-    """
-    if config.keep_last:
-        latest = checkpoint_step((run_folder / LATEST).resolve())
-        older = [path for path in checkpoints(run_folder) if checkpoint_step(path) <= latest][: -config.keep_last]
-        for checkpoint in older:
-            if not config.for_good(checkpoint_step(checkpoint)):
+    """Delete checkpoints but the newest `keep_last` and those that are kept for good."""
+    for checkpoint in checkpoints(run_folder)[: -config.keep_last] if config.keep_last else ():
+        if not config.for_good(checkpoint_step(checkpoint)):
+            try:
                 remove_folder(checkpoint)
+            except OSError as error:
+                _warn(f"{checkpoint} could not be deleted ({error})")
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------------------
 # Resuming
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn any error of reading `path` into a UserError: its content may be wrong although its checksum is right."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # what libraries raise for wrong content is open-ended
+        what = f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
+        raise UserError(
+            f"{path} cannot be used: {what:.1000}. It is damaged, or another version of hgpt wrote it: resume an "
+            f"earlier checkpoint (--resume FOLDER), or start a run with model.init_from = {path.parent}"
+        ) from error
+
+
 class Checkpoint:
-    """A checkpoint to resume. Raises UserError if another version of hgpt wrote other fields into its state.json."""
+    """A checkpoint to resume. Raises UserError if state.json is damaged or has the fields of another version."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self.state = TrainState(**json.loads((path / STATE).read_text()))
-        except TypeError as error:
-            raise UserError(
-                f"{path / STATE} was written by another version of hgpt ({error}); resume with that version, or start "
-                f"a run with model.init_from = {path}"
-            ) from error
+        with _reading(path / STATE):
+            self.state = TrainState(**json.loads((path / STATE).read_bytes()))
+            if path.name.startswith("step_") and path.name != checkpoint_folder(Path(), self.state.step).name:
+                raise UserError(f"step = {self.state.step} is not the step in the name {path.name}")
 
-    def load_model(self) -> HGPTForCausalLM:
-        """The model, in float32.
+    def load_model(self, expected: HGPTConfig) -> HGPTForCausalLM:
+        """The model, in float32. Raises UserError unless it is one of the configuration `expected`, with all weights.
 
         Weights are copied out of the memory-mapped file, where they are aligned to 4 bytes only: some small matrix
         products round differently at addresses that are no multiple of 16 (measured: MKL, 320 × 32 times 32 × 4), so
         the run would not resume bit for bit.
         """
-        model = HGPTForCausalLM.from_pretrained(self.path / MODEL, dtype=torch.float32)
+        with _reading(self.path / MODEL):
+            config = HGPTConfig.from_pretrained(self.path / MODEL)
+            for entry in fields(HGPTConfig):
+                saved, now = getattr(config, entry.name), getattr(expected, entry.name)
+                if entry.name in COMPARED and saved != now:
+                    raise UserError(f"its config.json says {entry.name} = {saved!r}, and the run {now!r}")
+            load: Any = HGPTForCausalLM.from_pretrained  # with output_loading_info it returns a pair
+            model, loading = load(self.path / MODEL, config=config, dtype=torch.float32, output_loading_info=True)
+            if missing := loading["missing_keys"]:
+                raise UserError(f"the weights are incomplete, without {', '.join(sorted(missing))}")
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
         return model
 
-    def load_optimizer(self, model: HGPTForCausalLM) -> OptimizerState:
+    def load_optimizer(self, model: HGPTForCausalLM, optimizer: torch.optim.Optimizer) -> OptimizerState:
         """The optimiser state; empty if it was saved before the first step.
 
-        Raises UserError if the names or the shapes are not those of the model's parameters.
+        Raises UserError unless it has, for each trained parameter, what `optimizer` keeps, in its shape and dtype.
         """
+        muon = {id(p) for group in optimizer.param_groups if group["muon"] for p in group["params"]}
+        due: dict[str, torch.Size] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                kinds = ("momentum_buffer",) if id(parameter) in muon else ("exp_avg", "exp_avg_sq")
+                due |= {f"{kind}/{name}": parameter.shape for kind in kinds}
+                due |= {} if id(parameter) in muon else {f"step/{name}": torch.Size()}
         file = self.path / OPTIMIZER
-        parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        with _reading(file):
+            tensors = load_file(file)
+            reshaped = sorted(
+                name for name in due.keys() & tensors.keys()
+                if tensors[name].shape != due[name] or tensors[name].dtype != torch.float32
+            )  # fmt: skip
+            if tensors and (tensors.keys() != due.keys() or reshaped):
+                raise UserError(
+                    f"it belongs to another model: not in the model {sorted(tensors.keys() - due.keys())}, not in the "
+                    f"file {sorted(due.keys() - tensors.keys())}, of another shape or dtype {reshaped}"
+                )
+            steps = [float(value) for name, value in tensors.items() if name.startswith("step/")]
+            if not all(0 <= step < 2**53 for step in steps):
+                raise UserError(f"its steps cannot be {min(steps):g} to {max(steps):g}")
         saved: OptimizerState = {}
-        for key, value in load_file(file).items():
+        for key, value in tensors.items():
             kind, name = key.split("/", 1)
             saved.setdefault(name, {})[kind] = value
-        # Scalars are not compared: AdamW's step count is one.
-        reshaped = {
-            name
-            for name in saved.keys() & parameters.keys()
-            if any(value.ndim and value.shape != parameters[name].shape for value in saved[name].values())
-        }
-        if saved and (saved.keys() != parameters.keys() or reshaped):
-            raise UserError(
-                f"{file} belongs to another model: not in the model {sorted(saved.keys() - parameters.keys())}, not in "
-                f"the file {sorted(parameters.keys() - saved.keys())}, of another shape {sorted(reshaped)}"
-            )
         return saved
 
     def load_random_state(self, rank: int) -> bool:
@@ -448,9 +600,10 @@ class Checkpoint:
         path = self.path / RANDOM_STATE.format(rank)
         if not path.exists():
             return False
-        tensors = load_file(path)
-        torch.set_rng_state(tensors["torch"])
-        gpu = torch.accelerator.current_accelerator(check_available=True)
-        if gpu is not None and gpu.type in tensors:
-            torch.get_device_module(gpu).set_rng_state(tensors[gpu.type])
+        with _reading(path):
+            tensors = load_file(path)
+            torch.set_rng_state(tensors["torch"])
+            gpu = torch.accelerator.current_accelerator(check_available=True)
+            if gpu is not None and gpu.type in tensors:
+                torch.get_device_module(gpu).set_rng_state(tensors[gpu.type])
         return True

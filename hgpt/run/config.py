@@ -1,6 +1,7 @@
 """Every setting of a run, as frozen dataclasses. A setting that would have no effect is an error."""
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
@@ -48,6 +49,11 @@ def _require(section: str, config: Any, names: str, holds: Callable[[Any], bool]
 
 def _positive(value: float) -> bool:
     return 0 < value < math.inf
+
+
+# Bounds far above every use, so that a slip of the keyboard does not work for hours without a word.
+MOST = 1_000_000
+YEAR = 31_536_000.0  # seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +110,7 @@ class ModelConfig(_fields_of_hgpt_config(MODEL)):  # type: ignore[misc]  # a bas
 
     def __post_init__(self) -> None:
         self.to_hf(vocab_size=1, seq_len=1)  # only for its checks, which do not depend on the data
+        _require("model", self, "n_layer n_embd", lambda value: value <= MOST // 10, f"be at most {MOST // 10:,}")
 
     def to_hf(self, *, vocab_size: int, seq_len: int, end_of_text: int | None = None) -> HGPTConfig:
         """The Hugging Face configuration of this model for a vocabulary and a context length. Raises UserError."""
@@ -156,7 +163,7 @@ class TrainConfig:
         skip_non_finite: number of steps with a non-finite gradient that are skipped before the run stops; 0 stops at
             the first. non_finite.jsonl lists the data of these steps. Not with DeepSpeed and FSDP2.
         hang_timeout: seconds without progress after which a process ends and names the processes that it waits for.
-            Must be longer than the longest evaluation and the saving of a checkpoint.
+            Must be longer than the checks at the start, the longest evaluation and the saving of a checkpoint.
     """
 
     steps: int
@@ -171,10 +178,11 @@ class TrainConfig:
     hang_timeout: float = 1800.0
 
     def __post_init__(self) -> None:
-        _require("train", self, "steps global_batch micro_batch", lambda value: value >= 1, "be at least 1")
+        _require("train", self, "steps", lambda value: value >= 1, "be at least 1")
+        _require("train", self, "global_batch micro_batch", lambda value: 1 <= value <= MOST, f"be 1 to {MOST:,}")
         _require("train", self, "label_smoothing", lambda value: 0 <= value < 1, "lie in [0, 1)")
         _require("train", self, "skip_non_finite", lambda value: value >= 0, "be 0 (none) or more steps")
-        _require("train", self, "hang_timeout", _positive, "be a positive number of seconds")
+        _require("train", self, "hang_timeout", lambda value: 1 <= value <= YEAR, "be 1 second to a year, 31,536,000 s")
         # NumPy's generators take 32 bits, and each process adds its rank.
         _require("train", self, "seed", lambda value: 0 <= value < 2**31, "lie between 0 and 2^31 - 1")
 
@@ -243,7 +251,8 @@ class EvalConfig:
     unigram_baseline: bool = False
 
     def __post_init__(self) -> None:
-        _require("eval", self, "every micro_batch diagnostic_windows", lambda value: value >= 1, "be at least 1")
+        _require("eval", self, "every", lambda value: value >= 1, "be at least 1")
+        _require("eval", self, "micro_batch diagnostic_windows", lambda value: 1 <= value <= MOST, f"be 1 to {MOST:,}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,8 +345,11 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        if Path(self.name).name != self.name or self.name in ("", ".."):
-            raise UserError(f"name must be a plain folder name, the run folder under runs_dir; got {self.name!r}")
+        if Path(self.name).name != self.name or self.name in ("", "..") or len(os.fsencode(self.name)) > 200:
+            raise UserError(
+                "name must be a plain folder name of at most 200 bytes, the run folder under runs_dir; got "
+                f"{self.name!r}"
+            )
         if self.optim.warmup_steps >= self.train.steps:
             raise UserError(
                 f"optim.warmup_steps = {self.optim.warmup_steps} must be fewer than train.steps = {self.train.steps}: "

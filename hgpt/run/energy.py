@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from hgpt.errors import UserError
-from hgpt.history import records
+from hgpt.history import number_in, records
 
 if TYPE_CHECKING:  # EnergyMeter is used without torch
     from hgpt.run.engines import Engine
@@ -255,8 +255,15 @@ class RunEnergy:
 
 
 def last_record(run_folder: Path, step: int) -> dict[str, Any] | None:
-    """The last energy record at or before `step` in a run's metrics.jsonl; None if there is none."""
-    return next((record for record in reversed(records(run_folder, "energy")) if record["step"] <= step), None)
+    """The last energy record at or before `step` in a run's metrics.jsonl; None if there is none.
+
+    Records without the numbers that a total needs, as in a damaged file, do not count.
+    """
+    needed = (*Reading._fields, "tokens")
+    for record in reversed(records(run_folder, "energy")):
+        if record["step"] <= step and None not in [number_in(record, name) for name in needed]:
+            return record
+    return None
 
 
 def in_words(record: Mapping[str, float], method: str) -> str:

@@ -7,16 +7,17 @@ may therefore resume under another engine and with another number of processes.
 
 import copy
 import hashlib
+import operator
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -45,6 +46,8 @@ SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED", "FSDP")  # Accelerate'
 _PACKAGES = ("hgpt", "torch", "transformers", "accelerate", "deepspeed", "safetensors", "tokenizers", "numpy")
 _ADAM = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, besides its step count
 
+
+Result = TypeVar("Result")
 
 # By parameter name, for AdamW {"step": (), "exp_avg": like the parameter, "exp_avg_sq": like the parameter}.
 OptimizerState = dict[str, dict[str, Tensor]]
@@ -83,23 +86,55 @@ class Engine:
         """Join the processes that the launcher started. Collective.
 
         Raises UserError when the launcher asks for another precision or for an engine that is not supported or not
-        installed, when the other processes do not answer, and when their settings, packages or code differ.
+        installed, when the other processes do not answer, and when their settings, packages, code or engines differ.
         """
-        engine = cls(config, build_accelerator(config.train.precision, config.train.hang_timeout))
+        check_environment()
+        try:
+            engine = cls(config, build_accelerator(config.train.precision, config.train.hang_timeout))
+        except ValueError as error:
+            given = sorted(name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_")))
+            raise UserError(
+                f"the launcher's settings cannot be used: {error}. They come from the environment variables "
+                f"{', '.join(given) or 'WORLD_SIZE, RANK and LOCAL_RANK'}"
+            ) from error
         mine = settings(config) | package_versions() | {"the code of hgpt (SHA-256)": code_fingerprint()}
-        everywhere = engine.gather_objects(mine)
-        for rank, theirs in enumerate(everywhere):
-            lines = [
-                f"  {name}: {everywhere[0].get(name)!r} on process 0, {theirs.get(name)!r} on process {rank}"
-                for name in sorted(everywhere[0].keys() | theirs.keys())
-                if everywhere[0].get(name) != theirs.get(name)
-            ]
-            if lines:
-                raise UserError(
-                    "the processes of this run differ:\n" + "\n".join(lines) + "\nStart every node with the same "
-                    "configuration, the same checkout and the same environment."
-                )
+        mine |= {"the engine": engine.name, "the precision": engine.precision, "the device": engine.device.type}
+        file = config.model.head.distance_file
+        mine["the content of model.head.distance_file"] = file and hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        engine.compare(mine)
         return engine
+
+    def compare(self, mine: dict[str, Any], same: Callable[[Any, Any], bool] = operator.eq) -> None:
+        """Raise UserError on every process that lists the values of `mine` in which processes differ. Collective."""
+        everywhere = self.gather_objects(mine)
+        lines = [
+            f"  {name}: {everywhere[0].get(name)!r} on process 0, {theirs.get(name)!r} on process {rank}"
+            for rank, theirs in enumerate(everywhere)
+            for name in sorted(everywhere[0].keys() | theirs.keys())
+            if not same(everywhere[0].get(name), theirs.get(name))
+        ]
+        if lines:
+            raise UserError(
+                "the processes of this run differ:\n" + "\n".join(lines) + "\nStart every node with the same "
+                "configuration, the same checkout, the same environment, and the same files."
+            )
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns here. If it fails on any process, all of them raise a UserError. Collective.
+
+        An error of one process alone would leave the others waiting for it in their next collective.
+        """
+        result, fault = None, None
+        try:
+            result = work()
+        except (UserError, OSError) as error:
+            fault = str(error)
+        faults = self.gather_objects(fault)
+        first = next((rank for rank, message in enumerate(faults) if message is not None), None)
+        if first is not None:
+            everywhere = all(message == faults[first] for message in faults)
+            raise UserError(faults[first] if everywhere else f"process {first}: {faults[first]}")
+        return result  # type: ignore[return-value]  # Result may be None
 
     @property
     def name(self) -> str:
@@ -109,6 +144,11 @@ class Engine:
         if self.accelerator.distributed_type == DistributedType.FSDP:
             return "FSDP2"
         return "DDP" if self.world_size > 1 else "one process"
+
+    @property
+    def is_local_main(self) -> bool:
+        """Whether this process is the first of its node."""
+        return self.accelerator.is_local_main_process
 
     @property
     def precision(self) -> str:
@@ -231,6 +271,30 @@ class Engine:
 # Starting
 
 
+def check_environment() -> None:
+    """Raise UserError unless the variables by which a launcher numbers the processes are usable numbers."""
+    environment = {name: value for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+                   if (value := os.environ.get(name)) is not None}  # fmt: skip
+    size = environment.get("WORLD_SIZE", "1")
+    below = {"MASTER_PORT": "65536"}
+    if "WORLD_SIZE" in environment:
+        below |= {"RANK": size, "LOCAL_RANK": size}
+    for name, value in environment.items():
+        least = 0 if "RANK" in name else 1
+        limit = below.get(name, "1000000")
+        if not (value.isascii() and value.isdigit() and len(value) < 9 and least <= int(value) < int(limit)):
+            raise UserError(
+                f"the environment variable {name} must be a whole number from {least} to {int(limit) - 1}; got "
+                f"{value!r}: a launcher sets it (accelerate launch, torchrun); unset it to train in one process"
+            )
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if size != "1" and missing:
+        raise UserError(
+            f"the environment variable WORLD_SIZE is {size}, and {' and '.join(missing)} is not set: start with a "
+            "launcher (accelerate launch, torchrun), or unset WORLD_SIZE to train in one process"
+        )
+
+
 def build_accelerator(precision: str, hang_timeout: float) -> Accelerator:
     """The Accelerator for the processes that the launcher started.
 
@@ -241,7 +305,7 @@ def build_accelerator(precision: str, hang_timeout: float) -> Accelerator:
 
     Raises UserError as `Engine.start` does.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # `check_environment` has checked it
     deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and not on_gpu:
@@ -380,6 +444,14 @@ def compile_blocks(model: HGPTForCausalLM, together: bool = False) -> None:
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide what a run computes."""
     return {"python": platform.python_version(), **installed_versions(*_PACKAGES)}
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the parameters' values."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def code_fingerprint(package: Path = Path(__file__).parents[1]) -> str:

@@ -111,7 +111,7 @@ class Evaluation:
             with whole(head.log_weight) as log_weight:
                 a = log_weight[: config.vocab_size].float().clone()
         sums: dict[str, float] = {}
-        x_norm_max, positions, count = 0.0, 0, self.config.diagnostic_windows
+        x_norm_max, positions, count = 0.0, 0, min(self.config.diagnostic_windows, self.windows)
         for window in sorted({int(i * self.windows / count) for i in range(count)}):
             inputs, targets = (t.to(engine.device) for t in read_windows(self.shards, [window], self.seq_len))
             with engine.accelerator.autocast():

@@ -4,9 +4,10 @@ import json
 import math
 import os
 import secrets
+import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,12 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hgpt.data.batches import TrainingBatches
-from hgpt.durable import whole_file
+from hgpt.durable import whole_file, writing
 from hgpt.errors import UserError
 from hgpt.hardware import device_name, memory_in_use, peak_flops
-from hgpt.history import METRICS_FILE, records
+from hgpt.history import DIVERGED, METRICS_FILE, records
 from hgpt.model.configuration_hgpt import HGPTConfig
-from hgpt.run.checkpoint import LATEST, MODEL, Checkpoints, checkpoints
+from hgpt.run.checkpoint import LATEST, MODEL, Checkpoints, checkpoint_folder, checkpoints
 from hgpt.run.config import LogConfig, RunConfig
 from hgpt.run.energy import RunEnergy, in_words, last_record
 from hgpt.run.engines import Engine
@@ -130,7 +131,7 @@ class Report:
         """Log an evaluation. Raises UserError if its loss is not finite."""
         step, values = validation
         if not math.isfinite(validation.loss):
-            raise self._not_finite(f"the validation loss after step {step} is {validation.loss}")
+            raise self._not_finite(step, f"the validation loss after step {step} is {validation.loss}")
         if self._log is not None:
             self._log.write("eval", step, values)
         line = f"step {step:>6}  validation loss {validation.loss:.4f}  accuracy {values['accuracy']:.1%}"
@@ -176,13 +177,15 @@ class Report:
         self._skipped += len(bad)
         for at, loss, norm in bad if self.engine.is_main else ():
             record = {"step": at, "loss": str(loss), "grad_norm": str(norm), "windows": batches.windows_of_step(at - 1)}
-            with (self.config.run_folder / NON_FINITE_FILE).open("a") as file:
+            path = self.config.run_folder / NON_FINITE_FILE
+            with writing(path), path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
         if bad and self._skipped > self.config.train.skip_non_finite:
             at, loss, norm = bad[0]
             raise self._not_finite(
+                step,
                 f"step {at} has loss {loss} and gradient norm {norm} (learning rate {lr:.3g}; {self._skipped} such "
-                f"steps, train.skip_non_finite = {self.config.train.skip_non_finite})"
+                f"steps, train.skip_non_finite = {self.config.train.skip_non_finite})",
             )
         spikes = sum(self._spikes.add(loss) for loss, norm in recent if math.isfinite(loss + norm))
         loss, grad_norm = recent[-1]
@@ -233,10 +236,13 @@ class Report:
         if self._energy is not None and self._spent is not None:
             say(in_words(self._spent, self._energy.method))
         run_folder = self.config.run_folder
-        say(f"the model is in {run_folder / LATEST / MODEL}; python sample.py --checkpoint {run_folder}")
+        link, last = run_folder / LATEST, checkpoint_folder(run_folder, validation.step)
+        say(f"the model is in {(link if link.is_dir() else last) / MODEL}; python sample.py --checkpoint {run_folder}")
 
-    def _not_finite(self, what: str) -> UserError:
+    def _not_finite(self, step: int, what: str) -> UserError:
         self.checkpoints.wait()  # the message names the checkpoint that is being written
+        if self._log is not None:
+            self._log.write(DIVERGED, step, {}, track=False, message=what)
         last = checkpoints(self.config.run_folder)[-1:]
         return UserError(
             f"{what}. Nothing was saved after it; last checkpoint: {last[0] if last else 'none'}. Lower optim.lr or "
@@ -325,34 +331,41 @@ class MetricsLog:
         self, run_folder: Path, trackers: list[GeneralTracker], settings: Mapping[str, Any], step: int
     ) -> None:
         self._path = run_folder / METRICS_FILE
-        self._trackers = trackers
-        if self._path.exists():
-            # A run that resumes at step s evaluates there again, if an evaluation is due at s.
-            kept = [r for r in records(self._path) if r["step"] < step or (r["step"] == step and r["kind"] != "eval")]
-            with whole_file(self._path) as partial:
-                partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        self._file = self._path.open("a", buffering=1)
+        self._trackers = list(trackers)
+        with writing(self._path):
+            if self._path.exists():
+                # A run that resumes at step s evaluates there again, if an evaluation is due at s.
+                found, again = records(self._path), ("eval", DIVERGED)
+                kept = [r for r in found if r["step"] < step or (r["step"] == step and r["kind"] not in again)]
+                with whole_file(self._path) as partial:
+                    partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            self._file = self._path.open("a", buffering=1)
         plain = {name: v if isinstance(v, int | float | str) else str(v) for name, v in settings.items()}
-        for tracker in trackers:
-            tracker.start()
-            tracker.store_init_configuration(plain)
+        self._track(lambda tracker: tracker.start())
+        self._track(lambda tracker: tracker.store_init_configuration(plain))
 
     def write(self, kind: str, step: int, values: Mapping[str, Any], *, track: bool = True, **words: str) -> None:
         """One line {"kind", "step", "time", values…, words…}; the trackers get the values as kind/name if `track`."""
         finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
-        try:
+        with writing(self._path):
             self._file.write(json.dumps({"kind": kind, "step": step, "time": time.time(), **finite, **words}) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"could not write {self._path}: {error}; make room, then resume with --resume auto"
-            ) from error
-        for tracker in self._trackers if track else ():
-            tracker.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+        if track:
+            named = {f"{kind}/{name}": value for name, value in values.items()}
+            self._track(lambda tracker: tracker.log(named, step=step))
 
     def close(self) -> None:
-        self._file.close()
-        for tracker in self._trackers:
-            tracker.finish()
+        with suppress(OSError):  # `write` has flushed every line, or raised the error
+            self._file.close()
+        self._track(lambda tracker: tracker.finish())
+
+    def _track(self, call: Callable[[GeneralTracker], Any]) -> None:
+        """Call each tracker. One that fails (a full disk, no network) is said and left out; the run goes on."""
+        for tracker in list(self._trackers):
+            try:
+                call(tracker)
+            except Exception as error:
+                self._trackers.remove(tracker)
+                print(f"\nwarning: the tracker {tracker.name} fails and is left out: {error}", file=sys.stderr)
 
 
 def build_trackers(config: LogConfig, run_folder: Path, run_name: str, step: int = 0) -> list[GeneralTracker]:
@@ -372,8 +385,9 @@ def build_trackers(config: LogConfig, run_folder: Path, run_name: str, step: int
                 '["tensorboard"]'
             )
         wandb_id = run_folder / "wandb_id"  # a resumed run continues this one on wandb
-        if not wandb_id.exists():
-            wandb_id.write_text(secrets.token_hex(8))
+        with writing(wandb_id):
+            if not wandb_id.exists():
+                wandb_id.write_text(secrets.token_hex(8))
         trackers.append(
             WandBTracker(
                 os.environ.get("WANDB_PROJECT", "hgpt"),

@@ -109,7 +109,7 @@ def load_run_config(arguments: Sequence[str], shape_of: Callable[..., dict[str, 
     parser.add_argument("--config", action="append", default=[], metavar="FILE.toml", help="settings, as in configs/")
     parser.add_argument("--print_config", action="store_true", help="print the resolved settings as TOML, and exit")
     own, others = parser.parse_known_args(arguments)
-    given = [(f"{file}: ", name, value) for file in own.config for name, value in flatten(_read_toml(file)).items()]
+    given = [(f"{file}: ", name, value) for file in own.config for name, value in _read_toml(file).items()]
     given += [("command line: ", name, _from_text(name, text)) for name, text in _pairs(others)]
     values = _merged(given)
     shape = [name for name in ("n_layer", "n_head", "n_embd") if f"model.{name}" not in values]
@@ -139,11 +139,14 @@ def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _read_toml(file: str) -> dict[str, Any]:
+    """The settings in a file by dotted name."""
     try:
-        return tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        return flatten(tomllib.loads(Path(file).read_bytes().decode("utf-8")))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {file}: cannot read the file ({error}); configs/ holds those that ship") from error
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError as error:
+        raise UserError(f"--config {file}: not valid TOML: nested too deeply") from error
+    except ValueError as error:  # also from int(), for numbers of thousands of digits
         raise UserError(f"--config {file}: not valid TOML: {error}") from error
 
 
@@ -213,7 +216,10 @@ def _checked(name: str, value: Any) -> Any:
     try:
         return _as(value, _kind_of(name))
     except (TypeError, OverflowError) as error:
-        raise UserError(f"{name} must be {_in_words(_kind_of(name))}; got {value!r}") from error
+        shown = "a number of thousands of digits"
+        with suppress(ValueError):
+            shown = repr(value)
+        raise UserError(f"{name} must be {_in_words(_kind_of(name))}; got {shown:.300}") from error
 
 
 def _from_text(name: str, text: str) -> Any:
@@ -221,7 +227,7 @@ def _from_text(name: str, text: str) -> Any:
     try:
         value = _WORDS[text.lower()] if text.lower() in _WORDS else ast.literal_eval(text)
         _as(value, _kind_of(name))
-    except (TypeError, OverflowError, ValueError, SyntaxError):
+    except (TypeError, OverflowError, ValueError, SyntaxError, RecursionError, MemoryError):
         return text
     return text if isinstance(value, str) else value
 
@@ -243,14 +249,26 @@ def _as(value: Any, kind: Any) -> Any:
             return tuple(map(_as, value, kinds))
     if kind is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
+    if kind is int and type(value) is int and abs(value) >= 2**63:
+        raise OverflowError
+    if kind is str and isinstance(value, str) and ("\0" in value or not _is_utf8(value)):
+        raise TypeError("no file can have this name, and no TOML hold it")
     if kind in (bool, int, str, NoneType) and type(value) is kind:
         return value
     raise TypeError(f"{value!r} is not {_in_words(kind)}")
 
 
+def _is_utf8(text: str) -> bool:
+    """False for arguments of the command line that are not UTF-8, which Python reads as surrogates."""
+    with suppress(UnicodeEncodeError):
+        text.encode()
+        return True
+    return False
+
+
 def _in_words(kind: Any) -> str:
     """A type in words: "a whole number", 'one of "harmonic", "softmax"'."""
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text (UTF-8, without NUL)"}
     if kind in names:
         return names[kind]
     parts = get_args(kind)

@@ -5,7 +5,9 @@ import os
 import signal
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn, TextIO
 
 import torch
 import torch.distributed as dist
@@ -19,7 +21,7 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 class Preempted(Exception):
-    """The run was stopped by SIGTERM or SIGUSR1, as clusters send them, after a checkpoint was saved."""
+    """A signal of a cluster or a closed terminal (SIGTERM, SIGUSR1, SIGHUP) stopped the run; nothing was lost."""
 
 
 def explain(error: BaseException) -> tuple[str, int]:
@@ -27,10 +29,15 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, UserError):
         return f"error: {error}", 2
     first_line = (str(error).splitlines() or [""])[0]
-    if isinstance(error, torch.OutOfMemoryError):
+    # torch raises a RuntimeError where the memory of a CPU does not suffice, NumPy and Python a MemoryError.
+    no_memory = ("can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory")
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in no_memory)
+    ):
         return (
-            f"error: {first_line} Lower train.micro_batch (and eval.micro_batch), or set "
-            "train.activation_checkpointing = true; neither changes what is computed."
+            f"error: out of memory: {first_line} Lower train.micro_batch (and eval.micro_batch), or set "
+            "train.activation_checkpointing = true; neither changes what is computed. If that is not enough, the model "
+            "is too large for this machine: python -m hgpt.plan says what it needs."
         ), 2
     if isinstance(error, Preempted):
         return str(error), EXIT_PREEMPTED
@@ -45,35 +52,53 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 
 class StopSignals:
-    """Handles SIGINT (Ctrl-C), SIGTERM and SIGUSR1: finish the step, save a checkpoint, stop; stop at once if repeated.
+    """Handles SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGHUP: finish the step, save a checkpoint, stop.
 
         with StopSignals(engine) as signals:
-            ...
+            ...                     # a signal ends the run at once: there is nothing to save
+            signals.training = True
+            ...                     # `seen` says that a signal came; a second signal stops at once
+
+    Signals that are ignored stay ignored (nohup: SIGHUP). A thread other than the main one handles no signals.
 
     Attributes:
         seen: the number of the signal that was received before the last `ask`; 0 for none.
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.seen = 0
+        self.seen, self.training = 0, False
         self._engine = engine
         self._received, self._when = 0, 0.0
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        self._previous = {number: signal.signal(number, self._receive) for number in numbers}
+        if threading.current_thread() is threading.main_thread():
+            # Windows has neither SIGUSR1 nor SIGHUP.
+            numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")]
+            for number in numbers:
+                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _receive(self, number: int, frame: object) -> None:
+        if not self.training:
+            self._raise(number, "before the first step; nothing is lost, start it again with --resume auto")
         if not self._received:
             self._received, self._when = number, time.monotonic()
-            os.write(2, b"\nstopping after this step with a checkpoint; once more to stop at once\n")
+            with suppress(OSError):  # the terminal may be closed
+                os.write(2, b"\nstopping after this step with a checkpoint; once more to stop at once\n")
         elif time.monotonic() - self._when > 2:  # within 2 s: one signal, passed on twice by cluster and launcher
             raise KeyboardInterrupt
+
+    @staticmethod
+    def _raise(number: int, when: str) -> NoReturn:
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt(f"interrupted {when}")
+        raise Preempted(f"stopped by {signal.Signals(number).name} {when}")
 
     def ask(self, *, together: bool) -> int:
         """Update `seen` and return it. Collective if `together`.
@@ -94,11 +119,9 @@ class StopSignals:
             return
         checkpoints.wait()
         saved = checkpoint_folder(checkpoints.config.run_folder, step)
-        message = f"after step {step}, saved {saved}; resume with --resume auto"
-        if self.seen == signal.SIGINT:
-            raise KeyboardInterrupt(f"interrupted {message}")
-        checkpoints.mark_preempted()
-        raise Preempted(f"stopped by {signal.Signals(self.seen).name} {message}")
+        if self.seen != signal.SIGINT:
+            checkpoints.mark_preempted()
+        self._raise(self.seen, f"after step {step}, saved {saved}; resume with --resume auto")
 
 
 class Watchdog:
@@ -108,6 +131,9 @@ class Watchdog:
     key-value store of the process group. The message on standard error names the step, and the processes that are
     behind or silent. A single process is not watched.
 
+    The store may not answer, because process 0, which holds it, is the one that hangs: only threads that nobody waits
+    for touch it.
+
         with Watchdog(timeout=1800) as watchdog:
             for step in range(steps):
                 watchdog.beat(step, "training")
@@ -116,7 +142,7 @@ class Watchdog:
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
         self._interval = min(5.0, timeout / 10)
-        self._beat = (0, "starting", time.time())
+        self._beat = (0, "starting", time.monotonic())
         self._end = threading.Event()
         several = dist.is_initialized() and dist.get_world_size() > 1
         self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
@@ -124,42 +150,94 @@ class Watchdog:
 
     def beat(self, step: int, doing: str) -> None:
         """Record progress: this process begins `doing` ("training", "evaluation", ...) in `step`."""
-        self._beat = (step, doing, time.time())
+        self._beat = (step, doing, time.monotonic())
 
     def __enter__(self) -> "Watchdog":
         if self._store is not None:
-            threading.Thread(target=self._watch, args=(self._store,), name="watchdog", daemon=True).start()
+            for work in (self._tell, self._watch):
+                threading.Thread(target=work, args=(self._store,), name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._end.set()
 
-    def _watch(self, store: dist.Store) -> None:
+    def _tell(self, store: dist.Store) -> None:
+        """Write this process's step, and a number that grows as long as the process runs, into the store."""
+        alive = 0
         while not self._end.is_set():
-            step, doing, since = self._beat
+            alive += 1
             with suppress(RuntimeError):  # rank 0, which holds the store, has ended
-                store.set(str(self._rank), json.dumps([step, doing, time.time()]))
-            if time.time() - since > self.timeout:
-                lines = [f"process {self._rank} has waited for {self.timeout:g} s in step {step} ({doing})"]
-                lines += self._others(store, step)
-                os.write(2, ("\nerror: " + "; ".join(lines) + ". Resume with --resume auto.\n").encode())
-                os._exit(EXIT_HUNG)  # the main thread would never return from the collective
+                store.set(str(self._rank), json.dumps([*self._beat[:2], alive]))
             self._end.wait(self._interval)
 
-    def _others(self, store: dist.Store, step: int) -> list[str]:
-        """One phrase for each process that is behind or silent."""
-        phrases = []
-        for rank in set(range(self._world_size)) - {self._rank}:
-            try:
-                known = store.check([str(rank)])
-                their_step, doing, heard = json.loads(store.get(str(rank))) if known else (0, "", 0.0)
-            except RuntimeError as error:
-                return [f"the other processes cannot be asked ({str(error).splitlines()[0]})"]
-            silent = time.time() - heard
-            if not known:
+    def _watch(self, store: dist.Store) -> None:
+        while not self._end.wait(self._interval):
+            step, doing, since = self._beat
+            if time.monotonic() - since > self.timeout:
+                others: list[str] = []
+                asking = threading.Thread(target=self._ask, args=(store, step, others), daemon=True)
+                asking.start()
+                asking.join(3 * self._interval)  # collectives time out after 1.5 · timeout
+                others = others or ["process 0, which holds the list of the others' steps, does not answer"]
+                message = f"process {self._rank} has waited for {self.timeout:g} s in step {step} ({doing})"
+                with suppress(OSError):
+                    os.write(2, f"\nerror: {'; '.join([message, *others])}. Resume with --resume auto.\n".encode())
+                os._exit(EXIT_HUNG)  # the main thread would never return from the collective
+
+    def _ask(self, store: dist.Store, step: int, phrases: list[str]) -> None:
+        """Append a phrase for each process that is behind or silent. Looks twice, because clocks of machines differ."""
+        ranks = sorted(set(range(self._world_size)) - {self._rank})
+        try:
+            before = self._read(store, ranks)
+            time.sleep(2 * self._interval)
+            now = self._read(store, ranks)
+        except RuntimeError as error:
+            phrases.append(f"the other processes cannot be asked ({str(error).splitlines()[0]})")
+            return
+        for rank in ranks:
+            their_step, doing, alive = now.get(rank, (0, "", 0))
+            if rank not in now:
                 phrases.append(f"process {rank} was never heard of")
-            elif silent > 3 * self._interval:
-                phrases.append(f"process {rank} has been silent for {silent:.0f} s, since step {their_step} ({doing})")
+            elif alive == before.get(rank, (0, "", 0))[2]:
+                silent = f"has been silent for {2 * self._interval:g} s"
+                phrases.append(f"process {rank} {silent}, since step {their_step} ({doing})")
             elif their_step < step:
                 phrases.append(f"process {rank} is still in step {their_step} ({doing})")
-        return phrases or ["every other process is in the same step"]
+        if not phrases:
+            phrases.append("every other process is in the same step")
+
+    @staticmethod
+    def _read(store: dist.Store, ranks: list[int]) -> dict[int, tuple[int, str, int]]:
+        """(step, doing, alive) of the processes that have written into the store."""
+        return {rank: tuple(json.loads(store.get(str(rank)))) for rank in ranks if store.check([str(rank)])}
+
+
+class LastingOutput:
+    """Standard output or error of a run that goes on when its reader ends (`| head`) or its terminal closes.
+
+    After the first error of writing, everything that is written goes to os.devnull, from C++ too.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._lasting():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._lasting():
+            self._stream.flush()
+
+    @contextmanager
+    def _lasting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -1,0 +1,551 @@
+"""What goes wrong around a run: file systems, environments, output, other nodes, a course that is given up.
+
+Each row of a table is one fault: what happens, the exit code, and the names that the message must have.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from processes import finish, start
+from small_run import VOCAB, assert_same_checkpoint, at_step, losses, make_config, markov_tokens, set_back, write_data
+
+import train
+from hgpt import durable
+from hgpt.durable import sync, whole_folder
+from hgpt.errors import UserError
+from hgpt.history import records
+from hgpt.run import checkpoint as checkpoint_module
+from hgpt.run.checkpoint import checkpoint_step, checkpoints, damage, find_checkpoint, latest_checkpoint, set_aside
+from hgpt.run.config import RunConfig
+from hgpt.run.engines import Engine, check_environment
+from hgpt.run.report import MetricsLog
+from hgpt.run.stop import EXIT_HUNG, EXIT_PREEMPTED
+from hgpt.source import model_folder
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> RunConfig:
+    """A run of 6 steps with checkpoints at 3 and 6."""
+    config = make_config(data, tmp_path_factory.mktemp("finished"), name="whole")
+    train.main(config)
+    return config
+
+
+def steps_in(run_folder: Path) -> list[int]:
+    return [checkpoint_step(path) for path in checkpoints(run_folder)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A course that is given up
+
+
+def test_a_run_that_was_set_back_and_killed_goes_on_from_its_new_course(tmp_path, monkeypatch, capsys, finished):
+    config = set_back(finished, 6, runs_dir=str(tmp_path))
+    longer = replace(config, train=replace(config.train, steps=8), checkpoint=replace(config.checkpoint, every=4))
+    other = replace(longer, optim=replace(config.optim, lr=1e-3), resume=str(checkpoints(config.run_folder)[0]))
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: 1 / 0)  # killed after step 4
+        with pytest.raises(ZeroDivisionError):
+            train.main(other)
+    assert steps_in(config.run_folder) == [3, 4]
+    assert damage(config.run_folder / "abandoned" / "step_0000006") is None
+    assert "step_0000006 is of a course that this run leaves: moved to " in capsys.readouterr().out
+    train.main(replace(other, resume="auto"))
+    assert "step_0000004" in capsys.readouterr().out
+    assert steps_in(config.run_folder) == [3, 4, 8]
+    assert len(losses(config.run_folder)) == 8
+    assert set_aside(config.run_folder, checkpoints(config.run_folder)[0]).name == "step_0000003"
+
+
+def test_a_damaged_newer_checkpoint_does_not_come_back(tmp_path, monkeypatch, finished):
+    """It cannot be read once, on a file system over the network, and can be read again later."""
+    config = set_back(finished, 6, runs_dir=str(tmp_path))
+    real = checkpoint_module.sha256
+
+    def fails_once(path):
+        monkeypatch.setattr(checkpoint_module, "sha256", real)
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(checkpoint_module, "sha256", fails_once)
+    with pytest.raises(ZeroDivisionError), monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: 1 / 0)
+        train.main(config)
+    assert steps_in(config.run_folder) == [3]
+    train.main(config)
+    assert losses(config.run_folder) == losses(finished.run_folder)
+
+
+def test_a_branch_that_was_killed_before_its_first_checkpoint_is_a_branch_still(tmp_path, monkeypatch, finished):
+    branch = replace(finished, name="branch", runs_dir=str(tmp_path), resume=str(checkpoints(finished.run_folder)[0]))
+    for resume in (branch.resume, "auto", branch.resume):
+        with pytest.raises(ZeroDivisionError), monkeypatch.context() as patch:
+            at_step(patch, 4, lambda: 1 / 0)
+            train.main(replace(branch, resume=resume))
+        assert not checkpoints(branch.run_folder)
+    train.main(replace(branch, resume="auto"))
+    assert losses(branch.run_folder) == losses(finished.run_folder)[3:]
+    assert_same_checkpoint(checkpoints(branch.run_folder)[-1], checkpoints(finished.run_folder)[-1])
+
+
+@pytest.mark.parametrize("steps", [3, 5])
+def test_a_finished_run_is_not_trained_below_its_step(tmp_path, finished, steps):
+    config = set_back(finished, 6, runs_dir=str(tmp_path))
+    with pytest.raises(UserError, match=rf"train\.steps = {steps} is less than its 6 steps"):
+        train.main(replace(config, train=replace(config.train, steps=steps)))
+    assert steps_in(config.run_folder) == [3, 6]
+    train.main(config)  # nothing is left to do
+    assert steps_in(config.run_folder) == [3, 6]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# File systems
+
+
+def no_links(*arguments, **options):
+    raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+
+def test_a_file_system_without_links(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "symlink", no_links)
+    config = make_config(data, tmp_path, resume="auto", checkpoint={"keep_last": 1})
+    for steps in (6, 7):
+        train.main(replace(config, train=replace(config.train, steps=steps)))
+        assert steps_in(config.run_folder) == [steps]
+    printed = capsys.readouterr()
+    assert f"no link {config.run_folder / 'latest'} could be made" in printed.err
+    assert f"the model is in {config.run_folder}/checkpoints/step_0000007/model" in printed.out
+    assert model_folder(config.run_folder) == checkpoints(config.run_folder)[0] / "model"
+
+
+def test_a_run_that_was_copied_with_its_links_followed(tmp_path, finished):
+    config = replace(finished, runs_dir=str(tmp_path), resume="auto", train=replace(finished.train, steps=7))
+    shutil.copytree(finished.run_folder, config.run_folder)
+    assert (config.run_folder / "latest" / "model").is_dir() and not (config.run_folder / "latest").is_symlink()
+    train.main(config)
+    assert latest_checkpoint(config.run_folder).resolve() == checkpoints(config.run_folder)[-1]
+    assert (config.run_folder / "abandoned" / "latest" / "model").is_dir()
+
+
+@pytest.mark.parametrize(("code", "raises"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_folders_that_cannot_be_flushed(tmp_path, monkeypatch, code, raises):
+    def refuses(descriptor):
+        raise OSError(code, os.strerror(code))
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(durable.os, "fsync", refuses)
+    with pytest.raises(OSError) if raises else contextlib.nullcontext():
+        sync(tmp_path)
+    with pytest.raises(OSError):  # a file that cannot be flushed may be lost
+        sync(tmp_path / "file")
+
+
+def test_old_checkpoints_that_cannot_be_deleted_are_a_warning(data, tmp_path, monkeypatch, capsys):
+    def refuses(folder):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+    monkeypatch.setattr(checkpoint_module, "remove_folder", refuses)
+    config = make_config(data, tmp_path, checkpoint={"keep_last": 1})
+    train.main(config)
+    assert steps_in(config.run_folder) == [3, 6]
+    assert "step_0000003 could not be deleted" in capsys.readouterr().err
+
+
+def test_what_a_killed_deletion_left_goes_at_the_start(tmp_path, finished):
+    config = set_back(finished, 6, runs_dir=str(tmp_path))
+    left = config.run_folder / "checkpoints" / ".step_0000001.deleted"
+    (left / "model").mkdir(parents=True)
+    train.main(config)
+    assert not left.exists()
+
+
+def test_a_run_folder_that_is_renamed_while_training(data, tmp_path, monkeypatch, capsys, finished):
+    config = make_config(data, tmp_path, resume="auto")
+    at_step(monkeypatch, 4, lambda: config.run_folder.rename(tmp_path / "elsewhere") and None)
+    train.main(config)
+    assert f"{config.run_folder} was renamed or deleted" in capsys.readouterr().err
+    assert_same_checkpoint(checkpoints(config.run_folder)[-1], checkpoints(finished.run_folder)[-1])
+    # Step 3 is written in the background while the folder is renamed: before it or after it.
+    assert 3 in steps_in(tmp_path / "elsewhere") + steps_in(config.run_folder)
+    assert len(losses(tmp_path / "elsewhere")) == 6
+    train.main(replace(config, train=replace(config.train, steps=7)))
+    assert steps_in(config.run_folder)[-2:] == [6, 7]
+
+
+def test_every_file_of_a_checkpoint_has_the_mode_of_new_files(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with whole_folder(tmp_path / "x") as folder:
+            (folder / "model").mkdir()
+            (folder / "model" / "weights").write_text("")
+            (folder / "model" / "weights").chmod(0o600)
+        (tmp_path / "new").write_text("")
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "x" / "model" / "weights", tmp_path / "new")]
+    assert modes == [0o640, 0o640] and (tmp_path / "x" / "model").stat().st_mode & 0o777 == 0o750
+
+
+@pytest.mark.parametrize("resume", ["never", "auto", "a" * 300, "latest/" * 999])
+def test_run_folders_that_cannot_be_looked_into(tmp_path, resume):
+    long = SimpleNamespace(run_folder=tmp_path / ("a" * 300), resume=resume)
+    with pytest.raises(UserError, match=r"run folder .*File name too long.*--name"):
+        find_checkpoint(long, pytest.fail)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Trackers
+
+
+class Tracker:
+    name = "tensorboard"
+
+    def __init__(self, fails: str) -> None:
+        self.fails, self.calls = fails, []
+
+    def __getattr__(self, name):
+        def call(*arguments, **options):
+            self.calls.append(name)
+            if name == self.fails:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        return call
+
+
+@pytest.mark.parametrize("fails", ["start", "store_init_configuration", "log", "finish"])
+def test_a_tracker_that_fails_is_said_once_and_ends_nothing(tmp_path, capsys, fails):
+    broken, whole = Tracker(fails), Tracker("")
+    log = MetricsLog(tmp_path, [broken, whole], {}, 0)
+    for step in range(3):
+        log.write("train", step, {"loss": 1.0})
+    log.close()
+    assert capsys.readouterr().err.count("the tracker tensorboard fails and is left out: ") == 1
+    assert broken.calls[-1] == fails and broken.calls.count(fails) == 1
+    assert whole.calls == ["start", "store_init_configuration", "log", "log", "log", "finish"]
+    assert len(records(tmp_path)) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What processes read and nobody compared
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "1.0"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "²"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK"),
+        ({"WORLD_SIZE": "2", "RANK": "x"}, "RANK"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "one"}, "LOCAL_RANK"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_PORT": "http"}, "MASTER_PORT"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_PORT": "70000"}, "MASTER_PORT"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_PORT": "7000"}, "MASTER_ADDR"),
+        ({"WORLD_SIZE": "2"}, "RANK and LOCAL_RANK and MASTER_ADDR and MASTER_PORT"),
+    ],
+)
+def test_environments_that_no_launcher_makes(monkeypatch, environment, named):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    check_environment()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=named):
+        check_environment()
+
+
+def test_flags_of_the_launcher_that_are_none(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "perhaps")
+    with pytest.raises(UserError, match="ACCELERATE_USE_DEEPSPEED"):
+        train.main(make_config(data, tmp_path))
+
+
+class Others(Engine):
+    """The engine of process 0 of two, and what the other process answers."""
+
+    def __init__(self, *answers) -> None:
+        self.answers = iter(answers)
+
+    def gather_objects(self, mine):
+        return [mine, next(self.answers)]
+
+
+def test_what_processes_do_together():
+    def fails():
+        raise UserError("no such file")
+
+    assert Others(None).together(lambda: 5) == 5
+    for work, other, message in (
+        (fails, None, "process 0: no such file"),
+        (lambda: 5, "it is damaged", "process 1: it is damaged"),
+        (fails, "no such file", "no such file"),
+    ):
+        with pytest.raises(UserError, match=f"^{message}$"):
+            Others(other).together(work)
+    Others({"a": 1}).compare({"a": 1})
+    with pytest.raises(UserError, match="b: None on process 0, 2 on process 1"):
+        Others({"a": 1, "b": 2}).compare({"a": 1})
+
+
+def other_data(folder: Path, like: Path) -> Path:
+    """A bare folder of the same lengths as another one, with one other token in the middle."""
+    shutil.copytree(like, folder)
+    tokens = np.fromfile(folder / "train.bin", dtype=np.uint16)
+    tokens[1000] = (tokens[1000] + 1) % VOCAB
+    tokens.tofile(folder / "train.bin")
+    return folder
+
+
+def bare_data(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for split, tokens in (("train", markov_tokens(2_000, 0)), ("val", markov_tokens(500, 1))):
+        tokens.tofile(folder / f"{split}.bin")
+    return folder
+
+
+def test_a_bare_folder_whose_content_changed_is_not_resumed(tmp_path):
+    config = make_config(bare_data(tmp_path / "a"), tmp_path)
+    config = replace(config, data=replace(config.data, vocab_size=VOCAB))
+    train.main(config)
+    for verify in (False, True):
+        again = replace(config, resume="auto", data=replace(config.data, verify=verify))
+        train.main(again)
+        changed = replace(
+            again, data=replace(again.data, path=str(other_data(tmp_path / f"b{verify}", tmp_path / "a")))
+        )
+        with pytest.raises(UserError, match="is not the data it was trained on"):
+            train.main(changed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("older newest checkpoint", "step_0000006/manifest.json"),
+        ("other checkpoint", "step_0000006/manifest.json"),
+        ("damaged checkpoint", "process 1: "),
+        ("other data", "the data in data"),
+        ("damaged data", "process 1: "),
+        ("no data", "process 1: "),
+    ],
+)
+def test_two_nodes_that_see_different_files(data, tmp_path, finished, engine, fault, message):
+    """Folders that are not shared. All processes exit with 2 and name the difference, soon, and nothing is written."""
+    kind = fault.split()[-1]
+    for node in range(2):
+        folder = tmp_path / f"node{node}"
+        shutil.copytree(finished.run_folder, folder / "runs" / "run", symlinks=True)
+        shutil.copytree(data, folder / "data")
+    run, shards = tmp_path / "node1" / "runs" / "run", tmp_path / "node1" / "data"
+    if fault == "older newest checkpoint":
+        shutil.rmtree(run / "checkpoints" / "step_0000006")
+    elif fault == "other checkpoint":
+        file = run / "checkpoints" / "step_0000006" / "manifest.json"
+        file.write_text(file.read_text() + " ")
+    elif fault == "damaged checkpoint":
+        os.truncate(run / "checkpoints" / "step_0000006" / "model" / "model.safetensors", 900)
+    elif fault == "other data":
+        shutil.rmtree(shards)
+        write_data(shards, markov_tokens(20_000, 7), markov_tokens(1_000, 1))
+    elif fault == "damaged data":
+        file = shards / "train_000000.bin"
+        content = bytearray(file.read_bytes())
+        content[5000] ^= 1
+        file.write_bytes(content)
+    else:
+        shutil.rmtree(shards)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    config = replace(finished, name="run", runs_dir="runs", resume="auto" if kind == "checkpoint" else "never")
+    config = replace(
+        config, data=replace(config.data, path="data"), train=replace(config.train, steps=8, micro_batch=4)
+    )
+    if kind == "data":
+        config = replace(config, name="new")
+    begin = time.monotonic()
+    started = start([config], 2, engine, tmp_path / "log", folders=[tmp_path / f"node{node}" for node in range(2)])
+    assert finish(started, timeout=120) == [2, 2]
+    assert time.monotonic() - begin < 100
+    for rank in range(2):
+        assert message in (tmp_path / f"log.{rank}").read_text()
+    assert {path: path.read_bytes() for path in before} == before
+    assert not (tmp_path / "node0" / "runs" / "new").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_process_that_is_frozen_is_named_even_if_it_holds_the_store(data, tmp_path, frozen):
+    config = make_config(
+        data, tmp_path, train={"steps": 10**6, "hang_timeout": 6, "micro_batch": 2}, eval={"every": 10**6}
+    )
+    started = start([config], 2, log=tmp_path / "log")
+    wait_for(config.run_folder / "metrics.jsonl", '"step": 3,', started)
+    os.kill(started[frozen].pid, signal.SIGSTOP)
+    started[1 - frozen].join(60)
+    started[frozen].kill()
+    assert started[1 - frozen].exitcode == EXIT_HUNG
+    message = (tmp_path / f"log.{1 - frozen}").read_text()
+    assert f"process {1 - frozen} has waited for 6 s in step" in message and f"process {frozen}" in message
+    finish(started)
+
+
+def die() -> None:
+    os._exit(1)
+
+
+def hang() -> None:
+    time.sleep(60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+@pytest.mark.parametrize(("fault", "codes"), [(die, [EXIT_HUNG, 1]), (hang, [EXIT_HUNG, EXIT_HUNG])])
+def test_a_process_that_fails_before_the_first_step_ends_the_others(data, tmp_path, engine, fault, codes):
+    config = make_config(data, tmp_path, train={"hang_timeout": 6, "micro_batch": 2})
+    begin = time.monotonic()
+    assert finish(start([config], 2, engine, tmp_path / "log", at_build=[None, fault]), timeout=90) == codes
+    assert time.monotonic() - begin < 50
+    messages = "".join((tmp_path / f"log.{rank}").read_text() for rank in range(2))
+    named = "has waited for 6 s in step 0 (building the model)" if fault is hang else "error: process 0 lost contact"
+    assert named in messages
+
+
+def wait_for(file: Path, text: str, started) -> None:
+    deadline = time.monotonic() + 120
+    while not file.exists() or text not in file.read_text(errors="replace"):
+        alive = [process.is_alive() if hasattr(process, "is_alive") else process.poll() is None for process in started]
+        assert time.monotonic() < deadline and all(alive)
+        time.sleep(0.02)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Signals, output and systems, with the command itself
+
+
+def command(data: Path, runs: Path, *arguments: str) -> list[str]:
+    settings = {"name": "r", "runs_dir": str(runs), "data.path": str(data), "data.seq_len": 16, "model.n_layer": 1,
+                "model.n_head": 1, "model.n_embd": 16, "model.head.type": "softmax", "train.global_batch": 4,
+                "train.micro_batch": 4, "log.every": 1, "log.trackers": "[]", "optim.warmup_steps": 0}  # fmt: skip
+    return [sys.executable, "train.py", *(f"--{name}={value}" for name, value in settings.items()), *arguments]
+
+
+LONG = ("--train.steps=1000000", "--eval.every=1000000", "--checkpoint.every=500000")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "ignored", "code"),
+    [
+        (signal.SIGHUP, False, EXIT_PREEMPTED),
+        (signal.SIGTERM, False, EXIT_PREEMPTED),
+        (signal.SIGUSR1, False, EXIT_PREEMPTED),
+        (signal.SIGINT, False, 130),
+        (signal.SIGHUP, True, None),
+    ],
+)
+def test_signals(data, tmp_path, number, ignored, code):
+    before = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if ignored else None
+    with open(tmp_path / "log", "w") as log:
+        run = subprocess.Popen(command(data, tmp_path, *LONG), cwd=ROOT, stdout=log, stderr=log, preexec_fn=before)
+    wait_for(tmp_path / "r" / "metrics.jsonl", '"step": 3,', [run])
+    run.send_signal(number)
+    if code is None:
+        time.sleep(2)
+        assert run.poll() is None
+        run.send_signal(signal.SIGTERM)
+        code = EXIT_PREEMPTED
+    assert run.wait(60) == code
+    (saved,) = checkpoints(tmp_path / "r")
+    assert damage(saved) is None and (tmp_path / "r" / "preempted").exists() == (code == EXIT_PREEMPTED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["stdout", "stderr", "both"])
+def test_a_run_goes_on_when_nobody_reads_its_output(data, tmp_path, closed):
+    read, write = os.pipe()
+    streams = {name: write if closed in (name, "both") else subprocess.DEVNULL for name in ("stdout", "stderr")}
+    run = subprocess.Popen(command(data, tmp_path, "--train.steps=40"), cwd=ROOT, **streams)
+    os.close(write)
+    os.close(read)
+    assert run.wait(120) == 0
+    assert steps_in(tmp_path / "r") == [40]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "arguments", "code", "named"),
+    [
+        ({"WORLD_SIZE": "two"}, (), 2, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"}, (), 2,
+         "MASTER_PORT"),
+        ({}, ("--name=" + "a" * 300,), 2, "name"),
+        ({}, ("--runs_dir=" + "a/" * 3000,), 2, "--runs_dir"),
+        ({}, ("--model.n_embd=100000", "--model.n_layer=8"), 2, "out of memory"),
+        ({}, ("--resume=" + "a" * 300,), 2, "resume"),
+    ],
+)  # fmt: skip
+def test_errors_of_the_command(data, tmp_path, environment, arguments, code, named):
+    limit = ["bash", "-c", 'ulimit -v 40000000; exec "$@"', "bash"]
+    result = subprocess.run(
+        [*limit, *command(data, tmp_path, "--train.steps=2", *arguments)],
+        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == code, result.stderr
+    assert named in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_train_py_is_imported_where_unix_modules_are_missing():
+    """On Windows: its modules are without fcntl and resource, its signals without SIGUSR1 and SIGHUP."""
+    script = """
+import builtins, signal
+real = builtins.__import__
+def without(name, globals=None, *rest, **named):
+    importer = (globals or {}).get("__name__", "")
+    if name in ("fcntl", "resource", "pwd", "grp") and importer.startswith(("hgpt", "train")):
+        raise ImportError(name)
+    return real(name, globals, *rest, **named)
+builtins.__import__ = without
+for name in ("SIGUSR1", "SIGHUP"):
+    delattr(signal, name)
+import train
+from types import SimpleNamespace
+with train.StopSignals(SimpleNamespace(world_size=1)) as signals:
+    assert signals.ask(together=False) == 0
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_a_run_in_a_thread(data, tmp_path):
+    script = f"""
+import threading, train
+from small_run import make_config
+from pathlib import Path
+done = []
+config = make_config(Path({str(data)!r}), Path({str(tmp_path)!r}))
+thread = threading.Thread(target=lambda: done.append(train.main(config)))
+thread.start(); thread.join()
+assert done[0]["loss"] > 0
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=120, env=environment)
+    assert json.loads((tmp_path / "run" / "checkpoints" / "step_0000006" / "state.json").read_text())["step"] == 6
