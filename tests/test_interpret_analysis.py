@@ -14,7 +14,7 @@ from small_models import TEXT, bare, byte_pairs, encode, export, prepare, relati
 
 from hgpt.interpret import models, positions, report, subject
 from hgpt.interpret.measures import analogies, lens, parallelograms, predictions, similarity
-from hgpt.interpret.measures.parallelograms import PRESET, SHUFFLES, VARIANTS
+from hgpt.interpret.measures.parallelograms import BAEK2025, SHUFFLES, VARIANTS
 from hgpt.interpret.report import analyse
 from hgpt.interpret.subject import CHECKPOINT_TOKENS, CHECKPOINT_WINDOW, AnalysisSettings
 
@@ -75,16 +75,20 @@ def test_scores_are_those_of_the_weights(planted, planted_result):
     rows = {"input": weights["transformer.wte.weight"], "centres": weights["lm_head.weight"]}
     rows = {name: matrix[:320].double().numpy() for name, matrix in rows.items()}
     expected = {
-        PRESET: mean_score(in_plane(rows["input"], 2), ids),
+        BAEK2025: mean_score(in_plane(rows["input"], 2), ids),
         "centres": mean_score(in_plane(rows["centres"], 2), ids),
         "5 components": mean_score(in_plane(rows["input"], 5), ids),
         "full space": mean_score(in_plane(rows["input"], None), ids),
     }
     found = {variant: parallelograms.of(model)[variant]["planted"] for variant in expected}
     assert {variant: result.score.value for variant, result in found.items()} == pytest.approx(expected, rel=1e-4)
-    assert found["centres"].score.high < found[PRESET].score.low
+    assert found["centres"].score.high < found[BAEK2025].score.low
     # With centred words the mean over all pairings is 2 (Σ|a|² + Σ|b|²) / ((n − 1) scale).
-    for variant, matrix, components in ((PRESET, "input", 2), ("centres", "centres", 2), ("full space", "input", None)):
+    for variant, matrix, components in (
+        (BAEK2025, "input", 2),
+        ("centres", "centres", 2),
+        ("full space", "input", None),
+    ):
         located = in_plane(rows[matrix], components)
         spread = sum(np.square(located[side] - located[side].mean(axis=0)).sum() for side in ids.T)
         mean = 2 * spread / (11 * np.square(located).sum(axis=1).mean())
@@ -115,10 +119,10 @@ def test_words_that_a_tokenizer_does_not_know_are_left_out_and_counted(tmp_path)
     relation_set(tmp_path / "relations", known + strange, "mixed")
     relations = relation_set(tmp_path / "relations", known[:3] + strange, "mostly strange")
     model = analyse([str(folder)], replace(FEW, relations=relations)).models[0]
-    found = parallelograms.preset(model)
+    found = parallelograms.baek2025_scores(model)
     assert {name: (r.pairs, r.dropped) for name, r in found.items()} == {"mixed": (5, 2)}
     assert model.found["pairs"]["mixed"][0].words == tuple(known)
-    assert f"{PRESET}: fewer than 4 pairs can be used of mostly strange (3 of 5)" in model.skipped
+    assert f"{BAEK2025}: fewer than 4 pairs can be used of mostly strange (3 of 5)" in model.skipped
 
 
 def test_a_run_on_a_folder_of_nanogpt_says_itself_how_large_its_vocabulary_is(tmp_path):
@@ -136,7 +140,7 @@ def test_a_run_on_a_folder_of_nanogpt_says_itself_how_large_its_vocabulary_is(tm
     found = analyse([str(same_size), str(foreign)], replace(FEW, tokens=200, data=str(data)))
     assert [model.text is None for model in found.models] == [False, True]
     assert predictions.of(found.models[1])["quality"] == {} and "similarity" not in found.compared
-    assert any("that its tokens are those of twin is a guess" in note for note in found.notes)
+    assert any("it is assumed that its tokens are those of twin" in note for note in found.notes)
     assert any(
         f"foreign predicts 280 tokens, and the vocabulary of {data} has 300: nothing was measured on text" in note
         for note in found.notes

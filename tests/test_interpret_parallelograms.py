@@ -10,7 +10,7 @@ from sklearn.decomposition import PCA
 from hgpt.interpret.measures.analogies import EPSILON, analogy_answers, offset_consistency, resampled_accuracy
 from hgpt.interpret.measures.differences import difference_over_relations
 from hgpt.interpret.measures.parallelograms import (
-    PRESET,
+    BAEK2025,
     VARIANTS,
     RelationScore,
     disjoint_pairs_of_pairs,
@@ -64,7 +64,7 @@ def test_perfect_parallelograms_score_zero_in_every_variant(name):
     assert offset_consistency(offsets) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("name", [PRESET, "10 components", "full space", "scale of the relation"])
+@pytest.mark.parametrize("name", [BAEK2025, "10 components", "full space", "scale of the relation"])
 def test_a_random_embedding_scores_about_four(name):
     means = []
     for seed in range(40):
@@ -129,7 +129,7 @@ def test_planes_are_those_of_scikit_learn():
     ids = random_ids(20, 200)
     pca = PCA(n_components=2, svd_solver="full").fit(vectors)
     expected = pca.transform(vectors)
-    result = projected(vectors, ids, VARIANTS[PRESET])
+    result = projected(vectors, ids, VARIANTS[BAEK2025])
     assert np.abs(result.inputs) == pytest.approx(np.abs(expected[ids[:, 0]]), abs=1e-4)  # up to the axes' signs
     assert result.scale == pytest.approx(np.square(expected).sum(axis=1).mean(), rel=1e-5)
     assert result.plane_variance == pytest.approx(pca.explained_variance_ratio_.sum(), rel=1e-5)
@@ -151,12 +151,12 @@ def test_planes_are_those_of_scikit_learn():
         assert projected(vectors, ids, settings).scale == pytest.approx(scale, rel=1e-5)
 
 
-def test_the_preset_is_the_papers():
-    assert VARIANTS[PRESET] == ScoreSettings(
+def test_baek2025_is_the_score_of_the_paper():
+    assert VARIANTS[BAEK2025] == ScoreSettings(
         components=2, plane="vocabulary", normalisation="vocabulary", words="last", vectors="input", distinct=False
     )
     for name, settings in VARIANTS.items():
-        assert (settings == VARIANTS[PRESET]) == (name == PRESET), name
+        assert (settings == VARIANTS[BAEK2025]) == (name == BAEK2025), name
 
 
 @pytest.mark.parametrize("block", [2, 7, 256])

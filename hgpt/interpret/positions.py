@@ -1,6 +1,6 @@
-"""What a model does at every position of a text: one number per position and quantity, and a sample of hidden states.
+"""One pass of a model over a text: a number per position and quantity, and a sample of hidden states.
 
-One pass over the text, in chunks: no array of the size (positions, vocabulary) is kept.
+Logits are computed for CHUNK positions at a time, so no array has (positions, vocabulary) entries.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hgpt.interpret.models import LoadedModel
 
-# Positions that have logits at a time. With GPT-2's vocabulary their logits take 51 MB. glibc returns blocks above
-# 32 MB to the system; smaller chunks fragmented the heap, up to 5 GB.
+# With GPT-2's vocabulary the logits of a chunk take 51 MB. glibc returns blocks above 32 MB to the system; smaller
+# chunks fragmented the heap, up to 5 GB.
 CHUNK = 256
 
 Window = tuple[np.ndarray, np.ndarray]  # input and target token ids, (T,) each
@@ -24,15 +24,15 @@ class Positions:
     """One entry per target, (N,), in the order of the text.
 
     Attributes:
-        window: the window it was predicted in. Positions of one window are not independent; windows nearly are.
+        window: the number of its window. Positions of one window are dependent; windows nearly are not.
         target: token id.
         loss: −log p of the target in nats, unsmoothed.
         confidence: largest probability.
         correct: whether the most probable token is the target.
         top5: whether the target is among the five most probable tokens.
         entropy: −Σ p log p in nats.
-        nearest: whether the nearest centre is the target's (the same as `correct` with a harmonic head).
-        log_margin: log(min_{i ≠ target} d_i / d_target): positive where the target's centre is the nearest.
+        nearest: whether the nearest centre is the target's (equals `correct` for a harmonic head).
+        log_margin: log(min_{i ≠ target} d_i / d_target), positive if the target's centre is the nearest.
         target_ratio: d_target / median_i d_i.
     """
 
@@ -55,8 +55,10 @@ class Positions:
 
 @dataclass(frozen=True, kw_only=True)
 class TextMeasures:
-    """`positions` of the whole text; `sample`: hidden states of each layer, (layers + 1, S, D) float32, at the
-    positions `sample_at` of the text, which depend on the text and not on the model."""
+    """`positions` of the whole text, and hidden states of each layer, `sample`, (layers + 1, S, D) float32.
+
+    `sample_at`, (S,), are the positions of the sample; they depend on the text alone.
+    """
 
     positions: Positions
     sample: np.ndarray
@@ -68,9 +70,9 @@ class TextMeasures:
 
 
 def log_probability_measures(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """`loss`, `confidence`, `correct`, `top5` and `entropy` of positions with `logits` (N, V) and `targets` (N,).
+    """`loss`, `confidence`, `correct`, `top5` and `entropy` from logits (N, V) and targets (N,).
 
-    A tie with the target counts as a hit of accuracy and top-5 only if the target comes first in `topk`.
+    If another token ties with the target, the order of `topk` decides whether the target counts as predicted.
     """
     log_p = logits.log_softmax(-1)
     p = log_p.exp()
@@ -81,13 +83,12 @@ def log_probability_measures(logits: Tensor, targets: Tensor) -> dict[str, Tenso
         "confidence": top.values[:, 0].exp(),
         "correct": hits[:, 0],
         "top5": hits.any(-1),
-        # xlogy is 0 where p is, also for a class that is masked with −inf.
-        "entropy": -torch.special.xlogy(p, p).sum(-1),
+        "entropy": -torch.special.xlogy(p, p).sum(-1),  # xlogy: 0 for p = 0, also for a logit of −inf
     }
 
 
 def distance_measures(log_distances: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """`nearest`, `log_margin` and `target_ratio` of positions with log d (N, V) to every centre and `targets` (N,)."""
+    """`nearest`, `log_margin` and `target_ratio` from log d (N, V) to every centre and targets (N,)."""
     own = log_distances.gather(-1, targets[:, None])[:, 0]
     median = log_distances.median(dim=-1).values
     others = log_distances.scatter(-1, targets[:, None], float("inf")).amin(-1)
@@ -95,14 +96,13 @@ def distance_measures(log_distances: Tensor, targets: Tensor) -> dict[str, Tenso
 
 
 def measure_states(loaded: LoadedModel, x: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """All quantities of `Positions` of states after the final norm, (N, D), with `targets`, (N,)."""
+    """All quantities of `Positions` from hidden states after the final norm, (N, D), and targets, (N,)."""
     logits = loaded.logits(x)
     return log_probability_measures(logits, targets) | distance_measures(loaded.log_distances(x, logits), targets)
 
 
 def sampled_positions(total: int, count: int, seed: int) -> np.ndarray:
-    """Up to `count` of `total` positions at random, without replacement, sorted; a smaller sample is part of a larger
-    one with the same seed."""
+    """Up to `count` random positions, sorted. Of one seed, a smaller sample is a subset of a larger one."""
     return np.sort(np.random.default_rng(seed).permutation(total)[:count])
 
 
@@ -117,8 +117,8 @@ def measure_text(
     """One pass over `windows`.
 
     Args:
-        sample: positions whose hidden states are kept.
-        advance: called with the number of positions that are done, for a progress bar.
+        sample: number of positions whose hidden states are kept.
+        advance: called with the number of positions just measured, for a progress bar.
     """
     sample_at = sampled_positions(sum(len(inputs) for inputs, _ in windows), sample, seed)
     found: dict[str, list[np.ndarray]] = {field.name: [] for field in fields(Positions)}

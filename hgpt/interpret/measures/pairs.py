@@ -1,12 +1,11 @@
-"""Which pairs of words of each relation a tokenizer can express: what every score of relations is made of."""
+"""How many word pairs of each relation a tokenizer can represent; all scores of relations use these pairs."""
 
-from hgpt.interpret.blocks import Block, Details, Prose, Table, bold, paragraph
-from hgpt.interpret.measure import Analysis, ModelResult
+from hgpt.interpret.measure import Analysis, Block, Details, ModelResult, Table, bold, paragraph
 from hgpt.interpret.relations import SMALLEST_RELATION, TokenPairs, WordForm, distinct
 from hgpt.interpret.subject import Subject
 
-TITLE = "Pairs of words"
-# Heading → which token stands for a word, and whether each pair of tokens counts once.
+TITLE = "Word pairs"
+# Heading → which token represents a word, and whether equal pairs of tokens count once.
 FORMS: dict[str, tuple[WordForm, bool]] = {
     "last token of each word": ("last", False),
     "words of one token": ("single", False),
@@ -29,37 +28,23 @@ def compute(subject: Subject) -> dict[str, list[TokenPairs]]:
 
 
 def section(analysis: Analysis) -> list[Block]:
-    tables: dict[tuple[tuple[str, tuple[str, ...]], ...], list[str]] = {}  # models with one tokenizer share a table
+    tables: dict[tuple[tuple[str, tuple[str, ...]], ...], list[str]] = {}  # one for all models with the same tokenizer
     for model in analysis.models:
         table = tuple((name, tuple(map(_used, forms))) for name, forms in of(model).items())
         tables.setdefault(table, []).append(model.label)
     blocks: list[Block] = []
     for table, labels in tables.items():
         blocks += [paragraph(bold(", ".join(labels))), Table(head=["relation", *FORMS], rows=table)]
-    missing = [
-        f"{model.label}, {name}: {', '.join(f'{a} – {b}' for a, b in pairs)}"
-        for model in analysis.models
-        for name in of(model)
-        if (pairs := _pairs_of_others(analysis, model, name))
-    ]
-    if missing:
-        blocks += [paragraph("Pairs that another model here can use and this one cannot:"), Prose(items=missing)]
     return [
         paragraph(
-            "A pair is left out where the tokenizer does not know one of its words, where a variant wants words of one "
-            "token and they are more, and where a variant wants each pair of tokens once. A relation with under "
+            "A pair is left out if a word contains the tokenizer's unknown token. Some variants of the score also "
+            "leave out words of several tokens, or repeated pairs of tokens. A relation with fewer than "
             f"{SMALLEST_RELATION} pairs is not scored."
         ),
-        Details(title="Pairs used of each relation", blocks=blocks),
+        Details(title="Number of pairs used, by relation", blocks=blocks),
     ]
 
 
 def _used(pairs: TokenPairs) -> str:
     used = len(pairs.words)
     return f"{used} of {used + pairs.dropped}" if used >= SMALLEST_RELATION else f"under {SMALLEST_RELATION}"
-
-
-def _pairs_of_others(analysis: Analysis, model: ModelResult, name: str) -> list[tuple[str, str]]:
-    """The pairs that other models use of a relation, as last tokens, and `model` does not."""
-    used = dict.fromkeys(pair for other in analysis.models for pair in of(other)[name][0].words)
-    return [pair for pair in used if pair not in set(of(model)[name][0].words)]

@@ -1,4 +1,4 @@
-"""The text browser: what each model thought before every token of a text."""
+"""The text browser: the models' predictions for each token of a text."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from hgpt.errors import UserError
-from hgpt.interpret.blocks import Block, Html, paragraph
-from hgpt.interpret.measure import Analysis, ModelResult
+from hgpt.interpret.measure import Analysis, Block, Html, ModelResult, paragraph
 from hgpt.interpret.models import LoadedModel
 from hgpt.interpret.subject import Subject
 
@@ -22,10 +21,10 @@ POSITIONS = 160
 
 @dataclass(frozen=True)
 class Reading:
-    """A position of a text as its hidden state sees the centres.
+    """The prediction at a position of a text.
 
-    `token` is the target, `p` its probability, `rank` 1 where it is the most probable; `ratio` is d / d_min of its
-    centre and `nearest` holds (token, p, d / d_min) of the most probable tokens. Ratios are None for a softmax head.
+    `token` is the target, `p` its probability, `rank` 1 if it is the most probable token, `ratio` d / d_min of its
+    centre; `nearest` holds (token, p, d / d_min) of the most probable tokens. A softmax head has no d / d_min: None.
     """
 
     token: str
@@ -41,17 +40,15 @@ def of(model: ModelResult) -> list[Reading]:
 
 @torch.inference_mode()
 def read_text(loaded: LoadedModel, inputs: np.ndarray, targets: np.ndarray, k: int) -> list[Reading]:
-    """For each position of `inputs`, (T,), its target and its `k` most probable tokens with their distance ratios.
+    """The target and the `k` most probable tokens at each position, (T,) inputs and targets.
 
-    With a harmonic head the most probable tokens are those with the nearest centres, and
-    d_i / d_min = exp((z_max − z_i) / n), in any metric.
+    For a harmonic head these tokens have the nearest centres, and d_i / d_min = exp((z_max − z_i) / n) in any metric.
     """
     x = loaded.hidden_states(torch.from_numpy(inputs.astype(np.int64))[None])[-1][0]
     y = torch.from_numpy(targets.astype(np.int64)).to(loaded.device)
     readings = []
     for position in range(len(inputs)):
-        logits = loaded.logits(x[position : position + 1])[0]  # (V,): one row at a time, there are few
-        log_p = logits.log_softmax(-1)
+        log_p = loaded.logits(x[position : position + 1])[0].log_softmax(-1)  # (V,)
         own = log_p[y[position]]
         best, tokens = log_p.topk(min(k, len(log_p)))
         nearest = tuple(
@@ -64,7 +61,7 @@ def read_text(loaded: LoadedModel, inputs: np.ndarray, targets: np.ndarray, k: i
 
 
 def _ratio(loaded: LoadedModel, difference: Tensor) -> float | None:
-    """d / d_min from log p_max − log p; None without a metric."""
+    """d / d_min from log p_max − log p; None for a softmax head."""
     return None if loaded.exponent is None else float(torch.exp(difference / loaded.exponent))
 
 
@@ -74,7 +71,7 @@ def compute(subject: Subject) -> list[Reading] | None:
 
 
 def _passage(subject: Subject) -> tuple[np.ndarray, np.ndarray] | None:
-    """Inputs and targets of the user's text, or of the beginning of the validation text; None without either."""
+    """Inputs and targets from --text, or else from the start of the validation text; None without either."""
     file, longest = subject.settings.text, min(POSITIONS, subject.model.context)
     if file is not None:
         try:
@@ -91,12 +88,12 @@ def _passage(subject: Subject) -> tuple[np.ndarray, np.ndarray] | None:
     return inputs[:longest], targets[:longest]
 
 
-# A panel keeps to the bottom of the window as long as its own text is in sight.
+# The panel stays at the bottom of the window while its own text is visible.
 TEMPLATE = """
 {% for group in groups %}
 <div class="reading">
-<p class="quiet">The darker a token, the more probable {{ group.models[0].label }} found it
-{%- if groups|length > 1 %}, in the tokens of {{ group.models|map(attribute="label")|join(", ") }}{% endif %}.</p>
+<p class="quiet">The darker a token, the higher its probability under {{ group.models[0].label }}
+{%- if groups|length > 1 %}. Tokens of {{ group.models|map(attribute="label")|join(", ") }}{% endif %}.</p>
 <div class="text" id="text-{{ loop.index0 }}">
 {%- for seen in group.models[0].reading -%}
 <span tabindex="0" data-position="{{ loop.index0 }}" style="background:rgba(86,180,233,{{ "%.2f"|format(seen.p) }})">
@@ -129,12 +126,12 @@ def section(analysis: Analysis) -> list[Block]:
     groups = reading_groups(analysis.models)
     if not groups:
         return []
-    source = analysis.settings.text or "the beginning of the first window of validation text"
+    source = analysis.settings.text or "the start of the first window of validation text"
     return [
         paragraph(
-            "Point at a token, tap it or reach it with Tab: what each model thought before it came, the most probable "
-            "tokens first. Of a harmonic head these are the nearest centres, with d / d_min; the list of a softmax "
-            "head is by probability alone."
+            "Point at a token, tap it or reach it with Tab to see which tokens each model predicted in its place, the "
+            "most probable first. For a harmonic head these have the nearest centres, and d / d_min is shown. A "
+            "softmax head has probabilities only."
         ),
         paragraph(f"Text: {source}.", quiet=True),
         Html(template=TEMPLATE, values={"groups": groups}),
