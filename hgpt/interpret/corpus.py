@@ -4,7 +4,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -18,15 +18,11 @@ from hgpt.interpret.positions import Window
 COUNTED_TOKENS = 50_000_000  # training tokens for the frequencies; more would hardly move a token to another band
 
 
-@dataclass(frozen=True, kw_only=True)
-class Passages:
-    """The windows that one model reads, and the UTF-8 bytes of each window's targets, (windows,) float64.
-
-    `text_bytes` is None if neither the tokenizer nor the data tells.
-    """
+class Passages(NamedTuple):
+    """The text in the tokens of one model."""
 
     windows: list[Window]
-    text_bytes: np.ndarray | None
+    text_bytes: np.ndarray | None  # UTF-8 bytes of each window's targets, (windows,) float64; None if unknown
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,7 @@ class Corpus:
         """
         if self.fits(model):
             windows = [(part[:-1], part[1:]) for part in self._parts(seq_len, tokens)]
-            return Passages(windows=windows, text_bytes=self._text_bytes(model, windows, None))
+            return Passages(windows, self._text_bytes(model, windows, None))
         windows = []
         sizes: list[int | None] = []  # bytes of each window
         for part in self._parts(seq_len, tokens):
@@ -85,7 +81,7 @@ class Corpus:
                 first, last = piece[0] - 1, piece[-1]
                 windows.append((ids[first:last], ids[piece]))
                 sizes.append(None if ends is None else int(ends[last] - ends[first]))
-        return Passages(windows=windows, text_bytes=self._text_bytes(model, windows, sizes))
+        return Passages(windows, self._text_bytes(model, windows, sizes))
 
     def _parts(self, seq_len: int, tokens: int) -> Iterator[np.ndarray]:
         """The seq_len + 1 tokens of each window; the last token of a window is the first of the next."""
@@ -171,22 +167,14 @@ def _vocab_size(folder: str, sizes: Sequence[int]) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """A corpus and how it is divided into windows.
-
-    Attributes:
-        seq_len: tokens of a window, in the data's tokens.
-        tokens: about how many tokens a model predicts; 0: the whole validation split.
-        sample: positions whose hidden states are kept.
-        longest: label of a model → tokens that it reads at a time if it has another tokenizer.
-        trained: labels of the models that were trained on this data.
-    """
+    """A corpus and how it is divided into windows."""
 
     corpus: Corpus
-    seq_len: int
-    tokens: int
-    sample: int
-    longest: dict[str, int]
-    trained: frozenset[str]
+    seq_len: int  # tokens of a window, in the data's tokens
+    tokens: int  # about how many tokens a model predicts; 0: the whole validation split
+    sample: int  # positions whose hidden states are kept
+    longest: dict[str, int]  # label of a model → tokens that it reads at a time if it has another tokenizer
+    trained: frozenset[str]  # labels of the models that were trained on this data
 
 
 def data_settings(source: Source) -> dict[str, Any]:

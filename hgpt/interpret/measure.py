@@ -90,13 +90,7 @@ def bold(label: str) -> Markup:
 
 @dataclass(kw_only=True)
 class ModelResult:
-    """The results of a model, which is no longer in memory.
-
-    Attributes:
-        found: name of a measure → what its `compute` returned.
-        checkpoints: per checkpoint that the run kept: step, tokens, and the numbers of `Measure.checkpoint`.
-        skipped: which scores were not computed, and why.
-    """
+    """The results of a model, which is no longer in memory."""
 
     source: Source
     description: str
@@ -106,9 +100,9 @@ class ModelResult:
     tied: bool
     vocabulary: frozenset[tuple[str, int]]
     text: TextMeasures | None = None
-    found: dict[str, Any] = field(default_factory=dict)
-    checkpoints: list[dict[str, Any]] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
+    found: dict[str, Any] = field(default_factory=dict)  # name of a measure → what its `compute` returned
+    checkpoints: list[dict[str, Any]] = field(default_factory=list)  # step, tokens, and what `checkpoint` returned
+    skipped: list[str] = field(default_factory=list)  # scores that were not computed, and why
 
     @classmethod
     def of(cls, model: LoadedModel, vocabulary: frozenset[tuple[str, int]]) -> "ModelResult":
@@ -128,17 +122,13 @@ class ModelResult:
 
 @dataclass(kw_only=True)
 class Analysis:
-    """The results of all models.
-
-    Attributes:
-        compared: measure → label of another model → its comparison with the first model.
-        curves: those of all measures.
-    """
+    """The results of all models."""
 
     settings: AnalysisSettings
     models: list[ModelResult]
+    # Measure → label of another model → its comparison with the first model
     compared: dict[str, dict[str, Any]] = field(default_factory=dict)
-    curves: "Sequence[Curve]" = ()
+    curves: "Sequence[Curve]" = ()  # of all measures
     data: str | None = None
     data_source: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -194,62 +184,42 @@ def counts_text(counts: Mapping[str, int]) -> str:
 
 @dataclass(frozen=True)
 class Quantity:
-    """One number of a model, for the summary, for hgpt.compare, or for both.
+    """One number of a model, for the summary, for hgpt.compare, or for both."""
 
-    Attributes:
-        label: heading of its row in the summary; "" for no row.
-        value: the number, None if it is unknown.
-        better: "lower", "higher", or "" if neither is.
-        key: its column in readability.csv of hgpt.compare; "" for no column.
-        axis: its name in the figure of hgpt.compare; "" for the label.
-    """
-
-    label: str
-    value: Callable[[ModelResult], Cell]
-    better: str = ""
-    key: str = ""
-    axis: str = ""
+    label: str  # heading of its row in the summary; "": no row
+    value: Callable[[ModelResult], Cell]  # None if it is unknown
+    better: str = ""  # "lower", "higher", or "" if neither is
+    key: str = ""  # its column in readability.csv of hgpt.compare; "": no column
+    axis: str = ""  # its name in the figure of hgpt.compare; "": the label
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A number over training.
+    """A number over training."""
 
-    Attributes:
-        key: its name in the result of `Measure.checkpoint`.
-        axis: axis label.
-        logged: its name in the evaluations of metrics.jsonl, if the run logs it.
-        log_scale: for quantities that differ by orders of magnitude between heads.
-    """
-
-    key: str
-    axis: str
-    logged: str | None = None
-    log_scale: bool = False
+    key: str  # its name in the result of `Measure.checkpoint`
+    axis: str  # axis label
+    logged: str | None = None  # its name in the evaluations of metrics.jsonl, if runs log it
+    log_scale: bool = False  # for quantities that differ by orders of magnitude between heads
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """A file in `measures/`. Its constants TITLE, QUANTITIES and CURVES and its functions are the other attributes.
+    """A file in `measures/`. Its constants TITLE, QUANTITIES and CURVES and its functions are the other attributes."""
 
-    Attributes:
-        name: key in `ModelResult.found` and `Analysis.compared`, and anchor of the section.
-        compute: result for a model in memory, None if there is none.
-        checkpoint: numbers of one kept checkpoint, by the keys of `curves`.
-        compare: comparison of another model with the first, which has the same tokenizer; None if there is none.
-        rows: entries of a model's object in results.json; dataclasses and arrays are converted. Objects of one name
-            from several measures are merged.
-        overall: entries of results.json beside "models".
-        section: the blocks of its section; no blocks, no section.
-    """
-
-    name: str
+    name: str  # key in `ModelResult.found` and `Analysis.compared`, and anchor of the section
     title: str = ""
+    # The result for a model in memory, None if there is none
     compute: Callable[[Subject], Any] = lambda subject: None
+    # Numbers of one kept checkpoint, by the keys of `curves`
     checkpoint: Callable[[Subject], dict[str, float]] = lambda subject: {}
+    # Comparison of another model with the first, which has the same tokenizer; None if there is none
     compare: Callable[[ModelResult, ModelResult], Any] = lambda first, other: None
+    # Entries of a model's object in results.json; objects of one name from several measures are merged
     rows: Callable[[ModelResult], dict[str, Any]] = lambda model: {}
+    # Entries of results.json beside "models"
     overall: Callable[[Analysis], dict[str, Any]] = lambda analysis: {}
+    # The blocks of the section; no blocks, no section
     section: Callable[[Analysis], Sequence[Block]] = lambda analysis: ()
     quantities: tuple[Quantity, ...] = ()
     curves: tuple[Curve, ...] = ()

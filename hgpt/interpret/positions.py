@@ -21,31 +21,18 @@ Window = tuple[np.ndarray, np.ndarray]  # input and target token ids, (T,) each
 
 @dataclass(frozen=True, kw_only=True)
 class Positions:
-    """One entry per target, (N,), in the order of the text.
+    """One entry per target, (N,), in the order of the text."""
 
-    Attributes:
-        window: the number of its window. Positions of one window are dependent; windows nearly are not.
-        target: token id.
-        loss: −log p of the target in nats, unsmoothed.
-        confidence: largest probability.
-        correct: whether the most probable token is the target.
-        top5: whether the target is among the five most probable tokens.
-        entropy: −Σ p log p in nats.
-        nearest: whether the nearest centre is the target's (equals `correct` for a harmonic head).
-        log_margin: log(min_{i ≠ target} d_i / d_target), positive if the target's centre is the nearest.
-        target_ratio: d_target / median_i d_i.
-    """
-
-    window: np.ndarray
-    target: np.ndarray
-    loss: np.ndarray
-    confidence: np.ndarray
-    correct: np.ndarray
-    top5: np.ndarray
-    entropy: np.ndarray
-    nearest: np.ndarray
-    log_margin: np.ndarray
-    target_ratio: np.ndarray
+    window: np.ndarray  # number of its window; positions of one window are dependent, windows nearly independent
+    target: np.ndarray  # token id
+    loss: np.ndarray  # −log p of the target in nats, unsmoothed
+    confidence: np.ndarray  # largest probability
+    correct: np.ndarray  # whether the most probable token is the target
+    top5: np.ndarray  # whether the target is among the five most probable tokens
+    entropy: np.ndarray  # −Σ p log p in nats
+    nearest: np.ndarray  # whether the nearest centre is the target's; equals `correct` for a harmonic head
+    log_margin: np.ndarray  # log(min_{i ≠ target} d_i / d_target), positive if the target's centre is the nearest
+    target_ratio: np.ndarray  # d_target / median_i d_i
 
     def window_sums(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Σ values and the number of positions of each window, (windows,) each."""
@@ -55,14 +42,11 @@ class Positions:
 
 @dataclass(frozen=True, kw_only=True)
 class TextMeasures:
-    """`positions` of the whole text, and hidden states of each layer, `sample`, (layers + 1, S, D) float32.
+    """What `measure_text` returns."""
 
-    `sample_at`, (S,), are the positions of the sample; they depend on the text alone.
-    """
-
-    positions: Positions
-    sample: np.ndarray
-    sample_at: np.ndarray
+    positions: Positions  # of the whole text
+    sample: np.ndarray  # hidden states of each layer, (layers + 1, S, D) float32
+    sample_at: np.ndarray  # positions of the sample, (S,); they depend on the text alone
 
     @property
     def windows(self) -> int:

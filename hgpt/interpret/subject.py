@@ -12,7 +12,7 @@ from hgpt.data.tokenizer import TOKENIZER_FILE
 from hgpt.errors import UserError
 from hgpt.interpret.corpus import Passages, Text
 from hgpt.interpret.models import LoadedModel
-from hgpt.interpret.positions import TextMeasures, Window, measure_text
+from hgpt.interpret.positions import TextMeasures, measure_text
 from hgpt.interpret.relations import SMALLEST_RELATION, Relation, TokenPairs, WordForm, token_pairs
 from hgpt.interpret.statistics import Estimate, bootstrap_counts, bootstrap_ratio, estimate
 from hgpt.interpret.vectors import Matrix
@@ -79,19 +79,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Read:
-    """The text that a model read, and the measures at each position.
+    """The text that a model read, and the measures at each position."""
 
-    Attributes:
-        windows, text_bytes: as in `corpus.Passages`.
-        fits: whether the model's tokens are the data's.
-        counts: bootstrap counts of the windows, (bootstrap, windows).
-    """
-
-    windows: list[Window]
-    text_bytes: np.ndarray | None
-    fits: bool
+    passages: Passages
+    fits: bool  # whether the model's tokens are the data's
     measures: TextMeasures
-    counts: np.ndarray
+    counts: np.ndarray  # bootstrap counts of the windows, (bootstrap, windows)
 
     def mean(self, values: np.ndarray, inside: np.ndarray | None = None) -> Estimate:
         """Mean of `values`, (N,), over the positions `inside`, (N,) bool, or over all; windows are resampled."""
@@ -172,7 +165,7 @@ class Subject:
                 self.model, passages.windows, sample=self.text.sample, seed=self.settings.seed, advance=bar.update
             )
         counts = self.resamples(measures.windows, "windows")
-        return Read(passages.windows, passages.text_bytes, fits, measures, counts)
+        return Read(passages, fits, measures, counts)
 
     def _note_tokens(self, text: Text, passages: Passages, fits: bool) -> None:
         """Notes if the model's tokenizer is not known to be the data's."""

@@ -74,24 +74,17 @@ class Matrix:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings:
-    """One variant of the parallelogram score: which words, which vectors, in which plane, divided by which scale.
+    """One variant of the parallelogram score: which words, which vectors, in which plane, divided by which scale."""
 
-    Args:
-        components: principal components that vectors are projected on; None: no projection.
-        plane: whose principal components: of all rows of the vocabulary, or of the relation's words.
-        normalisation: the scale is the mean ‖E‖² of the vocabulary inside the plane ("vocabulary"), of the relation's
-            words inside the plane ("relation"), or of the vocabulary without projection ("full_space").
-        words: which token represents a word.
-        vectors: rows of the input embedding, or the centres (rows of the unembedding).
-        distinct: drop pairs of two equal tokens and repeated pairs of tokens. Last tokens often coincide, and equal
-            tokens form perfect parallelograms whatever the model.
-    """
-
-    components: int | None = 2
-    plane: Literal["vocabulary", "relation"] = "vocabulary"
+    components: int | None = 2  # principal components that vectors are projected on; None: no projection
+    plane: Literal["vocabulary", "relation"] = "vocabulary"  # whose components: of all rows, or of the relation's words
+    # The scale is the mean ‖E‖² of the vocabulary or of the relation's words inside the plane, or of the vocabulary
+    # without projection.
     normalisation: Literal["vocabulary", "relation", "full_space"] = "vocabulary"
-    words: WordForm = "last"
-    vectors: Literal["input", "centres"] = "input"
+    words: WordForm = "last"  # which token represents a word
+    vectors: Literal["input", "centres"] = "input"  # rows of the input embedding or of the unembedding
+    # Drop pairs of two equal tokens and repeated pairs of tokens. Last tokens often coincide, and equal tokens form
+    # perfect parallelograms whatever the model.
     distinct: bool = False
 
 
@@ -111,17 +104,13 @@ class RelationVectors:
 
 
 class Projection(NamedTuple):
-    """The vectors of a relation under one `ScoreSettings`.
+    """The vectors of a relation under one `ScoreSettings`."""
 
-    `inputs`, `outputs`: (pairs, k), float64; `scale` > 0; `plane_variance`: the plane's share of the vocabulary's
-    variance, `plane_variance_of_words`: of the variance of the relation's words.
-    """
-
-    inputs: np.ndarray
+    inputs: np.ndarray  # (pairs, k), float64
     outputs: np.ndarray
-    scale: float
-    plane_variance: float
-    plane_variance_of_words: float
+    scale: float  # > 0
+    plane_variance: float  # the plane's share of the vocabulary's variance
+    plane_variance_of_words: float  # the plane's share of the variance of the relation's words
 
     @property
     def offsets(self) -> np.ndarray:

@@ -85,9 +85,9 @@ def _chosen_tokens(subject: Subject) -> list[int]:
 
 def _context_at(model: LoadedModel, read: Read, at: int, value: float) -> dict[str, Any]:
     """The text before a position, the next token, and `value`."""
-    starts = np.cumsum([0, *(len(inputs) for inputs, _ in read.windows)])
+    starts = np.cumsum([0, *(len(inputs) for inputs, _ in read.passages.windows)])
     window = int(np.searchsorted(starts, at, side="right") - 1)
-    inputs, targets = read.windows[window]
+    inputs, targets = read.passages.windows[window]
     inside = at - int(starts[window])
     before = inputs[max(0, inside - CONTEXT_TOKENS + 1) : inside + 1]
     return {

@@ -72,28 +72,18 @@ VARIANTS: dict[str, ScoreSettings] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RelationScore:
-    """One relation under one variant in one model.
+    """One relation under one variant in one model."""
 
-    Attributes:
-        pairs, dropped: number of pairs used, and of pairs that the tokenizer cannot represent.
-        score: the mean over all pairs of pairs, its interval over pairs.
-        shuffled: the mean score of the same words paired at random.
-        p_shuffled: p-value of the hypothesis that the words are paired at random.
-        replicates: of the score.
-        disjoint: scores of disjoint pairs of pairs, which are independent.
-        sampled: scores of SAMPLED_SCORES random pairs of pairs; empty except for baek2025.
-    """
-
-    pairs: int
-    dropped: int
-    score: Estimate
-    shuffled: float
-    p_shuffled: float
+    pairs: int  # number of pairs used
+    dropped: int  # number of pairs that the tokenizer cannot represent
+    score: Estimate  # mean over all pairs of pairs, its interval over pairs
+    shuffled: float  # mean score of the same words paired at random
+    p_shuffled: float  # p-value of the hypothesis that the words are paired at random
     plane_variance: float
     plane_variance_of_words: float
-    replicates: np.ndarray
-    disjoint: np.ndarray
-    sampled: np.ndarray
+    replicates: np.ndarray  # of the score
+    disjoint: np.ndarray  # scores of disjoint pairs of pairs, which are independent
+    sampled: np.ndarray  # scores of SAMPLED_SCORES random pairs of pairs; empty except for baek2025
 
 
 Scores = dict[str, RelationScore]  # relation → score

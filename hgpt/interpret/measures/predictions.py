@@ -56,10 +56,10 @@ def compute(subject: Subject) -> dict[str, Any] | None:
     means = ("loss", "top5", "entropy", "confidence", "log_margin", "target_ratio")
     quality = {name: read.mean(getattr(positions, name)) for name in means}
     quality |= {"accuracy": read.mean(positions.correct), "nearest_accuracy": read.mean(positions.nearest)}
-    if read.text_bytes is not None:
+    if read.passages.text_bytes is not None:
         losses, _ = positions.window_sums(positions.loss.astype(np.float64))
-        replicates = bootstrap_ratio(losses / np.log(2), read.text_bytes, read.counts)
-        quality["bits_per_byte"] = estimate(bits_per_byte(losses, read.text_bytes), replicates)
+        replicates = bootstrap_ratio(losses / np.log(2), read.passages.text_bytes, read.counts)
+        quality["bits_per_byte"] = estimate(bits_per_byte(losses, read.passages.text_bytes), replicates)
     bands = []
     if read.fits:
         assert subject.text is not None

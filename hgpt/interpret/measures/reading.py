@@ -84,7 +84,7 @@ def _passage(subject: Subject) -> tuple[np.ndarray, np.ndarray] | None:
         return tokens[:-1], tokens[1:]
     if subject.read is None:
         return None
-    inputs, targets = subject.read.windows[0]
+    inputs, targets = subject.read.passages.windows[0]
     return inputs[:longest], targets[:longest]
 
 
