@@ -121,7 +121,6 @@ def test_words_that_a_tokenizer_does_not_know_are_left_out_and_counted(tmp_path)
     model = analyse([str(folder)], replace(FEW, relations=relations)).models[0]
     found = parallelograms.baek2025_scores(model)
     assert {name: (r.pairs, r.dropped) for name, r in found.items()} == {"mixed": (5, 2)}
-    assert model.found["pairs"]["mixed"][0].words == tuple(known)
     assert f"{BAEK2025}: fewer than 4 pairs can be used of mostly strange (3 of 5)" in model.skipped
 
 

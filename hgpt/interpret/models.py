@@ -77,17 +77,7 @@ def outlines(sources: Sequence[Source]) -> list[Outline]:
 
 
 class LoadedModel:
-    """A model in memory.
-
-    Attributes:
-        source: where it came from.
-        model, tokenizer: of transformers; the model in evaluation mode.
-        harmonic: whether its logits are −n log d.
-        exponent: n on d, None for a softmax head.
-        vocab_size: number of tokens, without rows of padding.
-        context: the longest sequence.
-        tied: whether the centres are the rows of the input embedding.
-    """
+    """A model in memory: `model`, in evaluation mode, and `tokenizer` of transformers."""
 
     # Any: transformers' annotations are unions of all its models and tokenizers.
     def __init__(self, source: Source, model: Any, tokenizer: Any, device: torch.device) -> None:
@@ -98,12 +88,13 @@ class LoadedModel:
         self.device = device
         self._head = model.get_output_embeddings()
         self._trunk = model.base_model
-        self.harmonic = isinstance(self._head, HarmonicHead)
+        self.harmonic = isinstance(self._head, HarmonicHead)  # logits are −n log d
         with torch.no_grad():
-            self.exponent = float(self._head.exponent) if self.harmonic else None
+            self.exponent = float(self._head.exponent) if self.harmonic else None  # n on d
         self.parameters = self.model.num_parameters()
-        self.vocab_size = int(self.model.config.vocab_size)
+        self.vocab_size = int(self.model.config.vocab_size)  # without rows of padding
         self.context = int(self.model.config.n_positions)
+        # Whether the centres are the rows of the input embedding
         self.tied = self.model.get_input_embeddings().weight.data_ptr() == self._head.weight.data_ptr()
 
     @property

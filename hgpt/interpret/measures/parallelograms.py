@@ -265,7 +265,7 @@ def section(analysis: Analysis) -> list[Block]:
         "vectors are projected on the first two principal components of the vocabulary, and the scale is the mean "
         "squared length of the vocabulary's vectors in that plane. Lower is better."
     )
-    return [explanation, findings(analysis), *figures, _every_variant(analysis)]
+    return [explanation, findings(analysis), *figures, _every_variant(analysis), _pairs_used(analysis)]
 
 
 def findings(analysis: Analysis) -> Prose:
@@ -325,6 +325,27 @@ def _every_variant(analysis: Analysis) -> Details:
         f"differs from {BAEK2025} in what its name says; distinct: each pair of tokens is used once."
     )
     return Details(title="All variants of the score", blocks=[explanation, Table(head=head, rows=rows, digits=2)])
+
+
+def _pairs_used(analysis: Analysis) -> Details:
+    """How many word pairs of each relation each tokenizer can represent."""
+    forms = (BAEK2025, "words of one token", "words of one token after a space", "distinct pairs of tokens")
+    tables: dict[tuple[tuple[str, tuple[str, ...]], ...], list[str]] = {}  # one for all models with the same tokenizer
+    for model in analysis.models:
+        found = [of(model).get(variant, {}) for variant in forms]
+        names = sorted({name for scores in found for name in scores})
+        used = [[f"{s[n].pairs} of {s[n].pairs + s[n].dropped}" if n in s else "–" for s in found] for n in names]
+        tables.setdefault(tuple(zip(names, map(tuple, used), strict=True)), []).append(model.label)
+    blocks: list[Block] = [
+        paragraph(
+            "A pair is left out if a word contains the tokenizer's unknown token. The variants in the other columns "
+            f"also leave out words of several tokens, or repeated pairs of tokens. –: fewer than {SMALLEST_RELATION} "
+            "pairs, so no score."
+        )
+    ]
+    for table, labels in tables.items():
+        blocks += [paragraph(bold(", ".join(labels))), Table(head=["relation", *forms], rows=table)]
+    return Details(title="Number of pairs used, by relation", blocks=blocks)
 
 
 def _without_score(analysis: Analysis) -> list[str]:
