@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_models import TEXT, bare, byte_pairs, encode, export, prepare, relation_set, run_of, word_pieces
 
-from hgpt.interpret import models, positions, report, subject
-from hgpt.interpret.measures import analogies, lens, parallelograms, predictions, similarity
+from hgpt.interpret import positions, subject
+from hgpt.interpret.measures import analogies, parallelograms, predictions
 from hgpt.interpret.measures.parallelograms import BAEK2025, SHUFFLES, VARIANTS
 from hgpt.interpret.report import analyse
 from hgpt.interpret.subject import CHECKPOINT_TOKENS, CHECKPOINT_WINDOW, AnalysisSettings
@@ -222,47 +222,3 @@ def test_checkpoints_are_measured_on_the_whole_split(tmp_path, monkeypatch):
         assert places[-1] > 0.8 * len(tokens)
         for (window, _), place in zip(windows, places, strict=True):
             assert window.tolist() == tokens[place : place + 256].tolist()
-
-
-def test_every_long_part_has_a_progress_bar_that_reaches_its_end(planted, tmp_path, monkeypatch):
-    bars = {}
-
-    class Bar:
-        def __init__(self, iterable=None, total=None, desc="", **_):
-            self.iterable, self.desc, self.done = iterable, desc, 0
-            self.total = len(iterable) if total is None else total
-            bars[desc] = self
-
-        def __iter__(self):
-            for entry in self.iterable:
-                yield entry
-                self.update()
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def update(self, n=1):
-            self.done += n
-
-    for module in (report, models, subject, parallelograms, analogies, lens, similarity):
-        monkeypatch.setattr(module, "tqdm", Bar)
-    folder, _, relations = planted
-    relation_set(Path(relations), [("with", "while")], "small")
-    backend = byte_pairs(320)
-    data = prepare(tmp_path / "data", backend)
-    twin = export(tmp_path / "twin", backend)
-    try:
-        analyse([str(folder), str(twin)], replace(FEW, relations=relations, data=str(data), tokens=200))
-    finally:
-        (Path(relations) / "small.json").unlink()
-    names = ("relations", "analogies, input", "text", "logit lens")
-    parts = [f"{label}: {name}" for label in ("model", "twin") for name in names]
-    assert bars.keys() >= {"models", "configurations", "twin: CKA", *parts}
-    for name, bar in bars.items():
-        assert bar.done == bar.total > 0, name
-    # A score of each of 14 variants (100 components are too many) of 2 relations.
-    assert bars["model: relations"].total == 2 * 14
-    assert "model: analogies, centres" in bars and "twin: analogies, centres" not in bars
