@@ -240,7 +240,7 @@ def test_energy_up_to_the_step_of_the_model_and_where_it_was_measured(text, resu
         ("emissions of the training, kg CO2eq", "7e-06"),
     ):
         assert re.findall("<td.*?>(.*?)</td>", rows[name]) == [first, "–", "–", "–"]
-    assert text.count("Energy of ") == text.count("Energy of harmonic, by whole machines: CPU measured by a test.") == 1
+    assert text.count("Energy of ") == 1 and re.search("Energy of harmonic, .*: CPU measured by a test", text)
 
 
 def test_tests_between_models_are_corrected_and_only_where_they_make_sense(results):

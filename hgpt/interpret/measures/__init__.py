@@ -1,4 +1,4 @@
-"""The measures of a report, in the order of its page: a new one is a file here and an entry in `MEASURES`."""
+"""The measures of a report, in the order of its page. A new measure is a file here and an entry in `MEASURES`."""
 
 from hgpt.interpret.measure import Measure
 from hgpt.interpret.measures import (

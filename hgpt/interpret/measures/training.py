@@ -69,8 +69,8 @@ def section(analysis: Analysis) -> list[Block]:
         blocks.append(drawing)
     for model in analysis.models:
         if (spent := energy(model)) is not None:
-            method = f"Energy of {model.label}, by whole machines: {spent['method']}."
-            blocks.append(paragraph(f"{method} Estimates are comparable on one machine only.", quiet=True))
+            measured = f"Energy of {model.label}, with all programs on its machines: {spent['method']}."
+            blocks.append(paragraph(f"{measured} Estimates are comparable on one machine only.", quiet=True))
     return blocks
 
 
