@@ -80,7 +80,7 @@ def test_scores_are_those_of_the_weights(planted, planted_result):
         "5 components": mean_score(in_plane(rows["input"], 5), ids),
         "full space": mean_score(in_plane(rows["input"], None), ids),
     }
-    found = {variant: parallelograms.of(model)[variant]["planted"] for variant in expected}
+    found = {variant: parallelograms.result_of(model)[variant]["planted"] for variant in expected}
     assert {variant: result.score.value for variant, result in found.items()} == pytest.approx(expected, rel=1e-4)
     assert found["centres"].score.high < found[BAEK2025].score.low
     # With centred words the mean over all pairings is 2 (Σ|a|² + Σ|b|²) / ((n − 1) scale).
@@ -94,7 +94,9 @@ def test_scores_are_those_of_the_weights(planted, planted_result):
         mean = 2 * spread / (11 * np.square(located).sum(axis=1).mean())
         assert found[variant].shuffled == pytest.approx(mean, rel=0.04)
     assert found["centres"].p_shuffled == 1 / (1 + SHUFFLES) < 0.01 < found["full space"].p_shuffled
-    assert "100 components" not in parallelograms.of(model) and set(parallelograms.of(model)) <= set(VARIANTS)
+    assert "100 components" not in parallelograms.result_of(model) and set(parallelograms.result_of(model)) <= set(
+        VARIANTS
+    )
     assert "100 components: the model has only 32 dimensions" in model.skipped
 
 
@@ -105,11 +107,11 @@ def test_words_are_measured_in_the_matrix_that_they_are_named_by(planted, plante
         rows = weights[key][:320].double().numpy()
         offsets = rows[ids[:, 1]] - rows[ids[:, 0]]
         cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in itertools.permutations(offsets, 2)]
-        measures = analogies.of(model, name)["planted"]
+        measures = analogies.result_of(model, name)["planted"]
         assert measures.consistency.value == pytest.approx(np.mean(cosines), abs=1e-6)
         assert measures.questions == analogies.QUESTIONS
-    assert analogies.of(model, "centres")["planted"].accuracy["3CosAdd"].value > 0.7
-    assert analogies.of(model, "input")["planted"].accuracy["3CosAdd"].value < 0.2
+    assert analogies.result_of(model, "centres")["planted"].accuracy["3CosAdd"].value > 0.7
+    assert analogies.result_of(model, "input")["planted"].accuracy["3CosAdd"].value < 0.2
 
 
 def test_words_that_a_tokenizer_does_not_know_are_left_out_and_counted(tmp_path):
@@ -131,14 +133,14 @@ def test_a_run_on_a_folder_of_nanogpt_says_itself_how_large_its_vocabulary_is(tm
     same_size = export(tmp_path / "twin", backend, "gpt2")
     foreign = export(tmp_path / "foreign", word_pieces(280))
     found = analyse([str(run), str(same_size), str(foreign)], replace(FEW, tokens=200))
-    losses = [predictions.of(model)["quality"]["loss"].value for model in found.models]
+    losses = [predictions.result_of(model)["quality"]["loss"].value for model in found.models]
     assert losses == pytest.approx([np.log(300)] * 2 + [np.log(280)], rel=0.3)  # random weights
     assert found.data == str(data)
     assert any("foreign has another tokenizer than" in note and "Bits per byte are" in note for note in found.notes)
     # Without the run nothing says whose tokens they are; what does not fit by its size is not measured.
     found = analyse([str(same_size), str(foreign)], replace(FEW, tokens=200, data=str(data)))
     assert [model.text is None for model in found.models] == [False, True]
-    assert predictions.of(found.models[1])["quality"] == {} and "similarity" not in found.compared
+    assert predictions.result_of(found.models[1])["quality"] == {} and "similarity" not in found.compared
     assert any("it is assumed that its tokens are those of twin" in note for note in found.notes)
     assert any(
         f"foreign predicts 280 tokens, and the vocabulary of {data} has 300: nothing was measured on text" in note
@@ -151,7 +153,7 @@ def test_bits_per_byte_are_left_out_where_nothing_says_how_many_bytes_there_are(
     data = bare(tmp_path / "data", encode(backend, TEXT))
     run = run_of(tmp_path / "run", f'path = "{data}"\nvocab_size = 300', backend, {10: 24})
     found = analyse([str(run)], replace(FEW, tokens=200))
-    quality = predictions.of(found.models[0])["quality"]
+    quality = predictions.result_of(found.models[0])["quality"]
     assert "bits_per_byte" not in quality and "loss" in quality
     assert any(note.startswith("run has no bits per byte") for note in found.notes)
 
@@ -163,8 +165,8 @@ def test_bits_per_byte_of_word_pieces(tmp_path):
     for name, backend in (("own", pieces), ("bytes", byte_pairs(320))):
         data[name] = prepare(tmp_path / name, backend)
         model = analyse([str(folder)], replace(FEW, tokens=0, data=str(data[name]))).models[0]
-        loss, tokens = predictions.of(model)["quality"]["loss"].value, len(model.text.positions.loss)
-        rate = predictions.of(model)["quality"]["bits_per_byte"]
+        loss, tokens = predictions.result_of(model)["quality"]["loss"].value, len(model.text.positions.loss)
+        rate = predictions.result_of(model)["quality"]["bits_per_byte"]
         assert rate.value == pytest.approx(loss * tokens / np.log(2) / len(TEXT.encode()), rel=0.02)
         assert rate.low < rate.value < rate.high
 

@@ -256,7 +256,10 @@ def test_tests_between_models_are_corrected_and_only_where_they_make_sense(resul
 def test_the_same_command_gives_the_same_numbers(places, results):
     settings = AnalysisSettings(relations=str(places["relations"]), tokens=0, bootstrap=100)
     again = analyse([str(places["harmonic"]), str(places["softmax"])], settings)
-    assert predictions.of(again.models[0])["quality"]["loss"].value == results["models"][0]["quality"]["loss"]["value"]
+    assert (
+        predictions.result_of(again.models[0])["quality"]["loss"].value
+        == results["models"][0]["quality"]["loss"]["value"]
+    )
     first = [row for row in results["comparisons"] if row["model"] == "softmax"]
     repeated = comparisons(again, again.models[1])
     assert [row["p_holm"] for row in repeated] == [row["p_holm"] for row in first]
@@ -285,12 +288,12 @@ def test_a_text_and_words_of_ones_own(places, tmp_path):
     settings = AnalysisSettings(text=str(tmp_path / "text.txt"), words=("with", " the"), **few)
     analysis = analyse([str(places["softmax"])], settings)  # without data
     found = analysis.models[0]
-    assert "".join(seen.token for seen in reading.of(found)) in "The with statement, while it lasts."
-    assert centres.of(found)[0]["token"] in "with"
+    assert "".join(seen.token for seen in reading.result_of(found)) in "The with statement, while it lasts."
+    assert centres.result_of(found)[0]["token"] in "with"
     text = page(analysis, page_sections(analysis), defaultdict(str))
     assert "the last token of each of --words" in text
     assert "contexts" not in text[text.index('<section id="centres"') : text.index('<section id="method"')]
-    assert all(len(word["neighbours"]) == 10 and word["contexts"] == [] for word in centres.of(found))
+    assert all(len(word["neighbours"]) == 10 and word["contexts"] == [] for word in centres.result_of(found))
 
 
 @pytest.mark.parametrize(

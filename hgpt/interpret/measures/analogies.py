@@ -30,7 +30,7 @@ class WordMeasures:
     replicates: dict[str, np.ndarray]
 
 
-def of(model: ModelResult, vectors: str) -> dict[str, WordMeasures]:
+def result_of(model: ModelResult, vectors: str) -> dict[str, WordMeasures]:
     """Relation → measures, of "input" or "centres"."""
     return model.found.get("analogies", {}).get(vectors, {})
 
@@ -127,7 +127,7 @@ def _mean(vectors: str, what: str) -> Callable[[ModelResult], Estimate | None]:
     """The mean over relations of "consistency" or of a method's accuracy."""
 
     def value(model: ModelResult) -> Estimate | None:
-        found = [measures for measures in of(model, vectors).values() if what in measures.replicates]
+        found = [measures for measures in result_of(model, vectors).values() if what in measures.replicates]
         values = [m.consistency.value if what == "consistency" else m.accuracy[what].value for m in found]
         return mean_estimate(values, [m.replicates[what] for m in found]) if found else None
 
@@ -137,7 +137,7 @@ def _mean(vectors: str, what: str) -> Callable[[ModelResult], Estimate | None]:
 def rows(model: ModelResult) -> dict[str, Any]:
     words: dict[str, dict[str, Any]] = {vectors: {} for vectors in model.found.get("analogies", {})}
     for vectors, relations in words.items():
-        for name, w in of(model, vectors).items():
+        for name, w in result_of(model, vectors).items():
             relations[name] = {"consistency": w.consistency, "analogies": w.accuracy, "questions": w.questions}
     return {"words": words}
 

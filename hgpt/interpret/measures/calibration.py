@@ -32,7 +32,7 @@ class Calibration:
     reliability: Reliability
 
 
-def of(model: ModelResult) -> Calibration | None:
+def result_of(model: ModelResult) -> Calibration | None:
     return model.found.get("calibration")
 
 
@@ -115,12 +115,12 @@ def compute(subject: Subject) -> Calibration | None:
 
 
 def rows(model: ModelResult) -> dict[str, Any]:
-    found = of(model)
+    found = result_of(model)
     return {"reliability": None} if found is None else {"quality": {"ece": found.ece}, "reliability": found.reliability}
 
 
 def section(analysis: Analysis) -> list[Block]:
-    models = analysis.having(of)
+    models = analysis.having(result_of)
     if not models:
         return []
     figure, axes = new_figure(2, 1, height=4.6, sharex=True, height_ratios=(3, 1))
@@ -158,7 +158,7 @@ def section(analysis: Analysis) -> list[Block]:
 
 
 def _ece(model: ModelResult) -> Estimate | None:
-    return None if (found := of(model)) is None else found.ece
+    return None if (found := result_of(model)) is None else found.ece
 
 
 QUANTITIES = (Quantity("expected calibration error", _ece, "lower", "ece"),)

@@ -18,7 +18,7 @@ WORDS = 12
 CONTEXT_TOKENS = 12
 
 
-def of(model: ModelResult) -> list[dict[str, Any]]:
+def result_of(model: ModelResult) -> list[dict[str, Any]]:
     """[{"token", "neighbours": [(token, distance)], "contexts": [{"before", "next", "value"}]}]"""
     return model.found.get("centres") or []
 
@@ -98,7 +98,7 @@ def _context_at(model: LoadedModel, read: Read, at: int, value: float) -> dict[s
 
 
 def section(analysis: Analysis) -> list[Block]:
-    models = [model for model in analysis.models if of(model)]
+    models = [model for model in analysis.models if result_of(model)]
     if not models:
         return []
     chosen = "the last token of each of --words" if analysis.settings.words else "frequent words of the text"
@@ -111,7 +111,7 @@ def section(analysis: Analysis) -> list[Block]:
     blocks: list[Block] = [paragraph(f"{introduction}.")]
     for model in models:
         blocks.append(paragraph(bold(model.label)))
-        blocks += [_details(model, word, first=number == 0) for number, word in enumerate(of(model))]
+        blocks += [_details(model, word, first=number == 0) for number, word in enumerate(result_of(model))]
     return blocks
 
 
@@ -133,4 +133,4 @@ def visible(token: str) -> Markup:
 
 
 def rows(model: ModelResult) -> dict[str, Any]:
-    return {"centres": of(model)}
+    return {"centres": result_of(model)}

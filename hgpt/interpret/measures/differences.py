@@ -7,7 +7,7 @@ import numpy as np
 
 from hgpt.interpret.drawing import GREY, finished, headings, listed, rows_of_intervals
 from hgpt.interpret.measure import Analysis, Block, Cell, Drawing, ModelResult, Prose, Table, bold, paragraph
-from hgpt.interpret.measures.parallelograms import BAEK2025, Scores, baek2025_scores, of, without_power
+from hgpt.interpret.measures.parallelograms import BAEK2025, Scores, baek2025_scores, result_of, without_power
 from hgpt.interpret.statistics import (
     SIGNIFICANT,
     Estimate,
@@ -27,10 +27,10 @@ def compare(first: ModelResult, other: ModelResult) -> list[dict[str, Any]]:
     Holm's correction is for the number of relations of a variant.
     """
     tests: list[dict[str, Any]] = []
-    for variant, results in of(other).items():
+    for variant, results in result_of(other).items():
         found: list[dict[str, Any]] = []
         for name, mine in results.items():
-            if (theirs := of(first).get(variant, {}).get(name)) is None:
+            if (theirs := result_of(first).get(variant, {}).get(name)) is None:
                 continue
             difference = estimate(mine.score.value - theirs.score.value, mine.replicates - theirs.replicates)
             found.append(
@@ -73,7 +73,7 @@ def relations_without_power(tests: Sequence[dict[str, Any]], other: ModelResult)
 
     That is, not even if all relations had the smallest p-values that their numbers of pairs allow.
     """
-    disjoint = [len(of(other)[test["variant"]][test["relation"]].disjoint) for test in tests]
+    disjoint = [len(result_of(other)[test["variant"]][test["relation"]].disjoint) for test in tests]
     adjusted = holm([smallest_sign_flip_p(m) for m in disjoint])
     return [test["relation"] for test, p in zip(tests, adjusted, strict=True) if p >= SIGNIFICANT]
 
@@ -164,12 +164,15 @@ def variants(analysis: Analysis) -> Drawing | None:
     for index, other in enumerate(analysis.models[1:], start=1):
         if other.vocabulary != first.vocabulary:
             continue
-        found = {name: difference_over_relations(of(other).get(name, {}), scores) for name, scores in of(first).items()}
+        found = {
+            name: difference_over_relations(result_of(other).get(name, {}), scores)
+            for name, scores in result_of(first).items()
+        }
         if differences := {name: difference for name, difference in found.items() if difference is not None}:
             points.append((index, other, differences))
     if not points:
         return None
-    names = [name for name in of(first) if any(name in differences for _, _, differences in points)]
+    names = [name for name in result_of(first) if any(name in differences for _, _, differences in points)]
     series = [(index, f"{other.label} minus {first.label}", found) for index, other, found in points]
     figure, panel, _ = rows_of_intervals(names, series)
     panel.axvline(0, color=GREY, linewidth=1)

@@ -14,7 +14,7 @@ TITLE = "Geometry"
 SETS = {"input": "input embedding", "centres": "centres", "hidden": "hidden states at the head"}
 
 
-def of(model: ModelResult, vectors: str) -> dict[str, Any] | None:
+def result_of(model: ModelResult, vectors: str) -> dict[str, Any] | None:
     """The measures of one of `SETS`; None for hidden states without text."""
     return model.found.get("geometry", {}).get(vectors)
 
@@ -115,11 +115,11 @@ def checkpoint(subject: Subject) -> dict[str, float]:
 
 
 def section(analysis: Analysis) -> list[Block]:
-    sets = {name: title for name, title in SETS.items() if any(of(model, name) for model in analysis.models)}
+    sets = {name: title for name, title in SETS.items() if any(result_of(model, name) for model in analysis.models)}
     figure, axes = new_figure(1, len(sets), height=3.3, sharey=True)
     for panel, (name, title) in zip(axes[0], sets.items(), strict=True):
         for index, model in enumerate(analysis.models):
-            if (found := of(model, name)) is not None:
+            if (found := result_of(model, name)) is not None:
                 shares = found["explained_variance"]
                 panel.plot(range(1, len(shares) + 1), shares, **line_look(index), label=model.label)
         panel.set_xscale("log")
@@ -145,7 +145,7 @@ def section(analysis: Analysis) -> list[Block]:
 
 
 def _value(vectors: str, name: str) -> Callable[[ModelResult], Cell]:
-    return lambda model: None if (found := of(model, vectors)) is None else found[name]
+    return lambda model: None if (found := result_of(model, vectors)) is None else found[name]
 
 
 def rows(model: ModelResult) -> dict[str, Any]:

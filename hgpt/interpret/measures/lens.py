@@ -20,7 +20,7 @@ TITLE = "Logit lens"
 LENS_POSITIONS = 512
 
 
-def of(model: ModelResult) -> list[dict[str, float]]:
+def result_of(model: ModelResult) -> list[dict[str, float]]:
     """Per layer, the embedding first: "loss", "accuracy", "target_ratio", and standard errors "loss_error", …"""
     return model.found.get("lens") or []
 
@@ -65,7 +65,7 @@ def compute(subject: Subject) -> list[dict[str, float]] | None:
 
 
 def section(analysis: Analysis) -> list[Block]:
-    models = analysis.having(of)
+    models = analysis.having(result_of)
     if not models:
         return []
     figure, axes = new_figure(1, 3, height=3.3)
@@ -73,8 +73,8 @@ def section(analysis: Analysis) -> list[Block]:
               "target_ratio": "distance to the target's centre\nover the median distance"}  # fmt: skip
     for panel, (name, label) in zip(axes[0], labels.items(), strict=True):
         for index, model in models:
-            values = [layer[name] for layer in of(model)]
-            errors = [1.96 * layer[f"{name}_error"] for layer in of(model) if f"{name}_error" in layer]
+            values = [layer[name] for layer in result_of(model)]
+            errors = [1.96 * layer[f"{name}_error"] for layer in result_of(model) if f"{name}_error" in layer]
             panel.errorbar(range(len(values)), values, yerr=errors or None, **look(index), markersize=4,
                            label=model.label)  # fmt: skip
         panel.set(xlabel="after block (0: embedding)", ylabel=label)
@@ -95,4 +95,4 @@ def section(analysis: Analysis) -> list[Block]:
 
 
 def rows(model: ModelResult) -> dict[str, Any]:
-    return {"logit_lens": of(model)}
+    return {"logit_lens": result_of(model)}

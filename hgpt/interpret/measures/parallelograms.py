@@ -89,13 +89,13 @@ class RelationScore:
 Scores = dict[str, RelationScore]  # relation → score
 
 
-def of(model: ModelResult) -> dict[str, Scores]:
+def result_of(model: ModelResult) -> dict[str, Scores]:
     """Variant → relation → score."""
     return model.found.get("parallelograms", {})
 
 
 def baek2025_scores(model: ModelResult) -> Scores:
-    return of(model).get(BAEK2025, {})
+    return result_of(model).get(BAEK2025, {})
 
 
 def pairs_of_pairs(pairs: int, count: int, seed: int) -> np.ndarray:
@@ -245,7 +245,7 @@ def relative_to_random_pairs(results: Scores) -> Estimate:
 
 def rows(model: ModelResult) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for variant, results in of(model).items():
+    for variant, results in result_of(model).items():
         relations = {}
         for name, result in results.items():
             kept_for_figures = ("replicates", "disjoint", "sampled")
@@ -316,7 +316,7 @@ def _every_variant(analysis: Analysis) -> Details:
         head += [heading + ": score", "plane's variance"]
     rows: list[tuple[str, list[Cell]]] = [(name, []) for name in VARIANTS]
     for name, cells in rows:
-        for results in (of(model).get(name) for model in analysis.models):
+        for results in (result_of(model).get(name) for model in analysis.models):
             share = np.mean([result.plane_variance for result in results.values()]) if results else 0
             cells += [mean_over_relations(results), f"{share:.1%}"] if results else [None, None]
     explanation = paragraph(
@@ -332,7 +332,7 @@ def _pairs_used(analysis: Analysis) -> Details:
     forms = (BAEK2025, "words of one token", "words of one token after a space", "distinct pairs of tokens")
     tables: dict[tuple[tuple[str, tuple[str, ...]], ...], list[str]] = {}  # one for all models with the same tokenizer
     for model in analysis.models:
-        found = [of(model).get(variant, {}) for variant in forms]
+        found = [result_of(model).get(variant, {}) for variant in forms]
         names = sorted({name for scores in found for name in scores})
         used = [[f"{s[n].pairs} of {s[n].pairs + s[n].dropped}" if n in s else "–" for s in found] for n in names]
         tables.setdefault(tuple(zip(names, map(tuple, used), strict=True)), []).append(model.label)
@@ -405,7 +405,7 @@ def score_distributions(analysis: Analysis, names: Sequence[str]) -> Drawing:
 
 
 def _number(variant: str, number: Callable[[Scores], Estimate]) -> Callable[[ModelResult], Estimate | None]:
-    return lambda model: number(of(model)[variant]) if variant in of(model) else None
+    return lambda model: number(result_of(model)[variant]) if variant in result_of(model) else None
 
 
 def overall(analysis: Analysis) -> dict[str, Any]:

@@ -36,7 +36,7 @@ FIGURES: dict[PlaneOf, tuple[str, str, str, str]] = {
 }
 
 
-def of(model: ModelResult) -> dict[str, tuple[Words, dict[PlaneOf, Projection]]]:
+def result_of(model: ModelResult) -> dict[str, tuple[Words, dict[PlaneOf, Projection]]]:
     """Relation → its words, and their vectors in each plane."""
     return model.found.get("planes", {})
 
@@ -68,8 +68,8 @@ def section(analysis: Analysis) -> list[Block]:
     """Both planes, for the first models that share a relation."""
     models: list[tuple[int, ModelResult]] = []
     shared: list[str] = []
-    for index, model in analysis.having(of):
-        common = [name for name in of(model) if name in shared or not models]
+    for index, model in analysis.having(result_of):
+        common = [name for name in result_of(model) if name in shared or not models]
         if common and len(models) < MODELS:
             models.append((index, model))
             shared = common
@@ -83,7 +83,7 @@ def draw(analysis: Analysis, models: list[tuple[int, ModelResult]], shared: list
     figure, axes = new_figure(len(names), len(models), height=0.9 + 2.7 * len(names))
     for row, name in zip(axes, names, strict=True):
         for panel, (index, model) in zip(row, models, strict=True):
-            words, planes = of(model)[name]
+            words, planes = result_of(model)[name]
             found = planes[plane]
             shown = _draw_arrows(panel, words, found, look(index)["color"])
             lines = textwrap.wrap(f"{name} · {model.label} · {shown} of {len(words)} pairs", 120 // len(models))

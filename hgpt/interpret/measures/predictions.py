@@ -17,7 +17,7 @@ TITLE = "Predictions"
 BANDS = ((1, 10), (11, 100), (101, 1_000), (1_001, 10_000), (10_001, None))
 
 
-def of(model: ModelResult) -> dict[str, Any]:
+def result_of(model: ModelResult) -> dict[str, Any]:
     """ "quality": name → mean over positions; "bands": the same by frequency of the target. Empty without text."""
     return model.found.get("predictions") or {"quality": {}, "bands": []}
 
@@ -85,16 +85,16 @@ def checkpoint(subject: Subject) -> dict[str, float]:
 
 
 def section(analysis: Analysis) -> list[Block]:
-    models = analysis.having(lambda model: of(model)["bands"])
+    models = analysis.having(lambda model: result_of(model)["bands"])
     if not models:
         return []
     figure, axes = new_figure(1, 3)
-    names = [band["band"] for band in of(models[0][1])["bands"]]
+    names = [band["band"] for band in result_of(models[0][1])["bands"]]
     step = 0.6 / len(models)
     panels = (("loss", "loss (nats per token)"), ("correct", "accuracy"), ("entropy", "entropy (nats)"))
     for panel, (name, label) in zip(axes[0], panels, strict=True):
         for place, (index, model) in enumerate(models):
-            bands = [band for band in of(model)["bands"] if band["band"] in names]
+            bands = [band for band in result_of(model)["bands"] if band["band"] in names]
             places = np.array([names.index(band["band"]) for band in bands]) - 0.3 + step * (place + 0.5)
             draw_intervals(panel, [band[name] for band in bands], places, index, model.label, across=False)
         panel.set_xticks(range(len(names)), [name.replace("rank ", "") for name in names], rotation=30, ha="right")
@@ -113,11 +113,11 @@ def section(analysis: Analysis) -> list[Block]:
 
 
 def _mean(name: str) -> Callable[[ModelResult], Estimate | None]:
-    return lambda model: of(model)["quality"].get(name)
+    return lambda model: result_of(model)["quality"].get(name)
 
 
 def rows(model: ModelResult) -> dict[str, Any]:
-    return of(model)
+    return result_of(model)
 
 
 OVER_MEDIAN = "distance to the target over the median distance"

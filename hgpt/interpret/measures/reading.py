@@ -34,7 +34,7 @@ class Reading:
     nearest: tuple[tuple[str, float, float | None], ...]
 
 
-def of(model: ModelResult) -> list[Reading]:
+def result_of(model: ModelResult) -> list[Reading]:
     return model.found.get("reading") or []
 
 
@@ -114,7 +114,7 @@ def reading_groups(models: Sequence[ModelResult]) -> list[dict[str, Any]]:
     """
     groups: dict[tuple[str, ...], dict[str, Any]] = {}
     for number, model in enumerate(models):
-        if found := of(model):
+        if found := result_of(model):
             tokens = tuple(reading.token for reading in found)
             group = groups.setdefault(tokens, {"tokens": list(tokens), "models": []})
             reading = [asdict(seen) for seen in found]
@@ -139,4 +139,4 @@ def section(analysis: Analysis) -> list[Block]:
 
 
 def rows(model: ModelResult) -> dict[str, Any]:
-    return {"reading": of(model)}
+    return {"reading": result_of(model)}
