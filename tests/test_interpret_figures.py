@@ -1,5 +1,6 @@
 """Sections and figures of the measures, on hand-made results."""
 
+import re
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from hgpt.interpret.measure import (
     ModelResult,
     Prose,
     Quantity,
+    Table,
     counts_text,
     paragraph,
 )
@@ -235,11 +237,15 @@ def test_ten_arms_can_be_told_apart_and_nothing_is_cut_off(tmp_path: Path):
 
 def test_a_new_measure_is_one_entry(monkeypatch):
     """Its numbers are in the JSON, in the summary, in hgpt.compare's columns and in a section that is escaped."""
+    unknown = Estimate(value=np.nan, low=np.nan, high=np.nan)
     new = Measure(
         name="answer",
         title="The <answer>",
         rows=lambda model: {"answer": model.found["answer"], "quality": {"answer": np.float32(0.5)}},
-        section=lambda found: [Prose(items=["one", "<two>"]), Details(title="more", blocks=[paragraph("folded")])],
+        section=lambda found: [
+            Prose(items=["one", "<two>"]),
+            Details(title="more", blocks=[paragraph("folded"), Table(head=["x"], rows=[("y", [unknown])])]),
+        ],
         quantities=(Quantity("the answer", lambda model: model.found["answer"], "higher", key="answer", axis="a"),),
     )
     monkeypatch.setattr(report, "MEASURES", (*MEASURES, new))
@@ -253,3 +259,4 @@ def test_a_new_measure_is_one_entry(monkeypatch):
     page = report.page(found, report.page_sections(found), defaultdict(str))
     assert '<section id="answer"><h2>The &lt;answer&gt;</h2>' in page and '<a href="#answer">' in page
     assert "<li>one</li><li>&lt;two&gt;</li>" in page and "<p>folded</p>" in page
+    assert re.search('<th>y</th><td class="number"> *–', page)
