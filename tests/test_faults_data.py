@@ -29,7 +29,7 @@ from data_prep import documents, openwebtext
 from data_prep import verify as verify_command
 from data_prep.parts import Record
 from data_prep.text_files import find_files
-from hgpt.data.shards import TokenShards, read_meta, write_meta
+from hgpt.data.shards import TokenShards, fingerprint, read_meta, write_meta
 from hgpt.data.tokenizer import hf_tokenizer, load_tokenizer
 from hgpt.data.verify import verify
 from hgpt.errors import UserError

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_models import TEXT, bare, byte_pairs, encode, export, prepare, relation_set, run_of, word_pieces
 
-from hgpt.interpret import models, positions, report, subject
-from hgpt.interpret.measures import analogies, lens, parallelograms, predictions, similarity
-from hgpt.interpret.measures.parallelograms import PRESET, SHUFFLES, VARIANTS
+from hgpt.interpret import positions, subject
+from hgpt.interpret.measures import analogies, parallelograms, predictions
+from hgpt.interpret.measures.parallelograms import BAEK2025, SHUFFLES, VARIANTS
 from hgpt.interpret.report import analyse
 from hgpt.interpret.subject import CHECKPOINT_TOKENS, CHECKPOINT_WINDOW, AnalysisSettings
 
@@ -75,22 +75,28 @@ def test_scores_are_those_of_the_weights(planted, planted_result):
     rows = {"input": weights["transformer.wte.weight"], "centres": weights["lm_head.weight"]}
     rows = {name: matrix[:320].double().numpy() for name, matrix in rows.items()}
     expected = {
-        PRESET: mean_score(in_plane(rows["input"], 2), ids),
+        BAEK2025: mean_score(in_plane(rows["input"], 2), ids),
         "centres": mean_score(in_plane(rows["centres"], 2), ids),
         "5 components": mean_score(in_plane(rows["input"], 5), ids),
         "full space": mean_score(in_plane(rows["input"], None), ids),
     }
-    found = {variant: parallelograms.of(model)[variant]["planted"] for variant in expected}
+    found = {variant: parallelograms.result_of(model)[variant]["planted"] for variant in expected}
     assert {variant: result.score.value for variant, result in found.items()} == pytest.approx(expected, rel=1e-4)
-    assert found["centres"].score.high < found[PRESET].score.low
+    assert found["centres"].score.high < found[BAEK2025].score.low
     # With centred words the mean over all pairings is 2 (Σ|a|² + Σ|b|²) / ((n − 1) scale).
-    for variant, matrix, components in ((PRESET, "input", 2), ("centres", "centres", 2), ("full space", "input", None)):
+    for variant, matrix, components in (
+        (BAEK2025, "input", 2),
+        ("centres", "centres", 2),
+        ("full space", "input", None),
+    ):
         located = in_plane(rows[matrix], components)
         spread = sum(np.square(located[side] - located[side].mean(axis=0)).sum() for side in ids.T)
         mean = 2 * spread / (11 * np.square(located).sum(axis=1).mean())
         assert found[variant].shuffled == pytest.approx(mean, rel=0.04)
     assert found["centres"].p_shuffled == 1 / (1 + SHUFFLES) < 0.01 < found["full space"].p_shuffled
-    assert "100 components" not in parallelograms.of(model) and set(parallelograms.of(model)) <= set(VARIANTS)
+    assert "100 components" not in parallelograms.result_of(model) and set(parallelograms.result_of(model)) <= set(
+        VARIANTS
+    )
     assert "100 components: the model has only 32 dimensions" in model.skipped
 
 
@@ -101,11 +107,11 @@ def test_words_are_measured_in_the_matrix_that_they_are_named_by(planted, plante
         rows = weights[key][:320].double().numpy()
         offsets = rows[ids[:, 1]] - rows[ids[:, 0]]
         cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in itertools.permutations(offsets, 2)]
-        measures = analogies.of(model, name)["planted"]
+        measures = analogies.result_of(model, name)["planted"]
         assert measures.consistency.value == pytest.approx(np.mean(cosines), abs=1e-6)
         assert measures.questions == analogies.QUESTIONS
-    assert analogies.of(model, "centres")["planted"].accuracy["3CosAdd"].value > 0.7
-    assert analogies.of(model, "input")["planted"].accuracy["3CosAdd"].value < 0.2
+    assert analogies.result_of(model, "centres")["planted"].accuracy["3CosAdd"].value > 0.7
+    assert analogies.result_of(model, "input")["planted"].accuracy["3CosAdd"].value < 0.2
 
 
 def test_words_that_a_tokenizer_does_not_know_are_left_out_and_counted(tmp_path):
@@ -115,10 +121,9 @@ def test_words_that_a_tokenizer_does_not_know_are_left_out_and_counted(tmp_path)
     relation_set(tmp_path / "relations", known + strange, "mixed")
     relations = relation_set(tmp_path / "relations", known[:3] + strange, "mostly strange")
     model = analyse([str(folder)], replace(FEW, relations=relations)).models[0]
-    found = parallelograms.preset(model)
+    found = parallelograms.baek2025_scores(model)
     assert {name: (r.pairs, r.dropped) for name, r in found.items()} == {"mixed": (5, 2)}
-    assert model.found["pairs"]["mixed"][0].words == tuple(known)
-    assert f"{PRESET}: fewer than 4 pairs can be used of mostly strange (3 of 5)" in model.skipped
+    assert f"{BAEK2025}: fewer than 4 pairs can be used of mostly strange (3 of 5)" in model.skipped
 
 
 def test_a_run_on_a_folder_of_nanogpt_says_itself_how_large_its_vocabulary_is(tmp_path):
@@ -128,15 +133,15 @@ def test_a_run_on_a_folder_of_nanogpt_says_itself_how_large_its_vocabulary_is(tm
     same_size = export(tmp_path / "twin", backend, "gpt2")
     foreign = export(tmp_path / "foreign", word_pieces(280))
     found = analyse([str(run), str(same_size), str(foreign)], replace(FEW, tokens=200))
-    losses = [predictions.of(model)["quality"]["loss"].value for model in found.models]
+    losses = [predictions.result_of(model)["quality"]["loss"].value for model in found.models]
     assert losses == pytest.approx([np.log(300)] * 2 + [np.log(280)], rel=0.3)  # random weights
     assert found.data == str(data)
     assert any("foreign has another tokenizer than" in note and "Bits per byte are" in note for note in found.notes)
     # Without the run nothing says whose tokens they are; what does not fit by its size is not measured.
     found = analyse([str(same_size), str(foreign)], replace(FEW, tokens=200, data=str(data)))
     assert [model.text is None for model in found.models] == [False, True]
-    assert predictions.of(found.models[1])["quality"] == {} and "similarity" not in found.compared
-    assert any("that its tokens are those of twin is a guess" in note for note in found.notes)
+    assert predictions.result_of(found.models[1])["quality"] == {} and "similarity" not in found.compared
+    assert any("it is assumed that its tokens are those of twin" in note for note in found.notes)
     assert any(
         f"foreign predicts 280 tokens, and the vocabulary of {data} has 300: nothing was measured on text" in note
         for note in found.notes
@@ -148,7 +153,7 @@ def test_bits_per_byte_are_left_out_where_nothing_says_how_many_bytes_there_are(
     data = bare(tmp_path / "data", encode(backend, TEXT))
     run = run_of(tmp_path / "run", f'path = "{data}"\nvocab_size = 300', backend, {10: 24})
     found = analyse([str(run)], replace(FEW, tokens=200))
-    quality = predictions.of(found.models[0])["quality"]
+    quality = predictions.result_of(found.models[0])["quality"]
     assert "bits_per_byte" not in quality and "loss" in quality
     assert any(note.startswith("run has no bits per byte") for note in found.notes)
 
@@ -160,8 +165,8 @@ def test_bits_per_byte_of_word_pieces(tmp_path):
     for name, backend in (("own", pieces), ("bytes", byte_pairs(320))):
         data[name] = prepare(tmp_path / name, backend)
         model = analyse([str(folder)], replace(FEW, tokens=0, data=str(data[name]))).models[0]
-        loss, tokens = predictions.of(model)["quality"]["loss"].value, len(model.text.positions.loss)
-        rate = predictions.of(model)["quality"]["bits_per_byte"]
+        loss, tokens = predictions.result_of(model)["quality"]["loss"].value, len(model.text.positions.loss)
+        rate = predictions.result_of(model)["quality"]["bits_per_byte"]
         assert rate.value == pytest.approx(loss * tokens / np.log(2) / len(TEXT.encode()), rel=0.02)
         assert rate.low < rate.value < rate.high
 
@@ -219,47 +224,3 @@ def test_checkpoints_are_measured_on_the_whole_split(tmp_path, monkeypatch):
         assert places[-1] > 0.8 * len(tokens)
         for (window, _), place in zip(windows, places, strict=True):
             assert window.tolist() == tokens[place : place + 256].tolist()
-
-
-def test_every_long_part_has_a_progress_bar_that_reaches_its_end(planted, tmp_path, monkeypatch):
-    bars = {}
-
-    class Bar:
-        def __init__(self, iterable=None, total=None, desc="", **_):
-            self.iterable, self.desc, self.done = iterable, desc, 0
-            self.total = len(iterable) if total is None else total
-            bars[desc] = self
-
-        def __iter__(self):
-            for entry in self.iterable:
-                yield entry
-                self.update()
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def update(self, n=1):
-            self.done += n
-
-    for module in (report, models, subject, parallelograms, analogies, lens, similarity):
-        monkeypatch.setattr(module, "tqdm", Bar)
-    folder, _, relations = planted
-    relation_set(Path(relations), [("with", "while")], "small")
-    backend = byte_pairs(320)
-    data = prepare(tmp_path / "data", backend)
-    twin = export(tmp_path / "twin", backend)
-    try:
-        analyse([str(folder), str(twin)], replace(FEW, relations=relations, data=str(data), tokens=200))
-    finally:
-        (Path(relations) / "small.json").unlink()
-    names = ("relations", "analogies, input", "text", "logit lens")
-    parts = [f"{label}: {name}" for label in ("model", "twin") for name in names]
-    assert bars.keys() >= {"models", "configurations", "twin: CKA", *parts}
-    for name, bar in bars.items():
-        assert bar.done == bar.total > 0, name
-    # A score of each of 14 variants (100 components are too many) of 2 relations.
-    assert bars["model: relations"].total == 2 * 14
-    assert "model: analogies, centres" in bars and "twin: analogies, centres" not in bars

@@ -94,15 +94,6 @@ def test_bytes_of_data_that_is_not_in_bytes_are_those_of_its_preparation(folders
         assert read.text_bytes[0] == pytest.approx(16 * len(TEXT.encode()) / len(corpus.val))
 
 
-def test_bytes_that_nobody_knows(folders, tmp_path):
-    backend = word_pieces(300)
-    folder = bare(tmp_path / "bare", encode(backend, TEXT))
-    corpus = Corpus.open(str(folder), vocab_sizes=[300], tokenizer_files=[folders["pieces"][1] / "tokenizer.json"])
-    with opened(folders, "pieces") as model:
-        assert corpus.fits(model)
-        assert corpus.read(model, 16, 0).text_bytes is None
-
-
 def test_ends_of_documents_are_the_models_own(tmp_path):
     first = byte_pairs(300)
     data = prepare(tmp_path / "data", first, f"with a{END_OF_TEXT}while b{END_OF_TEXT}")

@@ -1,6 +1,5 @@
-"""Sections and figures of the measures: what is drawn and what is said of it, on results made by hand."""
+"""Sections and figures of the measures, on hand-made results."""
 
-import itertools
 import re
 from collections import defaultdict
 from dataclasses import replace
@@ -14,17 +13,28 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from hgpt.interpret import report
-from hgpt.interpret.blocks import Details, Drawing, Prose, paragraph
 from hgpt.interpret.drawing import look, measure_against_loss, save_figure, swatch
-from hgpt.interpret.measure import Analysis, Measure, ModelResult, Quantity, counts_text
-from hgpt.interpret.measures import MEASURES, calibration, parallelograms, planes
-from hgpt.interpret.measures.differences import duplicate_variants, variant_signs, variants
-from hgpt.interpret.measures.parallelograms import PRESET, RelationScore, scores_by_relation
+from hgpt.interpret.measure import (
+    Analysis,
+    Details,
+    Drawing,
+    Measure,
+    ModelResult,
+    Prose,
+    Quantity,
+    Table,
+    counts_text,
+    paragraph,
+)
+from hgpt.interpret.measures import MEASURES, calibration
+from hgpt.interpret.measures.differences import mean_differences
+from hgpt.interpret.measures.parallelograms import BAEK2025, RelationScore, score_distributions, scores_by_relation
 from hgpt.interpret.models import Source
 from hgpt.interpret.positions import Positions, TextMeasures
 from hgpt.interpret.report import drawings
 from hgpt.interpret.statistics import Estimate, estimate
-from hgpt.interpret.subject import CHECKPOINT_TOKENS, CHECKPOINT_WINDOW, AnalysisSettings
+from hgpt.interpret.subject import AnalysisSettings
+from hgpt.interpret.vectors import Projection
 
 CURVES = [curve for measure in MEASURES for curve in measure.curves]
 
@@ -46,10 +56,10 @@ def relation(score: float, *, seed: int = 0, sampled: np.ndarray | None = None) 
     )
 
 
-def plane() -> planes.Plane:
-    points = np.random.default_rng(1).normal(size=(12, 2, 2))
+def planes() -> tuple[tuple[tuple[str, str], ...], dict[str, Projection]]:
+    inputs, outputs = np.random.default_rng(1).normal(size=(2, 12, 2))
     words = tuple((f"in{i}", f"out{i}") for i in range(12))
-    return planes.Plane(words=words, points=points, variance=0.2, variance_of_words=0.2)
+    return words, dict.fromkeys(("relation", "vocabulary"), Projection(inputs, outputs, 1.0, 0.2, 0.2))
 
 
 def text(tokens: int, sampled: int) -> TextMeasures:
@@ -84,7 +94,7 @@ def model(
     )
     result.found = {
         "parallelograms": relations,
-        "planes": {name: {"relation": plane(), "vocabulary": plane()} for name in relations.get(PRESET, {})},
+        "planes": {name: planes() for name in relations.get(BAEK2025, {})},
         "geometry": {"input": shape, "centres": shape},
         "training": list(history),
     }
@@ -118,41 +128,10 @@ def test_28_models_look_different_with_lines_alone_and_with_markers_alone():
     assert len({swatch(index) for index in range(28)}) == 28
 
 
-# Severity 1 of Machado, Oliveira & Fernandes, IEEE TVCG 15 (2009), table 1; for linear RGB.
-BLIND = {
-    "nothing": np.eye(3),
-    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
-    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
-}
-
-
-def lab(linear: np.ndarray) -> np.ndarray:
-    """CIE L*a*b* (D65) of linear sRGB, (N, 3)."""
-    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
-    xyz = linear @ np.array(to_xyz).T / [0.9505, 1.0, 1.089]
-    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
-    return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], axis=1)
-
-
-@pytest.mark.parametrize("kind", BLIND)
-def test_looks_differ_for_colour_blind_readers(kind):
-    """Where two colours could be taken for one another (ΔE < 10), line style and marker both differ."""
-    looks = [look(index) for index in range(28)]
-    coded = np.array([[int(each["color"][i : i + 2], 16) / 255 for i in (1, 3, 5)] for each in looks])
-    linear = np.where(coded <= 0.04045, coded / 12.92, ((coded + 0.055) / 1.055) ** 2.4)
-    seen = lab((linear @ np.array(BLIND[kind]).T).clip(0, 1))
-    for i, j in itertools.combinations(range(28), 2):
-        alike = np.linalg.norm(seen[i] - seen[j]) < 10
-        apart = looks[i]["linestyle"] != looks[j]["linestyle"] and looks[i]["marker"] != looks[j]["marker"]
-        assert not alike or apart, (i, j)
-        assert not alike or max(i, j) >= 7, "the first seven need no second look"
-
-
 def test_an_interval_is_drawn_where_it_is_even_beside_its_value():
     outside = replace(relation(1.0), score=Estimate(value=1.0, low=2.0, high=3.0))
     unknown = replace(relation(1.5), score=Estimate(value=1.5, low=float("nan"), high=float("nan")))
-    found = analysis(model("m", {PRESET: {"x": outside, "y": unknown}}))
+    found = analysis(model("m", {BAEK2025: {"x": outside, "y": unknown}}))
     figure = scores_by_relation(found, ["x", "y"]).figure
     lines = next(c for c in figure.axes[0].collections if isinstance(c, LineCollection))
     assert [segment[:, 0].tolist() for segment in lines.get_segments()] == [[2.0, 3.0]]
@@ -161,13 +140,13 @@ def test_an_interval_is_drawn_where_it_is_even_beside_its_value():
 
 @pytest.mark.parametrize("without", [0, 1])
 def test_a_model_without_usable_relations_is_left_out_and_named(without):
-    models = [model("rich", {PRESET: {"x": relation(1.0), "y": relation(2.0)}})]
+    models = [model("rich", {BAEK2025: {"x": relation(1.0), "y": relation(2.0)}})]
     models.insert(without, model("poor", {}))
     figures = drawn(analysis(*models), "parallelograms", "differences", "planes")
     assert "variants" not in figures
     for name in ("scores_by_relation", "score_cdfs"):
         assert legend(figures[name].figure) == ["rich"]
-        assert "Left out, since no relation has enough pairs that they can use: poor." in figures[name].caption
+        assert figures[name].caption.endswith("enough usable pairs: poor.")
         assert "rich: softmax" in figures[name].source and "poor" not in figures[name].source
     for name in ("planes_of_relations", "plane_of_the_vocabulary"):
         assert "Not drawn: poor." in figures[name].caption
@@ -178,13 +157,13 @@ def test_a_model_without_usable_relations_is_left_out_and_named(without):
 
 
 def test_models_that_share_no_relation():
-    a, b = model("a", {PRESET: {"x": relation(1.0)}}), model("b", {PRESET: {"y": relation(1.0)}})
-    c = model("c", {PRESET: {"x": relation(2.0), "y": relation(1.0)}})
+    a, b = model("a", {BAEK2025: {"x": relation(1.0)}}), model("b", {BAEK2025: {"y": relation(1.0)}})
+    c = model("c", {BAEK2025: {"x": relation(2.0), "y": relation(1.0)}})
     found = analysis(a, b, c)
     plane = drawn(found, "planes")["planes_of_relations"]
     assert [axes.get_title().split(" · ")[:2] for axes in plane.figure.axes] == [["x", "a"], ["x", "c"]]
     assert "Not drawn: b." in plane.caption
-    found.compared = {"differences": {"c": [{"variant": PRESET, "relation": "x", "difference": 1.0, "low": 0.0,
+    found.compared = {"differences": {"c": [{"variant": BAEK2025, "relation": "x", "difference": 1.0, "low": 0.0,
                                              "high": 2.0, "p": 0.5, "p_holm": 0.5}]}}  # fmt: skip
     difference = drawn(found, "differences")["variants"]
     assert legend(difference.figure) == ["c minus a"]
@@ -193,66 +172,46 @@ def test_models_that_share_no_relation():
 
 
 def test_captions_of_planes_say_what_is_not_drawn():
-    relations = {PRESET: {f"relation{i}": relation(1.0) for i in range(6)}}
+    relations = {BAEK2025: {f"relation{i}": relation(1.0) for i in range(6)}}
     found = analysis(*(model(label, relations) for label in "abcde"))
     caption = drawn(found, "planes")["planes_of_relations"].caption
-    assert "the first 4 of 6 relations by name. Not drawn: relation4, relation5." in caption
-    assert "at most 3 models, and such that share a relation. Not drawn: d, e." in caption
-    assert "at most 8." in caption
+    assert "first 4 of 6 relations are drawn. Not drawn: relation4, relation5." in caption
+    assert "Not drawn: d, e." in caption and "At most 8 pairs" in caption
 
 
-def test_the_same_numbers_are_one_variant():
-    tests = [{"variant": "x", "difference": d} for d in (1.0, -3.0)] + [{"variant": "y", "difference": 0.5}]
-    assert variant_signs(tests) == {"x": -1.0, "y": 0.5}
-    tied = {PRESET: {"x": relation(1.0)}, "centres": {"x": relation(1.0)}, "full space": {"x": relation(3.0)}}
-    other = {PRESET: {"x": relation(2.0)}, "centres": {"x": relation(2.0)}, "full space": {"x": relation(3.5)}}
-    untied = other | {"centres": {"x": relation(9.0)}}
-    assert duplicate_variants([model("a", tied), model("b", other)]) == {"centres": PRESET}
-    assert duplicate_variants([model("a", tied), model("b", untied)]) == {}
-    # The same scores with other intervals are another way to measure.
-    wider = tied | {"centres": {"x": relation(1.0, seed=1)}}
-    assert duplicate_variants([model("a", wider), model("b", wider)]) == {}
-    two = variants(analysis(model("a", tied), model("b", other))).figure
-    three = variants(analysis(model("a", tied), model("b", other), model("c", untied)))
-    assert [label.get_text() for label in two.axes[0].get_yticklabels()] == [PRESET, "full space"]
-    labels = [label.get_text() for label in three.figure.axes[0].get_yticklabels()]
-    assert labels == [PRESET, "centres", "full space"]
-    assert f"Drawn once, since the numbers are the same: “centres” and “{PRESET}” (b)." in three.caption
-    markers = [line for line in three.figure.axes[0].lines if line.get_linestyle() == "None"]
-    assert [len(line.get_xdata()) for line in markers] == [2, 3]
+def test_variants_with_equal_differences_count_once():
+    tests = [{"variant": "x", "difference": d} for d in (1.0, -3.0)]
+    tests += [{"variant": variant, "difference": 0.5} for variant in ("y", "the same")]
+    assert mean_differences(tests) == [-1.0, 0.5]
 
 
 def test_figures_are_signed_with_the_counts_that_were_measured():
     models = [model("a", {}, text=text(100, 60)), model("b", {}, text=text(80, 60)), model("c", {})]
     figures = drawn(analysis(*models, data="folder", data_source="a book"), "calibration", "lens", "geometry")
     assert "Measured on 100 (a), 80 (b) validation tokens of: a book" in figures["reliability"].source
-    assert "sample of 60 validation positions of: a book" in figures["layers"].source  # and not 512
+    assert "60 sampled validation positions of: a book" in figures["layers"].source
     assert "c: softmax" not in figures["layers"].source
     assert "c: softmax" in figures["explained_variance"].source
     assert "hidden states" not in drawn(analysis(model("c", {})), "geometry")["explained_variance"].source
     longer = drawn(analysis(model("a", {}, text=text(4000, 900)), data_source="a book"), "lens")
-    assert "sample of 512 validation positions" in longer["layers"].source
+    assert "512 sampled validation positions" in longer["layers"].source
     assert counts_text({"a": 5, "b": 5}) == "5" and counts_text({}) == "no"
 
 
-def test_scores_beyond_the_axis_are_said():
+def test_scores_beyond_the_axis_are_counted():
     far = np.concatenate([np.full(3, 5000.0), np.ones(397)])
-    for sampled, said in ((far, True), (None, False)):
-        relations = {PRESET: {"x": relation(1.0), "y": relation(1.0, sampled=sampled)}}
-        caption = parallelograms.score_distributions(analysis(model("m", relations)), ["x", "y"]).caption
-        assert ("axis ends at 100. Scores beyond it are not drawn: at most 0.75% of a curve (y, m)." in caption) == said
+    relations = {BAEK2025: {"x": relation(1.0), "y": relation(1.0, sampled=far)}}
+    assert "At most 0.75% of a curve" in score_distributions(analysis(model("m", relations)), ["x", "y"]).caption
 
 
-def test_where_values_over_training_are_from():
+def test_curves_come_from_evaluations_or_from_checkpoints():
     history = [{"kind": "eval", "step": s, "loss": 3.0, "x_norm_mean": 2.0} for s in (0, 10, 20)]
     kept = [{"step": s, "hidden_norm": 2.0, "centre_norm": 1.0} for s in (10, 20)]
-    found = analysis(model("logs", {}, history=history), model("keeps", {}, checkpoints=kept))
-    figure = drawn(found, "training")["over_training"]
-    assert "over the eval.diagnostic_windows of its configuration (16 unless set): logs." in figure.caption
-    words = f"over about {CHECKPOINT_TOKENS:,} validation tokens in windows of at most {CHECKPOINT_WINDOW}"
-    assert re.search(f"{words}, .*: keeps\\.", figure.caption)
-    # `keeps` is in the centres' panel and `logs` is not: the legend has both.
-    assert sorted(legend(figure.figure)) == ["keeps", "logs"]
+    found = analysis(model("logs", {}, history=history, checkpoints=kept), model("keeps", {}, checkpoints=kept))
+    figure = drawn(found, "training")["over_training"].figure
+    states, centres = (axes for axes in figure.axes if axes.lines)
+    assert "centres" in centres.get_ylabel() and [len(line.get_xdata()) for line in centres.lines] == [2, 2]
+    assert "hidden" in states.get_ylabel() and [len(line.get_xdata()) for line in states.lines] == [3, 2]
 
 
 def test_ten_arms_can_be_told_apart_and_nothing_is_cut_off(tmp_path: Path):
@@ -262,7 +221,7 @@ def test_ten_arms_can_be_told_apart_and_nothing_is_cut_off(tmp_path: Path):
         for i, arm in enumerate(arms)
         for seed in range(3)
     ]
-    rows[0] |= {"exponent": 11.1}  # learnt: it differs between seeds
+    rows[0] |= {"exponent": 11.1}  # learned: it differs between seeds
     rows += [{"arm": "softmax", "loss": 4.0, "measure": 0.0, "other": 1.0, "exponent": None}]
     figure = measure_against_loss(rows, {"measure": "measure", "other": "other"}, "11 arms. " * 60)
     shown = {(line.get_color(), line.get_marker()) for line in figure.axes[0].lines}
@@ -278,15 +237,19 @@ def test_ten_arms_can_be_told_apart_and_nothing_is_cut_off(tmp_path: Path):
 
 def test_a_new_measure_is_one_entry(monkeypatch):
     """Its numbers are in the JSON, in the summary, in hgpt.compare's columns and in a section that is escaped."""
+    unknown = Estimate(value=np.nan, low=np.nan, high=np.nan)
     new = Measure(
         name="answer",
         title="The <answer>",
         rows=lambda model: {"answer": model.found["answer"], "quality": {"answer": np.float32(0.5)}},
-        section=lambda found: [Prose(items=["one", "<two>"]), Details(title="more", blocks=[paragraph("folded")])],
+        section=lambda found: [
+            Prose(items=["one", "<two>"]),
+            Details(title="more", blocks=[paragraph("folded"), Table(head=["x"], rows=[("y", [unknown])])]),
+        ],
         quantities=(Quantity("the answer", lambda model: model.found["answer"], "higher", key="answer", axis="a"),),
     )
     monkeypatch.setattr(report, "MEASURES", (*MEASURES, new))
-    first = model("a", {PRESET: {"x": relation(1.0)}})
+    first = model("a", {BAEK2025: {"x": relation(1.0)}})
     first.found["answer"] = Estimate(value=42.0, low=41.0, high=float("nan"))
     found = analysis(first)
     (entry,) = report._plain(report.to_json(found))["models"]
@@ -296,3 +259,4 @@ def test_a_new_measure_is_one_entry(monkeypatch):
     page = report.page(found, report.page_sections(found), defaultdict(str))
     assert '<section id="answer"><h2>The &lt;answer&gt;</h2>' in page and '<a href="#answer">' in page
     assert "<li>one</li><li>&lt;two&gt;</li>" in page and "<p>folded</p>" in page
+    assert re.search('<th>y</th><td class="number"> *–', page)

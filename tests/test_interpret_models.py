@@ -73,7 +73,7 @@ def test_a_model_on_the_hub_that_would_not_fit_is_refused_before_it_is_downloade
     with pytest.raises(UserError, match=r"somebody/gpt2 needs about 1\.5 GB of memory .*, and 1\.5 GB are free"):
         source.load_model(torch.float32, WORKING_BYTES)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1.51e9))
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: ("loaded", {"missing_keys": []}))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: ("loaded", {"missing_keys": [], "unexpected_keys": []}))
     assert source.load_model(torch.float32, WORKING_BYTES) == "loaded"
 
 
@@ -86,22 +86,16 @@ def test_outlines_know_what_the_models_know(tmp_path):
     assert found[0].words is found[1].words
     for outline in found:
         with loaded(outline.source, CPU) as model:
-            assert outline.words == frozenset(model.vocabulary().items())
+            assert outline.words == frozenset(model.tokenizer.get_vocab().items())
             assert (outline.context, outline.vocab_size) == (model.context, model.vocab_size)
 
 
 def test_only_a_tokenizer_over_bytes_has_bytes_for_each_token(model):
     table = model.token_bytes()
-    over_bytes = "Ġthe" in model.vocabulary()
+    over_bytes = "Ġthe" in model.tokenizer.get_vocab()
     assert model.byte_level == over_bytes == (table is not None)
     if table is not None:
         assert table[model.encode("with é")].sum() == len("with é".encode())
-
-
-def test_each_text_has_the_tokens_that_it_has_alone(model):
-    texts = ["with", " with", "", "a while", "with"]
-    assert model.encode_each(texts) == {text: model.encode(text) for text in texts}
-    assert model.encode_each([]) == {}
 
 
 def test_where_tokens_end_in_the_text(model):
@@ -116,7 +110,7 @@ def test_where_tokens_end_in_the_text(model):
 
 
 def test_the_text_of_each_token(model):
-    texts = {token: model.token_text(number) for token, number in model.vocabulary().items()}
+    texts = {token: model.token_text(number) for token, number in model.tokenizer.get_vocab().items()}
     assert "�" not in "".join(texts.values())
     if model.byte_level:
         assert (texts["Ġthe"], texts["Ã"]) == (" the", r"\xc3")

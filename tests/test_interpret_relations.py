@@ -83,21 +83,12 @@ def test_folders_without_relations(tmp_path):
         load_relations(tmp_path / "none")
 
 
-@pytest.mark.parametrize(
-    "word, form, expected",
-    [
-        ("a", "last", 1),
-        ("cd", "last", 4),
-        ("cd", "single", None),
-        ("a", "single", 1),
-        ("a", "single_after_space", 5),
-        ("cd", "single_after_space", None),
-        ("zebra", "last", None),  # unknown to the tokenizer
-        ("", "last", None),
-    ],
-)
-def test_the_token_of_a_word(word, form, expected):
-    assert word_token(word, encode, form, unknown=0) == expected
+def test_the_token_of_a_word():
+    """Expected tokens under the forms "last", "single" and "single_after_space"."""
+    words = {"a": (1, 1, 5), "cd": (4, None, None), "zebra": (None, None, None), "": (None, None, None)}
+    for word, expected in words.items():
+        found = [word_token(word, encode, form, unknown=0) for form in ("last", "single", "single_after_space")]
+        assert tuple(found) == expected, word
 
 
 def test_pairs_without_tokens_are_counted():

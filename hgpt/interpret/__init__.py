@@ -1,4 +1,4 @@
-"""What a trained model's geometry says: measures as pure functions of arrays, and a report of any number of models.
+"""Measures of trained models, as functions of arrays, and a report that compares any number of models.
 
 python -m hgpt.interpret runs/harmonic runs/softmax --data data/python_docs --out report/
 """

@@ -20,11 +20,11 @@ MODELS = "run folder (its latest checkpoint), checkpoint folder, exported model,
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The models and the folder of the report, and an option for each field of `AnalysisSettings`."""
+    """The models, --out, and an option for each field of `AnalysisSettings`."""
     parser = Parser(
         prog="python -m hgpt.interpret",
-        description="Measure what can be read in one model or several, and write a report.",
-        epilog="The first model is the one that the others are compared with.",
+        description="Measure one model or several, and write a report.",
+        epilog="The other models are compared with the first.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -43,12 +43,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             help=f"{about.description}{shown}",
         )
     add("--distance-file", metavar="FILE", help="a Python file that registers a model's own distance; it is executed")
-    add("--final-only", action="store_true", help="do not measure the earlier checkpoints that run folders have kept")
+    add("--final-only", action="store_true", help="do not measure the earlier checkpoints in run folders")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> str:
-    """Measure and write the report; returns where it is."""
+    """Measure and write the report; returns its path and the time it took."""
     start = time.perf_counter()
     options = parse_arguments(argv)
     out = Path(options.out)

@@ -1,11 +1,11 @@
-"""The text that models are measured on, in the tokens of each."""
+"""The text that models are measured on, as windows of each model's own tokens."""
 
 import os
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -16,24 +16,19 @@ from hgpt.errors import UserError
 from hgpt.interpret.models import LoadedModel, Outline, Source
 from hgpt.interpret.positions import Window
 
-# Training tokens that frequencies are counted on; more would not move a token to another band.
-COUNTED_TOKENS = 50_000_000
+COUNTED_TOKENS = 50_000_000  # training tokens for the frequencies; more would hardly move a token to another band
 
 
-@dataclass(frozen=True, kw_only=True)
-class Passages:
-    """The windows that one model reads, and the bytes of UTF-8 that the targets of each stand for.
-
-    `text_bytes`: (windows,), float64; None where neither the tokenizer nor the data says.
-    """
+class Passages(NamedTuple):
+    """The text in the tokens of one model."""
 
     windows: list[Window]
-    text_bytes: np.ndarray | None
+    text_bytes: np.ndarray | None  # UTF-8 bytes of each window's targets, (windows,) float64; None if unknown
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A data folder: its splits, and the tokenizer that made them, where it is known."""
+    """A data folder: its splits, and the tokenizer that made them, if known."""
 
     train: TokenShards
     val: TokenShards
@@ -46,9 +41,9 @@ class Corpus:
         """Open a data folder.
 
         Args:
-            vocab_sizes: for a folder without meta.json, the sizes that its vocabulary may have. The smallest in which
-                every token of the validation split lies is taken for it.
-            tokenizer_files: for a folder without tokenizer.json, where else the tokenizer that made it may lie.
+            vocab_sizes: candidates for the vocabulary size of a folder without meta.json. The smallest that holds
+                every token of the validation split is used.
+            tokenizer_files: further places to look for the tokenizer if the folder has no tokenizer.json.
         """
         try:
             os.stat(folder)
@@ -64,18 +59,17 @@ class Corpus:
             vocabulary = frozenset(tokenizers.Tokenizer.from_file(str(file)).get_vocab().items())
         vocab_size = None
         if not (Path(folder) / META_FILE).is_file():
-            if not vocab_sizes and tokenizer is not None:
-                vocab_sizes = [tokenizer.vocab_size]
-            vocab_size = _vocab_size(folder, vocab_sizes)
-        train, val = TokenShards.open(folder, "train", vocab_size), TokenShards.open(folder, "val", vocab_size)
+            own = [] if tokenizer is None else [tokenizer.vocab_size]
+            vocab_size = _vocab_size(folder, vocab_sizes or own)
+        train, val = (TokenShards.open(folder, split, vocab_size) for split in ("train", "val"))
         return cls(train, val, tokenizer, vocabulary, source=folder if val.meta is None else val.meta.source)
 
     def read(self, model: LoadedModel, seq_len: int, tokens: int, longest: int | None = None) -> Passages:
-        """Windows of `seq_len` tokens of the data, spread evenly over the validation split, in the tokens of `model`.
+        """Windows of `seq_len` tokens of the data, evenly spread over the validation split, in the tokens of `model`.
 
-        A model with another tokenizer reads the same text: each window is decoded and encoded again. Where it then has
-        more tokens than the model can read at a time, it is cut into pieces of about equal length, each a window of its
-        own. Every token of a window but its first is a target once.
+        A model with another tokenizer reads the same text: each window is decoded and encoded again. If it then has
+        more tokens than the model can read at once, it is split into windows of about equal length. Every token but
+        the first of a window of the data is a target once.
 
         Args:
             tokens: about how many targets the windows have together; 0: the whole split.
@@ -83,41 +77,42 @@ class Corpus:
         """
         if self.fits(model):
             windows = [(part[:-1], part[1:]) for part in self._parts(seq_len, tokens)]
-            return Passages(windows=windows, text_bytes=self._text_bytes(model, windows, None))
+            return Passages(windows, self._text_bytes(model, windows, None))
         windows = []
-        sizes: list[int | None] = []  # bytes of each window, None where encoding again does not say them
+        sizes: list[int | None] = []  # bytes of each window
         for part in self._parts(seq_len, tokens):
-            ids, ends = self._encoded_again(model, part)
+            ids, ends = self._reencode(model, part)
             predicted = np.arange(1, len(ids))
             pieces = -(-len(predicted) // (longest or model.context))
             for piece in np.array_split(predicted, pieces) if pieces else []:
                 first, last = piece[0] - 1, piece[-1]
                 windows.append((ids[first:last], ids[piece]))
                 sizes.append(None if ends is None else int(ends[last] - ends[first]))
-        return Passages(windows=windows, text_bytes=self._text_bytes(model, windows, sizes))
+        return Passages(windows, self._text_bytes(model, windows, sizes))
 
     def _parts(self, seq_len: int, tokens: int) -> Iterator[np.ndarray]:
-        """The tokens of each window, seq_len + 1 of them: the last of one window is the first of the next."""
+        """The seq_len + 1 tokens of each window; the last token of a window is the first of the next."""
         every = -(-(len(self.val) - 1) // seq_len)
         count = every if tokens == 0 else min(every, max(1, tokens // seq_len))
         for window in sorted({int(i * every / count) for i in range(count)}):
             start = window * seq_len
             yield self.val.read(start, min(start + seq_len + 1, len(self.val)))
 
-    def _encoded_again(self, model: LoadedModel, part: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """The text of `part` in the tokens of `model`, (N,), and where each ends in that text, (N,), in bytes.
+    def _reencode(self, model: LoadedModel, part: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """The text of `part` in the tokens of `model`, (N,), and the byte of the text at which each token ends, (N,).
 
-        Ends of documents are the model's own end-of-text, if it has one, and no text.
+        The end of a document becomes the model's own end-of-text token, if it has one, and has no bytes.
         """
         assert self.tokenizer is not None
+        end_of_text = model.tokenizer.eos_token_id
         ids: list[np.ndarray] = []
         ends: list[np.ndarray | None] = []
         read = 0
         for number, document in enumerate(np.split(part, np.flatnonzero(part == self.tokenizer.end_of_text))):
-            if number and model.end_of_text is not None:
-                ids.append(np.array([model.end_of_text]))
+            if number and end_of_text is not None:
+                ids.append(np.array([end_of_text]))
                 ends.append(np.array([read]))
-            # A window may begin or end inside a character; part of a character cannot be encoded again.
+            # A window may start or end inside a character; an incomplete character cannot be encoded.
             text = self.tokenizer.decode(document[1:] if number else document).strip("\ufffd")
             tokens, ends_inside = model.encode_with_ends(text)
             ids.append(tokens)
@@ -129,11 +124,10 @@ class Corpus:
     def _text_bytes(
         self, model: LoadedModel, windows: Sequence[Window], sizes: list[int | None] | None
     ) -> np.ndarray | None:
-        """Bytes of UTF-8 that the targets of each window stand for, (windows,).
+        """UTF-8 bytes of the targets of each window, (windows,).
 
-        Where tokens are pieces of UTF-8, their bytes are added up. Where the text was encoded again, `sizes` are the
-        bytes. Otherwise the model's tokens are the data's, and the bytes are the targets' share of those of the split,
-        which data_prep counted.
+        Byte-level tokens: the sum of the tokens' bytes. Text that was encoded again: `sizes`. Otherwise the model has
+        the data's tokens, and the bytes are the targets' share of the split's, which data_prep counted.
         """
         table = model.token_bytes()
         if table is not None:
@@ -146,21 +140,20 @@ class Corpus:
         return np.array([len(targets) for _, targets in windows]) * (split.bytes / split.tokens)
 
     def fits(self, model: LoadedModel) -> bool:
-        """Whether the split is in the tokens of `model`."""
-        return self.is_written_in(frozenset(model.vocabulary().items()), model.vocab_size)
+        """Whether the data has the tokens of `model`."""
+        return self.has_tokens_of(frozenset(model.tokenizer.get_vocab().items()), model.vocab_size)
 
-    def is_written_in(self, words: frozenset[tuple[str, int]], vocab_size: int) -> bool:
-        """Whether the split is in the tokens of a model with these (token, id) that predicts `vocab_size` of them.
+    def has_tokens_of(self, words: frozenset[tuple[str, int]], vocab_size: int) -> bool:
+        """Whether the data has the tokens of a model with these (token, id) and `vocab_size` rows.
 
-        Where the data's tokenizer is not known, the size of the vocabulary decides: it must be that of the model, or
-        that of the model's tokenizer where the model has more rows than tokens.
+        If the data's tokenizer is unknown, its vocabulary size must equal the rows or the tokens of the model.
         """
         if self.vocabulary is not None:
             return self.vocabulary == words
         return self.val.vocab_size in (vocab_size, min(vocab_size, len(words)))
 
     def counts(self, vocab_size: int) -> np.ndarray:
-        """How often each token occurs in the first 50 M tokens of the training split, (V,)."""
+        """How often each token occurs in the first COUNTED_TOKENS of the training split, (V,)."""
         counts = np.zeros(vocab_size, dtype=np.int64)
         seen = 0
         for chunk in self.train.chunks():
@@ -181,22 +174,14 @@ def _vocab_size(folder: str, sizes: Sequence[int]) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """A corpus, and how it is cut into windows.
-
-    Attributes:
-        seq_len: tokens of a window, in the data's own tokens.
-        tokens: about how many tokens a model predicts; 0: the whole validation split.
-        sample: positions whose hidden states are kept.
-        longest: for each model, by label, the tokens that it reads at a time if its tokenizer is another one.
-        trained: labels of the models whose runs were trained on this data.
-    """
+    """A corpus and how it is divided into windows."""
 
     corpus: Corpus
-    seq_len: int
-    tokens: int
-    sample: int
-    longest: dict[str, int]
-    trained: frozenset[str]
+    seq_len: int  # tokens of a window, in the data's tokens
+    tokens: int  # about how many tokens a model predicts; 0: the whole validation split
+    sample: int  # positions whose hidden states are kept
+    longest: dict[str, int]  # label of a model → tokens that it reads at a time if it has another tokenizer
+    trained: frozenset[str]  # labels of the models that were trained on this data
 
 
 def data_settings(source: Source) -> dict[str, Any]:
@@ -222,9 +207,9 @@ def data_of_runs(sources: Sequence[Source]) -> str | None:
 
 
 def open_text(folder: str, known: Sequence[Outline], tokens: int, sample: int, notes: list[str]) -> Text:
-    """The data in `folder`, in windows that all models with one tokenizer can read: as long as the shortest context.
+    """The data in `folder`. Models with the same tokenizer read the same windows, as long as their shortest context.
 
-    Adds a note for each model that reads less than its context at a time.
+    Adds a note for each model that therefore reads less than its context at a time.
     """
     trained = [
         outline
@@ -232,23 +217,20 @@ def open_text(folder: str, known: Sequence[Outline], tokens: int, sample: int, n
         if (path := data_settings(outline.source).get("path")) is not None
         and Path(path).resolve() == Path(folder).resolve()
     ]
-    # A folder without meta.json does not say how large its vocabulary is; the runs that were trained on it had to.
-    sizes = [data_settings(outline.source).get("vocab_size") for outline in trained]
-    stated = {size for size in sizes if size is not None}
+    # Without meta.json only the configurations of runs that were trained on the data state its vocabulary size.
+    stated = {size for outline in trained if (size := data_settings(outline.source).get("vocab_size")) is not None}
     corpus = Corpus.open(
         folder,
         vocab_sizes=sorted(stated or {outline.vocab_size for outline in known}),
         tokenizer_files=[Path(outline.source.folder) / TOKENIZER_FILE for outline in trained],
     )
-    readers = [outline for outline in known if corpus.is_written_in(outline.words, outline.vocab_size)]
-    first = min(readers or known, key=lambda outline: outline.context)
-    shortest = {
-        outline.source.label: min((o for o in known if o.words == outline.words), key=lambda o: o.context)
-        for outline in known
-    }
-    shortest |= {outline.source.label: first for outline in readers}
+    readers = [outline for outline in known if corpus.has_tokens_of(outline.words, outline.vocab_size)]
+    seq_len = min(outline.context for outline in readers or known)
+    longest: dict[str, int] = {}
     for outline in known:
-        limit = shortest[outline.source.label]
+        same = readers if outline in readers else [other for other in known if other.words == outline.words]
+        limit = min(same, key=lambda other: other.context)
+        longest[outline.source.label] = limit.context
         if limit.context < outline.context:
             notes.append(
                 f"{outline.source.label} read windows of {limit.context:,} tokens, not of its whole context of "
@@ -257,9 +239,9 @@ def open_text(folder: str, known: Sequence[Outline], tokens: int, sample: int, n
             )
     return Text(
         corpus=corpus,
-        seq_len=first.context,
+        seq_len=seq_len,
         tokens=tokens,
         sample=sample,
-        longest={label: limit.context for label, limit in shortest.items()},
+        longest=longest,
         trained=frozenset(outline.source.label for outline in trained),
     )

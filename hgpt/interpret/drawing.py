@@ -1,4 +1,4 @@
-"""How figures look: the same colours, legends and intervals in all of them, and below each what it was measured on."""
+"""The style of all figures: one look per model, legends, intervals, and a line that says what was measured."""
 
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -10,18 +10,15 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.markers import MarkerStyle
-from matplotlib.transforms import Affine2D
 
-from hgpt.interpret.blocks import Drawing
-from hgpt.interpret.measure import ModelResult
+from hgpt.interpret.measure import Drawing, ModelResult
 from hgpt.interpret.statistics import Estimate
 
-# Okabe & Ito's colours, which colour-blind readers can tell apart, without the yellow, which is faint on white. Line
-# styles and markers differ as well, for print in black and white.
+# Okabe & Ito's colours, which colour-blind readers can tell apart, without yellow, which is faint on white. Line styles
+# and markers differ too, for print in black and white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖"}  # matplotlib's, and on the page
 WIDTH = 8.0  # inches
 DPI = 120
 GREY = "0.45"
@@ -38,16 +35,16 @@ STYLE: dict[Any, Any] = {
 
 
 def look(index: int) -> dict[str, Any]:
-    """Colour, line style and marker of the model with this number, the same in every figure.
+    """Colour, line style and marker of model number `index` in every figure.
 
-    With index = 7 r + c: colour c, style (c + r) mod 4, marker (c + 2 r) mod 7. Any two of the first 28 differ in
-    their colour, or else in both line style and marker: some figures have lines only, others markers only.
+    With index = 7 r + c: colour c, style (c + r) mod 4, marker (c + 2 r) mod 7. Two of the first 28 models differ in
+    colour, or in both line style and marker, because some figures have only lines and others only markers.
     """
     again, colour = divmod(index, len(COLOURS))
     return {
         "color": COLOURS[colour],
         "linestyle": STYLES[(colour + again) % len(STYLES)],
-        "marker": MARKERS[(colour + 2 * again) % len(MARKERS)],
+        "marker": list(MARKERS)[(colour + 2 * again) % len(MARKERS)],
     }
 
 
@@ -57,28 +54,9 @@ def line_look(index: int) -> dict[str, Any]:
 
 
 def swatch(index: int) -> Markup:
-    """Line and marker of `look(index)` as SVG for the page: what the legends of the figures show."""
+    """The coloured marker of a model, for the page."""
     style = look(index)
-    marker = MarkerStyle(style["marker"])
-    # To the middle of a box of 360 × 120, upright: y points down in SVG.
-    placed = marker.get_transform() + Affine2D().scale(80, -80).translate(180, 60)
-    outlines = marker.get_path().to_polygons(placed)
-    shapes = "".join(
-        f'<polygon points="{" ".join(f"{x:.0f},{y:.0f}" for x, y in np.asarray(outline))}" fill="{style["color"]}"/>'
-        for outline in outlines
-    )
-    defaults = matplotlib.rcParams
-    patterns = {
-        "--": defaults["lines.dashed_pattern"],
-        "-.": defaults["lines.dashdot_pattern"],
-        ":": defaults["lines.dotted_pattern"],
-    }
-    pattern = " ".join(f"{16 * length:.0f}" for length in patterns.get(style["linestyle"], ()))
-    dasharray = f' stroke-dasharray="{pattern}"' if pattern else ""
-    return Markup(
-        f'<svg class="swatch" viewBox="0 0 360 120" aria-hidden="true"><line x1="0" y1="60" x2="360" y2="60" '
-        f'stroke="{style["color"]}" stroke-width="16"{dasharray}/>{shapes}</svg>'
-    )
+    return Markup('<span class="swatch" style="color:{}">{}</span>').format(style["color"], MARKERS[style["marker"]])
 
 
 def headings(models: Sequence[ModelResult]) -> list[Markup]:
@@ -87,13 +65,13 @@ def headings(models: Sequence[ModelResult]) -> list[Markup]:
 
 
 def new_figure(rows: int = 1, columns: int = 1, height: float = 3.4, **options: Any) -> tuple[Figure, np.ndarray]:
-    """A figure and its panels, (rows, columns); `height` leaves room for one line of legend and two below."""
+    """A figure and its panels, (rows, columns); `height` includes a line of legend and two lines below."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def grid(count: int, columns: int, *, row_height: float, extra: float, **options: Any) -> tuple[Figure, np.ndarray]:
-    """`new_figure` for `count` panels, at most `columns` beside one another; the rest are hidden."""
+    """`new_figure` for `count` panels in at most `columns` columns; surplus panels are hidden."""
     columns = min(columns, count)
     rows = -(-count // columns)
     figure, axes = new_figure(rows, columns, height=extra + row_height * rows, **options)
@@ -110,7 +88,7 @@ def label_edges(axes: np.ndarray, below: str, left: str) -> None:
         panel.set_ylabel(left)
 
 
-def sign(
+def finished(
     figure: Figure,
     name: str,
     title: str,
@@ -120,11 +98,11 @@ def sign(
     source: str,
     remarks: Iterable[str] = (),
 ) -> Drawing:
-    """The finished figure, its legend above and below it which models, steps, tokens and settings it came from.
+    """The figure with its legend above it and, below it, the models, steps, tokens and data that it shows.
 
     Args:
-        models: those that are in the figure.
-        source: what they were measured on.
+        models: those in the figure.
+        source: what was measured.
         remarks: sentences about what the figure leaves out, for the end of the caption.
     """
     legend(figure)
@@ -134,14 +112,14 @@ def sign(
 
 
 def legend(figure: Figure) -> None:
-    """One legend above all panels, of every model in one of them; each further line makes the figure higher."""
+    """One legend above all panels, with every label once; the figure grows with the lines of the legend."""
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     if not handles:
         return
-    # About 125 characters fit beside one another. The line, long enough to show its style, and gaps take 13.
+    # A line of the legend fits about 125 characters; handle and gaps take the space of 13.
     columns = max(1, min(3, 125 // (max(map(len, handles)) + 13)))
     _grow(figure, 0.17 * (-(-len(handles) // columns) - 1))
     figure.legend(
@@ -162,10 +140,9 @@ def _grow(figure: Figure, inches: float) -> None:
 def draw_intervals(
     panel: Axes, found: Sequence[Estimate], places: np.ndarray, index: int, label: str, *, across: bool = True
 ) -> None:
-    """A marker at each value and a line over its interval, with the look of model `index`.
+    """A marker at each value and a line over its interval, in the look of model `index`.
 
-    The line is drawn where the interval is. A percentile interval need not hold its value, which the bars of
-    `Axes.errorbar`, lengths from the value, cannot show.
+    A percentile interval may exclude its value, which `Axes.errorbar` cannot draw.
     """
     values = np.array([[estimate.value, estimate.low, estimate.high] for estimate in found])
     known = np.isfinite(values).all(axis=1)
@@ -179,12 +156,12 @@ def draw_intervals(
 def rows_of_intervals(
     names: Sequence[str], found: Sequence[tuple[int, str, dict[str, Estimate]]]
 ) -> tuple[Figure, Axes, list[np.ndarray]]:
-    """A row for each name, with the estimates of several models beside one another.
+    """A row per name, in which the estimates of several models stand below one another.
 
     Args:
         found: number of a model, its label, and its estimates by name.
 
-    Returns the figure, its panel, and the heights at which the estimates of each model are drawn.
+    Returns the figure, its panel, and the heights at which each model's estimates are drawn.
     """
     figure, axes = new_figure(height=1.5 + 0.26 * len(names) * max(1, len(found) / 2))
     panel: Axes = axes[0, 0]
@@ -199,7 +176,7 @@ def rows_of_intervals(
 
 
 def listed(sentence: str, labels: Sequence[str]) -> list[str]:
-    """`sentence: a, b.` as the only entry, nothing where there are no labels."""
+    """[`sentence: a, b.`], or [] without labels."""
     return [f"{sentence}: {', '.join(labels)}."] if labels else []
 
 
@@ -208,19 +185,19 @@ def save_figure(figure: Figure, folder: Path, name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure.savefig(folder / f"{name}.png", dpi=DPI)
-        figure.set_layout_engine("none")  # the layout is found; finding it again takes most of the time
+        figure.set_layout_engine("none")  # keep the layout: computing it again takes most of the time
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
     return folder / f"{name}.png"
 
 
 def measure_against_loss(rows: Sequence[dict[str, Any]], measures: dict[str, str], source: str) -> Figure:
-    """Each measure of readability against the validation loss, a point for each run, an arm by colour and marker.
+    """Each measure of readability over the validation loss: a point per run, a colour and marker per arm.
 
     Args:
-        rows: {"arm", "loss", and each measure}; a measure that is None is left out. With an "exponent" that is not
-            None in a row, the legend says the n of its arm.
+        rows: {"arm", "loss", and each measure}; a measure that is None is left out. If a row has an "exponent" that
+            is not None, the legend shows the n of its arm.
         measures: key → axis label.
-        source: what the runs were, to stand below the figure.
+        source: a text about the runs, shown below the figure.
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = grid(len(measures), 3, row_height=2.4, extra=1.6)
@@ -240,6 +217,6 @@ def measure_against_loss(rows: Sequence[dict[str, Any]], measures: dict[str, str
 
 
 def _exponent_text(exponents: Sequence[float | None]) -> str:
-    """`, n = 33.9`, or the range where the runs of an arm differ (n is learnt); nothing for a softmax head."""
+    """`, n = 33.9`, or the range if n is learned and differs between runs; nothing for a softmax head."""
     known = sorted({f"{n:.4g}" for n in exponents if n is not None}, key=float)
     return f", n = {' to '.join(dict.fromkeys((known[0], known[-1])))}" if known else ""

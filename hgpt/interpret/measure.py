@@ -1,29 +1,96 @@
-"""What a measure is, and what a report holds: the one protocol of all files in `measures/`.
+"""The protocol of the files in `measures/`, the results of a report, and the blocks that its sections consist of.
 
-A measure computes something of each model while that is in memory. What it found is shown in up to four ways: as JSON,
-as rows of the summary, as a section of the page with tables and figures, and as curves over the checkpoints of a run.
+A measure computes something for each model while the model is in memory. Its result appears in up to four places: in
+results.json, in the summary, in a section of the page, and in curves over the checkpoints of a run.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
-from hgpt.interpret.blocks import Block, Cell
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
 from hgpt.interpret.models import LoadedModel, Source
 from hgpt.interpret.positions import TextMeasures
+from hgpt.interpret.statistics import Estimate
 from hgpt.interpret.subject import AnalysisSettings, Subject
+
+# ------------------------------------------------------------------------------------------------------------
+# Blocks of a section; page/report.html renders each kind
+
+Cell = Estimate | float | str | None
+
+
+@dataclass(frozen=True)
+class Prose:
+    """A paragraph, or a list of several items; `quiet`: small print."""
+
+    kind: ClassVar[str] = "prose"
+    items: Sequence[str]
+    quiet: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Each row is a heading and its cells; numbers are shown with `digits` decimals."""
+
+    kind: ClassVar[str] = "table"
+    head: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Cell]]]
+    digits: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """A figure; `name` is its file name, `source` says which models and data it shows."""
+
+    kind: ClassVar[str] = "drawing"
+    name: str
+    title: str
+    caption: str
+    source: str
+    figure: Figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Details:
+    """Blocks folded under a title."""
+
+    kind: ClassVar[str] = "details"
+    title: str
+    blocks: "Sequence[Block]"
+    open: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Html:
+    """A Jinja template with its values, which are escaped."""
+
+    kind: ClassVar[str] = "html"
+    template: str
+    values: dict[str, Any]
+
+
+Block = Prose | Table | Drawing | Details | Html
+
+
+def paragraph(text: str, *, quiet: bool = False) -> Prose:
+    return Prose([text], quiet)
+
+
+def bold(label: str) -> Markup:
+    return Markup("<b>{}</b>").format(label)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Results
 
 
 @dataclass(kw_only=True)
 class ModelResult:
-    """What is kept of a model when it is no longer in memory.
-
-    Attributes:
-        found: the name of a measure → what its `compute` returned.
-        checkpoints: for each checkpoint that the run kept, step, tokens and what the measures say of it.
-        skipped: which scores could not be computed, and why.
-    """
+    """The results of a model, which is no longer in memory."""
 
     source: Source
     description: str
@@ -33,9 +100,9 @@ class ModelResult:
     tied: bool
     vocabulary: frozenset[tuple[str, int]]
     text: TextMeasures | None = None
-    found: dict[str, Any] = field(default_factory=dict)
-    checkpoints: list[dict[str, Any]] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
+    found: dict[str, Any] = field(default_factory=dict)  # name of a measure → what its `compute` returned
+    checkpoints: list[dict[str, Any]] = field(default_factory=list)  # step, tokens, and what `checkpoint` returned
+    skipped: list[str] = field(default_factory=list)  # scores that were not computed, and why
 
     @classmethod
     def of(cls, model: LoadedModel, vocabulary: frozenset[tuple[str, int]]) -> "ModelResult":
@@ -55,17 +122,13 @@ class ModelResult:
 
 @dataclass(kw_only=True)
 class Analysis:
-    """The results of all models.
-
-    Attributes:
-        compared: measure → label of another model → its comparison with the first.
-        curves: of all measures, for what is drawn over training.
-    """
+    """The results of all models."""
 
     settings: AnalysisSettings
     models: list[ModelResult]
+    # Measure → label of another model → its comparison with the first model
     compared: dict[str, dict[str, Any]] = field(default_factory=dict)
-    curves: "Sequence[Curve]" = ()
+    curves: "Sequence[Curve]" = ()  # of all measures
     data: str | None = None
     data_source: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -73,19 +136,14 @@ class Analysis:
     @property
     def evaluated_tokens(self) -> int:
         """Of the first model that was measured on text."""
-        return next(iter(tokens_read(self.models).values()), 0)
-
-    @property
-    def windows(self) -> int:
-        return next((model.text.windows for model in self.models if model.text is not None), 0)
+        return next((len(model.text.positions.loss) for model in self.models if model.text is not None), 0)
 
     @property
     def measured_on(self) -> str:
         if self.data is None:
             return "no text"
         windows = {model.label: model.text.windows for model in self.models if model.text is not None}
-        tokens = counts_text(tokens_read(self.models))
-        return f"{tokens} validation tokens in {counts_text(windows)} windows of {self.data_source}"
+        return f"{tokens_text(self.models)} validation tokens in {counts_text(windows)} windows of {self.data_source}"
 
     @property
     def resampled(self) -> str:
@@ -96,22 +154,22 @@ class Analysis:
         return self.settings.relations or "the relation sets that ship with hgpt"
 
     def having(self, found: Callable[[ModelResult], object]) -> list[tuple[int, ModelResult]]:
-        """The models of which `found` finds something, and their places in the report."""
+        """The models for which `found` returns something, with their places in the report."""
         return [(index, model) for index, model in enumerate(self.models) if found(model)]
 
 
-def tokens_read(models: Sequence[ModelResult]) -> dict[str, int]:
-    """How many validation tokens each of the models predicted that were measured on text."""
-    return {model.label: len(model.text.positions.loss) for model in models if model.text is not None}
+def tokens_text(models: Sequence[ModelResult]) -> str:
+    """How many validation tokens the models predicted, as `counts_text`."""
+    return counts_text({model.label: len(model.text.positions.loss) for model in models if model.text is not None})
 
 
-def states_sampled(models: Sequence[ModelResult]) -> dict[str, int]:
-    """How many hidden states were kept of each of the models that were measured on text."""
-    return {model.label: len(model.text.sample_at) for model in models if model.text is not None}
+def states_text(models: Sequence[ModelResult], most: int | None = None) -> str:
+    """How many hidden states of each model were sampled, and at most `most` used, as `counts_text`."""
+    return counts_text({model.label: len(model.text.sample_at[:most]) for model in models if model.text is not None})
 
 
 def counts_text(counts: Mapping[str, int]) -> str:
-    """`8,192` where all labels have the same count, otherwise `8,192 (a, b), 7,900 (c)`; "no" without any."""
+    """`8,192` if all labels have the same count, otherwise `8,192 (a, b), 7,900 (c)`; "no" without labels."""
     labels: dict[int, list[str]] = {}
     for label, count in counts.items():
         labels.setdefault(count, []).append(label)
@@ -120,79 +178,55 @@ def counts_text(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} ({', '.join(named)})" for count, named in labels.items())
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Measures
+
+
 @dataclass(frozen=True)
 class Quantity:
-    """One number of a model, in the summary, in hgpt.compare, or in both.
+    """One number of a model, for the summary, for hgpt.compare, or for both."""
 
-    Attributes:
-        label: heading of its row in the summary; "" for none.
-        value: the number; None where it is not known.
-        better: "lower", "higher", or "" where neither is.
-        key: its column in hgpt.compare's readability.csv; "" for none.
-        axis: what hgpt.compare's figure calls it; "" for the label.
-    """
-
-    label: str
-    value: Callable[[ModelResult], Cell]
-    better: str = ""
-    key: str = ""
-    axis: str = ""
+    label: str  # heading of its row in the summary; "": no row
+    value: Callable[[ModelResult], Cell]  # None if it is unknown
+    better: str = ""  # "lower", "higher", or "" if neither is
+    key: str = ""  # its column in readability.csv of hgpt.compare; "": no column
+    axis: str = ""  # its name in the figure of hgpt.compare; "": the label
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A number that is drawn over training.
+    """A number over training."""
 
-    Attributes:
-        key: its name in what `Measure.checkpoint` returns.
-        axis: axis label.
-        logged: its name in the evaluations of metrics.jsonl, where the run logs it.
-        on_text: whether it is an average over text.
-        log_scale: for quantities that differ by orders of magnitude between heads.
-    """
-
-    key: str
-    axis: str
-    logged: str | None = None
-    on_text: bool = False
-    log_scale: bool = False
+    key: str  # its name in the result of `Measure.checkpoint`
+    axis: str  # axis label
+    logged: str | None = None  # its name in the evaluations of metrics.jsonl, if runs log it
+    log_scale: bool = False  # for quantities that differ by orders of magnitude between heads
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """One measure; whatever it does not have may be left out.
+    """A file in `measures/`. Its constants TITLE, QUANTITIES and CURVES and its functions are the other attributes."""
 
-    A file in `measures/` is a measure: its name is `name`, its constants TITLE, QUANTITIES and CURVES and its functions
-    are the other attributes.
-
-    Attributes:
-        name: key of `ModelResult.found` and `Analysis.compared`, and anchor of its section.
-        title: heading of its section.
-        compute: what is found of a model in memory; None where nothing can be.
-        checkpoint: numbers of one kept checkpoint, by the keys of `curves`.
-        compare: another model against the first, with the same tokenizer, neither in memory; None where nothing can be.
-        rows: entries of a model's object in results.json, in which dataclasses and arrays may be. Objects of one name
-            from several measures are merged.
-        overall: entries of results.json beside "models".
-        files: further files beside the page, by name, as text.
-        section: the blocks of its section; none for no section.
-    """
-
-    name: str
+    name: str  # key in `ModelResult.found` and `Analysis.compared`, and anchor of the section
     title: str = ""
+    # The result for a model in memory, None if there is none
     compute: Callable[[Subject], Any] = lambda subject: None
+    # Numbers of one kept checkpoint, by the keys of `curves`
     checkpoint: Callable[[Subject], dict[str, float]] = lambda subject: {}
+    # Comparison of another model with the first, which has the same tokenizer; None if there is none
     compare: Callable[[ModelResult, ModelResult], Any] = lambda first, other: None
+    # Entries of a model's object in results.json; objects of one name from several measures are merged
     rows: Callable[[ModelResult], dict[str, Any]] = lambda model: {}
+    # Entries of results.json beside "models"
     overall: Callable[[Analysis], dict[str, Any]] = lambda analysis: {}
-    files: Callable[[Analysis], dict[str, str]] = lambda analysis: {}
+    # The blocks of the section; no blocks, no section
     section: Callable[[Analysis], Sequence[Block]] = lambda analysis: ()
     quantities: tuple[Quantity, ...] = ()
     curves: tuple[Curve, ...] = ()
 
     @classmethod
     def of(cls, module: ModuleType) -> "Measure":
-        """The measure that a file in `measures/` is."""
+        """The measure in a module of `measures/`."""
         own = {field.name: vars(module)[name] for field in fields(cls) for name in (field.name, field.name.upper())
                if name in vars(module)}  # fmt: skip
         return cls(name=module.__name__.rpartition(".")[2], **own)

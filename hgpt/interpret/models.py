@@ -1,4 +1,4 @@
-"""Models to be measured: harmonic, softmax, or a GPT-2 of transformers, all asked in the same way."""
+"""Models to be measured (harmonic, softmax, or a GPT-2 of transformers), all with one interface."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -19,16 +19,12 @@ from hgpt.model.heads import HarmonicHead
 from hgpt.run.checkpoint import MODEL, checkpoint_step, checkpoints
 from hgpt.source import GPT2_KINDS, Source, find_source, out_of_memory
 
-# Memory to work in beside the weights: chunks of logits, the vectors of a vocabulary, figures.
-WORKING_BYTES = 1_000_000_000
+WORKING_BYTES = 1_000_000_000  # beside the weights: blocks of logits, float64 copies of vectors, figures
 _BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def find_sources(names: list[str]) -> list[Source]:
-    """The models of these names, each with a label of its own.
-
-    Raises UserError for a name that is no model and for a model that is named twice.
-    """
+    """The models of these names, with distinct labels. Raises UserError for an unknown or repeated model."""
     found = [find_source(name) for name in names]
     folders, labels = [source.folder for source in found], [source.label for source in found]
     for folder in folders:
@@ -41,7 +37,7 @@ def find_sources(names: list[str]) -> list[Source]:
 
 
 def run_checkpoints(source: Source) -> list[Source]:
-    """The checkpoints that the run of `source` has kept up to its own step, by rising step; none without a run."""
+    """The checkpoints that the run of `source` kept up to the step of `source`, by rising step; none without a run."""
     if source.run is None or source.step is None:
         return []
     return [
@@ -53,10 +49,7 @@ def run_checkpoints(source: Source) -> list[Source]:
 
 @dataclass(frozen=True, kw_only=True)
 class Outline:
-    """What is known of a model without its weights: its longest sequence, and the tokens that it can predict.
-
-    `words` are the (token, id) of its tokenizer.
-    """
+    """A model without its weights: its context, its number of tokens, and `words`, its tokenizer's (token, id)."""
 
     source: Source
     context: int
@@ -65,7 +58,7 @@ class Outline:
 
 
 def outlines(sources: Sequence[Source]) -> list[Outline]:
-    """The outline of each source; models with equal vocabularies share one object.
+    """The outline of each source; models with equal vocabularies share one set of words.
 
     Raises UserError for a model that is neither of hgpt nor a GPT-2, and for one without a tokenizer.
     """
@@ -80,17 +73,7 @@ def outlines(sources: Sequence[Source]) -> list[Outline]:
 
 
 class LoadedModel:
-    """A model in memory, asked in the same way whatever its head.
-
-    Attributes:
-        source: where it came from.
-        model, tokenizer: of transformers; the model in evaluation mode.
-        harmonic: whether its logits are −n log d, plus log-weights if it has radii, with a metric of the head's own.
-        exponent: n on d, None for a softmax head.
-        vocab_size: tokens that can be predicted, without rows of padding.
-        context: the longest sequence.
-        tied: whether the centres are the rows of the input embedding.
-    """
+    """A model in memory: `model`, in evaluation mode, and `tokenizer` of transformers."""
 
     # Any: transformers' annotations name every kind of model and tokenizer at once.
     def __init__(self, source: Source, model: Any, tokenizer: Any, device: torch.device) -> None:
@@ -101,10 +84,10 @@ class LoadedModel:
         self.device = device
         self._head = model.get_output_embeddings()
         self._trunk = model.base_model
-        self.harmonic = isinstance(self._head, HarmonicHead)
+        self.harmonic = isinstance(self._head, HarmonicHead)  # logits are −n log d
         with torch.no_grad():
-            self.exponent = float(self._head.exponent) if isinstance(self._head, HarmonicHead) else None
-        self.vocab_size = int(self.model.config.vocab_size)
+            self.exponent = float(self._head.exponent) if self.harmonic else None  # n on d
+        self.vocab_size = int(self.model.config.vocab_size)  # without rows of padding
         self.context = int(self.model.config.n_positions)
         embedding = self.model.get_input_embeddings()
         self.tied = embedding.weight.data_ptr() == self._head.weight.data_ptr()
@@ -131,23 +114,15 @@ class LoadedModel:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def encode_each(self, texts: Sequence[str]) -> dict[str, list[int]]:
-        """The tokens of each of many short texts: one call takes a tenth of the time of many."""
-        texts = list(dict.fromkeys(texts))
-        found = self.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
-        return dict(zip(texts, found, strict=True))
-
     def encode_with_ends(self, text: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """The tokens of a text, (N,), and the position in its UTF-8, in bytes, at which each ends, (N,).
+        """The tokens of a text, (N,), and the byte of its UTF-8 at which each token ends, (N,).
 
-        The positions are None if the tokenizer does not give them.
+        The ends are None if the tokenizer has no offsets.
         """
         if not self.tokenizer.is_fast:
             return np.array(self.encode(text), dtype=np.int64), None
         found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-        sizes = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
-        bytes_before = np.concatenate([[0], np.cumsum(sizes)])  # of each character of the text
+        bytes_before = np.cumsum([0, *(len(character.encode()) for character in text)])  # of each character
         ends = np.array([end for _, end in found.offset_mapping], dtype=np.int64)
         return np.array(found.input_ids, dtype=np.int64), bytes_before[ends]
 
@@ -156,15 +131,13 @@ class LoadedModel:
         return self.model.get_input_embeddings().weight[: self.vocab_size].detach().float().cpu().numpy()
 
     def centre_rows(self) -> np.ndarray:
-        """The centres, or rows of the unembedding, (V, D), float32."""
+        """The centres, which are the rows of the unembedding, (V, D), float32."""
         return self._head.weight[: self.vocab_size].detach().float().cpu().numpy()
 
     @torch.inference_mode()
     def hidden_states(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Hidden states after the embedding and after each block, layers + 1 of (B, T, D).
-
-        The last one has passed the final norm.
-        """
+        """Hidden states after the embedding and after each block, layers + 1 of (B, T, D); the last after the final
+        norm."""
         output = self._trunk(tokens.to(self.device), output_hidden_states=True, use_cache=False)
         return output.hidden_states
 
@@ -175,7 +148,7 @@ class LoadedModel:
 
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
-        """Scores of the tokens, (N, D) → (N, V), float32; x after the final norm."""
+        """Logits of hidden states after the final norm, (N, D) → (N, V), float32."""
         return self._head(x)[..., : self.vocab_size].float()
 
     @torch.inference_mode()
@@ -191,9 +164,9 @@ class LoadedModel:
 
     @torch.inference_mode()
     def distances_from_centre(self, token: int) -> Tensor:
-        """From one centre to all of them, (V,): d by the metric of a harmonic head, 1 − cosine for a softmax head."""
+        """From one centre to all, (V,): d by the metric of a harmonic head, 1 − cosine for a softmax head."""
         w = self._head.weight[: self.vocab_size].float()
-        if isinstance(self._head, HarmonicHead):
+        if self.harmonic:
             return self._head.distances(w[token : token + 1])[0]
         return 1 - torch.nn.functional.cosine_similarity(w, w[token : token + 1], dim=-1)
 
@@ -212,10 +185,7 @@ class LoadedModel:
         return "ByteLevel" in [decoder.get("type"), *(part["type"] for part in decoder.get("decoders", []))]
 
     def token_bytes(self) -> np.ndarray | None:
-        """The number of bytes of UTF-8 of each token, (V,), int64; 0 for special tokens, which are no text.
-
-        None unless the tokenizer is `byte_level`.
-        """
+        """UTF-8 bytes of each token, (V,), int64, 0 for special tokens; None unless the tokenizer is `byte_level`."""
         if not self.byte_level:
             return None
         special = set(self.tokenizer.all_special_ids)
@@ -226,20 +196,9 @@ class LoadedModel:
                 sizes[token] = len(piece if piece is not None else self.tokenizer.decode([token]).encode())
         return sizes
 
-    @property
-    def unknown(self) -> int | None:
-        return self.tokenizer.unk_token_id
-
-    @property
-    def end_of_text(self) -> int | None:
-        return self.tokenizer.eos_token_id
-
-    def vocabulary(self) -> dict[str, int]:
-        return self.tokenizer.get_vocab()
-
 
 def token_text(tokenizer: Any, token: int) -> str:
-    r"""A token as it reads in text; bytes that are not a whole character are written as \xe2."""
+    r"""The text of a token; bytes that are not a whole character are written as \xe2."""
     text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
     if "\ufffd" in text and (piece := _piece_bytes(tokenizer, token)) is not None:
         return piece.decode("utf-8", "backslashreplace")
@@ -247,7 +206,7 @@ def token_text(tokenizer: Any, token: int) -> str:
 
 
 def _piece_bytes(tokenizer: Any, token: int) -> bytes | None:
-    """The bytes of a token of a vocabulary like GPT-2's, which has a character for each byte; else None."""
+    """The bytes of a token of a byte-level vocabulary, which writes each byte as one character; else None."""
     piece = tokenizer.convert_ids_to_tokens(token)
     if piece is None or not all(character in _BYTE_OF for character in piece):
         return None
@@ -256,10 +215,10 @@ def _piece_bytes(tokenizer: Any, token: int) -> bytes | None:
 
 @contextmanager
 def loaded(source: Source, device: torch.device) -> Iterator[LoadedModel]:
-    """The model of `source`, in memory while the block lasts.
+    """Load the model of `source` for the duration of the block.
 
-    Raises UserError for a folder without a model or a tokenizer, and for too little memory: before the weights are
-    loaded where that can be foreseen, otherwise when memory runs out, in the block too.
+    Raises UserError for a folder without a model or a tokenizer, and when memory is or becomes too small, also inside
+    the block.
     """
     read_config(source)
     try:
@@ -268,12 +227,12 @@ def loaded(source: Source, device: torch.device) -> Iterator[LoadedModel]:
     except (RuntimeError, MemoryError, OSError) as error:
         if not out_of_memory(error):
             raise
-        if device.type == "cpu":
-            raise UserError(
-                f"this machine ran out of memory with {source.folder}: close other programs, lower --tokens, or use a "
-                "machine with more memory"
-            ) from error
-        raise UserError(f"{device} ran out of memory with {source.folder}; use --device cpu") from error
+        if device.type != "cpu":
+            raise UserError(f"{device} ran out of memory with {source.folder}; use --device cpu") from error
+        raise UserError(
+            f"this machine ran out of memory with {source.folder}: close other programs, lower --tokens, or use a "
+            "machine with more memory"
+        ) from error
 
 
 def read_config(source: Source) -> Any:
@@ -284,7 +243,7 @@ def read_config(source: Source) -> Any:
 
 
 def _check_kind(source: Source, model_type: str, name: str) -> None:
-    # Others have an ln_f too (GPT-Neo, Bloom, Falcon), but other trunks, heads and names of settings.
+    # GPT-Neo, Bloom and Falcon have an ln_f too, but other blocks, heads and settings.
     if model_type not in GPT2_KINDS:
         raise UserError(
             f"{source.folder} is a {name}; hgpt.interpret reads models of hgpt and GPT-2 models of transformers"

@@ -1,6 +1,6 @@
-"""What a model does at every position of a text: one number per position and quantity, and a sample of hidden states.
+"""One pass of a model over a text: a number per position and quantity, and a sample of hidden states.
 
-One pass over the text, in chunks: no array of the size (positions, vocabulary) is kept.
+Logits are computed for CHUNK positions at a time, so no array has (positions, vocabulary) entries.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hgpt.interpret.models import LoadedModel
 
-# Positions that have logits at a time. With GPT-2's vocabulary their logits take 51 MB. glibc returns blocks above
-# 32 MB to the system; smaller chunks fragmented the heap, up to 5 GB.
+# With GPT-2's vocabulary the logits of a chunk take 51 MB. glibc returns blocks above 32 MB to the system; smaller
+# chunks fragmented the heap, up to 5 GB.
 CHUNK = 256
 
 Window = tuple[np.ndarray, np.ndarray]  # input and target token ids, (T,) each
@@ -21,31 +21,18 @@ Window = tuple[np.ndarray, np.ndarray]  # input and target token ids, (T,) each
 
 @dataclass(frozen=True, kw_only=True)
 class Positions:
-    """One entry per target, (N,), in the order of the text.
+    """One entry per target, (N,), in the order of the text."""
 
-    Attributes:
-        window: the window it was predicted in. Positions of one window are not independent; windows nearly are.
-        target: token id.
-        loss: −log p of the target in nats, unsmoothed.
-        confidence: largest probability.
-        correct: whether the most probable token is the target.
-        top5: whether the target is among the five most probable tokens.
-        entropy: −Σ p log p in nats.
-        nearest: whether the nearest centre is the target's (the same as `correct` with a harmonic head).
-        log_margin: log(min_{i ≠ target} d_i / d_target): positive where the target's centre is the nearest.
-        target_ratio: d_target / median_i d_i.
-    """
-
-    window: np.ndarray
-    target: np.ndarray
-    loss: np.ndarray
-    confidence: np.ndarray
-    correct: np.ndarray
-    top5: np.ndarray
-    entropy: np.ndarray
-    nearest: np.ndarray
-    log_margin: np.ndarray
-    target_ratio: np.ndarray
+    window: np.ndarray  # number of its window; positions of one window are dependent, windows nearly independent
+    target: np.ndarray  # token id
+    loss: np.ndarray  # −log p of the target in nats, unsmoothed
+    confidence: np.ndarray  # largest probability
+    correct: np.ndarray  # whether the most probable token is the target
+    top5: np.ndarray  # whether the target is among the five most probable tokens
+    entropy: np.ndarray  # −Σ p log p in nats
+    nearest: np.ndarray  # whether the nearest centre is the target's; equals `correct` for a harmonic head
+    log_margin: np.ndarray  # log(min_{i ≠ target} d_i / d_target), positive if the target's centre is the nearest
+    target_ratio: np.ndarray  # d_target / median_i d_i
 
     def window_sums(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Σ values and the number of positions of each window, (windows,) each."""
@@ -55,12 +42,11 @@ class Positions:
 
 @dataclass(frozen=True, kw_only=True)
 class TextMeasures:
-    """`positions` of the whole text; `sample`: hidden states of each layer, (layers + 1, S, D) float32, at the
-    positions `sample_at` of the text, which depend on the text and not on the model."""
+    """What `measure_text` returns."""
 
-    positions: Positions
-    sample: np.ndarray
-    sample_at: np.ndarray
+    positions: Positions  # of the whole text
+    sample: np.ndarray  # hidden states of each layer, (layers + 1, S, D) float32
+    sample_at: np.ndarray  # positions of the sample, (S,); they depend on the text alone
 
     @property
     def windows(self) -> int:
@@ -68,9 +54,9 @@ class TextMeasures:
 
 
 def log_probability_measures(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """`loss`, `confidence`, `correct`, `top5` and `entropy` of positions with `logits` (N, V) and `targets` (N,).
+    """`loss`, `confidence`, `correct`, `top5` and `entropy` from logits (N, V) and targets (N,).
 
-    A tie with the target counts as a hit of accuracy and top-5 only if the target comes first in `topk`.
+    If another token ties with the target, the order of `topk` decides whether the target counts as predicted.
     """
     log_p = logits.log_softmax(-1)
     p = log_p.exp()
@@ -81,13 +67,12 @@ def log_probability_measures(logits: Tensor, targets: Tensor) -> dict[str, Tenso
         "confidence": top.values[:, 0].exp(),
         "correct": hits[:, 0],
         "top5": hits.any(-1),
-        # xlogy is 0 where p is, also for a class that is masked with −inf.
-        "entropy": -torch.special.xlogy(p, p).sum(-1),
+        "entropy": -torch.special.xlogy(p, p).sum(-1),  # xlogy: 0 for p = 0, also for a logit of −inf
     }
 
 
 def distance_measures(log_distances: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """`nearest`, `log_margin` and `target_ratio` of positions with log d (N, V) to every centre and `targets` (N,)."""
+    """`nearest`, `log_margin` and `target_ratio` from log d (N, V) to every centre and targets (N,)."""
     own = log_distances.gather(-1, targets[:, None])[:, 0]
     median = log_distances.median(dim=-1).values
     others = log_distances.scatter(-1, targets[:, None], float("inf")).amin(-1)
@@ -95,14 +80,13 @@ def distance_measures(log_distances: Tensor, targets: Tensor) -> dict[str, Tenso
 
 
 def measure_states(loaded: LoadedModel, x: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """All quantities of `Positions` of states after the final norm, (N, D), with `targets`, (N,)."""
+    """All quantities of `Positions` from hidden states after the final norm, (N, D), and targets, (N,)."""
     logits = loaded.logits(x)
     return log_probability_measures(logits, targets) | distance_measures(loaded.log_distances(x, logits), targets)
 
 
 def sampled_positions(total: int, count: int, seed: int) -> np.ndarray:
-    """Up to `count` of `total` positions at random, without replacement, sorted; a smaller sample is part of a larger
-    one with the same seed."""
+    """Up to `count` random positions, sorted. Of one seed, a smaller sample is a subset of a larger one."""
     return np.sort(np.random.default_rng(seed).permutation(total)[:count])
 
 
@@ -117,8 +101,8 @@ def measure_text(
     """One pass over `windows`.
 
     Args:
-        sample: positions whose hidden states are kept.
-        advance: called with the number of positions that are done, for a progress bar.
+        sample: number of positions whose hidden states are kept.
+        advance: called with the number of positions just measured, for a progress bar.
     """
     sample_at = sampled_positions(sum(len(inputs) for inputs, _ in windows), sample, seed)
     found: dict[str, list[np.ndarray]] = {field.name: [] for field in fields(Positions)}

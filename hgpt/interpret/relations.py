@@ -1,8 +1,8 @@
-"""Relations between words: read from JSON in the format of function vectors, and turned into pairs of tokens.
+"""Relations between words: JSON files in the format of function vectors, and the token pairs of their words.
 
-A file holds one relation, a list of `{"input": "France", "output": "Paris"}`; its name is the relation's (Todd et al.,
-*Function Vectors in Large Language Models*, arXiv:2310.15213). The sets in `relation_sets/` were written for this
-project and are what a report uses when no folder is named.
+A file holds one relation, a list of `{"input": "France", "output": "Paris"}`. The file's name is the relation's name
+(Todd et al., *Function Vectors in Large Language Models*, arXiv:2310.15213). The sets in `relation_sets/` were written
+for this project; a report uses them by default.
 """
 
 import json
@@ -17,10 +17,10 @@ from hgpt.durable import read_json
 from hgpt.errors import UserError
 
 SHIPPED = Path(__file__).parent / "relation_sets"
-SMALLEST_RELATION = 4  # pairs; two disjoint pairs of pairs are the least that can be compared
+SMALLEST_RELATION = 4  # pairs: the fewest that give two disjoint pairs of pairs
 
-# How a word becomes one token: its last token, as in arXiv:2502.01628; or only words that are one token, without or
-# with the space that stands before a word inside a sentence.
+# Which token represents a word: its last one, as in arXiv:2502.01628, or its only one, without or with a space before
+# the word. A word of several tokens has no token under the "single" forms.
 WordForm = Literal["last", "single", "single_after_space"]
 
 
@@ -34,10 +34,7 @@ class Relation:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenPairs:
-    """The pairs of a relation that a tokenizer can express.
-
-    `words` are their texts, `ids` their tokens, (pairs, 2) int64; `dropped` counts the pairs that were left out.
-    """
+    """The usable pairs of a relation: their words, their tokens `ids`, (pairs, 2) int64, and how many were dropped."""
 
     words: tuple[tuple[str, str], ...]
     ids: np.ndarray
@@ -45,7 +42,7 @@ class TokenPairs:
 
 
 def load_relations(folder: str | Path | None = None) -> list[Relation]:
-    """Every `*.json` of `folder` (default: the shipped sets), by name. Raises UserError for none, or a broken one."""
+    """Every `*.json` of `folder` (default: the shipped sets), by name. Raises UserError if none or one is invalid."""
     folder = SHIPPED if folder is None else Path(folder)
     try:
         files = sorted(path for path in folder.iterdir() if path.suffix == ".json")
@@ -59,21 +56,22 @@ def load_relations(folder: str | Path | None = None) -> list[Relation]:
     return [read_relation(file) for file in files]
 
 
-def read_relation(path: str | Path) -> Relation:
-    """The relation in one file. Raises UserError naming the first entry that is not a pair of texts."""
-    path = Path(path)
+def read_relation(path: Path) -> Relation:
+    """The relation in one file. Raises UserError that names the first entry that is not a pair of texts."""
     rule = 'a relation is a list of {"input": "text", "output": "text"}'
     try:
         content = read_json(path, f"{rule}.")
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; {rule}") from error
     if not isinstance(content, list):
-        raise UserError(f"{path}: {rule}; got {_shown(content)}")
+        raise UserError(f"{path}: {rule}; got {json.dumps(content, ensure_ascii=False):.60}")
     pairs: dict[tuple[str, str], None] = {}
     for number, entry in enumerate(content, start=1):
         pair = (entry.get("input"), entry.get("output")) if isinstance(entry, dict) else (None, None)
         if not all(isinstance(word, str) and word.strip() for word in pair):
-            raise UserError(f"{path}: {rule}; entry {number} is {_shown(entry)}. Correct or remove it")
+            raise UserError(
+                f"{path}: {rule}; entry {number} is {json.dumps(entry, ensure_ascii=False):.60}. Correct or remove it"
+            )
         pairs[pair[0].strip(), pair[1].strip()] = None  # type: ignore[union-attr]
     return Relation(name=path.stem, pairs=tuple(pairs))
 
@@ -81,12 +79,11 @@ def read_relation(path: str | Path) -> Relation:
 def token_pairs(
     relation: Relation, encode: Callable[[str], Sequence[int]], form: WordForm, unknown: int | None = None
 ) -> TokenPairs:
-    """The tokens of a relation's words.
+    """The tokens of a relation's words; a pair with a word that has no token is dropped.
 
     Args:
         encode: text → token ids, without special tokens.
-        form: which token stands for a word; a pair with a word that has none is left out.
-        unknown: the tokenizer's id for what it does not know; a word that contains it has no token.
+        unknown: the tokenizer's unknown token, if any; a word that contains it has no token.
     """
     words, ids = [], []
     for pair in relation.pairs:
@@ -100,30 +97,16 @@ def token_pairs(
 
 
 def distinct(pairs: TokenPairs) -> TokenPairs:
-    """Without pairs whose two tokens are the same, and with each pair of tokens once: its first."""
+    """Drop pairs of two equal tokens, and all but the first of equal pairs of tokens."""
     first = np.sort(np.unique(pairs.ids, axis=0, return_index=True)[1])
     kept = first[pairs.ids[first, 0] != pairs.ids[first, 1]]
-    return TokenPairs(
-        words=tuple(pairs.words[index] for index in kept),
-        ids=pairs.ids[kept],
-        dropped=pairs.dropped + len(pairs.ids) - len(kept),
-    )
-
-
-def spellings(relations: Sequence[Relation]) -> list[str]:
-    """Every text that `token_pairs` asks the tokens of, whatever the form: words, without and with a space before."""
-    words = dict.fromkeys(word for relation in relations for pair in relation.pairs for word in pair)
-    return [text for word in words for text in (word, f" {word}")]
+    words = tuple(pairs.words[index] for index in kept)
+    return TokenPairs(words=words, ids=pairs.ids[kept], dropped=pairs.dropped + len(pairs.ids) - len(kept))
 
 
 def word_token(word: str, encode: Callable[[str], Sequence[int]], form: WordForm, unknown: int | None) -> int | None:
-    """The token that stands for a word, None if there is none."""
+    """The token that represents a word, None if there is none."""
     tokens = encode(f" {word}" if form == "single_after_space" else word)
     if not len(tokens) or unknown in tokens or (form != "last" and len(tokens) > 1):
         return None
     return int(tokens[-1])
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,8 +1,8 @@
-"""The report: every measure of every model, as one self-contained page, JSON, and figures as PNG and SVG."""
+"""A report: every measure of every model as one self-contained page, as JSON, and as figures in PNG and SVG."""
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -16,10 +16,9 @@ from markupsafe import Markup
 from tqdm import tqdm
 
 from hgpt.errors import UserError
-from hgpt.interpret.blocks import Block, Cell, Details, Drawing, Html
 from hgpt.interpret.corpus import data_of_runs, open_text
 from hgpt.interpret.drawing import STYLE, headings, save_figure, swatch
-from hgpt.interpret.measure import Analysis, ModelResult
+from hgpt.interpret.measure import Analysis, Block, Cell, Details, Drawing, Html, ModelResult, Quantity
 from hgpt.interpret.measures import MEASURES
 from hgpt.interpret.models import LoadedModel, find_sources, loaded, outlines, run_checkpoints
 from hgpt.interpret.relations import load_relations
@@ -32,9 +31,9 @@ Section = tuple[str, str, Sequence[Block]]  # name, title, blocks
 
 
 def analyse(paths: list[str], settings: AnalysisSettings, *, checkpoints: bool = True) -> Analysis:
-    """Every measure of every model that `paths` name, and the comparisons of each with the first.
+    """Every measure of every model in `paths`, and the comparisons of each with the first.
 
-    Models are in memory one after another; what is kept of each is small. Raises UserError for bad input.
+    One model is in memory at a time. Raises UserError for bad input.
     """
     sources = find_sources(paths)
     relations = load_relations(settings.relations)
@@ -71,7 +70,7 @@ def analyse(paths: list[str], settings: AnalysisSettings, *, checkpoints: bool =
 def _measured(
     model: LoadedModel, vocabulary: frozenset[tuple[str, int]], task: Task, notes: list[str]
 ) -> tuple[ModelResult, bool]:
-    """The results of one model, and whether the data is in its tokens."""
+    """The results of one model, and whether the data has its tokens."""
     subject = Subject(model, task)
     result = ModelResult.of(model, vocabulary)
     for measure in MEASURES:
@@ -85,7 +84,7 @@ def _measured(
 
 
 def _over_checkpoints(result: ModelResult, task: Task, device: torch.device) -> list[dict[str, Any]]:
-    """What the measures say of every checkpoint that the run has kept; nothing of a single one."""
+    """A row per checkpoint that the run kept; no rows if it kept only one."""
     kept = run_checkpoints(result.source)
     rows = []
     for source in tqdm(kept, desc=f"{result.label}: checkpoints", disable=None, leave=False) if len(kept) > 1 else ():
@@ -114,7 +113,7 @@ def _compare(analysis: Analysis, other: ModelResult) -> None:
 
 def _device(name: str) -> torch.device:
     try:
-        return torch.empty(1, device=name).device  # naming a device succeeds without it; taking memory there does not
+        return torch.empty(1, device=name).device  # torch.device alone accepts a device that is absent
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
 
@@ -129,25 +128,25 @@ def restricted(analysis: Analysis, models: int) -> Analysis:
     return replace(analysis, models=analysis.models[:models], compared=compared)
 
 
-# Of hgpt.compare: key → axis label.
-READABILITY = {q.key: q.axis or q.label for measure in MEASURES for q in measure.quantities if q.key}
+def _compared() -> list[Quantity]:
+    return [quantity for measure in MEASURES for quantity in measure.quantities if quantity.key]
+
+
+READABILITY = {quantity.key: quantity.axis or quantity.label for quantity in _compared()}  # key → axis label
 
 
 def readability(model: ModelResult) -> dict[str, float | None]:
-    """One number for each key of `READABILITY`, None where it is not known: what runs of many arms are compared by."""
-    values: dict[str, Any] = {q.key: q.value(model) for measure in MEASURES for q in measure.quantities if q.key}
+    """The value of each key of `READABILITY`, None if it is unknown."""
+    values: dict[str, Any] = {quantity.key: quantity.value(model) for quantity in _compared()}
     return {key: value.value if isinstance(value, Estimate) else value for key, value in values.items()}
 
 
 def write_report(analysis: Analysis, folder: Path) -> Path:
-    """index.html, results.json, figures/ and the measures' own files in `folder`; returns the page."""
+    """Write index.html, results.json and figures/ into `folder`; returns the page."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         results = json.dumps(_plain(to_json(analysis)), indent=1, ensure_ascii=False)
         (folder / RESULTS).write_text(results, encoding="utf-8")
-        for measure in MEASURES:
-            for name, content in measure.files(analysis).items():
-                (folder / name).write_text(content, encoding="utf-8", newline="")
         sections = page_sections(analysis)
         images = {}
         for drawing in drawings(block for _, _, blocks in sections for block in blocks):
@@ -160,14 +159,14 @@ def write_report(analysis: Analysis, folder: Path) -> Path:
 
 
 def to_json(analysis: Analysis) -> dict[str, Any]:
-    """results.json: everything but the arrays that only figures need."""
+    """The content of results.json."""
     whole: dict[str, Any] = {
         "settings": analysis.settings,
         "data": {
             "folder": analysis.data,
             "source": analysis.data_source,
             "evaluated_tokens": analysis.evaluated_tokens,
-            "windows": analysis.windows,
+            "windows": next((model.text.windows for model in analysis.models if model.text is not None), 0),
         },
         "notes": analysis.notes,
         "models": [_model_json(model) for model in analysis.models],
@@ -188,7 +187,7 @@ def _model_json(model: ModelResult) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: dataclasses as objects, arrays as lists, null for nan and infinity."""
+    """As JSON: dataclasses as objects, arrays as lists, null for nan and infinity."""
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
@@ -201,13 +200,13 @@ def _plain(value: Any) -> Any:
 
 
 def page_sections(analysis: Analysis) -> list[Section]:
-    """The sections of all measures that have something to show."""
+    """The sections of all measures that have blocks."""
     with matplotlib.rc_context(STYLE):
         sections = [(measure.name, measure.title, measure.section(analysis)) for measure in MEASURES]
     return [section for section in sections if section[2]]
 
 
-def drawings(blocks: Any) -> list[Drawing]:
+def drawings(blocks: Iterable[Block]) -> list[Drawing]:
     """Every figure among the blocks, also folded ones."""
     found = []
     for block in blocks:
@@ -216,7 +215,7 @@ def drawings(blocks: Any) -> list[Drawing]:
 
 
 def page(analysis: Analysis, sections: Sequence[Section], images: dict[str, str]) -> str:
-    """The whole page; style, script, data and images (name → base64) are inside it, and nothing is fetched."""
+    """The page; it contains style, script, data and images (name → base64)."""
     folder = resources.files("hgpt.interpret") / "page"
     text = {name: (folder / name).read_text(encoding="utf-8") for name in ("report.html", "style.css", "browser.js")}
     environment = jinja2.Environment(
@@ -236,7 +235,6 @@ def page(analysis: Analysis, sections: Sequence[Section], images: dict[str, str]
         headings=headings(analysis.models),
         swatch=swatch,
         fragment=fragment,
-        measured_on=analysis.measured_on,
         summary=summary(analysis.models),
         settings=", ".join(f"{key} = {value}" for key, value in asdict(analysis.settings).items()),
         results=RESULTS,
@@ -245,7 +243,7 @@ def page(analysis: Analysis, sections: Sequence[Section], images: dict[str, str]
 
 
 def summary(models: Sequence[ModelResult]) -> list[tuple[str, list[Cell]]]:
-    """A row for each quantity of all measures that is known of a model."""
+    """A row per quantity that is known of at least one model."""
     quantities = [quantity for measure in MEASURES for quantity in measure.quantities if quantity.label]
     rows = [(q.label + ARROWS[q.better], [q.value(model) for model in models]) for q in quantities]
     return [(label, cells) for label, cells in rows if any(cell is not None for cell in cells)]

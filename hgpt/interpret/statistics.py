@@ -1,4 +1,4 @@
-"""Uncertainty: bootstrap intervals, permutation tests, and the correction for many of them."""
+"""Uncertainty: bootstrap intervals, permutation tests, and Holm's correction for multiple tests."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 SIGNIFICANT = 1 - CONFIDENCE
-SIGN_FLIPS = 9999  # patterns of signs; where there are no more, all of them are counted
+SIGN_FLIPS = 9999  # random sign patterns; a test with at most so many patterns counts all of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,28 +33,28 @@ def estimate(value: float, replicates: np.ndarray) -> Estimate:
 
 
 def mean_estimate(values: Sequence[float], replicates: Sequence[np.ndarray]) -> Estimate:
-    """The mean of several values, such as those of all relations, with the interval that their replicates give it."""
+    """The mean of several values, for example over relations, with the interval of the mean of their replicates."""
     return estimate(float(np.mean(values)), np.mean(replicates, axis=0))
 
 
-def percentile_interval(replicates: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """The percentile bootstrap interval: the (1 − c)/2 and (1 + c)/2 quantiles of the replicates, (B,), without nan.
+def percentile_interval(replicates: np.ndarray) -> tuple[float, float]:
+    """The 2.5 % and 97.5 % quantiles of the finite replicates, (B,); nan if there are none.
 
     Efron & Tibshirani, *An Introduction to the Bootstrap* (1993), §13.3.
     """
     kept = replicates[np.isfinite(replicates)]
     if not kept.size:
         return float("nan"), float("nan")
-    low, high = np.quantile(kept, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(kept, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 
-@lru_cache(maxsize=4)  # variants of a score ask for the same resamples one after the other
+@lru_cache(maxsize=4)  # the variants of a score use the same resamples in succession
 def bootstrap_counts(items: int, replicates: int, seed: int) -> np.ndarray:
-    """How often each of `items` is drawn in each of `replicates` samples with replacement, (B, items), float64.
+    """How often each item is drawn in each of `replicates` samples with replacement, (B, items), float64, read-only.
 
-    Statistics of a resample are then weighted sums with these counts. The same seed gives the same resamples, so the
-    replicates of two models are paired. The array is shared: it cannot be written to.
+    The statistic of a resample is a sum weighted by these counts. The same seed gives the same resamples, so the
+    replicates of two models are paired.
     """
     draws = np.random.default_rng(seed).integers(0, items, size=(replicates, items))
     flat = draws + items * np.arange(replicates)[:, None]
@@ -67,7 +67,7 @@ def bootstrap_ratio(numerators: np.ndarray, denominators: np.ndarray, counts: np
     """Replicates of Σ numerators / Σ denominators when whole clusters are resampled, (B,); nan for 0 / 0.
 
     Args:
-        numerators, denominators: sums of each cluster, (clusters,): a window's losses and its number of targets.
+        numerators, denominators: one sum per cluster, (clusters,), such as a window's losses and number of targets.
         counts: `bootstrap_counts(clusters, …)`.
     """
     with np.errstate(invalid="ignore"):
@@ -75,12 +75,12 @@ def bootstrap_ratio(numerators: np.ndarray, denominators: np.ndarray, counts: np
 
 
 def sign_flip_test(differences: np.ndarray, *, permutations: int = SIGN_FLIPS, seed: int = 0) -> float:
-    """Two-sided p-value of the permutation test of paired samples: the mean of `differences` δ, (m ≥ 2,), against 0.
+    """Two-sided p-value of the paired permutation test that the mean of `differences` δ, (m ≥ 2,), is 0.
 
         p = #{s : |mean(s ⊙ δ)| ≥ |mean(δ)|} / #{s}        s ∈ {−1, 1}^m
 
-    Under the null hypothesis the two members of each pair may be exchanged, which flips the sign of its difference. All
-    2^m patterns are counted where there are at most `permutations`. Otherwise `permutations` random ones and the
+    Under the null hypothesis the members of a pair are exchangeable, so the sign of its difference is arbitrary. If
+    there are at most `permutations` patterns, all 2^m are counted. Otherwise `permutations` random patterns and the
     identity are counted, so p is never 0 (Phipson & Smyth 2010, arXiv:1603.05766).
     """
     test = stats.permutation_test(
@@ -97,24 +97,24 @@ def sign_flip_test(differences: np.ndarray, *, permutations: int = SIGN_FLIPS, s
 
 
 def smallest_sign_flip_p(m: int, permutations: int = SIGN_FLIPS) -> float:
-    """The least p-value that `sign_flip_test` can give for m differences (on average where patterns are sampled).
+    """The smallest p-value that `sign_flip_test` can give for m differences (on average if patterns are sampled).
 
-    Their own signs and the opposite ones always count, 2 / 2^m; a sample never gives less than 1 / (1 + permutations).
+    The observed signs and their opposites always count: 2 / 2^m. Sampling cannot give less than 1 / (1 + permutations).
     """
     exact = 2.0 ** (1 - m)
     return exact if 2**m <= permutations else max(exact, 1 / (permutations + 1))
 
 
 def smallest_shuffle_p(pairs: int, permutations: int) -> float:
-    """The least p-value of a test that shuffles `pairs` items at random `permutations` times, on average.
+    """The smallest mean p-value of a test with `permutations` random orders of `pairs` items.
 
-    1 / (1 + permutations), and not below 1 / pairs!: one shuffle in so many gives the observed order again.
+    At least 1 / (1 + permutations), and at least 1 / pairs!, the probability that an order is the observed one.
     """
     return max(1 / math.factorial(pairs), 1 / (permutations + 1))
 
 
-def holm(p_values: list[float] | np.ndarray) -> np.ndarray:
-    """p-values adjusted for their number m by Holm's step-down method, in the order given; nan stays nan.
+def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Holm's step-down adjustment of m p-values, in the given order; nan stays nan.
 
         p̃_(i) = max_{j ≤ i} min(1, (m − j + 1) p_(j))
 

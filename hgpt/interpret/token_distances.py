@@ -1,4 +1,4 @@
-"""The distances behind each token of a text: the table of sample.py --show-distances."""
+"""The distances of each generated token: the table of sample.py --show-distances."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from hgpt.interpret.models import token_text
 from hgpt.model.harmax import relative_distances
 from hgpt.model.heads import HarmonicHead
 
-TOKEN_WIDTH = 16  # the most columns of the terminal that the table gives a token
+TOKEN_WIDTH = 16  # columns of the terminal; longer tokens are shortened
 
 LEGEND = """\
 p        the model's own probability of the token: HarMax with n = {exponent:.4g}
@@ -80,8 +80,8 @@ def measure(model: PreTrainedModel, prompt_ids: list[int], new_ids: list[int], n
 def distance_table(
     tokens: Sequence[TokenDistances], tokenizer: PreTrainedTokenizerBase, exponent: float, columns: int | None = None
 ) -> str:
-    """A line for each token. With `columns`, only as many of the nearest centres as fit into that width."""
-    # Enough decimals to tell two centres apart whose probabilities differ by a few percent.
+    """A line per token. With `columns`, only as many of the nearest centres as fit into that width."""
+    # Enough decimals to distinguish centres whose probabilities differ by a few percent.
     decimals = max(3, 1 + math.ceil(math.log10(exponent)))
     probabilities = [f"{p:.4f}" if p >= 1e-3 else f"{p:.1e}" for p in (token.probability for token in tokens)]
     radii = [token for token in tokens if token.radius is not None]
@@ -95,7 +95,7 @@ def distance_table(
         aligned(["rank", *(str(token.rank) for token in tokens)]),
     ]
     head, *lines = ("  ".join(cells) for cells in zip(*parts, strict=True))
-    for centres in zip(*(token.nearest for token in tokens), strict=True):  # first all nearest, then all second, ...
+    for centres in zip(*(token.nearest for token in tokens), strict=True):  # all nearest, then all second nearest, ...
         names = aligned([visible(tokenizer, token) for token, _ in centres], left=True)
         ratios = aligned([f"{ratio:.{decimals}f}" for _, ratio in centres])
         longer = [f"{line}  {name} {ratio}" for line, name, ratio in zip(lines, names, ratios, strict=True)]
@@ -106,7 +106,7 @@ def distance_table(
 
 
 def aligned(cells: list[str], left: bool = False) -> list[str]:
-    """Cells of one column, padded to the same width."""
+    """The cells of a column, padded to equal width."""
     widest = max(map(width, cells))
     padding = [" " * (widest - width(cell)) for cell in cells]
     return [cell + pad if left else pad + cell for cell, pad in zip(cells, padding, strict=True)]
@@ -125,5 +125,5 @@ def visible(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 
 def width(text: str) -> int:
-    """Columns of a terminal that `text` takes."""
+    """The number of terminal columns of `text`."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

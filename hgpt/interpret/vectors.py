@@ -1,66 +1,64 @@
-"""Vectors as rows of a matrix: mean and covariance, principal axes, and the words of a relation in a plane.
+"""Matrices whose rows are vectors: covariance, principal axes, and the words of a relation in a plane.
 
-Vectors have any float dtype; every sum is made in float64.
+Vectors have any float dtype; sums are in float64.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import scipy.linalg
 
 from hgpt.interpret.relations import WordForm
 
-CHUNK = 8192  # rows that are widened to float64 at a time
+CHUNK = 8192  # rows that are converted to float64 at a time
 
 
-@dataclass(frozen=True, kw_only=True)
-class Covariance:
+class Covariance(NamedTuple):
     """Mean μ, (D,), and covariance C = (1/N) Σ (x − μ)(x − μ)ᵀ, (D, D), of N vectors, float64."""
 
     mean: np.ndarray
     matrix: np.ndarray
 
 
-@dataclass(frozen=True, kw_only=True)
-class PrincipalAxes:
-    """Eigenvectors of a covariance as columns, (D, k), and their eigenvalues, (k,), the largest first."""
+class PrincipalAxes(NamedTuple):
+    """Eigenvectors of a covariance as columns, (D, k), and their eigenvalues, (k,), in falling order."""
 
     axes: np.ndarray
     variances: np.ndarray
 
 
 def chunks(x: np.ndarray) -> Iterator[np.ndarray]:
-    """The rows of x, a copy of some at a time, in float64."""
+    """Float64 copies of CHUNK rows of x at a time."""
     for start in range(0, len(x), CHUNK):
         yield x[start : start + CHUNK].astype(np.float64)
 
 
 def covariance(x: np.ndarray) -> Covariance:
-    """Mean and covariance of the rows of x, (N, D), without a second copy of x in float64."""
+    """Mean and covariance of the rows of x, (N, D), without a float64 copy of all of x."""
     mean = x.mean(axis=0, dtype=np.float64)
     matrix = np.zeros((x.shape[1], x.shape[1]))
     for part in chunks(x):
         part -= mean
         matrix += part.T @ part
-    return Covariance(mean=mean, matrix=matrix / len(x))
+    return Covariance(mean, matrix / len(x))
 
 
 def principal_axes(matrix: np.ndarray, components: int | None = None) -> PrincipalAxes:
-    """The first principal axes of a covariance, (D, D): all of them for None. Signs: the largest entry is positive."""
+    """The first principal axes of a covariance, (D, D), or all of them. The largest entry of an axis is positive."""
     size = len(matrix)
     first = 0 if components is None else max(0, size - components)
     variances, axes = scipy.linalg.eigh(matrix, subset_by_index=(first, size - 1))  # rising
     variances, axes = variances[::-1], axes[:, ::-1]
     largest = np.abs(axes).argmax(axis=0)
     axes = axes * np.where(axes[largest, np.arange(axes.shape[1])] < 0, -1.0, 1.0)
-    return PrincipalAxes(axes=axes, variances=np.maximum(variances, 0.0))
+    return PrincipalAxes(axes, np.maximum(variances, 0.0))
 
 
 class Matrix:
-    """A vector for each token as rows, (V, D) float32, with its covariance and all its principal axes."""
+    """A vector per token, (V, D) float32, with its covariance and all its principal axes."""
 
     def __init__(self, rows: np.ndarray) -> None:
         self.rows = rows
@@ -76,32 +74,25 @@ class Matrix:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings:
-    """Which words of a relation are used, and in which plane and on which scale they are measured.
+    """One variant of the parallelogram score: which words, which vectors, in which plane, divided by which scale."""
 
-    Args:
-        components: principal components that vectors are projected on; None: no projection.
-        plane: whose principal components: of all rows of the vocabulary, or of the relation's words.
-        normalisation: the scale: mean ‖E‖² of the vocabulary inside the plane ("vocabulary"), of the relation's words
-            inside the plane ("relation"), or of the vocabulary in the full space, whatever the plane ("full_space").
-        words: which token stands for a word.
-        vectors: rows of the input embedding, or the centres (rows of the unembedding).
-        distinct: leave out pairs whose two words have the same token, and pairs of tokens that occurred before. Where
-            a word is its last token there may be many of them, and the tokens alone make their parallelograms perfect.
-    """
-
-    components: int | None = 2
-    plane: Literal["vocabulary", "relation"] = "vocabulary"
+    components: int | None = 2  # principal components that vectors are projected on; None: no projection
+    plane: Literal["vocabulary", "relation"] = "vocabulary"  # whose components: of all rows, or of the relation's words
+    # The scale is the mean ‖E‖² of the vocabulary or of the relation's words inside the plane, or of the vocabulary
+    # without projection.
     normalisation: Literal["vocabulary", "relation", "full_space"] = "vocabulary"
-    words: WordForm = "last"
-    vectors: Literal["input", "centres"] = "input"
+    words: WordForm = "last"  # which token represents a word
+    vectors: Literal["input", "centres"] = "input"  # rows of the input embedding or of the unembedding
+    # Drop pairs of two equal tokens and repeated pairs of tokens. Last tokens often coincide, and equal tokens form
+    # perfect parallelograms whatever the model.
     distinct: bool = False
 
 
 class RelationVectors:
-    """The vectors of a relation's pairs in the full space: what all planes and scales start from.
+    """The vectors of a relation before projection.
 
     Attributes:
-        pairs: (pairs, 2, D), float64, without the vocabulary's mean (differences of vectors do not contain it).
+        pairs: (pairs, 2, D), float64, minus the vocabulary's mean.
         words: mean and covariance of the relation's words, each token once.
     """
 
@@ -112,19 +103,14 @@ class RelationVectors:
         self.words = covariance(vocabulary.rows[np.unique(ids)])
 
 
-@dataclass(frozen=True)
-class Projection:
-    """The vectors of a relation as a score sees them.
+class Projection(NamedTuple):
+    """The vectors of a relation under one `ScoreSettings`."""
 
-    `inputs`, `outputs`: (pairs, k), float64; `scale` > 0; `plane_variance`: the plane's share of the vocabulary's
-    variance, `plane_variance_of_words` of the relation's words'.
-    """
-
-    inputs: np.ndarray
+    inputs: np.ndarray  # (pairs, k), float64
     outputs: np.ndarray
-    scale: float
-    plane_variance: float
-    plane_variance_of_words: float
+    scale: float  # > 0
+    plane_variance: float  # the plane's share of the vocabulary's variance
+    plane_variance_of_words: float  # the plane's share of the variance of the relation's words
 
     @property
     def offsets(self) -> np.ndarray:
@@ -133,7 +119,7 @@ class Projection:
 
 
 def project(relation: RelationVectors, settings: ScoreSettings) -> Projection:
-    """The vectors of a relation in the plane that `settings` name, and their scale."""
+    """The vectors of a relation in the plane of `settings`, and the scale."""
     vocabulary, words = relation.vocabulary.covariance.matrix, relation.words.matrix
     axes = None
     if settings.components is not None:

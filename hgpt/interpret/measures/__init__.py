@@ -1,4 +1,4 @@
-"""The measures of a report, in the order of its page: a new one is a file here and an entry in `MEASURES`."""
+"""The measures of a report, in the order of its page. A new measure is a file here and an entry in `MEASURES`."""
 
 from hgpt.interpret.measure import Measure
 from hgpt.interpret.measures import (
@@ -8,7 +8,6 @@ from hgpt.interpret.measures import (
     differences,
     geometry,
     lens,
-    pairs,
     parallelograms,
     planes,
     predictions,
@@ -18,7 +17,7 @@ from hgpt.interpret.measures import (
 )
 
 ON_TEXT = (predictions, calibration)
-RELATIONS = (parallelograms, differences, analogies, planes, pairs)
+RELATIONS = (parallelograms, differences, analogies, planes)
 VECTORS = (geometry, similarity, lens)
 TO_READ = (training, reading, centres)
 MEASURES = tuple(Measure.of(module) for module in (*ON_TEXT, *RELATIONS, *VECTORS, *TO_READ))

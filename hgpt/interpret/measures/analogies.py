@@ -1,5 +1,6 @@
-"""Relations between words without a plane: do all offsets point one way, and are analogies answered?"""
+"""Relations between words without a plane: consistency of the offsets, and accuracy in analogy questions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +14,14 @@ from hgpt.interpret.statistics import Estimate, estimate, mean_estimate
 from hgpt.interpret.subject import Subject
 
 EPSILON = 1e-3  # of 3CosMul, as in Levy & Goldberg
-QUESTIONS = 500  # per relation: each costs a search of the vocabulary
+QUESTIONS = 500  # per relation; each question is a search of the vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
 class WordMeasures:
-    """Of one relation in one matrix; `accuracy` by method, empty where no question could be asked.
+    """One relation in one matrix.
 
-    `replicates`: of "consistency" and of each method, for means over relations.
+    `accuracy`: by method, empty without questions. `replicates`: of "consistency" and of each method.
     """
 
     consistency: Estimate
@@ -29,7 +30,7 @@ class WordMeasures:
     replicates: dict[str, np.ndarray]
 
 
-def of(model: ModelResult, vectors: str) -> dict[str, WordMeasures]:
+def result_of(model: ModelResult, vectors: str) -> dict[str, WordMeasures]:
     """Relation → measures, of "input" or "centres"."""
     return model.found.get("analogies", {}).get(vectors, {})
 
@@ -37,7 +38,7 @@ def of(model: ModelResult, vectors: str) -> dict[str, WordMeasures]:
 def offset_consistency(offsets: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
     """Mean cosine between the offsets of different pairs: (‖Σ w u‖² − Σ w²) / (W² − Σ w²) with u_i = o_i / ‖o_i‖.
 
-    1 where all offsets point one way, 0 where they are unrelated; offsets of length 0 are left out. `counts` as in
+    1 for parallel offsets, 0 for unrelated ones; offsets of length 0 are left out. `counts` as in
     `parallelograms.mean_parallelogram_score`.
     """
     norms = np.linalg.norm(offsets, axis=1)
@@ -53,7 +54,7 @@ def offset_consistency(offsets: np.ndarray, counts: np.ndarray | None = None) ->
 
 
 def analogy_answers(vectors: np.ndarray, questions: np.ndarray) -> dict[str, np.ndarray]:
-    """The answers of both methods to "a is to b as c is to …", (Q,) token ids, from all tokens but a, b and c.
+    """Answers of both methods to "a is to b as c is to …", (Q,) token ids, among all tokens but a, b and c.
 
         3CosAdd: argmax_v  cos(v, b) − cos(v, a) + cos(v, c)
         3CosMul: argmax_v  c⁺(v, b) c⁺(v, c) / (c⁺(v, a) + ε)        c⁺ = (cos + 1) / 2, ε = 0.001
@@ -81,7 +82,7 @@ def analogy_answers(vectors: np.ndarray, questions: np.ndarray) -> dict[str, np.
 
 
 def resampled_accuracy(correct: np.ndarray, chosen: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Replicates of an accuracy over pairs of pairs when the pairs are resampled, (B,): question (i, j) weighs w_i w_j.
+    """Replicates of an accuracy when pairs are resampled, (B,): the question of pairs (i, j) has weight w_i w_j.
 
     Args:
         correct: (Q,) bool; chosen: (Q, 2) indices of the pairs; counts: (B, pairs).
@@ -92,7 +93,7 @@ def resampled_accuracy(correct: np.ndarray, chosen: np.ndarray, counts: np.ndarr
 
 
 def word_measures(rows: np.ndarray, pairs: TokenPairs, subject: Subject, name: str) -> WordMeasures:
-    """The measures of the relation `name`, whose tokens are `pairs`, in the matrix `rows`."""
+    """The measures of the relation `name` with the tokens `pairs` in the matrix `rows`, (V, D)."""
     ids = pairs.ids
     offsets = rows[ids[:, 1]].astype(np.float64) - rows[ids[:, 0]]
     counts = subject.resamples(len(ids), name, "bootstrap")
@@ -101,8 +102,7 @@ def word_measures(rows: np.ndarray, pairs: TokenPairs, subject: Subject, name: s
     chosen = pairs_of_pairs(len(ids), QUESTIONS, subject.settings.seed_of(name, "analogies"))
     first, second = ids[chosen[:, 0]], ids[chosen[:, 1]]
     questions = np.column_stack([first, second[:, 0]])
-    # a, b and c are never an answer, so a question whose answer is one of them cannot be asked.
-    asked = (questions != second[:, 1:]).all(axis=1)
+    asked = (questions != second[:, 1:]).all(axis=1)  # a, b and c are never an answer
     accuracy = {}
     answers = analogy_answers(rows, questions[asked]) if asked.any() else {}
     for method, given in answers.items():
@@ -123,15 +123,13 @@ def compute(subject: Subject) -> dict[str, dict[str, WordMeasures]]:
     return found
 
 
-def mean_of(vectors: str, what: str) -> Any:
-    """The mean over relations of "consistency" or of a method's accuracy, as the value of a `Quantity`."""
+def _mean(vectors: str, what: str) -> Callable[[ModelResult], Estimate | None]:
+    """The mean over relations of "consistency" or of a method's accuracy."""
 
     def value(model: ModelResult) -> Estimate | None:
-        found = [measures for measures in of(model, vectors).values() if what in measures.replicates]
-        if not found:
-            return None
+        found = [measures for measures in result_of(model, vectors).values() if what in measures.replicates]
         values = [m.consistency.value if what == "consistency" else m.accuracy[what].value for m in found]
-        return mean_estimate(values, [m.replicates[what] for m in found])
+        return mean_estimate(values, [m.replicates[what] for m in found]) if found else None
 
     return value
 
@@ -139,15 +137,15 @@ def mean_of(vectors: str, what: str) -> Any:
 def rows(model: ModelResult) -> dict[str, Any]:
     words: dict[str, dict[str, Any]] = {vectors: {} for vectors in model.found.get("analogies", {})}
     for vectors, relations in words.items():
-        for name, w in of(model, vectors).items():
+        for name, w in result_of(model, vectors).items():
             relations[name] = {"consistency": w.consistency, "analogies": w.accuracy, "questions": w.questions}
     return {"words": words}
 
 
 QUANTITIES = (
-    Quantity("offset consistency, input embedding", mean_of("input", "consistency"), "higher"),
-    Quantity("offset consistency, centres", mean_of("centres", "consistency"), "higher", "consistency_centres"),
-    Quantity("analogy accuracy 3CosAdd, input embedding", mean_of("input", "3CosAdd"), "higher", "analogies_input"),
-    Quantity("analogy accuracy 3CosMul, input embedding", mean_of("input", "3CosMul"), "higher"),
-    Quantity("analogy accuracy 3CosAdd, centres", mean_of("centres", "3CosAdd"), "higher", "analogies_centres"),
+    Quantity("offset consistency, input embedding", _mean("input", "consistency"), "higher"),
+    Quantity("offset consistency, centres", _mean("centres", "consistency"), "higher", "consistency_centres"),
+    Quantity("analogy accuracy 3CosAdd, input embedding", _mean("input", "3CosAdd"), "higher", "analogies_input"),
+    Quantity("analogy accuracy 3CosMul, input embedding", _mean("input", "3CosMul"), "higher"),
+    Quantity("analogy accuracy 3CosAdd, centres", _mean("centres", "3CosAdd"), "higher", "analogies_centres"),
 )

@@ -1,4 +1,4 @@
-"""Whether confidence can be taken at its word: the reliability curve and the expected calibration error."""
+"""Calibration: accuracy as a function of confidence, and the expected calibration error (ECE)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,21 +6,20 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from hgpt.interpret.blocks import Block
-from hgpt.interpret.drawing import GREY, look, new_figure, sign
-from hgpt.interpret.measure import Analysis, ModelResult, Quantity, counts_text, tokens_read
+from hgpt.interpret.drawing import GREY, finished, look, new_figure
+from hgpt.interpret.measure import Analysis, Block, ModelResult, Quantity, tokens_text
 from hgpt.interpret.positions import Positions
 from hgpt.interpret.statistics import CONFIDENCE, Estimate
 from hgpt.interpret.subject import Subject
 
 TITLE = "Calibration"
 BINS = 15  # of the reliability curve, as in Guo et al.
-SURE = 3.0  # standard errors beyond which the sign of a bin's gap counts as known
+NONZERO = 3.0  # standard errors above which the gap of a bin counts as nonzero
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """The reliability curve: of each bin that is not empty its mean confidence, its accuracy and its positions."""
+    """Mean confidence, accuracy and number of positions of each bin that is not empty."""
 
     confidence: np.ndarray
     accuracy: np.ndarray
@@ -33,7 +32,7 @@ class Calibration:
     reliability: Reliability
 
 
-def of(model: ModelResult) -> Calibration | None:
+def result_of(model: ModelResult) -> Calibration | None:
     return model.found.get("calibration")
 
 
@@ -43,7 +42,7 @@ def confidence_bins(confidence: np.ndarray, bins: int = BINS) -> np.ndarray:
 
 
 def reliability_curve(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> Reliability:
-    """Accuracy against confidence in `bins` bins of equal width.
+    """Accuracy against confidence in bins of equal width.
 
     Args:
         confidence: probability of the predicted token, (N,), in [0, 1].
@@ -60,28 +59,26 @@ def reliability_curve(confidence: np.ndarray, correct: np.ndarray, bins: int = B
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:
     """ECE = Σ_m |B_m| / N · |accuracy(B_m) − confidence(B_m)|, over bins of equal width.
 
-    Guo et al., *On Calibration of Modern Neural Networks*, arXiv:1706.04599, eq. 3. 0 for perfect calibration; on few
-    positions noise alone makes it positive.
+    Guo et al., *On Calibration of Modern Neural Networks*, arXiv:1706.04599, eq. 3. 0 for perfect calibration; noise
+    makes it positive on few positions.
     """
     curve = reliability_curve(confidence, correct, bins)
     return float(np.sum(curve.count * np.abs(curve.accuracy - curve.confidence)) / curve.count.sum())
 
 
-def calibration_error_interval(
-    gaps: np.ndarray, sizes: np.ndarray, counts: np.ndarray, confidence: float = CONFIDENCE
-) -> tuple[float, float]:
-    """An interval for the ECE that infinitely many positions would have, which is a norm, ‖g‖₁, of the bins' gaps g.
+def calibration_error_interval(gaps: np.ndarray, sizes: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    """A 95 % interval for the ECE of infinitely many positions, ‖g‖₁, where g are the gaps of the bins.
 
-    The ECE of a sample, ‖ĝ‖₁, is too large on average (noise in a gap that is 0 adds to it), and that of a resample is
-    so once more: quantiles of resamples miss a calibrated model. Resampled is the noise h = g* − ĝ of the gaps instead,
-    and what it does to the norm is that of the norm's directional derivative,
+    The sample's ECE ‖ĝ‖₁ is biased upwards, because noise in a gap of 0 adds to it, and a resample's ECE is biased once
+    more, so its quantiles miss a calibrated model. Instead, the noise h = g* − ĝ of the gaps is resampled, and its
+    effect on the norm is taken from the norm's directional derivative,
 
         ‖ĝ‖₁ − ‖g‖₁ ≈ Σ_m [g_m ≠ 0] sign(g_m) h_m + [g_m = 0] |h_m|
 
-    in which a gap counts as 0 while it is below SURE standard errors (Fang & Santos, *Inference on Directionally
-    Differentiable Functions*, Review of Economic Studies 86, 2019, arXiv:1404.3763). The lower end subtracts the
-    upper quantile of that. The upper end subtracts the lower quantile of Σ_m sign(ĝ_m) h_m, which is smaller still:
-    noise can only hide an error as far as it has the opposite sign. So the sample's own ECE lies inside.
+    in which a gap counts as 0 below NONZERO standard errors (Fang & Santos, *Inference on Directionally Differentiable
+    Functions*, Review of Economic Studies 86, 2019, arXiv:1404.3763). The lower end is ‖ĝ‖₁ minus the upper quantile of
+    this sum. The upper end is ‖ĝ‖₁ minus the lower quantile of Σ_m sign(ĝ_m) h_m, which is smaller still, because noise
+    hides an error only if it has the opposite sign. The sample's own ECE lies inside.
 
     Args:
         gaps: Σ correct − confidence of each cluster of positions in each bin, (clusters, M).
@@ -91,10 +88,10 @@ def calibration_error_interval(
     found = gaps.sum(axis=0) / sizes.sum()  # (M,)
     noise = counts @ gaps / (counts @ sizes)[:, None] - found  # (B, M)
     signed = noise * np.sign(found)
-    known = np.abs(found) > SURE * noise.std(axis=0)
+    nonzero = np.abs(found) > NONZERO * noise.std(axis=0)
     error = np.abs(found).sum()
-    low = error - np.quantile(np.where(known, signed, np.abs(noise)).sum(axis=1), (1 + confidence) / 2)
-    high = error - np.quantile(signed.sum(axis=1), (1 - confidence) / 2)
+    low = error - np.quantile(np.where(nonzero, signed, np.abs(noise)).sum(axis=1), (1 + CONFIDENCE) / 2)
+    high = error - np.quantile(signed.sum(axis=1), (1 - CONFIDENCE) / 2)
     return max(0.0, float(low)), min(1.0, float(high))
 
 
@@ -118,51 +115,50 @@ def compute(subject: Subject) -> Calibration | None:
 
 
 def rows(model: ModelResult) -> dict[str, Any]:
-    found = of(model)
+    found = result_of(model)
     return {"reliability": None} if found is None else {"quality": {"ece": found.ece}, "reliability": found.reliability}
 
 
 def section(analysis: Analysis) -> list[Block]:
-    shown = [(index, found) for index, model in enumerate(analysis.models) if (found := of(model)) is not None]
-    if not shown:
+    models = analysis.having(result_of)
+    if not models:
         return []
     figure, axes = new_figure(2, 1, height=4.6, sharex=True, height_ratios=(3, 1))
     curve_panel, count_panel = axes[:, 0]
-    for index, found in shown:
-        curve = found.reliability
-        style = look(index)
-        # A bin of a few positions says little, also where all of them are right or all wrong.
+    for index, model in models:
+        found: Calibration = model.found["calibration"]
+        curve, style = found.reliability, look(index)
         hits = np.rint(curve.accuracy * curve.count).astype(int)
         intervals = [
             stats.binomtest(hit, count).proportion_ci(CONFIDENCE, method="wilson")
             for hit, count in zip(hits.tolist(), curve.count.tolist(), strict=True)
         ]
         curve_panel.vlines(curve.confidence, *zip(*intervals, strict=True), color=style["color"], linewidth=1)
-        label = f"{analysis.models[index].label}, ECE {found.ece.text}"
+        label = f"{model.label}, ECE {found.ece.text}"
         curve_panel.plot(curve.confidence, curve.accuracy, **style, markersize=4, label=label)
         count_panel.plot(curve.confidence, curve.count, **style, markersize=3)
     curve_panel.plot([0, 1], [0, 1], color=GREY, linewidth=1)
     curve_panel.set(ylabel="accuracy", ylim=(0, 1))
     count_panel.set(xlabel="confidence: probability of the predicted token", ylabel="positions", xlim=(0, 1))
     count_panel.set_yscale("log")
-    models = [analysis.models[index] for index, _ in shown]
+    shown = [model for _, model in models]
     return [
-        sign(
+        finished(
             figure,
             "reliability",
             "Reliability",
-            caption="Accuracy against confidence in 15 bins of equal width; on the diagonal confidence can be taken at "
-            "its word. Bars: Wilson's 95 % interval of a share, as if the positions of a bin were independent. Those "
-            "of one window are not, so the bars are rather too short; the interval of the ECE is over windows.",
-            models=models,
-            source=f"Measured on {counts_text(tokens_read(models))} validation tokens of: {analysis.data_source}. ECE "
+            caption="Accuracy against confidence in 15 bins of equal width. A calibrated model lies on the diagonal. "
+            "Bars: Wilson's 95 % interval for independent positions. Positions of one window are dependent, so the "
+            "bars are too short; the interval of the ECE accounts for that by resampling windows.",
+            models=shown,
+            source=f"Measured on {tokens_text(shown)} validation tokens of: {analysis.data_source}. ECE "
             f"with 95 % interval over windows, {analysis.resampled}.",
         )
     ]
 
 
 def _ece(model: ModelResult) -> Estimate | None:
-    return None if (found := of(model)) is None else found.ece
+    return None if (found := result_of(model)) is None else found.ece
 
 
 QUANTITIES = (Quantity("expected calibration error", _ece, "lower", "ece"),)

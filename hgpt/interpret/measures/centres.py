@@ -1,4 +1,4 @@
-"""Centres to read: which centres are near one, and which contexts of the text."""
+"""Chosen tokens: the centres nearest to the token's centre, and the contexts whose hidden states are nearest to it."""
 
 from typing import Any
 
@@ -7,28 +7,27 @@ import torch
 from markupsafe import Markup
 
 from hgpt.errors import UserError
-from hgpt.interpret.blocks import Block, Details, Html, Table, bold, paragraph
-from hgpt.interpret.measure import Analysis, ModelResult, counts_text, states_sampled
+from hgpt.interpret.measure import Analysis, Block, Details, ModelResult, Table, bold, paragraph, states_text
 from hgpt.interpret.models import LoadedModel
 from hgpt.interpret.positions import CHUNK
 from hgpt.interpret.subject import Read, Subject
 
-TITLE = "Centres to read"
+TITLE = "Centres and their neighbours"
 NEIGHBOURS, CONTEXTS = 10, 5
 WORDS = 12
 CONTEXT_TOKENS = 12
 
 
-def of(model: ModelResult) -> list[dict[str, Any]]:
+def result_of(model: ModelResult) -> list[dict[str, Any]]:
     """[{"token", "neighbours": [(token, distance)], "contexts": [{"before", "next", "value"}]}]"""
     return model.found.get("centres") or []
 
 
 def neighbours(loaded: LoadedModel, token: int, k: int) -> list[tuple[str, float]]:
-    """The `k` centres nearest to the centre of `token`, itself left out, with their distances.
+    """The `k` centres nearest to the centre of `token`, without itself, and their distances.
 
-    By the metric of a harmonic head; by 1 − cosine for a softmax head, in which the length of a row depends on the
-    token's frequency.
+    By the metric of a harmonic head. By 1 − cosine for a softmax head, whose rows vary in length with the frequency of
+    the token.
     """
     values, tokens = loaded.distances_from_centre(token).topk(min(k + 1, loaded.vocab_size), largest=False)
     found = zip(tokens.tolist(), values.tolist(), strict=True)
@@ -37,9 +36,9 @@ def neighbours(loaded: LoadedModel, token: int, k: int) -> list[tuple[str, float
 
 @torch.inference_mode()
 def nearest_contexts(loaded: LoadedModel, states: np.ndarray, token: int, k: int) -> list[tuple[int, float]]:
-    """Of hidden states (S, D), the `k` that are nearest to the centre of `token`: indices and d / d_min of the state.
+    """The `k` of the hidden states (S, D) that are nearest to the centre of `token`: index and d / d_min.
 
-    Of a softmax head, the `k` states that give the token the largest logit, with its probability there.
+    For a softmax head the `k` states with the largest logit of the token: index and probability.
     """
     scores, shown = [], []
     for start in range(0, len(states), CHUNK):
@@ -59,7 +58,7 @@ def nearest_contexts(loaded: LoadedModel, states: np.ndarray, token: int, k: int
 
 def compute(subject: Subject) -> list[dict[str, Any]]:
     model, read, found = subject.model, subject.read, []
-    for token in _words_to_read(subject):
+    for token in _chosen_tokens(subject):
         contexts = []
         if read is not None:
             at, states = read.measures.sample_at, read.measures.sample[-1]
@@ -70,8 +69,8 @@ def compute(subject: Subject) -> list[dict[str, Any]]:
     return found
 
 
-def _words_to_read(subject: Subject) -> list[int]:
-    """The user's words (the last token of each), or the text's commonest tokens that are words of four letters."""
+def _chosen_tokens(subject: Subject) -> list[int]:
+    """The last token of each of --words, by default the text's most frequent tokens that are words of 4 letters."""
     model, words = subject.model, subject.settings.words
     if words:
         tokens = [(word, model.encode(word)) for word in words]
@@ -81,16 +80,16 @@ def _words_to_read(subject: Subject) -> list[int]:
     if subject.read is None:
         return []
     targets = subject.read.measures.positions.target
-    commonest = np.argsort(-np.bincount(targets, minlength=model.vocab_size), kind="stable")
-    names = ((int(token), model.token_text(int(token)).strip()) for token in commonest[:2000])
+    frequent = np.argsort(-np.bincount(targets, minlength=model.vocab_size), kind="stable")[:2000].tolist()
+    names = ((token, model.token_text(token).strip()) for token in frequent)
     return [token for token, text in names if len(text) >= 4 and text.isalpha()][:WORDS]
 
 
 def _context_at(model: LoadedModel, read: Read, at: int, value: float) -> dict[str, Any]:
-    """The text before a position of the whole text, and the token that came there."""
-    starts = np.cumsum([0, *(len(inputs) for inputs, _ in read.windows)])
+    """The text before a position, the next token, and `value`."""
+    starts = np.cumsum([0, *(len(inputs) for inputs, _ in read.passages.windows)])
     window = int(np.searchsorted(starts, at, side="right") - 1)
-    inputs, targets = read.windows[window]
+    inputs, targets = read.passages.windows[window]
     inside = at - int(starts[window])
     before = inputs[max(0, inside - CONTEXT_TOKENS + 1) : inside + 1]
     return {
@@ -100,48 +99,40 @@ def _context_at(model: LoadedModel, read: Read, at: int, value: float) -> dict[s
     }
 
 
-NEAR = """<p>Nearest centres ({{ unit }}):
-{% for token, distance in near %}{{ token }} {{ "%.2f"|format(distance) }}
-{%- if not loop.last %}, {% endif %}{% endfor %}</p>"""
-
-
 def section(analysis: Analysis) -> list[Block]:
-    models = [model for model in analysis.models if of(model)]
+    models = [model for model in analysis.models if result_of(model)]
     if not models:
         return []
-    chosen = (
-        "The words that were asked for with --words, of each its last token"
-        if analysis.settings.words
-        else "The text's most frequent tokens that are words"
-    )
-    sampled = states_sampled(analysis.models)
-    states = (
-        f", and of a sample of {counts_text(sampled)} positions of the validation text the contexts whose hidden "
-        "states are nearest to the centre (of a softmax head: that give the token the largest logit)"
-    )
-    blocks: list[Block] = [paragraph(f"{chosen}: the neighbours of their centres{states if sampled else ''}.")]
+    chosen = "the last token of each of --words" if analysis.settings.words else "frequent words of the text"
+    introduction = f"Tokens: {chosen}. Each token is shown with the centres nearest to its own"
+    if analysis.data is not None:
+        introduction += (
+            f", and with the contexts, among {states_text(models)} sampled positions, whose hidden states are nearest "
+            "to its centre (softmax head: with the largest logit)"
+        )
+    blocks: list[Block] = [paragraph(f"{introduction}.")]
     for model in models:
         blocks.append(paragraph(bold(model.label)))
-        blocks += [_details(model, word, first=number == 0) for number, word in enumerate(of(model))]
+        blocks += [_details(model, word, first=number == 0) for number, word in enumerate(result_of(model))]
     return blocks
 
 
 def _details(model: ModelResult, word: dict[str, Any], first: bool) -> Details:
     unit = "d" if model.harmonic else "1 − cosine"
-    near = [(visible(token), distance) for token, distance in word["neighbours"]]
-    blocks: list[Block] = [Html(template=NEAR, values={"unit": unit, "near": near})]
+    near = Markup(", ").join(visible(token) + f" {distance:.2f}" for token, distance in word["neighbours"])
+    blocks: list[Block] = [paragraph(Markup(f"Nearest centres ({unit}): ") + near)]
     if word["contexts"]:
         contexts = "contexts nearest to the centre" if model.harmonic else "contexts with the largest logit"
-        head = [contexts, "what came", "d / d_min" if model.harmonic else "p"]
+        head = [contexts, "next token", "d / d_min" if model.harmonic else "p"]
         rows = [(visible(f"…{c['before']}"), [visible(c["next"]), c["value"]]) for c in word["contexts"]]
         blocks.append(Table(head=head, rows=rows))
     return Details(title=visible(word["token"]), blocks=blocks, open=first)
 
 
 def visible(token: str) -> Markup:
-    """A token as code, with spaces and line breaks that can be seen."""
+    """A token as code, with visible spaces and line breaks."""
     return Markup("<code>{}</code>").format(token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥"))
 
 
 def rows(model: ModelResult) -> dict[str, Any]:
-    return {"centres": of(model)}
+    return {"centres": result_of(model)}

@@ -1,16 +1,13 @@
-"""Does another model score differently from the first: tests of every relation, under every variant of the score."""
+"""Differences of the parallelogram score between each model and the first, tested for every relation and variant."""
 
-import csv
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from hgpt.interpret.blocks import Block, Cell, Drawing, Prose, Table, bold, paragraph
-from hgpt.interpret.drawing import GREY, headings, listed, rows_of_intervals, sign
-from hgpt.interpret.measure import Analysis, ModelResult
-from hgpt.interpret.measures.parallelograms import PRESET, Scores, of, preset, without_power
+from hgpt.interpret.drawing import GREY, finished, headings, listed, rows_of_intervals
+from hgpt.interpret.measure import Analysis, Block, Cell, Drawing, ModelResult, Prose, Table, bold, paragraph
+from hgpt.interpret.measures.parallelograms import BAEK2025, Scores, baek2025_scores, result_of, without_power
 from hgpt.interpret.statistics import (
     SIGNIFICANT,
     Estimate,
@@ -22,19 +19,19 @@ from hgpt.interpret.statistics import (
 )
 
 TITLE = "Differences between models"
-SCORES = "parallelograms.csv"
-TESTED = ("difference", "low", "high", "p", "p_holm")  # columns of a test
 
 
 def compare(first: ModelResult, other: ModelResult) -> list[dict[str, Any]]:
-    """Other minus first, for each variant and relation: difference, interval over pairs, permutation test, Holm."""
+    """For each variant and relation: other minus first, its interval over pairs, and the p-value before and after Holm.
+
+    Holm's correction is for the number of relations of a variant.
+    """
     tests: list[dict[str, Any]] = []
-    for variant, results in of(other).items():
+    for variant, results in result_of(other).items():
         found: list[dict[str, Any]] = []
-        for name in results:
-            if name not in of(first).get(variant, {}):
+        for name, mine in results.items():
+            if (theirs := result_of(first).get(variant, {}).get(name)) is None:
                 continue
-            mine, theirs = results[name], of(first)[variant][name]
             difference = estimate(mine.score.value - theirs.score.value, mine.replicates - theirs.replicates)
             found.append(
                 {
@@ -71,63 +68,22 @@ def difference_over_relations(mine: Scores, theirs: Scores) -> Estimate | None:
     )
 
 
-def duplicate_variants(models: Sequence[ModelResult]) -> dict[str, str]:
-    """The variants that give each of `models` the same numbers as an earlier variant, and which variant that is.
+def relations_without_power(tests: Sequence[dict[str, Any]], other: ModelResult) -> list[str]:
+    """The relations, of the tests of one variant, whose p-value after Holm's correction cannot be significant.
 
-    Such as the centres of tied models, which are their input embedding: one way to measure, not two.
+    That is, not even if all relations had the smallest p-values that their numbers of pairs allow.
     """
-    variants = list(dict.fromkeys(variant for model in models for variant in of(model)))
-    same: dict[str, str] = {}
-    for number, variant in enumerate(variants):
-        for earlier in variants[:number]:
-            if earlier not in same and all(
-                _same_scores(of(model).get(variant, {}), of(model).get(earlier, {})) for model in models
-            ):
-                same[variant] = earlier
-                break
-    return same
-
-
-def _same_scores(one: Scores, other: Scores) -> bool:
-    return one.keys() == other.keys() and all(
-        np.allclose(one[name].replicates, other[name].replicates, rtol=1e-9, atol=0, equal_nan=True) for name in one
-    )
-
-
-def out_of_reach(tests: Sequence[dict[str, Any]], other: ModelResult) -> list[str]:
-    """The relations of one comparison and variant whose test cannot become significant after Holm's correction.
-
-    Not even if every relation had the least p-value that its number of pairs allows.
-    """
-    disjoint = [len(of(other)[test["variant"]][test["relation"]].disjoint) for test in tests]
+    disjoint = [len(result_of(other)[test["variant"]][test["relation"]].disjoint) for test in tests]
     adjusted = holm([smallest_sign_flip_p(m) for m in disjoint])
     return [test["relation"] for test, p in zip(tests, adjusted, strict=True) if p >= SIGNIFICANT]
 
 
-def variant_signs(tests: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The mean difference over relations of each variant, from the tests of one comparison."""
+def mean_differences(tests: Sequence[dict[str, Any]]) -> list[float]:
+    """The mean difference over relations under each variant; equal values, of variants with the same data, once."""
     by_variant: dict[str, list[float]] = {}
     for test in tests:
         by_variant.setdefault(test["variant"], []).append(test["difference"])
-    return {variant: float(np.mean(differences)) for variant, differences in by_variant.items()}
-
-
-def scores_table(analysis: Analysis) -> str:
-    """parallelograms.csv: a row for each model, variant and relation, with the test against the first model."""
-    plain = ("shuffled", "p_shuffled", "plane_variance", "plane_variance_of_words")
-    columns = ["pairs", "dropped", "score", "score_low", "score_high", *plain]
-    stream = io.StringIO(newline="")
-    writer = csv.writer(stream)
-    writer.writerow(["model", "variant", "relation", *columns, *(f"{name}_to_the_first_model" for name in TESTED)])
-    for model in analysis.models:
-        tests = {(test["variant"], test["relation"]): test for test in comparisons(analysis, model)}
-        for variant, results in of(model).items():
-            for name, r in results.items():
-                numbers = [r.pairs, r.dropped, r.score.value, r.score.low, r.score.high]
-                numbers += [getattr(r, column) for column in plain]
-                test = tests.get((variant, name), {})
-                writer.writerow([model.label, variant, name, *numbers, *(test.get(column, "") for column in TESTED)])
-    return stream.getvalue()
+    return list(dict.fromkeys(float(np.mean(differences)) for differences in by_variant.values()))
 
 
 def section(analysis: Analysis) -> list[Block]:
@@ -135,129 +91,108 @@ def section(analysis: Analysis) -> list[Block]:
         return []
     sentences = [sentence for other in analysis.models[1:] for sentence in conclusions(analysis, other)]
     sentences.append(
-        "What this does not show: that a difference is due to the head. Two checkpoints differ in their seed, in the "
-        "length of their training and in how well each was tuned too. Intervals over word pairs say how the result "
-        "would vary with other words, not with other runs."
+        "A difference need not be due to the head: two checkpoints also differ in their seed, the length of their "
+        "training and how well each was tuned. Intervals over word pairs show the variation with other words, not "
+        "between runs."
     )
-    tested = [other for other in analysis.models[1:] if comparisons(analysis, other)]
-    if not tested:
-        return [Prose(items=sentences)]
-    blocks: list[Block] = [Prose(items=sentences), *_tests_table(analysis, tested)]
-    drawing = variants(analysis)
-    return blocks if drawing is None else [*blocks, drawing]
+    blocks: list[Block] = [Prose(sentences)]
+    if tested := [other for other in analysis.models[1:] if comparisons(analysis, other)]:
+        blocks += _tests_table(analysis, tested)
+        if (drawing := variants(analysis)) is not None:
+            blocks.append(drawing)
+    return blocks
 
 
 def conclusions(analysis: Analysis, other: ModelResult) -> list[str]:
-    """What the tests say of one model against the first."""
+    """Sentences on the tests of one model against the first."""
     first = analysis.models[0]
     names = bold(other.label) + " against " + bold(first.label)
-    tests = comparisons(analysis, other, PRESET)
+    tests = comparisons(analysis, other, BAEK2025)
     if not tests:
-        why = "there is no relation that both can use"
+        why = "they share no relation with enough pairs"
         if other.vocabulary != first.vocabulary:
             why = "their tokenizers differ"
         return [names + f": no test compares their parallelograms, since {why}."]
     significant = [test["difference"] for test in tests if test["p_holm"] < SIGNIFICANT]
     better, worse = sum(d < 0 for d in significant), sum(d > 0 for d in significant)
-    same = duplicate_variants([first, other])
-    measured = variant_signs(comparisons(analysis, other))
-    signs = [sign for variant, sign in measured.items() if variant not in same]
-    repeated = "; ".join(variant for variant in same if variant in measured)
-    counted = f" (not counted, since the numbers repeat those of another: {repeated})" if repeated else ""
+    means = mean_differences(comparisons(analysis, other))
+    lower, higher = sum(mean < 0 for mean in means), sum(mean > 0 for mean in means)
     return [
-        names + f", preset {PRESET}: a lower (better) score in {better} relations, a higher one in {worse}, no "
-        f"difference that the test sees in {len(tests) - better - worse} (paired permutation test over disjoint pairs "
-        f"of pairs, Holm for {len(tests)} relations).{without_power(out_of_reach(tests, other), len(tests))}",
-        bold(other.label) + f" is favoured by the mean difference in {sum(sign < 0 for sign in signs)} of "
-        f"{len(signs)} ways to measure it{counted}, " + bold(first.label) + f" in {sum(sign > 0 for sign in signs)}. "
-        "The ways are not independent: this is a check of robustness, not a test.",
+        names
+        + f", score {BAEK2025}: lower (better) in {better} relations, higher in {worse}, not significantly different "
+        f"in {len(tests) - better - worse} (paired permutation test over disjoint pairs of pairs, Holm's correction "
+        f"for {len(tests)} relations).{without_power(relations_without_power(tests, other), len(tests))}",
+        names
+        + f": the mean difference over relations is below 0 under {lower} and above 0 under {higher} of {len(means)} "
+        "variants of the score with different values. The variants are dependent: this is a check of robustness, not a "
+        "test.",
     ]
 
 
 def _tests_table(analysis: Analysis, tested: Sequence[ModelResult]) -> list[Block]:
-    """Difference of the preset's score and corrected p of each relation."""
+    """Difference of the score of Baek et al., and its corrected p-value, for each relation."""
     first = analysis.models[0]
     head: list[str] = ["relation"]
-    rows: dict[str, list[Cell]] = {name: [] for name in sorted(preset(first))}
-    blind = False
+    rows: dict[str, list[Cell]] = {name: [] for name in sorted(baek2025_scores(first))}
     for heading, model in zip(headings(analysis.models), analysis.models, strict=True):
         if model not in tested:
             continue
         head += [heading + f" minus {first.label}", "p, Holm"]
-        tests = comparisons(analysis, model, PRESET)
-        found = {test["relation"]: test for test in tests}
-        powerless = out_of_reach(tests, model)
-        blind |= bool(powerless)
+        tests = {test["relation"]: test for test in comparisons(analysis, model, BAEK2025)}
         for name, cells in rows.items():
-            test = found.get(name)
-            if test is None:
+            if (test := tests.get(name)) is None:
                 cells += [None, None]
                 continue
-            p: str = f"{test['p_holm']:.3f}{' †' if name in powerless else ''}"
+            p = f"{test['p_holm']:.3f}"
             difference = Estimate(value=test["difference"], low=test["low"], high=test["high"])
             cells += [difference, bold(p) if test["p_holm"] < SIGNIFICANT else p]
-    blocks: list[Block] = [
+    return [
         paragraph(
-            f"Differences of the score under the preset {PRESET}; below 0 is better than {first.label}. Two models are "
-            "compared on disjoint pairs of pairs, which are independent, by a permutation test that exchanges the "
-            "models; p-values are corrected for the number of relations by Holm's method, within a variant. Bold: "
-            f"p < {SIGNIFICANT:.2f} after correction. All variants are in {SCORES} beside this page."
+            f"Differences of the score {BAEK2025}; below 0 is better than {first.label}. The permutation test "
+            "exchanges the models in disjoint pairs of pairs, which are independent. Holm's correction is for the "
+            f"number of relations. Bold: p < {SIGNIFICANT:.2f} after correction. results.json has the tests under all "
+            "variants."
         ),
         Table(head=head, rows=list(rows.items()), digits=2),
     ]
-    if blind:
-        dagger = "†: this test cannot become significant, whatever the models, with so few pairs or so many relations "
-        blocks.append(paragraph(dagger + "to correct for.", quiet=True))
-    return blocks
 
 
 def variants(analysis: Analysis) -> Drawing | None:
-    """The mean difference under each variant; None where no relation can be compared."""
+    """The mean difference under each variant; None if no relation can be compared."""
     first = analysis.models[0]
     points: list[tuple[int, ModelResult, dict[str, Estimate]]] = []
-    drawn_once: dict[str, list[str]] = {}
     for index, other in enumerate(analysis.models[1:], start=1):
-        same = duplicate_variants([first, other])
-        differences = {
-            name: difference
-            for name, results in of(first).items()
-            if name not in same
-            and other.vocabulary == first.vocabulary
-            and (difference := difference_over_relations(of(other).get(name, {}), results)) is not None
+        if other.vocabulary != first.vocabulary:
+            continue
+        found = {
+            name: difference_over_relations(result_of(other).get(name, {}), scores)
+            for name, scores in result_of(first).items()
         }
-        if differences:
+        if differences := {name: difference for name, difference in found.items() if difference is not None}:
             points.append((index, other, differences))
-            for variant, earlier in same.items():
-                drawn_once.setdefault(f"“{variant}” and “{earlier}”", []).append(other.label)
     if not points:
         return None
-    names = [name for name in of(first) if any(name in differences for _, _, differences in points)]
+    names = [name for name in result_of(first) if any(name in differences for _, _, differences in points)]
     series = [(index, f"{other.label} minus {first.label}", found) for index, other, found in points]
     figure, panel, _ = rows_of_intervals(names, series)
     panel.axvline(0, color=GREY, linewidth=1)
     panel.set_xlabel(f"difference of the mean score (below 0: better than {first.label})")
     shown = [other for _, other, _ in points]
     left_out = [model.label for model in analysis.models[1:] if model not in shown]
-    same_numbers = "; ".join(f"{text} ({', '.join(labels)})" for text, labels in drawn_once.items())
-    return sign(
+    return finished(
         figure,
         "variants",
-        "Does the difference survive other ways to measure it?",
-        caption="The mean difference over relations under each variant of the score, with intervals over pairs. A "
-        "difference that changes its sign with the plane, the scale or the tokens is one of the method. Variants have "
-        "different scales: compare signs and intervals, not lengths.",
+        "Differences under each variant of the score",
+        caption="The mean difference over relations, with intervals over pairs. If the sign depends on the plane, the "
+        "scale or the tokens, the difference is an effect of the method. Variants have different scales: compare "
+        "signs and intervals, not lengths. Variants with equal values, such as input embedding and centres of tied "
+        "models, are one.",
         models=[first, *shown],
-        source=f"Relations: {analysis.relations}. Input embedding. Intervals: 95 %, {analysis.resampled} of the pairs.",
-        remarks=[
-            *listed(f"Left out, with no relation that can be compared with {first.label}", left_out),
-            *([f"Drawn once, since the numbers are the same: {same_numbers}."] if same_numbers else []),
-        ],
+        source=f"Relations: {analysis.relations}. Input embedding unless the variant names the centres. Intervals: 95 "
+        f"%, {analysis.resampled} of the pairs.",
+        remarks=listed(f"Left out, with no relation that can be compared with {first.label}", left_out),
     )
 
 
 def overall(analysis: Analysis) -> dict[str, Any]:
     return {"comparisons": [test for tests in analysis.compared.get("differences", {}).values() for test in tests]}
-
-
-def files(analysis: Analysis) -> dict[str, str]:
-    return {SCORES: scores_table(analysis)}

@@ -1,35 +1,34 @@
-"""The shape of the clouds of vectors: ranks, isotropy, norms; of the input embedding, the centres, hidden states."""
+"""Geometry of the input embedding, the centres and the hidden states: ranks, isotropy, norms."""
 
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from hgpt.interpret.blocks import Block, Cell, paragraph
-from hgpt.interpret.drawing import line_look, new_figure, sign
-from hgpt.interpret.measure import Analysis, Curve, ModelResult, Quantity, counts_text, states_sampled
+from hgpt.interpret.drawing import finished, line_look, new_figure
+from hgpt.interpret.measure import Analysis, Block, Cell, Curve, ModelResult, Quantity, paragraph, states_text
 from hgpt.interpret.subject import Subject
 from hgpt.interpret.vectors import Matrix, chunks
 
 TITLE = "Geometry"
-CLOUDS = {"input": "input embedding", "centres": "centres", "hidden": "hidden states at the head"}
+SETS = {"input": "input embedding", "centres": "centres", "hidden": "hidden states at the head"}
 
 
-def of(model: ModelResult, cloud: str) -> dict[str, Any] | None:
-    """The measures of one cloud of `CLOUDS`; None for hidden states without text."""
-    return model.found.get("geometry", {}).get(cloud)
+def result_of(model: ModelResult, vectors: str) -> dict[str, Any] | None:
+    """The measures of one of `SETS`; None for hidden states without text."""
+    return model.found.get("geometry", {}).get(vectors)
 
 
 def explained_variance(eigenvalues: np.ndarray) -> np.ndarray:
-    """Cumulated share of the variance, Σ_{i ≤ k} λ_i / Σ λ_i for k = 1 … D, of eigenvalues in falling order, (D,)."""
+    """Cumulative share of the variance, Σ_{i ≤ k} λ_i / Σ λ_i for k = 1 … D; eigenvalues in falling order, (D,)."""
     return np.cumsum(eigenvalues) / np.sum(eigenvalues)
 
 
 def effective_rank(eigenvalues: np.ndarray) -> float:
     """exp(−Σ p_i log p_i) with p_i = σ_i / Σ σ_j and the singular values σ_i = √λ_i.
 
-    Between 1 and D; D when all directions are used alike. `eigenvalues` are those of the covariance, so the vectors
-    count as centred. Roy & Vetterli, *The effective rank: a measure of effective dimensionality*, EUSIPCO 2007.
+    Between 1 and D, which equal eigenvalues give. `eigenvalues` are those of the covariance, as if the vectors were
+    centred. Roy & Vetterli, *The effective rank: a measure of effective dimensionality*, EUSIPCO 2007.
     """
     singular = np.sqrt(np.maximum(eigenvalues, 0.0))
     p = singular[singular > 0] / singular.sum()
@@ -37,7 +36,7 @@ def effective_rank(eigenvalues: np.ndarray) -> float:
 
 
 def participation_ratio(eigenvalues: np.ndarray) -> float:
-    """(Σ λ_i)² / Σ λ_i² of a covariance's eigenvalues: D for a round cloud, 1 for a line.
+    """(Σ λ_i)² / Σ λ_i² of a covariance's eigenvalues: D if they are equal, 1 for vectors on a line.
 
     Gao et al., *A theory of multineuronal dimensionality, dynamics and measurement*, bioRxiv 214262 (2017).
     """
@@ -45,9 +44,9 @@ def participation_ratio(eigenvalues: np.ndarray) -> float:
 
 
 def mean_cosine(x: np.ndarray) -> float:
-    """Mean cosine over all pairs of different rows, (|Σ u|² − N) / (N (N − 1)) with u = x/|x|; rows of zero left out.
+    """Mean cosine over all pairs of different rows, (|Σ u|² − N) / (N (N − 1)) with u = x/|x|, without zero rows.
 
-    0 for directions spread evenly, near 1 for a narrow cone: the anisotropy of Ethayarajh, arXiv:1909.00512.
+    0 for uniform directions, near 1 for a narrow cone: the anisotropy of Ethayarajh, arXiv:1909.00512.
     """
     total, count = np.zeros(x.shape[1]), 0
     for part in chunks(x):
@@ -63,8 +62,8 @@ def mean_cosine(x: np.ndarray) -> float:
 def isotropy(x: np.ndarray) -> float:
     """min_c Z(c) / max_c Z(c) with Z(c) = Σ_i exp(c·x_i / s), over ±c of the eigenvectors c of XᵀX; s = √mean |x|².
 
-    1 for an isotropic cloud, 0 for a degenerate one. Mu & Viswanath, *All-but-the-top*, arXiv:1702.01417, eq. 5;
-    vectors are brought to a root mean square norm of 1 first, without which the figure depends on their unit of length.
+    1 for isotropic vectors, 0 for degenerate ones. Mu & Viswanath, *All-but-the-top*, arXiv:1702.01417, eq. 5; dividing
+    by the root mean square norm s makes the value independent of the scale of the vectors.
     """
     gram = np.zeros((x.shape[1], x.shape[1]))
     for part in chunks(x):
@@ -86,24 +85,23 @@ def norm_summary(x: np.ndarray) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-def shape(cloud: Matrix) -> dict[str, Any]:
-    """Every measure of the geometry of one cloud."""
-    variances = cloud.principal.variances
+def geometry(vectors: Matrix) -> dict[str, Any]:
+    variances = vectors.principal.variances
     return {
         "effective_rank": effective_rank(variances),
         "participation_ratio": participation_ratio(variances),
-        "isotropy": isotropy(cloud.rows),
-        "mean_cosine": mean_cosine(cloud.rows),
-        "norms": norm_summary(cloud.rows),
+        "isotropy": isotropy(vectors.rows),
+        "mean_cosine": mean_cosine(vectors.rows),
+        "norms": norm_summary(vectors.rows),
         "explained_variance": explained_variance(variances).tolist(),
     }
 
 
 def compute(subject: Subject) -> dict[str, dict[str, Any]]:
-    found = {"input": shape(subject.input)}
-    found["centres"] = found["input"] if subject.model.tied else shape(subject.centres)
+    found = {"input": geometry(subject.input)}
+    found["centres"] = found["input"] if subject.model.tied else geometry(subject.centres)
     if subject.read is not None:
-        found["hidden"] = shape(Matrix(subject.read.measures.sample[-1]))
+        found["hidden"] = geometry(Matrix(subject.read.measures.sample[-1]))
     return found
 
 
@@ -117,38 +115,37 @@ def checkpoint(subject: Subject) -> dict[str, float]:
 
 
 def section(analysis: Analysis) -> list[Block]:
-    clouds = {name: title for name, title in CLOUDS.items() if any(of(model, name) for model in analysis.models)}
-    figure, axes = new_figure(1, len(clouds), height=3.3, sharey=True)
-    for panel, (name, title) in zip(axes[0], clouds.items(), strict=True):
+    sets = {name: title for name, title in SETS.items() if any(result_of(model, name) for model in analysis.models)}
+    figure, axes = new_figure(1, len(sets), height=3.3, sharey=True)
+    for panel, (name, title) in zip(axes[0], sets.items(), strict=True):
         for index, model in enumerate(analysis.models):
-            if (found := of(model, name)) is not None:
+            if (found := result_of(model, name)) is not None:
                 shares = found["explained_variance"]
                 panel.plot(range(1, len(shares) + 1), shares, **line_look(index), label=model.label)
         panel.set_xscale("log")
         panel.set(xlabel="principal components", title=title, ylim=(0, 1))
-    axes[0, 0].set_ylabel("cumulated share of the variance")
-    sampled = counts_text(states_sampled(analysis.models))
-    hidden = f"; hidden states: a sample of {sampled} validation positions of: {analysis.data_source}"
+    axes[0, 0].set_ylabel("cumulative share of the variance")
+    hidden = f"; hidden states: {states_text(analysis.models)} sampled validation positions of: {analysis.data_source}"
     return [
         paragraph(
-            "Ranks, participation ratio, isotropy, mean cosine and norms are in the summary. Those of the centres have "
-            "no interval: they are computed from all the weights, and vary over seeds only."
-            + (f" The rank of hidden states is that of a sample of {sampled} positions." if "hidden" in clouds else "")
+            "The summary lists ranks, participation ratio, isotropy, mean cosine and norms. Those of the centres have "
+            "no interval, because they are computed from all the weights. The rank of the hidden states depends on "
+            "the size of the sample."
         ),
-        sign(
+        finished(
             figure,
             "explained_variance",
             "Explained variance",
-            caption="The share of the variance in the first components. A curve that rises early means few directions "
-            "in use.",
+            caption="The share of the variance in the first principal components. A curve that rises early shows that "
+            "the vectors use few directions.",
             models=analysis.models,
-            source=f"Principal components of all rows{hidden if 'hidden' in clouds else ''}.",
+            source=f"Principal components of all rows{hidden if 'hidden' in sets else ''}.",
         ),
     ]
 
 
-def _value(cloud: str, name: str) -> Callable[[ModelResult], Cell]:
-    return lambda model: None if (found := of(model, cloud)) is None else found[name]
+def _value(vectors: str, name: str) -> Callable[[ModelResult], Cell]:
+    return lambda model: None if (found := result_of(model, vectors)) is None else found[name]
 
 
 def rows(model: ModelResult) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""The logit lens: what each block's output would predict, and how far the target's centre is from it.
+"""The logit lens: the loss, accuracy and target distance if the head reads the output of each block.
 
-nostalgebraist, *interpreting GPT: the logit lens* (2020); here with distances too.
+nostalgebraist, *interpreting GPT: the logit lens* (2020); the distances are an addition.
 """
 
 from typing import Any
@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hgpt.interpret.blocks import Block
-from hgpt.interpret.drawing import look, new_figure, sign
-from hgpt.interpret.measure import Analysis, ModelResult, counts_text, states_sampled
+from hgpt.interpret.drawing import finished, look, new_figure
+from hgpt.interpret.measure import Analysis, Block, ModelResult, states_text
 from hgpt.interpret.models import LoadedModel
 from hgpt.interpret.positions import CHUNK, measure_states, sampled_positions
 from hgpt.interpret.subject import Subject
@@ -21,16 +20,17 @@ TITLE = "Logit lens"
 LENS_POSITIONS = 512
 
 
-def of(model: ModelResult) -> list[dict[str, float]]:
-    """Of each layer, the embedding first: "loss", "accuracy", "target_ratio", and standard errors as "loss_error", …"""
+def result_of(model: ModelResult) -> list[dict[str, float]]:
+    """Per layer, the embedding first: "loss", "accuracy", "target_ratio", and standard errors "loss_error", …"""
     return model.found.get("lens") or []
 
 
 def logit_lens(loaded: LoadedModel, states: np.ndarray, targets: np.ndarray) -> list[dict[str, float]]:
-    """Loss, accuracy and d_target / d_median of each layer's states, (layers + 1, S ≥ 2, D), read by the final norm
-    and the head.
+    """Loss, accuracy and d_target / d_median after each layer.
 
-    The last layer's states are after the final norm already.
+    Args:
+        states: hidden states, (layers + 1, S ≥ 2, D), those of the last layer after the final norm.
+        targets: (S,) token ids.
     """
     lens = []
     y = torch.from_numpy(targets.astype(np.int64)).to(loaded.device)
@@ -50,7 +50,7 @@ def logit_lens(loaded: LoadedModel, states: np.ndarray, targets: np.ndarray) -> 
             values = torch.cat(parts)
             row |= {name: float(values.mean()), f"{name}_error": float(values.std() / len(values) ** 0.5)}
         row["accuracy"] = row.pop("correct")
-        del row["correct_error"]  # a share needs another interval
+        del row["correct_error"]  # the normal interval does not suit a proportion
         lens.append(row)
     return lens
 
@@ -65,35 +65,34 @@ def compute(subject: Subject) -> list[dict[str, float]] | None:
 
 
 def section(analysis: Analysis) -> list[Block]:
-    models = analysis.having(of)
+    models = analysis.having(result_of)
     if not models:
         return []
     figure, axes = new_figure(1, 3, height=3.3)
-    for index, model in models:
-        for panel, name in zip(axes[0], ("loss", "accuracy", "target_ratio"), strict=True):
-            values = [layer[name] for layer in of(model)]
-            errors = [1.96 * layer[f"{name}_error"] for layer in of(model) if f"{name}_error" in layer]
+    labels = {"loss": "loss (nats per token)", "accuracy": "accuracy",
+              "target_ratio": "distance to the target's centre\nover the median distance"}  # fmt: skip
+    for panel, (name, label) in zip(axes[0], labels.items(), strict=True):
+        for index, model in models:
+            values = [layer[name] for layer in result_of(model)]
+            errors = [1.96 * layer[f"{name}_error"] for layer in result_of(model) if f"{name}_error" in layer]
             panel.errorbar(range(len(values)), values, yerr=errors or None, **look(index), markersize=4,
                            label=model.label)  # fmt: skip
-    labels = ("loss (nats per token)", "accuracy", "distance to the target's centre\nover the median distance")
-    for panel, label in zip(axes[0], labels, strict=True):
         panel.set(xlabel="after block (0: embedding)", ylabel=label)
         panel.xaxis.get_major_locator().set_params(integer=True)
     shown = [model for _, model in models]
-    sampled = {label: min(LENS_POSITIONS, count) for label, count in states_sampled(shown).items()}
     return [
-        sign(
+        finished(
             figure,
             "layers",
             "Logit lens with distances",
-            caption="Each block's output read by the final norm and the head. Bars: 95 % intervals of the mean, as if "
-            "positions were independent; the accuracy has none.",
+            caption="The final norm and the head read the output of each block. Bars: 95 % intervals of the mean for "
+            "independent positions; the accuracy has none.",
             models=shown,
-            source=f"On a sample of {counts_text(sampled)} validation positions of: {analysis.data_source}. Distances "
-            "by the metric of a harmonic head, Euclidean for softmax.",
+            source=f"On {states_text(shown, LENS_POSITIONS)} sampled validation positions of: {analysis.data_source}. "
+            "Distances by the metric of a harmonic head, Euclidean for softmax.",
         )
     ]
 
 
 def rows(model: ModelResult) -> dict[str, Any]:
-    return {"logit_lens": of(model)}
+    return {"logit_lens": result_of(model)}

@@ -1,15 +1,15 @@
-"""Do relations between words lie in an embedding as parallelograms: a is to b as c is to d, E(a) − E(b) = E(c) − E(d)?
+"""Parallelograms: a is to b as c is to d if E(a) − E(b) = E(c) − E(d).
 
-The score of arXiv:2502.01628, in other planes and with other scales too, beside the same words paired at random and
-with intervals over pairs.
+The score of Baek et al. (arXiv:2502.01628) and variants with other planes, scales and words, with intervals over pairs,
+and compared with the same words paired at random.
 
 A relation is given by the vectors of its pairs, `inputs` and `outputs`, (pairs, k), rows in the same order. With the
 offsets o_i = E(b_i) − E(a_i), the score of the parallelogram of pairs i and j is
 
     s_ij = ‖E(a_i) + E(b_j) − E(b_i) − E(a_j)‖² / scale = ‖o_i − o_j‖² / scale
 
-0 for a perfect parallelogram; 4 on average when the four vectors are drawn independently and `scale` is the mean of
-‖E‖² around their mean.
+0 for a perfect parallelogram; 4 on average for four independent vectors if `scale` is the mean of ‖E‖² around their
+mean.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,9 +20,21 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hgpt.interpret.blocks import Block, Cell, Details, Drawing, Prose, Table, bold, paragraph
-from hgpt.interpret.drawing import GREY, grid, headings, label_edges, line_look, listed, look, rows_of_intervals, sign
-from hgpt.interpret.measure import Analysis, Curve, ModelResult, Quantity, counts_text
+from hgpt.interpret import drawing
+from hgpt.interpret.measure import (
+    Analysis,
+    Block,
+    Cell,
+    Curve,
+    Details,
+    Drawing,
+    ModelResult,
+    Prose,
+    Quantity,
+    Table,
+    bold,
+    paragraph,
+)
 from hgpt.interpret.relations import SMALLEST_RELATION, TokenPairs, WordForm, distinct
 from hgpt.interpret.statistics import SIGNIFICANT, Estimate, estimate, mean_estimate, smallest_shuffle_p
 from hgpt.interpret.subject import Subject
@@ -30,17 +42,17 @@ from hgpt.interpret.vectors import Projection, RelationVectors, ScoreSettings, p
 
 TITLE = "Parallelograms"
 EXPECTED_AT_RANDOM = 4.0
-INPUTS_AT_A_TIME = 64  # of random pairings: with 5,000 pairs a block of products takes 2.6 MB, and stays in the cache
-PRESET_QUADRUPLES = 10_000
+INPUTS_AT_A_TIME = 64  # with 5,000 pairs a block of products takes 2.6 MB and stays in the cache
+SAMPLED_SCORES = 10_000  # random pairs of pairs per relation, for the distribution of the score
 SHUFFLES = 999
-SCORE_AXIS = 100.0  # where the axis of the score's distribution ends: a few scores are thousands
+SCORE_AXIS = 100.0  # end of the axis of the distribution: a few scores are thousands
 
-PRESET, OWN_SCALE = "baek2025", "full space, scale of the relation, distinct"
+BAEK2025, OWN_SCALE = "baek2025", "full space, scale of the relation, distinct"
 OF_CENTRES = f"{OWN_SCALE}, centres"
 IN_FULL_SPACE = ScoreSettings(components=None, normalisation="relation", distinct=True)
-# The preset, changed in one thing at a time, and then in what is left of it when nothing depends on a plane.
+# The score of Baek et al., variants that differ from it in one setting, and two that do not depend on a plane.
 VARIANTS: dict[str, ScoreSettings] = {
-    PRESET: ScoreSettings(),
+    BAEK2025: ScoreSettings(),
     "centres": ScoreSettings(vectors="centres"),
     "5 components": ScoreSettings(components=5),
     "10 components": ScoreSettings(components=10),
@@ -60,39 +72,30 @@ VARIANTS: dict[str, ScoreSettings] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RelationScore:
-    """One relation under one variant in one model.
+    """One relation under one variant in one model."""
 
-    Attributes:
-        pairs, dropped: how many pairs were used, and how many the tokenizer cannot express.
-        score: the mean over all pairs of pairs, its interval over pairs.
-        sampled: the scores of the preset's random pairs of pairs; empty for other variants.
-        shuffled: the mean score of the same words paired at random.
-        p_shuffled: how often such a pairing scores as low.
-        replicates, disjoint: for comparisons between models: the score's replicates, and independent scores.
-    """
-
-    pairs: int
-    dropped: int
-    score: Estimate
-    shuffled: float
-    p_shuffled: float
+    pairs: int  # number of pairs used
+    dropped: int  # number of pairs that the tokenizer cannot represent
+    score: Estimate  # mean over all pairs of pairs, its interval over pairs
+    shuffled: float  # mean score of the same words paired at random
+    p_shuffled: float  # p-value of the hypothesis that the words are paired at random
     plane_variance: float
     plane_variance_of_words: float
-    replicates: np.ndarray
-    disjoint: np.ndarray
-    sampled: np.ndarray
+    replicates: np.ndarray  # of the score
+    disjoint: np.ndarray  # scores of disjoint pairs of pairs, which are independent
+    sampled: np.ndarray  # scores of SAMPLED_SCORES random pairs of pairs; empty except for baek2025
 
 
 Scores = dict[str, RelationScore]  # relation → score
 
 
-def of(model: ModelResult) -> dict[str, Scores]:
+def result_of(model: ModelResult) -> dict[str, Scores]:
     """Variant → relation → score."""
     return model.found.get("parallelograms", {})
 
 
-def preset(model: ModelResult) -> Scores:
-    return of(model).get(PRESET, {})
+def baek2025_scores(model: ModelResult) -> Scores:
+    return result_of(model).get(BAEK2025, {})
 
 
 def pairs_of_pairs(pairs: int, count: int, seed: int) -> np.ndarray:
@@ -103,7 +106,7 @@ def pairs_of_pairs(pairs: int, count: int, seed: int) -> np.ndarray:
 
 
 def disjoint_pairs_of_pairs(pairs: int, seed: int) -> np.ndarray:
-    """The pairs in random order, two by two, (⌊pairs / 2⌋, 2): no pair occurs twice, so the scores are independent."""
+    """The pairs in random order, grouped by two, (⌊pairs / 2⌋, 2): no pair occurs twice, so scores are independent."""
     order = np.random.default_rng(seed).permutation(pairs)
     return order[: pairs // 2 * 2].reshape(-1, 2)
 
@@ -114,30 +117,29 @@ def parallelogram_scores(offsets: np.ndarray, scale: float, chosen: np.ndarray) 
 
 
 def mean_parallelogram_score(offsets: np.ndarray, scale: float, counts: np.ndarray | None = None) -> np.ndarray:
-    """The mean of s_ij over all pairs of different pairs; with `counts`, (B, pairs), of each resample, (B,).
+    """The mean of s_ij over i ≠ j, shape (), or with bootstrap `counts`, (B, pairs), of each resample, (B,).
 
-    With weights w_i, W = Σ w_i, it is exactly
+    With weights w_i (the counts, or 1) and W = Σ w_i it is exactly
 
         2 (W Σ w_i ‖o_i‖² − ‖Σ w_i o_i‖²) / ((W² − Σ w_i²) scale)
 
-    in which a pair drawn twice is not compared with itself. Without `counts` all weights are 1, and the result has
-    shape ().
+    A pair that is drawn twice is not compared with itself.
     """
     w = np.ones((1, len(offsets))) if counts is None else counts
-    centred = offsets - offsets.mean(axis=0)  # changes nothing but the rounding error
+    centred = offsets - offsets.mean(axis=0)  # only reduces the rounding error
     total = w.sum(axis=1)
     squares = w @ np.square(centred).sum(axis=1)
     sums = np.square(w @ centred).sum(axis=1)
-    compared = total**2 - np.einsum("bi,bi->b", w, w)  # without a second array of the size of w
+    compared = total**2 - np.einsum("bi,bi->b", w, w)  # einsum allocates no w²
     with np.errstate(invalid="ignore", divide="ignore"):  # a resample may consist of one pair only
         scores = 2 * (total * squares - sums) / (compared * scale)
     scores = np.where(compared > 0, np.maximum(scores, 0.0), np.nan)
     return scores[0] if counts is None else scores
 
 
-@lru_cache(maxsize=4)  # variants and models ask for the same pairings one after the other
+@lru_cache(maxsize=4)  # variants and models use the same pairings in succession
 def random_pairings(pairs: int, count: int, seed: int) -> np.ndarray:
-    """Which output each input gets when outputs are dealt out at random, `count` times, (pairs, count) int32."""
+    """`count` random permutations of the pairs as columns, (pairs, count) int32, read-only."""
     rng = np.random.default_rng(seed)
     pairings = np.stack([rng.permutation(pairs).astype(np.int32) for _ in range(count)], axis=1)
     pairings.setflags(write=False)
@@ -145,14 +147,11 @@ def random_pairings(pairs: int, count: int, seed: int) -> np.ndarray:
 
 
 def shuffled_scores(inputs: np.ndarray, outputs: np.ndarray, scale: float, pairings: np.ndarray) -> np.ndarray:
-    """Mean scores of the same words when each input gets the output of a random pair, (B,).
+    """Mean scores if input i is paired with output π(i), for each permutation π of `pairings`, (pairs, B) → (B,).
 
-    What the words' places alone would give. With B random pairings, p = (1 + #{shuffled ≤ observed}) / (1 + B) tests
-    that outputs belong to their inputs. The mean offset is the same for every pairing, so only Σ a_i · b_π(i) is
-    needed; it is summed over blocks of inputs, so that no (pairs, pairs) matrix is in memory.
-
-    Args:
-        pairings: (pairs, B), from `random_pairings`.
+    With B random permutations, p = (1 + #{shuffled ≤ observed}) / (1 + B) tests whether outputs belong to their inputs.
+    The mean offset is the same for every π, so only Σ a_i · b_π(i) is needed. It is summed over blocks of inputs, so
+    that no (pairs, pairs) matrix is in memory.
     """
     pairs, count = pairings.shape
     a, b = inputs - inputs.mean(axis=0), outputs - outputs.mean(axis=0)
@@ -167,7 +166,7 @@ def shuffled_scores(inputs: np.ndarray, outputs: np.ndarray, scale: float, pairi
 def relation_score(
     projected: Projection, pairs: TokenPairs, subject: Subject, name: str, sampled: int = 0
 ) -> RelationScore:
-    """The score of the relation `name`; `sampled`: random pairs of pairs whose scores are kept."""
+    """The score of the relation `name`, with the scores of `sampled` random pairs of pairs."""
     offsets, scale, count = projected.offsets, projected.scale, len(pairs.words)
     seed_of = subject.settings.seed_of
     replicates = mean_parallelogram_score(offsets, scale, subject.resamples(count, name, "bootstrap"))
@@ -191,7 +190,7 @@ def relation_score(
 
 
 def compute(subject: Subject) -> dict[str, Scores]:
-    """Every variant of the score of every relation; variants that start from the same vectors share them."""
+    """Every variant of the score for every relation; variants with the same vectors share them."""
     dimensions = subject.input.rows.shape[1]
     usable = {name: s for name, s in VARIANTS.items() if s.components is None or s.components <= dimensions}
     scores: dict[str, Scores] = {variant: {} for variant in usable}
@@ -210,7 +209,7 @@ def compute(subject: Subject) -> dict[str, Scores]:
                 key = ("input" if subject.model.tied else s.vectors, s.words, s.distinct)
                 if key not in located:
                     located[key] = RelationVectors(subject.matrices[key[0]], pairs.ids)
-                sampled = PRESET_QUADRUPLES if variant == PRESET else 0
+                sampled = SAMPLED_SCORES if variant == BAEK2025 else 0
                 projected = project(located[key], s)
                 scores[variant][relation.name] = relation_score(projected, pairs, subject, relation.name, sampled)
     for variant in VARIANTS:
@@ -223,22 +222,22 @@ def compute(subject: Subject) -> dict[str, Scores]:
 
 
 def checkpoint(subject: Subject) -> dict[str, float]:
-    """The preset's mean score over relations."""
-    projected = [project(RelationVectors(subject.input, p.ids), VARIANTS[PRESET]) for p in subject.scored.values()]
+    """The mean over relations of the score of Baek et al."""
+    projected = [project(RelationVectors(subject.input, p.ids), VARIANTS[BAEK2025]) for p in subject.scored.values()]
     scores = [mean_parallelogram_score(each.offsets, each.scale) for each in projected]
     return {"parallelogram_score": float(np.mean(scores))} if scores else {}
 
 
 def mean_over_relations(results: Scores) -> Estimate:
-    """The mean score over relations, its interval over the pairs of each: the relations themselves are not a sample."""
+    """The mean score over relations; its interval is over the pairs of each, with the relations fixed."""
     return mean_estimate([r.score.value for r in results.values()], [r.replicates for r in results.values()])
 
 
 def relative_to_random_pairs(results: Scores) -> Estimate:
-    """Mean over relations of the score over that of the same words paired at random; 1: no trace of the relation.
+    """Mean over relations of the score divided by that of the same words paired at random: 1 without a relation.
 
-    Free of the scale, and of where the words lie as long as they lie there together. The interval is over pairs, with
-    the mean of the random pairings held fixed.
+    Independent of the scale and of the region in which the words lie. The interval is over pairs, with the score of the
+    random pairs fixed.
     """
     found = results.values()
     return mean_estimate([r.score.value / r.shuffled for r in found], [r.replicates / r.shuffled for r in found])
@@ -246,7 +245,7 @@ def relative_to_random_pairs(results: Scores) -> Estimate:
 
 def rows(model: ModelResult) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for variant, results in of(model).items():
+    for variant, results in result_of(model).items():
         relations = {}
         for name, result in results.items():
             kept_for_figures = ("replicates", "disjoint", "sampled")
@@ -259,180 +258,169 @@ def rows(model: ModelResult) -> dict[str, Any]:
 
 
 def section(analysis: Analysis) -> list[Block]:
-    names = sorted({name for model in analysis.models for name in preset(model)})
-    blocks: list[Block] = [findings(analysis)]
-    if names:
-        blocks += [
-            paragraph(
-                f"Preset {PRESET}: words as their last token, plane of the first two components of the vocabulary, "
-                "scale of the vocabulary. Lower is better."
-            ),
-            _scores_table(analysis, names),
-            scores_by_relation(analysis, names),
-            score_distributions(analysis, names),
-        ]
-    return [*blocks, _every_variant(analysis)]
+    names = sorted({name for model in analysis.models for name in baek2025_scores(model)})
+    figures = [scores_by_relation(analysis, names), score_distributions(analysis, names)] if names else []
+    explanation = paragraph(
+        f"{BAEK2025} is the score of Baek et al. (arXiv:2502.01628): each word is represented by its last token, "
+        "vectors are projected on the first two principal components of the vocabulary, and the scale is the mean "
+        "squared length of the vocabulary's vectors in that plane. Lower is better."
+    )
+    return [explanation, findings(analysis), *figures, _every_variant(analysis), _pairs_used(analysis)]
 
 
 def findings(analysis: Analysis) -> Prose:
-    """Sentences on each model's scores, and what limits them."""
+    """Sentences on each model's scores and on their limits."""
     items: list[str] = []
     for model in analysis.models:
-        results = preset(model)
+        results = baek2025_scores(model)
         if not results:
             items.append(
-                bold(model.label) + f": of no relation {SMALLEST_RELATION} pairs can be used, so the model has no "
-                "score, and its words are in no figure."
+                bold(model.label)
+                + f": no relation has {SMALLEST_RELATION} usable pairs, so the model has no score and is "
+                "in no figure of relations."
             )
             continue
         level = SIGNIFICANT / len(results)
-        beyond = sum(result.p_shuffled < level for result in results.values())
-        blind = [name for name, result in results.items() if smallest_shuffle_p(result.pairs, SHUFFLES) >= level]
+        lower = sum(result.p_shuffled < level for result in results.values())
+        powerless = [name for name, r in results.items() if smallest_shuffle_p(r.pairs, SHUFFLES) >= level]
         items.append(
-            bold(model.label) + f": in {beyond} of {len(results)} relations the preset's score is lower than that of "
-            f"the same words paired at random (permutation test of {SHUFFLES} shuffles, Bonferroni at "
-            f"{SIGNIFICANT:.0%}).{without_power(blind, len(results))}"
+            bold(model.label)
+            + f": in {lower} of {len(results)} relations the score {BAEK2025} is lower than that of the "
+            f"same words paired at random (permutation test with {SHUFFLES} shuffles, {SIGNIFICANT:.0%} with "
+            f"Bonferroni's correction).{without_power(powerless, len(results))}"
         )
     items.append(
-        "Scores of different variants, and of models with different spectra, are on different scales: "
-        f"{EXPECTED_AT_RANDOM:g} is what four independent random tokens score on average in the preset, and frequent "
-        "words can lie below it for reasons that have nothing to do with relations. Compare with the same words "
-        "paired at random."
+        "Scores of different variants, or of models with different spectra, have different scales. Four independent "
+        f"random tokens score {EXPECTED_AT_RANDOM:g} on average under {BAEK2025}, but frequent words can score less "
+        "without any relation. So compare with the same words paired at random."
     )
     if any(model.skipped for model in analysis.models):
-        items.append("Some scores could not be computed, mostly for want of words that are one token: see Method.")
-    return Prose(items=items)
+        items.append("The section Method lists scores that could not be computed, mostly for lack of one-token words.")
+    return Prose(items)
 
 
 def without_power(relations: Sequence[str], total: int) -> str:
-    """A sentence about the relations whose test has no power at all, empty if there are none."""
+    """A sentence about the relations whose test has no power, "" if there are none."""
     if not relations:
         return ""
     which = "any" if len(relations) == total else f"{len(relations)} ({', '.join(relations)})"
     return (
-        f" It cannot become significant in {which} of them, whatever the models: there are too few pairs, or too many "
-        "relations to correct for, for the smallest p-value that it can give."
+        f" The test cannot become significant in {which} of them, whatever the models: there are too few pairs, or too "
+        "many relations to correct for."
     )
-
-
-def _scores_table(analysis: Analysis, names: Sequence[str]) -> Table:
-    head: list[str] = ["relation", "pairs used"]
-    for heading in headings(analysis.models):
-        head += [heading, "random pairs"]
-    rows: list[tuple[str, Sequence[Cell]]] = []
-    for name in names:
-        found = [preset(model).get(name) for model in analysis.models]
-        used = dict.fromkeys(f"{r.pairs} of {r.pairs + r.dropped}" for r in found if r is not None)
-        cells: list[Cell] = [", ".join(used)]
-        for result in found:
-            cells += [None, None] if result is None else [result.score, result.shuffled]
-        rows.append((name, cells))
-    return Table(head=head, rows=rows, digits=2)
 
 
 def _every_variant(analysis: Analysis) -> Details:
-    head: list[str] = ["variant", "components", "plane of", "scale of", "words: token", "vectors", "distinct"]
-    for heading in headings(analysis.models):
+    head: list[str] = ["variant"]
+    for heading in drawing.headings(analysis.models):
         head += [heading + ": score", "plane's variance"]
-    rows: list[tuple[str, Sequence[Cell]]] = []
-    for name, s in VARIANTS.items():
-        scale, words = s.normalisation.replace("_", " "), s.words.replace("_", " ")
-        cells: list[Cell] = ["all" if s.components is None else str(s.components), s.plane, scale, words, s.vectors]
-        cells.append("yes" if s.distinct else "no")
-        for model in analysis.models:
-            results = of(model).get(name)
+    rows: list[tuple[str, list[Cell]]] = [(name, []) for name in VARIANTS]
+    for name, cells in rows:
+        for results in (result_of(model).get(name) for model in analysis.models):
             share = np.mean([result.plane_variance for result in results.values()]) if results else 0
             cells += [mean_over_relations(results), f"{share:.1%}"] if results else [None, None]
-        rows.append((name, cells))
-    formula = paragraph(
-        "Score of a parallelogram a : b = c : d: ‖E(a) + E(d) − E(b) − E(c)‖² over the scale; 0 is perfect. "
-        "Its mean is over all pairs of pairs of a relation, its interval from resampling pairs."
+    explanation = paragraph(
+        "Score of a parallelogram a : b = c : d: ‖E(a) + E(d) − E(b) − E(c)‖² divided by the scale; 0 is perfect. The "
+        "mean is over all pairs of pairs of a relation; the interval comes from resampling pairs. Each variant "
+        f"differs from {BAEK2025} in what its name says; distinct: each pair of tokens is used once."
     )
-    return Details(title="Every way to measure it", blocks=[formula, Table(head=head, rows=rows, digits=2)])
+    return Details(title="All variants of the score", blocks=[explanation, Table(head=head, rows=rows, digits=2)])
 
 
-def without_relations(analysis: Analysis) -> list[str]:
-    labels = [model.label for model in analysis.models if not preset(model)]
-    return listed("Left out, since no relation has enough pairs that they can use", labels)
+def _pairs_used(analysis: Analysis) -> Details:
+    """How many word pairs of each relation each tokenizer can represent."""
+    forms = (BAEK2025, "words of one token", "words of one token after a space", "distinct pairs of tokens")
+    tables: dict[tuple[tuple[str, tuple[str, ...]], ...], list[str]] = {}  # one for all models with the same tokenizer
+    for model in analysis.models:
+        found = [result_of(model).get(variant, {}) for variant in forms]
+        names = sorted({name for scores in found for name in scores})
+        used = [[f"{s[n].pairs} of {s[n].pairs + s[n].dropped}" if n in s else "–" for s in found] for n in names]
+        tables.setdefault(tuple(zip(names, map(tuple, used), strict=True)), []).append(model.label)
+    blocks: list[Block] = [
+        paragraph(
+            "A pair is left out if a word contains the tokenizer's unknown token. The variants in the other columns "
+            f"also leave out words of several tokens, or repeated pairs of tokens. –: fewer than {SMALLEST_RELATION} "
+            "pairs, so no score."
+        )
+    ]
+    for table, labels in tables.items():
+        blocks += [paragraph(bold(", ".join(labels))), Table(head=["relation", *forms], rows=table)]
+    return Details(title="Number of pairs used, by relation", blocks=blocks)
+
+
+def _without_score(analysis: Analysis) -> list[str]:
+    labels = [model.label for model in analysis.models if not baek2025_scores(model)]
+    return drawing.listed("Left out, without a relation that has enough usable pairs", labels)
 
 
 def scores_by_relation(analysis: Analysis, names: Sequence[str]) -> Drawing:
-    models = analysis.having(preset)
-    scores = [(i, model.label, {name: r.score for name, r in preset(model).items()}) for i, model in models]
-    figure, panel, heights = rows_of_intervals(names, scores)
+    models = analysis.having(baek2025_scores)
+    scores = [(i, model.label, {name: r.score for name, r in baek2025_scores(model).items()}) for i, model in models]
+    figure, panel, heights = drawing.rows_of_intervals(names, scores)
     for (index, model), y in zip(models, heights, strict=True):
-        shuffled = [result.shuffled for result in preset(model).values()]
-        panel.plot(shuffled, y, "|", color=look(index)["color"], markersize=9, markeredgewidth=1.5)
-    panel.axvline(EXPECTED_AT_RANDOM, color=GREY, linestyle=":", linewidth=1)
+        shuffled = [result.shuffled for result in baek2025_scores(model).values()]
+        panel.plot(shuffled, y, "|", color=drawing.look(index)["color"], markersize=9, markeredgewidth=1.5)
+    panel.axvline(EXPECTED_AT_RANDOM, color=drawing.GREY, linestyle=":", linewidth=1)
     panel.set_xlabel("mean parallelogram score (dotted: four random tokens; |: same words, random pairs)")
     panel.set_xlim(left=0)
-    return sign(
+    return drawing.finished(
         figure,
         "scores_by_relation",
         "Parallelogram score of each relation",
-        caption="Lower is better. The vertical bars show what the same words score when they are paired at random: a "
-        "score that is low, but no lower than its bar, says where the words lie and nothing about the relation.",
+        caption="Lower is better. The bars | are the scores of the same words paired at random. A low score that is "
+        "not below its bar shows where the words lie, not that they form parallelograms.",
         models=[model for _, model in models],
-        source=f"Preset {PRESET}: plane of the first 2 components of the vocabulary. Relations: {analysis.relations}. "
+        source=f"Score {BAEK2025}: first 2 components of the vocabulary. Relations: {analysis.relations}. "
         f"Input embedding. Intervals: 95 %, {analysis.resampled} of the pairs.",
-        remarks=without_relations(analysis),
+        remarks=_without_score(analysis),
     )
 
 
 def score_distributions(analysis: Analysis, names: Sequence[str]) -> Drawing:
-    models = analysis.having(preset)
-    figure, axes = grid(len(names), 4, row_height=1.7, extra=1.2, sharex=True, sharey=True)
-    beyond: dict[tuple[str, str], float] = {}
-    shares = np.linspace(0, 1, 201)
+    models = analysis.having(baek2025_scores)
+    figure, axes = drawing.grid(len(names), 4, row_height=1.7, extra=1.2, sharex=True, sharey=True)
+    shares, beyond = np.linspace(0, 1, 201), 0.0
     for panel, name in zip(axes.flat, names, strict=False):
         for index, model in models:
-            if name in preset(model):
-                sampled = preset(model)[name].sampled
-                panel.plot(np.quantile(sampled, shares), shares, **line_look(index), label=model.label)
-                beyond[name, model.label] = float(np.mean(sampled > SCORE_AXIS))
+            if name in baek2025_scores(model):
+                sampled = baek2025_scores(model)[name].sampled
+                panel.plot(np.quantile(sampled, shares), shares, **drawing.line_look(index), label=model.label)
+                beyond = max(beyond, float(np.mean(sampled > SCORE_AXIS)))
         panel.set_title(name)
         panel.set_xscale("symlog", linthresh=0.1)
         panel.set_xlim(0, SCORE_AXIS)
         panel.set_xticks([0, 0.1, 1, 10, SCORE_AXIS], ["0", ".1", "1", "10", f"{SCORE_AXIS:g}"])
-    label_edges(axes, "score", "share of pairs\nof pairs below")
-    remarks = without_relations(analysis)
-    (relation, label), most = max(beyond.items(), key=lambda entry: entry[1])
-    if most > 0:
-        remarks.append(
-            f"The axis ends at {SCORE_AXIS:g}. Scores beyond it are not drawn: at most {most:.2%} of a curve "
-            f"({relation}, {label})."
-        )
-    drawn = counts_text({model.label: len(r.sampled) for _, model in models for r in preset(model).values()})
-    return sign(
+    drawing.label_edges(axes, "score", "share of pairs\nof pairs below")
+    return drawing.finished(
         figure,
         "score_cdfs",
         "Distribution of the parallelogram score",
-        caption=f"Each curve is the share of {drawn} random pairs of pairs, drawn with replacement, that score below. "
-        "Further left is better.",
+        caption=f"The share of {SAMPLED_SCORES:,} random pairs of pairs (drawn with replacement) with a score below "
+        f"the value on the axis. Curves further left are better. At most {beyond:.2%} of a curve lies beyond the end "
+        f"of the axis, {SCORE_AXIS:g}.",
         models=[model for _, model in models],
-        source=f"Preset {PRESET}, {drawn} random pairs of pairs a relation. Relations: {analysis.relations}. Input "
-        "embedding.",
-        remarks=remarks,
+        source=f"Score {BAEK2025}. Relations: {analysis.relations}. Input embedding.",
+        remarks=_without_score(analysis),
     )
 
 
 def _number(variant: str, number: Callable[[Scores], Estimate]) -> Callable[[ModelResult], Estimate | None]:
-    return lambda model: number(of(model)[variant]) if variant in of(model) else None
+    return lambda model: number(result_of(model)[variant]) if variant in result_of(model) else None
 
 
 def overall(analysis: Analysis) -> dict[str, Any]:
     return {"variants": VARIANTS}
 
 
-RANDOM = "… over that of the same words paired at random"
 MEAN, RELATIVE = mean_over_relations, relative_to_random_pairs
 QUANTITIES = (
-    Quantity(f"parallelogram score, {PRESET}", _number(PRESET, MEAN), "lower", "preset_score"),
-    Quantity(RANDOM, _number(PRESET, RELATIVE), "lower", "preset_relative", "the same over random pairs of the words"),
+    Quantity(f"parallelogram score, {BAEK2025}", _number(BAEK2025, MEAN), "lower", "preset_score"),
+    Quantity(f"parallelogram score, {BAEK2025}, over that of random pairs", _number(BAEK2025, RELATIVE), "lower",
+             "preset_relative"),
     Quantity(f"parallelogram score, {OWN_SCALE}", _number(OWN_SCALE, MEAN), "lower", "own_scale_score"),
-    Quantity(RANDOM, _number(OWN_SCALE, RELATIVE), "lower"),
-    Quantity("… of the centres", _number(OF_CENTRES, MEAN), "lower"),
-    Quantity("… of the centres, over that of random pairs", _number(OF_CENTRES, RELATIVE), "lower",
-             "own_scale_relative_centres", "the same of the centres, over random pairs of the words"),
+    Quantity(f"parallelogram score, {OWN_SCALE}, over that of random pairs", _number(OWN_SCALE, RELATIVE), "lower"),
+    Quantity(f"parallelogram score, {OF_CENTRES}", _number(OF_CENTRES, MEAN), "lower"),
+    Quantity(f"parallelogram score, {OF_CENTRES}, over that of random pairs", _number(OF_CENTRES, RELATIVE), "lower",
+             "own_scale_relative_centres"),
 )  # fmt: skip
-CURVES = (Curve("parallelogram_score", f"parallelogram score ({PRESET}), mean over relations"),)
+CURVES = (Curve("parallelogram_score", f"parallelogram score ({BAEK2025}), mean over relations"),)

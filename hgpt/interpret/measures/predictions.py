@@ -1,31 +1,31 @@
-"""How well a model predicts: loss, accuracy and entropy, and how far the target's centre is."""
+"""Predictions on text: loss, accuracy, entropy, and the distance of the target's centre."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from hgpt.interpret.blocks import Block, paragraph
-from hgpt.interpret.drawing import draw_intervals, new_figure, sign
-from hgpt.interpret.measure import Analysis, Curve, ModelResult, Quantity, counts_text, tokens_read
+from hgpt.interpret.drawing import draw_intervals, finished, new_figure
+from hgpt.interpret.measure import Analysis, Block, Curve, ModelResult, Quantity, paragraph, tokens_text
 from hgpt.interpret.measures.calibration import expected_calibration_error
 from hgpt.interpret.measures.geometry import norm_summary
-from hgpt.interpret.statistics import bootstrap_ratio, estimate
+from hgpt.interpret.statistics import Estimate, bootstrap_ratio, estimate
 from hgpt.interpret.subject import Read, Subject
 
 TITLE = "Predictions"
-# Ranks of a token's frequency in the training set: the ten most frequent tokens, the next ninety, …
+# First and last rank of a band; rank 1 is the most frequent token of the training set.
 BANDS = ((1, 10), (11, 100), (101, 1_000), (1_001, 10_000), (10_001, None))
 
 
-def of(model: ModelResult) -> dict[str, Any]:
+def result_of(model: ModelResult) -> dict[str, Any]:
     """ "quality": name → mean over positions; "bands": the same by frequency of the target. Empty without text."""
     return model.found.get("predictions") or {"quality": {}, "bands": []}
 
 
 def bits_per_byte(losses: np.ndarray, text_bytes: np.ndarray) -> float:
-    """Σ loss / (ln 2 · Σ bytes): losses of targets in nats, and the bytes of UTF-8 that these stand for, in any parts.
+    """Σ loss / (ln 2 · Σ bytes): losses of targets in nats, and the UTF-8 bytes of the same targets.
 
-    Comparable between tokenizers, which nats per token are not.
+    Comparable between tokenizers, unlike nats per token.
     """
     return float(losses.sum() / (np.log(2) * text_bytes.sum()))
 
@@ -38,7 +38,7 @@ def frequency_ranks(counts: np.ndarray) -> np.ndarray:
 
 
 def frequency_bands(counts: np.ndarray) -> np.ndarray:
-    """The band of `BANDS` that each token belongs to by the rank of its count, (V,)."""
+    """The index in `BANDS` of each token, (V,)."""
     limits = [last for _, last in BANDS if last is not None]
     return np.searchsorted(np.array(limits), frequency_ranks(counts))
 
@@ -56,10 +56,10 @@ def compute(subject: Subject) -> dict[str, Any] | None:
     means = ("loss", "top5", "entropy", "confidence", "log_margin", "target_ratio")
     quality = {name: read.mean(getattr(positions, name)) for name in means}
     quality |= {"accuracy": read.mean(positions.correct), "nearest_accuracy": read.mean(positions.nearest)}
-    if read.text_bytes is not None:
+    if read.passages.text_bytes is not None:
         losses, _ = positions.window_sums(positions.loss.astype(np.float64))
-        replicates = bootstrap_ratio(losses / np.log(2), read.text_bytes, read.counts)
-        quality["bits_per_byte"] = estimate(bits_per_byte(losses, read.text_bytes), replicates)
+        replicates = bootstrap_ratio(losses / np.log(2), read.passages.text_bytes, read.counts)
+        quality["bits_per_byte"] = estimate(bits_per_byte(losses, read.passages.text_bytes), replicates)
     bands = []
     if read.fits:
         assert subject.text is not None
@@ -85,40 +85,39 @@ def checkpoint(subject: Subject) -> dict[str, float]:
 
 
 def section(analysis: Analysis) -> list[Block]:
-    shown = [(index, of(model)["bands"]) for index, model in analysis.having(lambda model: of(model)["bands"])]
-    if not shown:
+    models = analysis.having(lambda model: result_of(model)["bands"])
+    if not models:
         return []
     figure, axes = new_figure(1, 3)
-    names = [band["band"] for band in shown[0][1]]
-    step = 0.6 / len(shown)
+    names = [band["band"] for band in result_of(models[0][1])["bands"]]
+    step = 0.6 / len(models)
     panels = (("loss", "loss (nats per token)"), ("correct", "accuracy"), ("entropy", "entropy (nats)"))
     for panel, (name, label) in zip(axes[0], panels, strict=True):
-        for place, (index, all_bands) in enumerate(shown):
-            bands = [band for band in all_bands if band["band"] in names]
+        for place, (index, model) in enumerate(models):
+            bands = [band for band in result_of(model)["bands"] if band["band"] in names]
             places = np.array([names.index(band["band"]) for band in bands]) - 0.3 + step * (place + 0.5)
-            means = [band[name] for band in bands]
-            draw_intervals(panel, means, places, index, analysis.models[index].label, across=False)
+            draw_intervals(panel, [band[name] for band in bands], places, index, model.label, across=False)
         panel.set_xticks(range(len(names)), [name.replace("rank ", "") for name in names], rotation=30, ha="right")
         panel.set(xlabel="frequency rank of the target", ylabel=label)
-    models = [analysis.models[index] for index, _ in shown]
-    drawing = sign(
+    shown = [model for _, model in models]
+    drawing = finished(
         figure,
         "frequency_bands",
         "By frequency of the target",
-        caption="Targets grouped by how often they occur in the training data, the most frequent on the left.",
-        models=models,
-        source=f"Measured on {counts_text(tokens_read(models))} validation tokens of: {analysis.data_source}. 95 % "
+        caption="Targets grouped by their frequency rank in the training data, the most frequent on the left.",
+        models=shown,
+        source=f"Measured on {tokens_text(shown)} validation tokens of: {analysis.data_source}. 95 % "
         f"intervals, {analysis.resampled} of windows.",
     )
-    return [paragraph("Means over all positions are in the summary."), drawing]
+    return [paragraph("The summary lists the means over all positions."), drawing]
 
 
-def _mean(name: str) -> Any:
-    return lambda model: of(model)["quality"].get(name)
+def _mean(name: str) -> Callable[[ModelResult], Estimate | None]:
+    return lambda model: result_of(model)["quality"].get(name)
 
 
 def rows(model: ModelResult) -> dict[str, Any]:
-    return of(model)
+    return result_of(model)
 
 
 OVER_MEDIAN = "distance to the target over the median distance"
@@ -129,12 +128,12 @@ QUANTITIES = (
     Quantity("accuracy", _mean("accuracy"), "higher"),
     Quantity("top-5 accuracy", _mean("top5"), "higher"),
     Quantity("entropy of predictions, nats", _mean("entropy")),
-    Quantity("nearest-centre accuracy", _mean("nearest_accuracy"), "higher"),
-    Quantity("margin log(d of the nearest other / d of the target)", _mean("log_margin"), "higher"),
+    Quantity("accuracy of the nearest centre", _mean("nearest_accuracy"), "higher"),
+    Quantity("margin log(d of the nearest other centre / d of the target)", _mean("log_margin"), "higher"),
     Quantity(OVER_MEDIAN, _ratio, "lower"),
     Quantity("", lambda model: _ratio(model) if model.harmonic else None, "lower", "target_ratio", OVER_MEDIAN),
 )
 CURVES = (
-    Curve("hidden_norm", "mean norm of hidden states", logged="x_norm_mean", on_text=True, log_scale=True),
-    Curve("target_ratio", OVER_MEDIAN, logged="target_over_median_distance", on_text=True),
+    Curve("hidden_norm", "mean norm of hidden states", logged="x_norm_mean", log_scale=True),
+    Curve("target_ratio", OVER_MEDIAN, logged="target_over_median_distance"),
 )

@@ -1,4 +1,4 @@
-"""The text browser: what each model thought before every token of a text."""
+"""The text browser: the models' predictions for each token of a text."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from hgpt.errors import UserError
-from hgpt.interpret.blocks import Block, Html, paragraph
-from hgpt.interpret.measure import Analysis, ModelResult
+from hgpt.interpret.measure import Analysis, Block, Html, ModelResult, paragraph
 from hgpt.interpret.models import LoadedModel
 from hgpt.interpret.subject import Subject
 
@@ -22,10 +21,10 @@ POSITIONS = 160
 
 @dataclass(frozen=True)
 class Reading:
-    """A position of a text as its hidden state sees the centres.
+    """The prediction at a position of a text.
 
-    `token` is the target, `p` its probability, `rank` 1 where it is the most probable; `ratio` is d / d_min of its
-    centre and `nearest` holds (token, p, d / d_min) of the most probable tokens. Ratios are None for a softmax head.
+    `token` is the target, `p` its probability, `rank` 1 if it is the most probable token, `ratio` d / d_min of its
+    centre; `nearest` holds (token, p, d / d_min) of the most probable tokens. A softmax head has no d / d_min: None.
     """
 
     token: str
@@ -35,13 +34,13 @@ class Reading:
     nearest: tuple[tuple[str, float, float | None], ...]
 
 
-def of(model: ModelResult) -> list[Reading]:
+def result_of(model: ModelResult) -> list[Reading]:
     return model.found.get("reading") or []
 
 
 @torch.inference_mode()
 def read_text(loaded: LoadedModel, inputs: np.ndarray, targets: np.ndarray, k: int) -> list[Reading]:
-    """For each position of `inputs`, (T,), its target and its `k` most probable tokens with their distance ratios.
+    """The target and the `k` most probable tokens at each position, (T,) inputs and targets.
 
     With a harmonic head without radii the most probable tokens are those with the nearest centres.
     """
@@ -76,7 +75,7 @@ def compute(subject: Subject) -> list[Reading] | None:
 
 
 def _passage(subject: Subject) -> tuple[np.ndarray, np.ndarray] | None:
-    """Inputs and targets of the user's text, or of the beginning of the validation text; None without either."""
+    """Inputs and targets from --text, or else from the start of the validation text; None without either."""
     file, longest = subject.settings.text, min(POSITIONS, subject.model.context)
     if file is not None:
         try:
@@ -89,16 +88,16 @@ def _passage(subject: Subject) -> tuple[np.ndarray, np.ndarray] | None:
         return tokens[:-1], tokens[1:]
     if subject.read is None:
         return None
-    inputs, targets = subject.read.windows[0]
+    inputs, targets = subject.read.passages.windows[0]
     return inputs[:longest], targets[:longest]
 
 
-# A panel keeps to the bottom of the window as long as its own text is in sight.
+# The panel stays at the bottom of the window while its own text is visible.
 TEMPLATE = """
 {% for group in groups %}
 <div class="reading">
-<p class="quiet">The darker a token, the more probable {{ group.models[0].label }} found it
-{%- if groups|length > 1 %}, in the tokens of {{ group.models|map(attribute="label")|join(", ") }}{% endif %}.</p>
+<p class="quiet">The darker a token, the higher its probability under {{ group.models[0].label }}
+{%- if groups|length > 1 %}. Tokens of {{ group.models|map(attribute="label")|join(", ") }}{% endif %}.</p>
 <div class="text" id="text-{{ loop.index0 }}">
 {%- for seen in group.models[0].reading -%}
 <span tabindex="0" data-position="{{ loop.index0 }}" style="background:rgba(86,180,233,{{ "%.2f"|format(seen.p) }})">
@@ -119,7 +118,7 @@ def reading_groups(models: Sequence[ModelResult]) -> list[dict[str, Any]]:
     """
     groups: dict[tuple[str, ...], dict[str, Any]] = {}
     for number, model in enumerate(models):
-        if found := of(model):
+        if found := result_of(model):
             tokens = tuple(reading.token for reading in found)
             group = groups.setdefault(tokens, {"tokens": list(tokens), "models": []})
             reading = [asdict(seen) for seen in found]
@@ -131,7 +130,7 @@ def section(analysis: Analysis) -> list[Block]:
     groups = reading_groups(analysis.models)
     if not groups:
         return []
-    source = analysis.settings.text or "the beginning of the first window of validation text"
+    source = analysis.settings.text or "the start of the first window of validation text"
     return [
         paragraph(
             "Point at a token, tap it or reach it with Tab: what each model thought before it came, the most probable "
@@ -144,4 +143,4 @@ def section(analysis: Analysis) -> list[Block]:
 
 
 def rows(model: ModelResult) -> dict[str, Any]:
-    return {"reading": of(model)}
+    return {"reading": result_of(model)}

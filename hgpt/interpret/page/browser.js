@@ -1,4 +1,4 @@
-// The text browser: a token under the pointer, tapped or reached with Tab shows what each model saw before it.
+// The text browser: pointing at a token, tapping it or reaching it with Tab shows each model's predictions for it.
 (() => {
   const groups = JSON.parse(document.getElementById("readings").textContent);
   const swatches = document.querySelectorAll("#models .swatch");
