@@ -481,7 +481,7 @@ def test_options_are_checked_before_anything_is_read(tmp_path: Path, option: Any
         (sample.main, ("--num-samples", str(10**9))),
         (sample.main, ("--num-samples", str(10**30))),
     ],
-    ids=str,
+    ids=lambda value: value.__module__ if callable(value) else str(value),
 )
 def test_numbers_and_texts_out_of_range(prepared: Path, command: Any, option: Any, capsys: Any) -> None:
     paths = {documents.main: ("--out", "/nowhere/x", __file__), verify_command.main: (prepared,)}

@@ -73,7 +73,11 @@ def test_a_model_on_the_hub_that_would_not_fit_is_refused_before_it_is_downloade
     with pytest.raises(UserError, match=r"somebody/gpt2 needs about 1\.5 GB of memory .*, and 1\.5 GB are free"):
         source.load_model(torch.float32, WORKING_BYTES)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1.51e9))
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: ("loaded", {"missing_keys": [], "unexpected_keys": []}))
+    monkeypatch.setattr(
+        AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *_, **__: ("loaded", {"missing_keys": [], "unexpected_keys": []}),
+    )
     assert source.load_model(torch.float32, WORKING_BYTES) == "loaded"
 
 
