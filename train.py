@@ -11,6 +11,7 @@ with the others; 75 stopped by SIGTERM, SIGUSR1 or SIGHUP after a checkpoint, to
 
 import sys
 
+import numpy as np
 import torch
 import transformers
 from accelerate.utils import set_seed
@@ -18,14 +19,14 @@ from torch import Tensor, nn
 
 from hgpt.data.baselines import unigram_log_p
 from hgpt.data.batches import TrainingBatches
-from hgpt.data.shards import TokenShards, fingerprint, same_data
+from hgpt.data.shards import SPLITS, TokenShards, fingerprint, same_data
 from hgpt.data.verify import verify
 from hgpt.hardware import device_name
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.checkpoint import Checkpoint, Checkpoints
 from hgpt.run.config import RunConfig
 from hgpt.run.energy import check_country
-from hgpt.run.engines import Engine, compile_blocks, weights_fingerprint
+from hgpt.run.engines import Engine, weights_fingerprint
 from hgpt.run.evaluation import Evaluation, Validation
 from hgpt.run.optim import build_optimizer, learning_rate, set_learning_rate
 from hgpt.run.report import Recent, Report, Speed
@@ -36,6 +37,7 @@ from hgpt.source import check_tokenizer, initialize_from, initialize_radii, shap
 
 def main(config: RunConfig) -> dict[str, float]:
     """Train the run that `config` describes; returns the values of the last evaluation, as `Evaluation` does."""
+    check_country(config.log.energy_country)
     # Processes. The launcher chooses their number, and whether DDP, ZeRO or FSDP trains the model.
     engine = Engine.start(config)
     with Watchdog(config.train.hang_timeout) as watchdog, StopSignals(engine) as signals:
@@ -48,7 +50,10 @@ def run(config: RunConfig, engine: Engine, watchdog: Watchdog, signals: StopSign
     """Set up a run, and train it; returns the last evaluation. What reads files is done by all processes together."""
     # ------------------------------------------------------------------------------------------------------------
     # Data first: most mistakes are in the data settings, and they should show at once.
-    train_shards, val_shards, evaluation = engine.together(lambda: open_data(config))
+    path, vocab_size = config.data.path, config.data.vocab_size
+    splits = engine.together(lambda: [TokenShards.open(path, split, vocab_size) for split in SPLITS])
+    train_shards, val_shards = splits
+    evaluation = engine.together(lambda: Evaluation(train_shards, val_shards, config))
     batches = TrainingBatches(
         train_shards,
         seq_len=config.data.seq_len,
@@ -61,8 +66,9 @@ def run(config: RunConfig, engine: Engine, watchdog: Watchdog, signals: StopSign
     )
     engine.configure(batches.accumulation)
     verifying = config.data.verify and engine.is_local_main  # each node reads its own disk
-    data = engine.together(lambda: check_data(config, (train_shards, val_shards), whole=verifying))
-    engine.compare({f"the data in {config.data.path}": data}, same_data)
+    engine.together(lambda: verify(path, vocab_size) if verifying else None)
+    data = engine.together(lambda: fingerprint(splits, whole=verifying))
+    engine.compare({f"the data in {path}": data}, same_data)
 
     # ------------------------------------------------------------------------------------------------------------
     # The run folder: a new one, or one to resume. Nothing is written yet.
@@ -74,7 +80,10 @@ def run(config: RunConfig, engine: Engine, watchdog: Watchdog, signals: StopSign
     # Model and optimiser. Every process draws the same initial weights; dropout then differs between processes.
     watchdog.beat(0, "building the model")
     set_seed(config.train.seed)
-    model = engine.together(lambda: build_model(config, train_shards, resumed, engine))
+    log_p = None
+    if resumed is None and config.model.head.radius == "learned" and config.model.head.radius_init != "zero":
+        log_p = engine.from_main(lambda: unigram_log_p(train_shards))
+    model = engine.together(lambda: build_model(config, train_shards, resumed, log_p, engine))
     if config.model.init_from is not None and resumed is None and engine.world_size > 1:
         engine.compare({f"the weights of model.init_from = {config.model.init_from}": weights_fingerprint(model)})
     set_seed(config.train.seed, device_specific=True)
@@ -99,28 +108,14 @@ def run(config: RunConfig, engine: Engine, watchdog: Watchdog, signals: StopSign
         f"{engine.world_size} x {device_name(engine.device)}, {engine.name}, {engine.precision}, "
         f"{batches.accumulation} x {config.train.micro_batch} sequences a step and process"
     )
-    if evaluation.unigram is not None:
-        engine.say(f"a unigram model of this data has validation loss {evaluation.unigram:.4f}")
+    evaluation.compare_with_unigram(engine)
     return loop(batches, evaluation, checkpoints, model, optimizer, watchdog, signals)
 
 
-def open_data(config: RunConfig) -> tuple[TokenShards, TokenShards, Evaluation]:
-    """The training and the validation split, and the evaluation of the latter."""
-    check_country(config.log.energy_country)
-    train_shards = TokenShards.open(config.data.path, "train", config.data.vocab_size)
-    val_shards = TokenShards.open(config.data.path, "val", config.data.vocab_size)
-    return train_shards, val_shards, Evaluation(train_shards, val_shards, config)
-
-
-def check_data(config: RunConfig, splits: tuple[TokenShards, TokenShards], whole: bool) -> str:
-    """The fingerprint of the data, after a check of every byte if `whole`."""
-    if whole:
-        verify(config.data.path, config.data.vocab_size)
-    return fingerprint(splits, whole=whole)
-
-
-def build_model(config: RunConfig, shards: TokenShards, resumed: Checkpoint | None, engine: Engine) -> HGPTForCausalLM:
-    """The model of the checkpoint to resume, or a new one with random weights or those of init_from; on the CPU."""
+def build_model(
+    config: RunConfig, shards: TokenShards, resumed: Checkpoint | None, log_p: np.ndarray | None, engine: Engine
+) -> HGPTForCausalLM:
+    """On the CPU: the resumed model, or a new one with random weights or those of init_from; radii start at `log_p`."""
     model_config = config.model.to_hf(
         vocab_size=shards.vocab_size, seq_len=config.data.seq_len, end_of_text=shards.end_of_text
     )
@@ -132,18 +127,9 @@ def build_model(config: RunConfig, shards: TokenShards, resumed: Checkpoint | No
             same_tokenizer = check_tokenizer(config.model.init_from, shards)
             for note in [same_tokenizer, *initialize_from(model, config.model.init_from)]:
                 engine.say(f"model.init_from: {note}")
-        initialize_radii(
-            model,
-            config.model.head.radius_init,
-            lambda: engine.gather_objects(unigram_log_p(shards) if engine.is_main else None)[0],
-        )
+        initialize_radii(model, config.model.head.radius_init, log_p)
     model.lm_head.label_smoothing = config.train.label_smoothing  # has an effect in training mode only; is not exported
-    if config.train.activation_checkpointing:
-        # Early versions of transformers 5 have the second name only.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    if config.train.compile:
-        compile_blocks(model, together=engine.name == "one process" and not config.train.activation_checkpointing)
+    engine.set_up_blocks(model)
     return model
 
 

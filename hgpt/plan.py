@@ -182,12 +182,13 @@ class HeadMemory(NamedTuple):
 
 
 def head_memory(config: HGPTConfig, tokens: int, precision: Precision) -> HeadMemory:
-    """Memory of `hgpt.model.loss` on a GPU for N = `tokens` positions and V rows of the unembedding.
+    """Memory of the head's loss on a GPU (`hgpt.model.row_kernels`) for N = `tokens` positions and V rows of w.
 
     operands: x and its gradient, (N, D); under autocast x in both dtypes and a bf16 copy of w; the gradient of w in
-        float32, (V, D); norms and column sums, (V,); with log-weights their gradient and a chunk's share of it, (V,).
-    chunk: C = `loss.chunk_positions` positions · V · 4 bytes of products and, harmonic, 4 of scores and 1 of a mask, or
-        (bf16) 2 of G and a chunk's share of the gradient of w.
+        float32, (V, D); five numbers a position.
+    chunk: C = `loss.chunk_positions` positions · V · (4 bytes of products and 2 or 4 of G); harmonic: C · D · 4 of G w,
+        and sums of G over 256 classes and over 32 positions, in bf16 also of what rounding adds; with log-weights sums
+        of p − q over 32 positions.
     dense: the operands, and N · V · 17 bytes in the backward pass of `harmax.harmonic_loss`, 12 in that of softmax.
 
     A distance that transforms its operands adds x′, w′ and their gradients in float32. A distance in
@@ -199,16 +200,19 @@ def head_memory(config: HGPTConfig, tokens: int, precision: Precision) -> HeadMe
         operands = (tokens + rows) * width * 8 + transformed
         return HeadMemory(operands, memory_of("cuda"), operands + tokens * rows * 17, None)
     c, harmonic = precision.compute.itemsize, config.head == "harmonic"
-    vectors = 16 * rows if config.radius == "learned" else 8 * rows
-    operands = tokens * width * 2 * c + rows * width * 4 + vectors + 20 * tokens + transformed
+    operands = tokens * width * 2 * c + rows * width * 4 + 20 * tokens + transformed
     if precision.autocast:
         operands += tokens * width * precision.residual.itemsize + rows * width * c
     positions = min(tokens, chunk_positions(rows, precision.compute, "cuda"))
-    chunk = positions * rows * (9 if harmonic else 4)
-    if c == 2:  # a chunk's share of the gradient of w is a float32 tensor of its own
-        chunk = max(chunk, positions * rows * 6 + rows * width * 4)
+    chunk = positions * rows * (4 + c)
+    tiles_down, tiles_across = -(-positions // 32), -(-rows // 256)
+    if harmonic:
+        planes = 2 if c == 2 else 1
+        chunk += positions * width * 4 + planes * 4 * (tiles_down * rows + tiles_across * positions)
+    if config.radius == "learned":
+        chunk += tiles_down * rows * 4
     dense = operands + tokens * rows * (17 if harmonic else 12)
-    return HeadMemory(operands, chunk + positions * width * 4, dense, positions)
+    return HeadMemory(operands, chunk, dense, positions)
 
 
 def distance_of(config: HGPTConfig) -> Distance | None:

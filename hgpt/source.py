@@ -9,7 +9,7 @@ Code in a model's folder is never executed (trust_remote_code=False), and pickle
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -371,12 +371,12 @@ def initialize_from(model: HGPTForCausalLM, init_from: str) -> list[str]:
 
 
 @torch.no_grad()
-def initialize_radii(model: HGPTForCausalLM, radius_init: str | None, unigram: Callable[[], np.ndarray]) -> None:
+def initialize_radii(model: HGPTForCausalLM, radius_init: str | None, unigram: np.ndarray | None) -> None:
     """Set the log-weights of a model that is to be trained to model.head.radius_init.
 
     Args:
         radius_init: None keeps log-weights that `initialize_from` has loaded, and is "unigram" without them.
-        unigram: returns `unigram_log_p` of the training split. It is called only if it is needed.
+        unigram: `unigram_log_p` of the training split; not read for "zero".
     """
     a = model.lm_head.log_weight
     if a is None or (radius_init is None and bool(a.any())):
@@ -384,7 +384,7 @@ def initialize_radii(model: HGPTForCausalLM, radius_init: str | None, unigram: C
     if radius_init == "zero":
         a.zero_()
     else:
-        log_p = torch.from_numpy(unigram())
+        log_p = torch.as_tensor(unigram)
         a.fill_(float(log_p.min()))  # the padding, which has no probability; a token added later is rare
         a[: len(log_p)] = log_p
 

@@ -59,9 +59,11 @@ def test_a_folder_that_cannot_be_written_is_counted_each_time(tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is damaged"),
+        ("{", "cannot be read as JSON"),
+        ("[" * 200_000, "cannot be read as JSON"),
+        ('{"shards": "DIGEST", "counts": [1' + "0" * 40 + "]}", "is damaged"),
         ("[1]", "is damaged"),
-        ('{"shards": "DIGEST", "counts": [1, 0]}', r"counts 1 of 2 .* 3 tokens and a vocabulary of 3: delete the file"),
+        ('{"shards": "DIGEST", "counts": [1, 0]}', r"counts 1 of 2 .* 3 tokens and a vocabulary of 3. Delete it"),
         ('{"shards": "DIGEST", "counts": [1, 0, 1]}', "counts 2 of 3"),
         ('{"shards": "DIGEST", "counts": [4, 0, -1]}', "counts 3 of 3"),
         ('{"shards": "DIGEST", "counts": ["x"]}', "is damaged"),

@@ -19,7 +19,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from processes import finish, start
-from small_run import VOCAB, assert_same_checkpoint, at_step, losses, make_config, markov_tokens, set_back, write_data
+from small_run import (
+    HARMONIC,
+    VOCAB,
+    assert_same_checkpoint,
+    at_step,
+    losses,
+    make_config,
+    markov_tokens,
+    set_back,
+    write_data,
+)
 
 import train
 from hgpt import durable
@@ -388,6 +398,19 @@ def test_two_nodes_that_see_different_files(data, tmp_path, finished, engine, fa
         assert message in (tmp_path / f"log.{rank}").read_text()
     assert {path: path.read_bytes() for path in before} == before
     assert not (tmp_path / "node0" / "runs" / "new").exists()
+
+
+@pytest.mark.slow
+def test_a_fault_that_the_main_process_alone_meets_ends_all_with_its_message(data, tmp_path):
+    """The main process counts the tokens for all."""
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "train_counts.json").write_text("{")
+    config = make_config(
+        tmp_path / "data", tmp_path, model={"head": replace(HARMONIC, radius="learned")}, train={"micro_batch": 4}
+    )
+    assert finish(start([config], 2, "ddp", tmp_path / "log")) == [2, 2]
+    for rank in (0, 1):
+        assert "train_counts.json" in (tmp_path / f"log.{rank}").read_text()
 
 
 @pytest.mark.slow

@@ -159,7 +159,7 @@ def test_default_chunk_fits_its_memory() -> None:
     assert chunk_positions(50304) == chunk_positions(50304, torch.bfloat16) == 384  # products in float32 either way
     assert chunk_positions(50304, torch.float64) == 192
     assert chunk_positions(10**7) == 64
-    assert chunk_positions(50304, torch.bfloat16, "cuda") == 2624
+    assert chunk_positions(50304, torch.bfloat16, "cuda") == 4096
 
 
 # ----------------------------------------------------------------------------------------------------------------------

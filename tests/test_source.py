@@ -335,8 +335,8 @@ def test_hgpt_model_into_a_harmonic_run(tmp_path):
 
 
 def test_radii_come_from_the_source_or_from_the_frequencies(tmp_path):
-    unigram = torch.arange(V).double().log_softmax(0).numpy().copy
-    padded = [*unigram(), *[unigram().min()] * (128 - V)]
+    unigram = torch.arange(V).double().log_softmax(0).numpy()
+    padded = [*unigram, *[unigram.min()] * (128 - V)]
     source = save_run(tmp_path, radius="learned")
     torch.nn.init.normal_(source.lm_head.log_weight)
     source.save_pretrained(tmp_path / "latest" / "model")
@@ -350,7 +350,7 @@ def test_radii_come_from_the_source_or_from_the_frequencies(tmp_path):
         assert init_from is None or start(model, init_from) == []
         initialize_radii(model, radius_init, unigram)
         assert model.lm_head.log_weight.tolist() == pytest.approx(expected)
-    initialize_radii(model_like(), None, lambda: pytest.fail("counted for a model without radii"))
+    initialize_radii(model_like(), None, None)  # a model without radii
     differences = start(model_like(final_norm="none"), tmp_path)
     assert differences[0] == "model.head.radius is 'none', the checkpoint was trained with 'learned'"
     assert differences[1] == "model.final_norm is 'none', the checkpoint was trained with 'layer_norm'"

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hgpt.data.shards import TokenShards
-from hgpt.durable import whole_file
+from hgpt.durable import read_json, whole_file
 from hgpt.errors import UserError
 
 COUNTS_FILE = "train_counts.json"  # in a data folder: {"shards": digest of the train shards, "counts": (V,)}
@@ -25,21 +25,21 @@ def training_counts(shards: TokenShards) -> np.ndarray:
         UserError: a remembered file is damaged, or its counts do not fit the vocabulary or the number of tokens.
     """
     path, digest = shards.folder / COUNTS_FILE, _digest(shards)
+    again = "Delete it, and the tokens are counted again."
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path, again)
         if content["shards"] == digest:
             counts = np.array(content["counts"], dtype=np.int64)
             if len(counts) != shards.vocab_size or counts.min() < 0 or counts.sum() != len(shards):
                 raise UserError(
                     f"{path} counts {counts.sum():,} of {len(counts)} different tokens, and the {shards.split} split "
-                    f"has {len(shards):,} tokens and a vocabulary of {shards.vocab_size}: delete the file, and the "
-                    "tokens are counted again"
+                    f"has {len(shards):,} tokens and a vocabulary of {shards.vocab_size}. {again}"
                 )
             return counts
-    except OSError:
+    except FileNotFoundError:
         pass  # not counted yet
-    except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it, and the tokens are counted again") from error
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
+        raise UserError(f"{path} is damaged ({error}). {again}") from error
     counts = count_tokens(shards)
     with suppress(OSError), whole_file(path) as partial:  # a folder that cannot be written is counted each time
         partial.write_text(json.dumps({"shards": digest, "counts": counts.tolist()}))

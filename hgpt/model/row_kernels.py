@@ -1,12 +1,11 @@
 """The loss of either head on a GPU: Triton kernels between the matrix products.
 
 `by_rows` has the contract `loss.Kernel` and computes what `loss.by_products` computes, for softmax and for powers of a
-Euclidean distance. Per chunk of C positions, with V classes, target y, and z relative to a reference class 0:
+Euclidean distance. Per chunk of C positions, with V classes and target y; scores are relative to those of one class, 0:
 
     products = x wᵀ                 (C, V) float32, a matrix product into one buffer
-    `_losses`                       reads the products once: z_i = a_i + n/2 log₂ (d_0²/d_i²) to
-                                    base 2 (softmax: z_i = a_i + (x·w_i − x·w_0) log₂ e), and
-                                    loss = ln 2 (log₂ Σ 2^z_i − z_y)
+    `_losses`                       reads the products: z_i = a_i log₂ e + n/2 log₂ (d_0²/d_i²), scores to base 2
+                                    (softmax: z_i = (a_i + x·w_i − x·w_0) log₂ e), loss = ln 2 (log₂ Σ 2^z_i − z_y)
     `_gradients`                    reads them again; writes G_i = n (p_i − q_i) / d_i² (softmax: p_i − q_i) in the
                                     dtype of the operands, and the sums over rows and columns of G before it is rounded
     G w and Gᵀ x                    matrix products; the second one adds to the gradient of w
@@ -28,15 +27,12 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from .harmax import distance_floor
-from .loss import LossParams, slices
+from .loss import LossParams, chunk_positions, slices
 
 # Tiles (rows, columns) and warps, the fastest of those tried on an H200 (benchmarks/gpu.py measures the whole).
 _LOSS_TILE, _LOSS_WARPS = {"ROWS": 1, "COLUMNS": 2048}, 8
 _GRADIENT_TILE, _GRADIENT_WARPS = {"STEPS": 32, "ROWS": 1, "COLUMNS": 256}, 1
 _VECTOR_TILE = {"ROWS": 16, "COLUMNS": 256}  # of x and w
-# Bytes of a chunk's products in float32: 3712 positions of GPT-2. With 2048 positions the head takes 7 % longer on an
-# H200, with 8192 as long as with 4096.
-_CHUNK_BYTES = 712 * 2**20
 
 _LOG2_E, _LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
@@ -63,6 +59,39 @@ def _log2_closeness(d_sq, reference, inverse, FAST: tl.constexpr):
 
 
 @triton.jit
+def _squared_distances(products, x_sq, floor, w_sq):
+    """d², clamped at the floor; nan stays nan."""
+    d_sq = (w_sq - 2 * products) + x_sq  # in this order, because |x| may be large
+    return tl.where(d_sq <= floor, floor, d_sq)
+
+
+@triton.jit
+def _add(POINTER, values, mask):
+    tl.store(POINTER, tl.load(POINTER, mask=mask, other=0.0) + values, mask=mask)
+
+
+@triton.jit
+def _nearest(
+    start_of_row, valid, own, x_sq, floor, W_SQ, classes,
+    HARMONIC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The smallest d² of each row (softmax: the largest product); `own` is the target's."""
+    best = tl.broadcast_to(own[:, None], [ROWS, COLUMNS])
+    for start in range(0, classes, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        is_class = columns < classes
+        inside = valid[:, None] & is_class[None, :]
+        value = tl.load(start_of_row[:, None] + columns[None, :], mask=inside, other=0.0)
+        if HARMONIC:
+            w_sq = tl.load(W_SQ + columns, mask=is_class, other=1.0)
+            value = _squared_distances(value, x_sq[:, None], floor[:, None], w_sq[None, :])
+            best = tl.where(inside & (value < best), value, best)
+        else:
+            best = tl.where(inside & (value > best), value, best)
+    return tl.min(best, 1) if HARMONIC else tl.max(best, 1)
+
+
+@triton.jit
 def _losses(
     PRODUCTS, stride, TARGETS, X_SQ, FLOOR, W_SQ, LOG_WEIGHT, HALF_N, LOSSES, SLOPES, REFERENCE, SCALES,
     count, classes, smoothing,
@@ -81,28 +110,15 @@ def _losses(
     start_of_row = PRODUCTS + rows.to(tl.int64) * stride
     target = tl.load(TARGETS + rows, mask=valid, other=0)
     own = tl.load(start_of_row + target, mask=valid, other=0.0)  # the target's product, then its d²
-    half_n = 0.0
+    x_sq, floor, half_n = own, own, 0.0  # not read
     if HARMONIC:
         half_n = tl.load(HALF_N)
         x_sq = tl.load(X_SQ + rows, mask=valid, other=1.0)
         floor = tl.load(FLOOR + rows, mask=valid, other=1.0)
-        own = (tl.load(W_SQ + target, mask=valid, other=0.0) - 2 * own) + x_sq  # in this order: |x| may be large
-        own = tl.where(own <= floor, floor, own)  # keeps nan
+        own = _squared_distances(own, x_sq, floor, tl.load(W_SQ + target, mask=valid, other=0.0))
     nearest = own
     if NEAREST:
-        best = tl.broadcast_to(own[:, None], [ROWS, COLUMNS])
-        for start in range(0, classes, COLUMNS):
-            columns = start + tl.arange(0, COLUMNS)
-            is_class = columns < classes
-            inside = valid[:, None] & is_class[None, :]
-            value = tl.load(start_of_row[:, None] + columns[None, :], mask=inside, other=0.0)
-            if HARMONIC:
-                w_sq = tl.load(W_SQ + columns, mask=is_class, other=1.0)
-                value = (w_sq[None, :] - 2 * value) + x_sq[:, None]
-                best = tl.where(inside & (value < best), value, best)
-            else:
-                best = tl.where(inside & (value > best), value, best)
-        nearest = tl.maximum(tl.min(best, 1), floor) if HARMONIC else tl.max(best, 1)
+        nearest = _nearest(start_of_row, valid, own, x_sq, floor, W_SQ, classes, HARMONIC, ROWS, COLUMNS)
     inverse = 1.0 / nearest
     own_z = half_n * _log2_closeness(own, nearest, inverse, FAST) if HARMONIC else (own - nearest) * _LOG2_E
     own_slope = own_z
@@ -120,8 +136,7 @@ def _losses(
         z = tl.load(start_of_row[:, None] + columns[None, :], mask=inside, other=0.0)
         if HARMONIC:
             w_sq = tl.load(W_SQ + columns, mask=is_class, other=1.0)
-            d_sq = (w_sq[None, :] - 2 * z) + x_sq[:, None]
-            d_sq = tl.where(d_sq <= floor[:, None], floor[:, None], d_sq)
+            d_sq = _squared_distances(z, x_sq[:, None], floor[:, None], w_sq[None, :])
             z = half_n * _log2_closeness(d_sq, nearest[:, None], inverse[:, None], FAST)
         else:
             z = (z - nearest[:, None]) * _LOG2_E
@@ -199,9 +214,7 @@ def _gradients(
             floor = tl.load(FLOOR + rows, mask=valid, other=1.0)
             own = tl.load(SCALES + 2 * count + rows, mask=valid, other=0.0)
             inverse = tl.load(SCALES + 3 * count + rows, mask=valid, other=0.0)
-            d_sq = (w_sq[None, :] - 2 * product) + x_sq[:, None]
-            clamped = d_sq <= floor[:, None]
-            d_sq = tl.where(clamped, floor[:, None], d_sq)
+            d_sq = _squared_distances(product, x_sq[:, None], floor[:, None], w_sq[None, :])
             closeness = _log2_closeness(d_sq, reference[:, None], inverse[:, None], FAST)
             g = tl.exp2((shift[None, :] - top[:, None]) + (half_n + 1) * closeness) * scale  # p d_0² / d²
             if SMOOTHED:
@@ -210,7 +223,7 @@ def _gradients(
             if WEIGHT_GRADIENT:
                 weight_sums += tl.where(inside, g * (weight * inverse)[:, None] * d_sq, 0.0)
             g *= (weight * 2 * half_n * inverse)[:, None]
-            g = tl.where(clamped, 0.0, g)
+            g = tl.where(d_sq <= floor[:, None], 0.0, g)  # clamped
         else:
             g = tl.exp2((product - reference[:, None]) * _LOG2_E + (shift[None, :] - top[:, None])) * scale
             if SMOOTHED:
@@ -231,16 +244,11 @@ def _gradients(
                 column_added += added
     if HARMONIC:
         own_columns = COLUMN_SUMS + down * planes * width + columns
-        total = tl.sum(column_sums, 0)
-        tl.store(own_columns, tl.load(own_columns, mask=within, other=0.0) + total, mask=within)
+        _add(own_columns, tl.sum(column_sums, 0), within)
         if ROUNDED:
-            own_columns += width
-            total = tl.sum(column_added, 0)
-            tl.store(own_columns, tl.load(own_columns, mask=within, other=0.0) + total, mask=within)
+            _add(own_columns + width, tl.sum(column_added, 0), within)
     if WEIGHT_GRADIENT:
-        own_weights = WEIGHT_SUMS + down * width + columns
-        total = tl.sum(weight_sums, 0)
-        tl.store(own_weights, tl.load(own_weights, mask=within, other=0.0) + total, mask=within)
+        _add(WEIGHT_SUMS + down * width + columns, tl.sum(weight_sums, 0), within)
 
 
 @triton.jit
@@ -295,12 +303,6 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
     return torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
 
 
-def chunk_positions(positions: int, num_rows: int) -> int:
-    """Positions per chunk for `num_rows` rows of w, a multiple of 64: equal chunks with products of at most 712 MiB."""
-    largest = max(64, _CHUNK_BYTES // (4 * num_rows) // 64 * 64)
-    return triton.cdiv(triton.cdiv(positions, triton.cdiv(positions, largest)), 64) * 64
-
-
 def _gradient_rows() -> int:
     return _GRADIENT_TILE["STEPS"] * _GRADIENT_TILE["ROWS"]
 
@@ -332,8 +334,7 @@ class _Buffers:
         # The gradients of a mean underflow in float16.
         self.g_dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
         self.rounded = self.harmonic and self.g_dtype != torch.float32
-        self.chunk = min(len(x), params.chunk or chunk_positions(len(x), len(w)))
-        self.log_weight = log_weight
+        self.chunk = min(len(x), params.chunk or chunk_positions(len(w), x.dtype, "cuda"))
         # float32 keeps its digits; AMD's library has no such function, and Triton's interpreter none at all.
         self.fast = x.dtype != torch.float32 and x.is_cuda and torch.version.hip is None
 
@@ -342,11 +343,11 @@ class _Buffers:
 
         width = -(-len(w) // 8) * 8  # rows of buffers start at multiples of 16 bytes, as matrix products need
         tiles = triton.cdiv(self.chunk, _gradient_rows()) if backward else 0
-        across, planes = triton.cdiv(len(w), _GRADIENT_TILE["COLUMNS"]), 2 if self.rounded else 1
+        self.across, self.planes = triton.cdiv(len(w), _GRADIENT_TILE["COLUMNS"]), 2 if self.rounded else 1
         try:
             self.products = new(self.chunk, width)[:, : len(w)]
             self.g = new(self.chunk if backward else 0, width, dtype=self.g_dtype)[:, : len(w)]
-            self.column_sums = new(tiles if self.harmonic else 0, planes, len(w), zero=True)
+            self.column_sums = new(tiles if self.harmonic else 0, self.planes, len(w), zero=True)
             self.weight_sums = new(tiles if self.need_log_weight else 0, len(w), zero=True)
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(
@@ -354,7 +355,7 @@ class _Buffers:
                 f"{len(w)} classes take {self.chunk * width * (4 + self.g_dtype.itemsize) / 2**30:.1f} GiB. Lower "
                 f"train.micro_batch, or `chunk` of LossParams. {error}"
             ) from error
-        self.row_sums = new(across * planes * self.chunk if backward and self.harmonic else 0)
+        self.row_sums = new(self.across * self.planes * self.chunk if backward and self.harmonic else 0)
         self.reference, self.scales = new(self.chunk), new(4 * self.chunk)
         self.losses, self.slopes = new(len(x)), new(len(x) if self.need_n else 0)
         self.grad_x = new(*x.shape, dtype=self.g_dtype) if backward and self.need_x else None
@@ -365,6 +366,8 @@ class _Buffers:
         self.w_mean, self.x_mean = (
             v.mean(0, dtype=torch.float32) if self.rounded and backward else None for v in (w[: self.classes], x)
         )
+        self.weighted = log_weight is not None
+        self.log_weight = log_weight if self.weighted else self.losses  # not read
         if params.n is not None:
             self.half_n = n.detach().float() / 2 if isinstance(n, Tensor) else new(1).fill_(params.n / 2)
             self.x_sq, self.w_sq = squared_norms(x), squared_norms(w)
@@ -376,12 +379,11 @@ class _Buffers:
         """Losses of a chunk, and the products for its gradients."""
         count = rows.stop - rows.start
         multiply(self.x[rows], self.w.T, self.products[:count])
-        log_weight = self.losses if self.log_weight is None else self.log_weight
         _losses[(triton.cdiv(count, _LOSS_TILE["ROWS"]),)](
             self.products, self.products.stride(0), targets[rows], self.x_sq[rows], self.floor[rows], self.w_sq,
-            log_weight, self.half_n, self.losses[rows], self.slopes[rows], self.reference, self.scales,
+            self.log_weight, self.half_n, self.losses[rows], self.slopes[rows], self.reference, self.scales,
             count, self.classes, self.smoothing,
-            HARMONIC=self.harmonic, WEIGHTED=self.log_weight is not None, SMOOTHED=self.smoothing > 0,
+            HARMONIC=self.harmonic, WEIGHTED=self.weighted, SMOOTHED=self.smoothing > 0,
             LEARNED=self.need_n, NEAREST=self.x.dtype == torch.float32, FAST=self.fast,
             **_LOSS_TILE, num_warps=_LOSS_WARPS,
         )  # fmt: skip
@@ -389,20 +391,17 @@ class _Buffers:
     def gradients_of(self, rows: slice, targets: Tensor, weights: Tensor) -> None:
         """Add the gradients of a chunk, whose products `losses_of` left."""
         count, g = rows.stop - rows.start, self.g[: rows.stop - rows.start]
-        log_weight = self.losses if self.log_weight is None else self.log_weight
-        across = triton.cdiv(len(self.w), _GRADIENT_TILE["COLUMNS"])
-        _gradients[(triton.cdiv(count, _gradient_rows()), across)](
+        _gradients[(triton.cdiv(count, _gradient_rows()), self.across)](
             self.products, self.products.stride(0), g, g.stride(0), targets[rows], weights[rows], self.x_sq[rows],
-            self.floor[rows], self.w_sq, log_weight, self.half_n, self.reference, self.scales,
+            self.floor[rows], self.w_sq, self.log_weight, self.half_n, self.reference, self.scales,
             self.row_sums, self.column_sums, self.weight_sums, count, self.classes, len(self.w), self.smoothing,
-            HARMONIC=self.harmonic, WEIGHTED=self.log_weight is not None, SMOOTHED=self.smoothing > 0,
+            HARMONIC=self.harmonic, WEIGHTED=self.weighted, SMOOTHED=self.smoothing > 0,
             ROUNDED=self.rounded, WEIGHT_GRADIENT=self.need_log_weight,
             FAST=self.fast, **_GRADIENT_TILE, num_warps=_GRADIENT_WARPS,
         )  # fmt: skip
         if self.grad_x is not None and self.harmonic:
             product = multiply(g, self.w_g, self.product_x[:count])
-            planes = 2 if self.rounded else 1
-            row_sums = self.row_sums[: across * planes * count].view(across, planes, count)
+            row_sums = self.row_sums[: self.across * self.planes * count].view(self.across, self.planes, count)
             subtract(product, self.grad_x[rows], self.x[rows], self.w_mean, row_sums)
         elif self.grad_x is not None:
             multiply(g, self.w_g, self.grad_x[rows])

@@ -134,8 +134,7 @@ class Checkpoints:
         train.steps is less than the checkpoint's step.
         """
         engine = self.engine
-        choose = engine.together(lambda: find_checkpoint(self.config, engine.say) if engine.is_main else None)
-        path: Path | None = engine.gather_objects(choose)[0]
+        path = engine.from_main(lambda: find_checkpoint(self.config, engine.say))
         if path is None:
             return None
         manifest = path / MANIFEST

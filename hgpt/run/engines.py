@@ -136,6 +136,10 @@ class Engine:
             raise UserError(faults[first] if everywhere else f"process {first}: {faults[first]}")
         return result  # type: ignore[return-value]  # Result may be None
 
+    def from_main(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns on the main process, which alone does it; errors are as in `together`. Collective."""
+        return self.gather_objects(self.together(lambda: work() if self.is_main else None))[0]
+
     @property
     def name(self) -> str:
         """The engine for a reader: one process, DDP, FSDP2 or DeepSpeed ZeRO-2."""
@@ -187,6 +191,17 @@ class Engine:
                 "gradient_clipping": (optim.grad_clip, "optim.grad_clip"),
             }
             _configure_deepspeed(plugin.deepspeed_config, ours)
+
+    def set_up_blocks(self, model: HGPTForCausalLM) -> None:
+        """Activation checkpointing and torch.compile of the blocks, if the settings ask for them, before `prepare`."""
+        train = self.config.train
+        if train.activation_checkpointing:
+            # Early versions of transformers 5 have the second name only.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        if train.compile:
+            alone = self.accelerator.distributed_type == DistributedType.NO
+            compile_blocks(model, together=alone and not train.activation_checkpointing)
 
     def prepare(
         self, model: HGPTForCausalLM, optimizer: torch.optim.Optimizer, states: OptimizerState

@@ -1,6 +1,5 @@
 """The loss over the whole validation split, and diagnostics of the head."""
 
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -44,6 +43,9 @@ class Evaluation:
     """Evaluates a model on the validation split: `evaluation(model, step, engine)` returns a `Validation`.
 
     Raises UserError when the validation split is shorter than one sequence.
+
+    Attributes:
+        unigram: the validation loss of a unigram model of the training split, set by `compare_with_unigram`.
     """
 
     def __init__(self, train_shards: TokenShards, val_shards: TokenShards, config: RunConfig) -> None:
@@ -51,11 +53,13 @@ class Evaluation:
         self.config = config.eval
         self.seq_len = config.data.seq_len
         self.windows = evaluation_windows(val_shards, self.seq_len)
+        self.unigram: float | None = None
 
-    @cached_property
-    def unigram(self) -> float | None:
-        """The validation loss of a unigram model of the training split, None without eval.unigram_baseline."""
-        return unigram_loss(self.train_shards, self.shards) if self.config.unigram_baseline else None
+    def compare_with_unigram(self, engine: Engine) -> None:
+        """Set `unigram`, and print it, if eval.unigram_baseline asks for it. Collective."""
+        if self.config.unigram_baseline:
+            self.unigram = engine.from_main(lambda: unigram_loss(self.train_shards, self.shards))
+            engine.say(f"a unigram model of this data has validation loss {self.unigram:.4f}")
 
     def __call__(self, model: nn.Module, step: int, engine: Engine) -> Validation:
         """Evaluate without changing the model, its mode or the random state. Collective."""
