@@ -14,8 +14,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation import BaseStreamer
 
 import hgpt
-from hgpt import cli
-from hgpt.decoding import can_capture, generate_captured
+from hgpt import cli, decoding
 from hgpt.errors import UserError
-from hgpt.hardware import choose_device
+from hgpt.hardware import choose_device, enough_memory
 from hgpt.interpret.token_distances import LEGEND, LEGEND_WITH_RADII, distance_table, measure
 from hgpt.model.distances import load_distances
-from hgpt.source import find_source, is_hub_id, out_of_memory
+from hgpt.source import find_source, is_hub_id
 
 DEFAULT_TEMPERATURE, DEFAULT_TOP_K = 0.8, 200  # as in nanoGPT's sample.py
 MOST_NEAREST = 4  # centres that the table shows for each token, unless --nearest says how many
@@ -198,17 +196,6 @@ def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokeni
     return model, tokenizer
 
 
-@contextmanager
-def enough_memory(device: torch.device, way_out: str) -> Iterator[None]:
-    """Turn the error of a device that ran out of memory into a UserError."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise UserError(f"{device} ran out of memory; {way_out}") from error
-
-
 def describe(model: PreTrainedModel, exponent: float | None, context: int | None) -> str:
     head = "softmax head" if exponent is None else f"harmonic head, {model.config.distance}, n = {exponent:.4g}"
     head += ", learned radii" if exponent is not None and model.config.radius == "learned" else ""
@@ -310,11 +297,7 @@ def generate(
     prompt = torch.tensor([prompt_ids], device=model.device)
     torch.manual_seed(options.seed)
     with enough_memory(model.device, "lower --num-samples or --max-new-tokens, or try --dtype bfloat16"):
-        if can_capture(model, new):
-            output = generate_captured(model, prompt, config, stream)
-        else:
-            mask = torch.ones_like(prompt)
-            output = model.generate(prompt, attention_mask=mask, generation_config=config, streamer=stream)
+        output = decoding.generate(model, prompt, config, stream)
     rows = output[:, len(prompt_ids) :].tolist()  # padded after end-of-text
     return [row[: 1 + next((i for i, token in enumerate(row) if token in end_ids), len(row))] for row in rows]
 

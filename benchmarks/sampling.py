@@ -22,8 +22,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from benchmarks.head_loss import synchronize
-from hgpt import cli
-from hgpt.decoding import can_capture, generate_captured
+from hgpt import cli, decoding
 from hgpt.hardware import device_name
 from hgpt.model.configuration_hgpt import HEADS, HGPTConfig
 from hgpt.model.heads import HarmonicHead
@@ -34,10 +33,9 @@ Generate = Callable[[HGPTForCausalLM, Tensor, int], Tensor]
 
 @torch.no_grad()
 def with_cache(model: HGPTForCausalLM, prompt: Tensor, count: int) -> Tensor:
-    config = GenerationConfig(do_sample=True, max_new_tokens=count, pad_token_id=0)  # the models have no end of text
-    if can_capture(model, count):
-        return generate_captured(model, prompt, config)
-    return model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+    # Without a top_k transformers takes 50; and the models have no end of text.
+    config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=count, pad_token_id=0)
+    return decoding.generate(model, prompt, config)
 
 
 @torch.no_grad()
@@ -62,7 +60,7 @@ def seconds(generate: Generate, model: HGPTForCausalLM, prompt: Tensor, count: i
 
 def share_of_head(model: HGPTForCausalLM, prompt: Tensor, count: int) -> float:
     """The head's share of the time with the cache."""
-    if can_capture(model, count):
+    if decoding.captures(model):
         return seconds_of_head(model, len(prompt)) * count / seconds(with_cache, model, prompt, count)
     times: list[float] = []
     hooks = [

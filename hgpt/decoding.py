@@ -5,12 +5,13 @@ them. `generate` of transformers launches them; `generate_captured` records one 
 one, and replays it.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StaticCache
+from transformers import GenerationConfig, PreTrainedModel, StaticCache
 from transformers.generation import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -27,9 +28,20 @@ EAGER_STEPS = 3  # before the step is recorded: libraries choose kernels and all
 CHECK_EVERY = 16  # steps between two looks at whether every text has ended: a look is a sync
 
 
-def can_capture(model: torch.nn.Module, new_tokens: int) -> bool:
-    """Whether `generate_captured` serves the model, on its device, and saves time."""
-    return isinstance(model, HGPTForCausalLM) and model.device.type == "cuda" and new_tokens > 2 * EAGER_STEPS
+def generate(
+    model: PreTrainedModel, prompt: Tensor, config: GenerationConfig, streamer: BaseStreamer | None = None
+) -> Tensor:
+    """New tokens after prompts (B, T) without padding: by `generate_captured` where it serves, else as transformers."""
+    if captures(model) and config.max_new_tokens > 2 * EAGER_STEPS:
+        return generate_captured(model, prompt, config, streamer)
+    plain: Any = model
+    mask = torch.ones_like(prompt)
+    return plain.generate(prompt, attention_mask=mask, generation_config=config, streamer=streamer)
+
+
+def captures(model: PreTrainedModel) -> TypeGuard[HGPTForCausalLM]:
+    """Whether `generate_captured` serves the model on its device."""
+    return isinstance(model, HGPTForCausalLM) and model.device.type == "cuda"
 
 
 def warpers(config: GenerationConfig) -> LogitsProcessorList:
@@ -55,9 +67,12 @@ def generate_captured(
     Returns:
         (B · num_return_sequences, T + new), new ≤ max_new_tokens, filled with pad_token_id after an end of text. The
         tokens are those of `generate` if it is greedy; sampled ones differ, because a graph draws other random numbers.
+        `config` says with max_new_tokens, temperature, top_k, top_p and min_p how to sample, and must have a
+        pad_token_id.
     """
     prompt, new = prompt.repeat_interleave(config.num_return_sequences or 1, dim=0), config.max_new_tokens
-    ends = torch.tensor(config.eos_token_id or model.generation_config.eos_token_id or [], device=prompt.device)
+    ends = torch.tensor(config.eos_token_id or model.generation_config.eos_token_id or [], dtype=torch.int64)
+    ends = ends.to(prompt.device)
     step = _Step(model, prompt, new, config)
     if streamer is not None:
         streamer.put(prompt.cpu())
@@ -65,19 +80,33 @@ def generate_captured(
     with head.unchanged_centres() if isinstance(head, HarmonicHead) else nullcontext():
         for count in range(1, new + 1):
             step()
-            if streamer is not None:
-                streamer.put(step.token[:, 0].cpu())
-            if (streamer is not None or count % CHECK_EVERY == 0) and bool(
-                torch.isin(step.tokens[:, :count], ends).any(1).all()
-            ):
-                break
+            if streamer is not None or count % CHECK_EVERY == 0:
+                found, ended = _padded(step.tokens[:, :count], ends, config.pad_token_id)
+                if streamer is not None:
+                    streamer.put(found[:, -1].cpu())
+                if bool(ended.all()):
+                    break
     if streamer is not None:
         streamer.end()
-    found = step.tokens[:, :count]
-    is_end = torch.isin(found, ends).long()
-    after = is_end.cumsum(1) > is_end  # behind the first end of text
-    length = int((~after).sum(1).max())
-    return torch.cat((prompt, found.masked_fill(after, config.pad_token_id)[:, :length]), dim=1)
+    found, ended = _padded(step.tokens[:, :count], ends, config.pad_token_id)
+    if bool(ended.all()):
+        found = found[:, : 1 + int(torch.isin(step.tokens[:, :count], ends).int().argmax(1).max())]
+    return torch.cat((prompt, found), dim=1)
+
+
+def _padded(tokens: Tensor, ends: Tensor, pad: int) -> tuple[Tensor, Tensor]:
+    """`tokens` (B, T) with `pad` behind the first end of each text, and whether each text has ended, (B,)."""
+    is_end = torch.isin(tokens, ends)
+    after = is_end.long().cumsum(1) > is_end.long()
+    return tokens.masked_fill(after, pad), is_end.any(1)
+
+
+def record(step: Callable[[], None]) -> Callable[[], None]:
+    """Record `step` as a CUDA graph, without running it; returns what runs the graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 class _Step:
@@ -93,23 +122,17 @@ class _Step:
         self.token = prompt.new_zeros(len(prompt), 1)
         self.position = prompt.new_zeros(1)  # of the next token in `tokens`
         self.calls = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.replay: Callable[[], None] | None = None
 
     def __call__(self) -> None:
         if self.calls == 0:
             self._append(self.prompt)
         elif self.calls < EAGER_STEPS:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self._append(self.token)
-            torch.cuda.current_stream().wait_stream(side)
+            self._append(self.token)
         else:
-            if self.graph is None:
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):  # records the step without running it
-                    self._append(self.token)
-            self.graph.replay()
+            if self.replay is None:
+                self.replay = record(lambda: self._append(self.token))
+            self.replay()
         self.calls += 1
 
     def _append(self, inputs: Tensor) -> None:

@@ -1,8 +1,10 @@
 """What a machine has: devices, their peak FLOP/s, memory and bandwidth, and versions of packages."""
 
+import re
 import sys
 import tomllib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -91,6 +93,23 @@ def choose_device(name: str | None) -> torch.device:
         return torch.empty(1, device=name).device  # torch.device(name) also accepts a missing device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` means that memory ran out; on a CPU torch raises RuntimeError for it, NumPy MemoryError."""
+    words = r"out of memory|not enough memory|(can't|cannot) allocate memory|bad_alloc"
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or re.search(words, str(error), re.I) is not None
+
+
+@contextmanager
+def enough_memory(device: torch.device, way_out: str) -> Iterator[None]:
+    """Turn the error of a device that runs out of memory in the block into a UserError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(f"{device} ran out of memory: {way_out}") from error
 
 
 def installed_versions(*packages: str) -> dict[str, str]:

@@ -29,6 +29,7 @@ from hgpt.data.shards import TokenShards
 from hgpt.data.tokenizer import TOKENIZER_FILE, hf_tokenizer, load_tokenizer, token_ids
 from hgpt.durable import read_json
 from hgpt.errors import UserError
+from hgpt.hardware import out_of_memory
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.checkpoint import CHECKPOINTS, LATEST, MANIFEST, MODEL, STATE, checkpoint_step, damage, latest_checkpoint
 
@@ -221,12 +222,6 @@ def weight_bytes(config: Any, dtype: str | torch.dtype = "auto") -> int:
     make: Any = AutoModelForCausalLM.from_config  # it writes into the configuration
     with torch.device("meta"):
         return int(make(copy.deepcopy(config), trust_remote_code=False).num_parameters()) * dtype.itemsize
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether `error` means that memory ran out; on a CPU torch raises RuntimeError for it, numpy MemoryError."""
-    words = r"out of memory|not enough memory|(can't|cannot) allocate memory"
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or re.search(words, str(error), re.I) is not None
 
 
 def first_line(error: BaseException) -> str:

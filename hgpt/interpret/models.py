@@ -14,10 +14,11 @@ from tqdm import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hgpt.errors import UserError
+from hgpt.hardware import enough_memory
 from hgpt.model.harmax import squared_distances
 from hgpt.model.heads import HarmonicHead
 from hgpt.run.checkpoint import MODEL, checkpoint_step, checkpoints
-from hgpt.source import GPT2_KINDS, Source, find_source, out_of_memory
+from hgpt.source import GPT2_KINDS, Source, find_source
 
 WORKING_BYTES = 1_000_000_000  # beside the weights: blocks of logits, float64 copies of vectors, figures
 _BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -221,18 +222,10 @@ def loaded(source: Source, device: torch.device) -> Iterator[LoadedModel]:
     the block.
     """
     read_config(source)
-    try:
+    way_out = "close other programs, lower --tokens, use --device cpu, or a machine with more memory"
+    with enough_memory(device, f"{source.folder} and its measures need more; {way_out}"):
         model = source.load_model(torch.float32, WORKING_BYTES)
         yield LoadedModel(source, model, source.load_tokenizer(), device)
-    except (RuntimeError, MemoryError, OSError) as error:
-        if not out_of_memory(error):
-            raise
-        if device.type != "cpu":
-            raise UserError(f"{device} ran out of memory with {source.folder}; use --device cpu") from error
-        raise UserError(
-            f"this machine ran out of memory with {source.folder}: close other programs, lower --tokens, or use a "
-            "machine with more memory"
-        ) from error
 
 
 def read_config(source: Source) -> Any:

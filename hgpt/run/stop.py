@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from hgpt.errors import UserError
+from hgpt.hardware import out_of_memory
 from hgpt.run.checkpoint import Checkpoints, checkpoint_folder
 from hgpt.run.engines import Engine
 
@@ -29,11 +30,7 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, UserError):
         return f"error: {error}", 2
     first_line = (str(error).splitlines() or [""])[0]
-    # torch raises a RuntimeError where the memory of a CPU does not suffice, NumPy and Python a MemoryError.
-    no_memory = ("can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory")
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in no_memory)
-    ):
+    if out_of_memory(error):
         return (
             f"error: out of memory: {first_line} Lower train.micro_batch (and eval.micro_batch), or set "
             "train.activation_checkpointing = true; neither changes what is computed. If that is not enough, the model "
