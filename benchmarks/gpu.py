@@ -97,6 +97,10 @@ class Job:
         supported = getattr(torch.get_device_module(self.device), "is_bf16_supported", None)
         return supported is not None and supported(including_emulation=False)
 
+    def options(self, parser: cli.Parser, always: str, full: str, tiny: str) -> argparse.Namespace:
+        """Options of another benchmark for this device: `always`, and `full` on a GPU or `tiny` on a CPU."""
+        return parser.parse_args(f"{tiny if self.tiny else full} {always} --device {self.device}".split())
+
 
 # --------------------------------------------------------------------------------------------------------------
 # The parts
@@ -148,11 +152,10 @@ def head(job: Job) -> None:
 
 
 def step(job: Job) -> None:
-    shape = "--layers 12 --heads 12 --dim 768 --seq-len 1024 --vocab 50257 --rounds 12 --compile"
-    if job.tiny:
-        shape = "--layers 1 --heads 2 --dim 16 --seq-len 8 --vocab 50 --rounds 2"
-    where = f"--exponent 2*sqrt_dim --device {job.device} --precision {'bf16' if job.bf16 else 'fp32'}"
-    options = train_step.parser().parse_args(f"{shape} {where}".split())
+    full = "--layers 12 --heads 12 --dim 768 --seq-len 1024 --vocab 50257 --rounds 12 --compile"
+    tiny = "--layers 1 --heads 2 --dim 16 --seq-len 8 --vocab 50 --rounds 2"
+    precision = "bf16" if job.bf16 else "fp32"
+    options = job.options(train_step.parser(), f"--exponent 2*sqrt_dim --precision {precision}", full, tiny)
     result: dict[str, Any] = {"precision": options.precision, "micro_batches": {}, "skipped": {}}
     longest = 0.0
     for micro_batch in MICRO_BATCHES:
@@ -266,11 +269,9 @@ def tests(job: Job) -> None:
 
 
 def generate(job: Job) -> None:
-    shape = "--batch 1 32 --rounds 3"
-    if job.tiny:
-        shape = "--layers 1 --heads 2 --dim 16 --vocab 50 --prompt 4 --new-tokens 6 --batch 1 2 --rounds 1"
-    where = f"--uncached-batch --device {job.device} --dtype {'bfloat16' if job.bf16 else 'float32'}"
-    options = sampling.parser().parse_args(f"{shape} {where}".split())
+    tiny = "--layers 1 --heads 2 --dim 16 --vocab 50 --prompt 4 --new-tokens 6 --batch 1 2 --rounds 1"
+    dtype = "bfloat16" if job.bf16 else "float32"
+    options = job.options(sampling.parser(), f"--uncached-batch --dtype {dtype}", "--batch 1 32 --rounds 3", tiny)
     rows = []
     for row in sampling.measure(options):
         rows.append({"head": row.head, "batch": row.batch, "tokens_per_second": row.cached, "share_of_head": row.share})

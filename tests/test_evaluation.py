@@ -207,3 +207,18 @@ def test_split_shorter_than_a_sequence():
     assert [evaluation_windows(stream(n), T) for n in (9, 10, 17, 18)] == [1, 2, 2, 3]
     with pytest.raises(UserError, match=r"the val split has 8 tokens.*data\.seq_len \+ 1 = 9\. Lower data\.seq_len"):
         evaluation(stream(8))
+
+
+def test_diagnostics_compile_no_forward_pass_of_their_own():
+    """Only the validation loss runs compiled code, whatever the windows of the diagnostics are."""
+    model, data = small_model(), stream(50)
+    expected = evaluate(model, data)
+    torch.compiler.reset()
+    graphs = []
+    model.transformer.h.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    loss = evaluation(data).loss
+    model.eval()
+    loss(model, OneOf())
+    of_the_loss = len(graphs)
+    found = evaluate(model, data)
+    assert found == pytest.approx(expected) and len(graphs) == of_the_loss > 0

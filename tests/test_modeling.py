@@ -600,14 +600,15 @@ def test_compiles(head: str, tied: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("blocks_in_place", [False, True])
-def test_inductor_compiles(blocks_in_place: bool) -> None:
+@pytest.mark.parametrize("compiled", ["the model", "each block", "the blocks together"])
+def test_inductor_compiles(compiled: str) -> None:
     model = tiny_model().train()
     names = list(model.state_dict())
     expected = model(tokens(), labels=tokens()).loss
     torch.compiler.reset()
-    for block in model.transformer.h if blocks_in_place else [model]:
-        block.compile()
+    blocks = model.transformer.h
+    for module in {"the model": [model], "each block": blocks, "the blocks together": [blocks]}[compiled]:
+        module.compile()
     loss = model(tokens(), labels=tokens(), use_cache=False).loss
     torch.testing.assert_close(loss, expected)
     loss.backward()

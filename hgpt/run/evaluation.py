@@ -118,7 +118,8 @@ class Evaluation:
         x_norm_max, positions, count = 0.0, 0, min(self.config.diagnostic_windows, self.windows)
         for window in sorted({int(i * self.windows / count) for i in range(count)}):
             inputs, targets = (t.to(engine.device) for t in read_windows(self.shards, [window], self.seq_len))
-            with engine.accelerator.autocast():
+            # A few windows do not pay for the compilation of a forward pass of their own.
+            with engine.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
                 output = model(inputs, output_hidden_states=True, use_cache=False)
             counted = targets[0] != -100
             targets, logits = targets[0, counted], output.logits[0, counted]  # (T,), (T, V)
