@@ -353,13 +353,13 @@ class Part(NamedTuple):
     least: float
 
 
-# The most valuable first. Seconds of a part: of an estimate for one H200, where a process compiles for 30 to 60 s.
+# The most valuable first. Seconds of a part on one H200, where a process compiles for 30 to 60 s.
 PARTS = {
-    "head": Part(head, 75, 40),
-    "step": Part(step, 160, 75),
-    "train": Part(train, 90, 60),
-    "tests": Part(tests, 110, 40),
-    "generate": Part(generate, 40, 20),
+    "head": Part(head, 50, 40),
+    "step": Part(step, 140, 75),
+    "train": Part(train, 95, 60),
+    "tests": Part(tests, 210, 40),
+    "generate": Part(generate, 35, 20),
     "energy": Part(energy, 20, 10),
 }
 
