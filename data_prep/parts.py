@@ -21,6 +21,7 @@ from hgpt.data.shards import (
     PART_FILE,
     SPLITS,
     TOKEN,
+    UNFINISHED_FOLDER,
     DataMeta,
     ShardRecord,
     SplitMeta,
@@ -142,7 +143,7 @@ def merge(out: Path, describe: Callable[[Record, Tally], dict[str, Any]]) -> lis
         raise UserError(
             f"--out {out} is no folder that can be read. Give the one in which the parts were written."
         ) from error
-    if META_FILE in names and not any(map(PARTS.fullmatch, names)):
+    if META_FILE in names and UNFINISHED_FOLDER not in names and not any(map(PARTS.fullmatch, names)):
         return []
     with Preparation(out, may_hold=lambda name: PARTS.fullmatch(name) is not None) as preparation:
         parts: list[Record] = []

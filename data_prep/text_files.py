@@ -502,8 +502,8 @@ def _parquet_documents(section: Section, fields: Fields) -> Iterator[bytes | Bad
             position += len(texts)
             if pa.types.is_dictionary(wanted.type):
                 wanted = wanted.dictionary_decode()
-            for value in wanted.cast(pa.large_binary()):  # as bytes: pyarrow cannot convert invalid UTF-8 to str
-                document = value.as_py()
+            for value in wanted:
+                document = value.as_buffer().to_pybytes() if value.is_valid else None
                 if document is not None and len(document) > LARGEST_DOCUMENT:
                     document = _too_large(f"{section.path}, row group {section.row_group}")
                 yield document

@@ -26,7 +26,8 @@ def json_lines(documents, **others):
 
 
 def write_parquet(path, documents, row_group_size=7):
-    pq.write_table(pa.table({"text": documents}), path, row_group_size=row_group_size)
+    """Without a dictionary, repeated documents take the room of documents that differ."""
+    pq.write_table(pa.table({"text": documents}), path, row_group_size=row_group_size, use_dictionary=False)
 
 
 def small_units(patch):
