@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from .model.configuration_hgpt import HGPTConfig
 from .model.distances import Distance, register_distance
 from .model.harmax import harmax, harmonic_loss, log_harmax, relative_distances, squared_distances
-from .model.heads import HarmonicHead, SoftmaxHead
+from .model.heads import HarmonicHead, HarmonicLoss, SoftmaxHead
 from .model.modeling_hgpt import HGPTForCausalLM, HGPTModel
 
 AutoConfig.register(HGPTConfig.model_type, HGPTConfig, exist_ok=True)
@@ -26,6 +26,7 @@ __all__ = [
     "HGPTForCausalLM",
     "HGPTModel",
     "HarmonicHead",
+    "HarmonicLoss",
     "SoftmaxHead",
     "harmax",
     "harmonic_loss",

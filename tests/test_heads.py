@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from hgpt import HarmonicHead, SoftmaxHead
+from hgpt import HarmonicHead, HarmonicLoss, SoftmaxHead
 
 D, V, ROWS = 12, 29, 32
 WHICH = pytest.mark.parametrize("which", [0, 1], ids=["harmonic", "softmax"])
@@ -45,6 +45,22 @@ def test_drop_in_classifier_learns_digits() -> None:
             optimizer.step()
     accuracy = (model(x[test]).argmax(-1) == labels[test]).float().mean()
     assert accuracy > 0.95
+
+
+def test_loss_of_distances() -> None:
+    """Against −log p_y written out, and its options against those of cross-entropy on logits."""
+    torch.manual_seed(0)
+    d, y, n = torch.rand(5, V, dtype=torch.float64).requires_grad_(), torch.randint(V, (5,)), 7.5
+    p = d**-n / (d**-n).sum(-1, keepdim=True)
+    expected = -p[range(5), y].log().mean()
+    loss = HarmonicLoss(n)(d, y)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, d), torch.autograd.grad(expected, d))
+    options = {"reduction": "none", "ignore_index": int(y[0]), "label_smoothing": 0.1, "weight": torch.rand(V).double()}
+    torch.testing.assert_close(HarmonicLoss(n, **options)(d, y), F.cross_entropy(-n * d.log(), y, **options))
+    assert HarmonicLoss(64)(torch.tensor([[0.0, 1.0]]), torch.tensor([0])) == 0  # the centre itself
+    with pytest.raises(ValueError, match="exponent"):
+        HarmonicLoss(0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
 from transformers.utils.generic import TransformersKwargs
 
-from hgpt import HGPTConfig, HGPTForCausalLM, HGPTModel
+from hgpt import HarmonicHead, HGPTConfig, HGPTForCausalLM, HGPTModel, SoftmaxHead
 from hgpt.model import heads
 from hgpt.model.modeling_hgpt import CACHE, FOR_ATTENTION, WITHOUT_EFFECT
 
@@ -356,6 +356,44 @@ def test_other_inputs_give_the_same_logits() -> None:
     torch.testing.assert_close(packed, torch.cat(parts, 1), rtol=1e-5, atol=1e-4)
 
 
+def test_packed_rows_may_be_longer_than_the_model() -> None:
+    """Padding-free batches: one row, positions that start again, more tokens than n_positions."""
+    model = tiny_model()
+    n = model.config.n_positions
+    texts = [tokens()[:1, :7], torch.randint(V, (1, n)), torch.randint(V, (1, 5))]
+    positions = torch.cat([torch.arange(text.shape[1]) for text in texts])[None]
+    packed = model(torch.cat(texts, 1), position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(packed, torch.cat([model(text).logits for text in texts], 1), rtol=1e-5, atol=1e-4)
+    for wrong in (None, torch.arange(positions.shape[1])[None]):
+        with pytest.raises(ValueError, match="n_positions"):
+            model(torch.cat(texts, 1), position_ids=wrong)
+
+
+@HEADS
+def test_drafting_with_the_first_blocks_changes_no_text(head: str) -> None:
+    model = disturbed(tiny_model(head=head))
+    plain = model.generate(tokens()[:1], max_new_tokens=8, do_sample=False)
+    blocks = []
+    for index, block in enumerate(model.transformer.h):
+        block.register_forward_hook(lambda module, inputs, output, index=index: blocks.append(index))
+    assert torch.equal(model.generate(tokens()[:1], max_new_tokens=8, do_sample=False, assistant_early_exit=1), plain)
+    assert blocks.count(0) > blocks.count(1) > 0  # the draft runs block 0 alone
+
+
+def test_what_takes_the_head_for_a_linear_layer_fails() -> None:
+    """hidden @ lm_head.weight.T + lm_head.bias, as TRL's fused head computes, is no logit of these heads."""
+    for head in (HarmonicHead(4, 3), SoftmaxHead(4, 3, rows=8), SoftmaxHead(4, 3, radius=True)):
+        assert getattr(head, "bias", None) is None and not hasattr(head, "bias")
+        with pytest.raises(AttributeError, match=r"no bias: its logits are not x @ weight\.T"):
+            _ = head.bias
+        with pytest.raises(AttributeError, match="no attribute 'other'"):
+            _ = head.other
+    model = tiny_model()
+    with pytest.raises(TypeError, match="HarmonicHead or a SoftmaxHead, not Linear"):
+        model.set_output_embeddings(torch.nn.Linear(32, V))
+    assert isinstance(model.lm_head, HarmonicHead)
+
+
 def test_optional_outputs() -> None:
     model = tiny_model(attn_implementation="eager")
     out = model(tokens(), output_hidden_states=True, output_attentions=True)
@@ -460,7 +498,7 @@ def test_remote_code_where_hgpt_cannot_be_imported(tmp_path: Path) -> None:
             "eos_token_id": V - 1,
         }
         model = disturbed(tiny_model(**settings))
-        folder = tmp_path / f"model{len(folders)}"
+        folder = tmp_path / f"modèle {len(folders)}"
         model.save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
         write_expected(model, folder, tokens())
@@ -494,6 +532,21 @@ def test_resize_token_embeddings(head: str, tied: bool, tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / str(new))
         loaded = HGPTForCausalLM.from_pretrained(tmp_path / str(new)).eval()
         assert torch.equal(loaded(tokens() % 40).logits, after.logits)
+
+
+@pytest.mark.parametrize("mean_resizing", [True, False])
+def test_new_centres_are_spread_as_the_old_ones(mean_resizing: bool) -> None:
+    """Near the mean they would be near every hidden state."""
+    torch.manual_seed(0)
+    model = tiny_model(n_embd=32, vocab_size=1000, pad_vocab_to_multiple_of=1)
+    with torch.no_grad():
+        model.lm_head.weight.normal_().mul_(torch.linspace(0.1, 2, 32)).add_(3)
+    old = model.lm_head.weight.detach().clone()
+    model.resize_token_embeddings(9000, mean_resizing=mean_resizing)
+    new = model.lm_head.weight.detach()
+    assert torch.equal(new[:1000], old)
+    torch.testing.assert_close(new[1000:].mean(0), old.mean(0), rtol=0, atol=0.1)
+    torch.testing.assert_close(new[1000:].T.cov(), old.T.cov(), rtol=0, atol=0.25)
 
 
 # Training machinery

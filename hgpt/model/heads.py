@@ -111,6 +111,14 @@ class _Head(nn.Module):
         dtype = _compute_dtype(x)
         return x.to(dtype), w.to(dtype)
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "bias":  # whoever asks for it is about to compute x @ weight.T + bias
+            raise AttributeError(
+                f"{type(self).__name__} has no bias: its logits are not x @ weight.T + bias (distances, rows of "
+                "padding, log-weights); call the head, or the model without this shortcut"
+            )
+        return super().__getattr__(name)
+
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, num_classes={self.num_classes}, rows={len(self.weight)}"
         text += "" if self.log_weight is None else ", radius=True"
@@ -284,6 +292,31 @@ class HarmonicHead(_Head):
         learned = "" if self.log_exponent is None else " (learned)"
         n = float(torch.as_tensor(self.exponent).detach())
         return f"{super().extra_repr()}, exponent={n:g}{learned}, distance={self.distance}"
+
+
+class HarmonicLoss(nn.Module):
+    """−log p_y of distances, p = HarMax: in the place of `nn.CrossEntropyLoss` where a network puts out distances.
+
+        >>> loss = HarmonicLoss(exponent=8)(distances, labels)
+
+    `HarmonicHead(x, labels)` is faster and more exact: it needs no matrix of distances.
+
+    Args:
+        exponent: n on d, a positive number.
+        options: those of `nn.CrossEntropyLoss`: weight, ignore_index, reduction, label_smoothing.
+    """
+
+    def __init__(self, exponent: float, **options: Any) -> None:
+        super().__init__()
+        if not 0 < exponent < math.inf:
+            raise ValueError(f"exponent (n on the distance d) must be a positive number; got {exponent!r}")
+        self.exponent = exponent
+        self.cross_entropy = nn.CrossEntropyLoss(**options)
+
+    def forward(self, distances: Tensor, targets: Tensor) -> Tensor:
+        """`distances` d ≥ 0 (N, V) or (N, V, ...), `targets` (N) or (N, ...). 0 counts as the smallest number above."""
+        d = distances.to(accumulation_dtype(distances.dtype))
+        return self.cross_entropy(-self.exponent * d.clamp_min(torch.finfo(d.dtype).tiny).log(), targets)
 
 
 class _Cache(threading.local):

@@ -7,6 +7,7 @@ them.
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import islice
 from os import PathLike
 from typing import Any
 
@@ -83,6 +84,15 @@ def count_attended(attention_mask: Tensor | None, past: int | Tensor, length: in
     if attention_mask is not None and attention_mask.ndim == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
     return (torch.arange(length, device=device) + past)[None]
+
+
+def packed(position_ids: Tensor | None, past: int | Tensor, n_positions: int) -> bool:
+    """Whether a row longer than the model may be several texts one after the other: all its positions exist."""
+    if position_ids is None or not isinstance(past, int) or past > 0:
+        return False
+    if torch.compiler.is_compiling() or (position_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return True  # the device cannot be asked now
+    return int(position_ids.max()) < n_positions
 
 
 def eager_attention(
@@ -207,12 +217,16 @@ class HGPTBlocks(nn.ModuleList):
         cache: Cache | None,
         output_hidden_states: bool | None = False,
         output_attentions: bool | None = False,
+        n_layer: int | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Any, ...]]:
-        """The last hidden states, and if asked for those before each block and the attention weights of each block."""
+        """The last hidden states, and if asked for those before each block and the attention weights of each block.
+
+        `n_layer`: how many blocks, from the first; default: all.
+        """
         all_hidden: tuple[Tensor, ...] = ()
         all_weights: tuple[Any, ...] = ()  # None where the attention implementation gives none
-        for block in self:
+        for block in islice(self, n_layer):
             if output_hidden_states:
                 all_hidden += (hidden,)
             hidden, weights = block(hidden, attention_mask, cache, **kwargs)
@@ -339,7 +353,7 @@ class HGPTModel(HGPTPreTrainedModel):
         T = inputs_embeds.shape[1]
         past = cache.get_seq_length() if isinstance(cache, Cache) else 0
         length = past + T if isinstance(past, int) else T  # a static cache counts on the device
-        if length > config.n_positions:
+        if length > config.n_positions and not packed(position_ids, past, config.n_positions):
             raise ValueError(
                 f"the model has {config.n_positions} positions (n_positions), and the sequence has {length} "
                 "tokens: shorten the prompt or generate fewer tokens"
@@ -357,7 +371,10 @@ class HGPTModel(HGPTPreTrainedModel):
             position_ids = count_attended(attention_mask, past, T, inputs_embeds.device)
         hidden = inputs_embeds + self.wpe(position_ids)  # (B, T, D)
         hidden = F.dropout(hidden, config.dropout, self.training)
-        hidden, all_hidden, all_weights = self.h(hidden, mask, cache, output_hidden_states, output_attentions, **kwargs)
+        # transformers lowers config.n_layer for a moment to draft with the first blocks (assistant_early_exit).
+        hidden, all_hidden, all_weights = self.h(
+            hidden, mask, cache, output_hidden_states, output_attentions, config.n_layer, **kwargs
+        )
         hidden = self.ln_f(hidden)
 
         output = BaseModelOutputWithPast(
@@ -367,6 +384,15 @@ class HGPTModel(HGPTPreTrainedModel):
             attentions=all_weights if output_attentions else None,
         )
         return output if return_dict else output.to_tuple()
+
+
+@torch.no_grad()
+def like_the_first_rows(weight: Tensor, rows: int) -> None:
+    """Draw the rows behind the first `rows` anew, with the mean and the covariance of those."""
+    old = weight[:rows].float()
+    mean = old.mean(0)
+    noise = torch.randn(max(0, len(weight) - rows), len(old), device=weight.device) / len(old) ** 0.5
+    weight[rows:] = (mean + noise @ (old - mean)).to(weight.dtype)
 
 
 class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
@@ -408,6 +434,11 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
         return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        if not isinstance(new_embeddings, HarmonicHead | SoftmaxHead):
+            raise TypeError(
+                f"the output embedding must be a HarmonicHead or a SoftmaxHead, not {type(new_embeddings).__name__}: "
+                "a linear layer would compute other logits than this model was trained with"
+            )
         self.lm_head = new_embeddings
 
     def resize_token_embeddings(
@@ -418,7 +449,10 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
     ) -> nn.Embedding:
         """As in transformers, but `vocab_size` is the number of tokens, and the rows are padded.
 
-        A new token gets the smallest log-weight there is: it has been seen less often than any other.
+        New centres of a harmonic head are drawn from the normal distribution that has the mean and the covariance of
+        the old ones, whatever `mean_resizing` is. transformers draws them near the mean or near 0, which is near every
+        hidden state: they would take much of the probability. A new token gets the smallest log-weight there is: it
+        has been seen less often than any other.
         """
         if new_num_tokens is None:
             return self.transformer.wte
@@ -427,6 +461,8 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
         old, classes = self.lm_head.log_weight, self.lm_head.num_classes
         embedding = super().resize_token_embeddings(new_num_tokens, self.config.pad_vocab_to_multiple_of, mean_resizing)
         self.config.vocab_size = self.vocab_size = self.lm_head.num_classes = new_num_tokens
+        if isinstance(self.lm_head, HarmonicHead):
+            like_the_first_rows(self.lm_head.weight, classes)
         if old is not None:
             a = old[:classes].min().detach().repeat(embedding.num_embeddings)
             kept = min(classes, new_num_tokens)
