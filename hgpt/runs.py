@@ -16,8 +16,8 @@ The first of these states that applies is shown:
     stopped         there is a checkpoint: --resume auto resumes the run
     no checkpoint   --resume auto starts the run again
 
-saved: the step of the newest checkpoint. val: the loss of the last evaluation, and its step. bits/B: the same in bits per
-byte of text, which compares runs with different tokenizers.
+saved: the step of the newest checkpoint. val: the loss of the last evaluation, and its step. bits/B: the same in bits
+per byte of text, which compares runs with different tokenizers.
 """
 
 import json

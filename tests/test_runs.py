@@ -222,7 +222,7 @@ def test_table_of_a_folder(folder):
     assert names(text) == ["a", "b", "sweep/lr/c"]
     head, first, second, third = text.splitlines()
     assert head.split() == ["run", "step", "saved", "train", "val", "bits/B", "tok/s", "tokens", "age", "state"]
-    assert first.split() == "a 100/100 100 5.5000 5.7500 @100 2.500 1.1k 205k 2h finished".split()
+    assert " ".join(first.split()) == "a 100/100 100 5.5000 5.7500 @100 2.500 1.1k 205k 2h finished"
     assert second.split()[1:6] == ["60/100", "50", "6.1250", "6.3125", "@60"]
     assert second.split()[-1] == "running" and third.endswith("25h  no checkpoint")
     assert names(main([str(folder), "--sort", "validation"])) == ["a", "b", "sweep/lr/c"]
