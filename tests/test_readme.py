@@ -19,6 +19,7 @@ from hgpt.data.tokenizer import TOKENIZER_FILE, hf_tokenizer
 from hgpt.model import distances
 from hgpt.run.config import RunConfig
 from hgpt.run.settings import known_settings, load_run_config
+from hgpt.source import find_source
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -127,7 +128,12 @@ def test_python_blocks_run(page, block, exported, monkeypatch):
     if "import LoraConfig" in block:
         pytest.importorskip("peft", reason="pip install peft")
     if "trust_remote_code=True)" not in block:  # tests/test_modeling.py loads models where hgpt is not installed
-        exec(compile(block, page, "exec"), {"__name__": "block"})
+        exec(compile(block, page, "exec"), names := {"__name__": "block"})
+    if "Trainer(" in block:  # the export that it leaves has learnt the texts
+        (trained,) = set(re.findall(r'"(runs/\w+/model)"', block))
+        batch = names["collator"]([names["tokenizer"](text) for text in names["texts"]])
+        before, after = (find_source(name).load()[0](**batch).loss for name in (names["folder"], trained))
+        assert after < before - 0.01
 
 
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
