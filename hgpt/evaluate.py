@@ -88,6 +88,7 @@ class Reader:
     def __init__(self, source: Source, seq_len: int | None, device: torch.device) -> None:
         self.source, self.label = source, source.label
         self.tokenizer: Any = None
+        self.unknown = 0  # tokens of encoded texts that stand for any text
         config = source.load_config()
         if _has_tokenizer(source):
             model, self.tokenizer = source.load(torch.float32, WORKING_BYTES)
@@ -120,6 +121,8 @@ class Reader:
             text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=offsets
         )
         ids = np.array(found.input_ids, dtype=np.int64)
+        if self.tokenizer.unk_token_id != self.tokenizer.eos_token_id:
+            self.unknown += int((ids == self.tokenizer.unk_token_id).sum())
         first = len(text[: found.offset_mapping[0][1]].encode()) if offsets and len(ids) else None
         return ids, first
 
@@ -302,12 +305,21 @@ def main(argv: Sequence[str]) -> str:
             else:
                 streams = streams_of_data(reader, corpus, notes)
             rows.append(reader.measure(streams))
+        if reader.unknown:
+            notes.append(
+                f"{reader.label} has no tokens for parts of the text, which became {reader.unknown:,} unknown tokens: its "
+                "bits per byte are too low to be compared"
+            )
+    if corpus is None and len({row["tokens"] for row in rows}) > 1:
+        notes.append("the models have different tokenizers: compare bits per byte, not losses and accuracies")
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     if options.json:
-        text = options.text if corpus is None else str(corpus.val.folder)
-        return json.dumps({"text": text, "models": rows, "notes": notes}, indent=1)
-    return table(rows)
+        source = options.text if corpus is None else str(corpus.val.folder)
+        return json.dumps({"text": source, "models": rows, "notes": notes}, indent=1)
+    text = " ".join(options.text) if corpus is None else f"the validation split of {corpus.val.folder}"
+    about = "loss: nats per token. window: tokens read at a time. ECE: expected calibration error."
+    return f"{table(rows)}\n\nOn {text}. {about}"
 
 
 if __name__ == "__main__":

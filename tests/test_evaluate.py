@@ -85,6 +85,9 @@ def test_another_tokenizer_reads_the_same_text(folder, name, capsys):
     again = evaluated(folder / name, "--data", folder / "data")
     assert known["notes"] == [] and "another tokenizer" in again["notes"][0]
     assert "Compare bits per byte" in capsys.readouterr().err
+    # Without tokens for naïve and 日本 a model has not predicted them.
+    assert [note for note in again["notes"] if "unknown tokens" in note] == again["notes"][1:]
+    assert len(again["notes"]) == (1 if name == "bytes" else 2)
     first, second = known["models"][0], again["models"][0]
     tokenizer = AutoTokenizer.from_pretrained(folder / name)
     start = tokenizer(DOCUMENTS[0], return_offsets_mapping=True).offset_mapping[0][1]
@@ -97,7 +100,7 @@ def test_another_tokenizer_reads_the_same_text(folder, name, capsys):
     assert second == first
 
 
-def test_a_text_follows_end_of_text(folder, tmp_path):
+def test_a_text_follows_end_of_text(folder, tmp_path, capsys):
     """The last window is filled up with the tokens before it."""
     files = [tmp_path / "long.txt", tmp_path / "short.txt"]
     for file, text in zip(files, (TEXT[:700], "Naïve\r\n"), strict=True):
@@ -110,7 +113,9 @@ def test_a_text_follows_end_of_text(folder, tmp_path):
         windows += [(tokens[start : start + 25], 0) for start in range(0, whole, 24)]
         start = max(0, len(tokens) - 25)
         windows.append((tokens[start:], whole - start))
-    (row,) = evaluated(folder / "harmonic", "--text", *files)["models"]
+    row, other = evaluated(folder / "harmonic", folder / "bytes", "--text", *files)["models"]
+    assert other["bytes"] == row["bytes"] and other["tokens"] > row["tokens"]
+    assert "note: the models have different tokenizers" in capsys.readouterr().err
     for name, value in exactly(folder / "harmonic", windows).items():
         assert row[name] == pytest.approx(value, rel=1e-5), name
     assert row["bytes"] == sum(file.stat().st_size for file in files)
