@@ -360,7 +360,10 @@ def train_all(
             bar.update()
         return outcome
 
-    with tqdm(total=len(configs), desc=stage, unit="run") as bar, ThreadPoolExecutor(len(places)) as pool:
+    with (
+        tqdm(total=len(configs), desc=stage, unit="run", disable=not configs) as bar,
+        ThreadPoolExecutor(len(places)) as pool,
+    ):
         try:
             outcomes = list(pool.map(train_one, configs))
         except BaseException:

@@ -307,8 +307,8 @@ def main(argv: Sequence[str]) -> str:
             rows.append(reader.measure(streams))
         if reader.unknown:
             notes.append(
-                f"{reader.label} has no tokens for parts of the text, which became {reader.unknown:,} unknown tokens: its "
-                "bits per byte are too low to be compared"
+                f"{reader.label} has no tokens for parts of the text, which became {reader.unknown:,} unknown tokens: "
+                "its bits per byte are too low to be compared"
             )
     if corpus is None and len({row["tokens"] for row in rows}) > 1:
         notes.append("the models have different tokenizers: compare bits per byte, not losses and accuracies")
