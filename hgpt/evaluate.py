@@ -315,8 +315,8 @@ def main(argv: Sequence[str]) -> str:
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     if options.json:
-        source = options.text if corpus is None else str(corpus.val.folder)
-        return json.dumps({"text": source, "models": rows, "notes": notes}, indent=1)
+        origin = options.text if corpus is None else str(corpus.val.folder)
+        return json.dumps({"text": origin, "models": rows, "notes": notes}, indent=1)
     text = " ".join(options.text) if corpus is None else f"the validation split of {corpus.val.folder}"
     about = "loss: nats per token. window: tokens read at a time. ECE: expected calibration error."
     return f"{table(rows)}\n\nOn {text}. {about}"
