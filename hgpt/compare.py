@@ -4,8 +4,10 @@
 
 An arm is a configuration; with --vary, a configuration with one of the values. Each arm is trained with the first seed
 at all points of its sweeps (with --search coordinate at fewer). The point with the lowest validation loss is then
-trained with the other seeds. The data, their order, the number of steps and the seeds must be the same in all arms;
-otherwise the command stops before it trains. After an interruption the same command resumes; finished runs are kept.
+trained with the other seeds. The data, their order, the number of steps and the seeds must be the same in all arms.
+Every run is checked before the first one trains: its settings, exponent, distance, files and data. After an
+interruption the same command resumes; finished runs are kept. A run that diverges is a result, "failed"; one that stops
+for another reason is named at the end of its stage, and the same command tries it again.
 """
 
 import argparse
@@ -33,16 +35,21 @@ from tqdm import tqdm
 import hgpt
 from hgpt.cli import Parser
 from hgpt.cli import run as run_command
+from hgpt.data.batches import accumulation_steps
+from hgpt.data.shards import SPLITS, TokenShards
 from hgpt.errors import UserError
 from hgpt.history import DIVERGED, number_in, records
 from hgpt.interpret.drawing import measure_against_loss, save_figure
 from hgpt.interpret.report import READABILITY, analyse, readability, restricted, write_report
 from hgpt.interpret.statistics import holm
 from hgpt.interpret.subject import AnalysisSettings
+from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.checkpoint import checkpoint_step, checkpoints
 from hgpt.run.config import RunConfig
+from hgpt.run.energy import check_country
+from hgpt.run.evaluation import evaluation_windows
 from hgpt.run.settings import CONFIG_FILE, load_run_config, settings, write_toml
-from hgpt.source import shape_of
+from hgpt.source import check_tokenizer, shape_of
 
 TRAIN = Path(hgpt.__file__).parent.parent / "train.py"
 RESULT_FILE = "comparison.json"
@@ -95,6 +102,11 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     out = Path(options.out).resolve()  # absolute, so that train.py and the report find the runs from any folder
     arms = build_arms(options.config, options.vary, options.sweep, options.set)
     check_matched({run_name(arm, point, 0): run_config(arm, point, 0, out) for arm in arms for point in arm.points})
+    for arm, seed in itertools.product(arms, range(options.seeds)):
+        for config in (run_config(arm, point, seed, out) for point in arm.points):
+            outcome_of(config)  # UserError if the folder holds another run
+            if seed == 0:
+                check_run(config)
     if not TRAIN.is_file():
         raise UserError(
             f"there is no {TRAIN}: hgpt.compare trains with the train.py of the checkout; install hgpt from one with "
@@ -104,12 +116,10 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     places = run_places(options.gpus, options.jobs)
     tuned = tune(arms, options.search, places, out)
     best = {arm.name: best_point(arm, tuned) for arm in arms}
-    for arm in arms:
-        if tuned[run_name(arm, best[arm.name], 0)].evaluation is None:
-            raise UserError(
-                f"every run of the arm {arm.name} diverged; see {out / 'logs'}. Lower the learning rates of the sweep."
-            )
-    again = [run_config(arm, best[arm.name], seed, out) for arm in arms for seed in range(1, options.seeds)]
+    alive = [arm for arm in arms if tuned[run_name(arm, best[arm.name], 0)].evaluation is not None]
+    if not alive:
+        raise UserError(f"every run diverged; see {out / 'logs'}. Lower the learning rates of the sweep.")
+    again = [run_config(arm, best[arm.name], seed, out) for arm in alive for seed in range(1, options.seeds)]
     outcomes = tuned | train_all(again, places, out, "seeds")
 
     table = [row(arm, best[arm.name], outcomes, options.seeds) for arm in arms]
@@ -302,29 +312,67 @@ def swept_values(arm: Arm) -> dict[str, list[str]]:
     return {key: list(dict.fromkeys(point[key] for point in arm.points)) for key in arm.points[0]}
 
 
+def check_run(config: RunConfig) -> None:
+    """Raise UserError, naming the run, where train.py would before its first step: data, batches, head, init_from."""
+    data, train = config.data, config.train
+    try:
+        check_country(config.log.energy_country)
+        splits = [TokenShards.open(data.path, split, data.vocab_size) for split in SPLITS]
+        evaluation_windows(splits[1], data.seq_len)
+        accumulation_steps(train.global_batch, train.micro_batch, world_size=1)
+        vocab_size, end_of_text = splits[0].vocab_size, splits[0].end_of_text
+        model = config.model.to_hf(vocab_size=vocab_size, seq_len=data.seq_len, end_of_text=end_of_text)
+        with torch.device("meta"):
+            HGPTForCausalLM(model)
+        if config.model.init_from is not None:
+            check_tokenizer(config.model.init_from, splits[0])
+    except UserError as error:
+        raise UserError(f"{config.name}: {error}") from error
+
+
 def train_all(
     configs: Sequence[RunConfig], places: Sequence[dict[str, str]], out: Path, stage: str
 ) -> dict[str, Outcome]:
-    """Train every run that has not finished, one at a time in each place; returns the outcomes by run name."""
+    """Train every run that has not finished, one at a time in each place; returns the outcomes by run name.
+
+    Raises UserError at the end if runs stopped for another reason than a loss that is not finite, naming each.
+    """
     free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
     for place in places:
         free.put(place)
 
-    def train_one(config: RunConfig) -> Outcome:
+    failed: list[str] = []  # a line for each run
+    diverged: list[str] = []
+
+    def train_one(config: RunConfig) -> Outcome | None:
         place = free.get()
+        outcome = None
         try:
-            return train(config, place, out)
+            outcome = train(config, place, out)
+            if outcome.evaluation is None:
+                diverged.append(config.name)
+        except UserError as error:
+            failed.append(str(error))
         finally:
             free.put(place)
+            if failed or diverged:
+                bar.set_postfix(failed=len(failed) + len(diverged))
             bar.update()
+        return outcome
 
-    with tqdm(total=len(configs), desc=stage, unit="run") as bar, ThreadPoolExecutor(len(places)) as pool:
+    with (
+        tqdm(total=len(configs), desc=stage, unit="run", disable=not configs) as bar,
+        ThreadPoolExecutor(len(places)) as pool,
+    ):
         try:
             outcomes = list(pool.map(train_one, configs))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return {config.name: outcome for config, outcome in zip(configs, outcomes, strict=True)}
+    if failed:
+        end = f"{len(failed)} of {len(configs)} runs failed; the same command tries them again"
+        raise UserError("\n".join([*failed, end]))
+    return {config.name: outcome for config, outcome in zip(configs, outcomes, strict=True) if outcome is not None}
 
 
 def train(config: RunConfig, place: dict[str, str], out: Path) -> Outcome:
@@ -338,10 +386,11 @@ def train(config: RunConfig, place: dict[str, str], out: Path) -> Outcome:
         (out / name).mkdir(parents=True, exist_ok=True)
     file, log = out / "configs" / f"{config.name}.toml", out / "logs" / f"{config.name}.log"
     write_toml(config, file)
+    # What one run has compiled (train.compile) serves the others of the same shape, also after a restart elsewhere.
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(out / "compiled")} | place
     with log.open("a", encoding="utf-8") as stream:
-        status = subprocess.run(
-            [sys.executable, str(TRAIN), "--config", str(file)], env=os.environ | place, stdout=stream, stderr=stream
-        ).returncode
+        command = [sys.executable, str(TRAIN), "--config", str(file)]
+        status = subprocess.run(command, env=environment, stdout=stream, stderr=stream).returncode
     if status == 130:
         raise KeyboardInterrupt
     if outcome := outcome_of(config):
@@ -391,22 +440,22 @@ def outcome_of(config: RunConfig) -> Outcome | None:
 def row(arm: Arm, best: dict[str, str], outcomes: dict[str, Outcome], seeds: int) -> dict[str, Any]:
     """The results of one arm: its best point, the losses of its seeds, their mean and spread, and other means."""
     names = [run_name(arm, best, seed) for seed in range(seeds)]
-    runs = [outcomes[name] for name in names]
-    evaluations = [run.evaluation for run in runs if run.evaluation is not None]
+    runs = [outcomes.get(name) for name in names]  # of an arm that failed, only the points with the first seed
+    evaluations = [run.evaluation for run in runs if run is not None and run.evaluation is not None]
     losses = [evaluation["loss"] for evaluation in evaluations]
-    folders = [run.folder for run in runs]
+    folders = [run.folder for run in runs if run is not None]
     tried = [(point, outcomes.get(run_name(arm, point, 0))) for point in arm.points]
-    measured = set.intersection(*(set(evaluation) for evaluation in evaluations)) - {"loss"}
+    measured = set.intersection(*map(set, evaluations)) - {"loss"} if evaluations else set()
     return {
         "arm": arm.name,
         "config": arm.file,
         "settings": arm.fixed,
         "best": best,
-        "at_the_edge": [key for key, values in swept_values(arm).items() if at_the_edge(values, best[key])],
+        "at_the_edge": [k for k, values in swept_values(arm).items() if losses and at_the_edge(values, best[k])],
         "tried": [{"point": point, "loss": finite(run.loss)} for point, run in tried if run is not None],
-        "runs": names,
-        "losses": [finite(run.loss) for run in runs],
-        "mean": statistics.mean(losses),
+        "runs": [name for name in names if name in outcomes],
+        "losses": [None if run is None else finite(run.loss) for run in runs],
+        "mean": mean_or_none(losses),
         "sd": statistics.stdev(losses) if len(losses) > 1 else None,
         "interval": t_interval(losses),
         "gradient_norm_spread": mean_or_none(map(gradient_norm_spread, folders)),
@@ -506,7 +555,7 @@ def write_tables(out: Path, result: dict[str, Any]) -> None:
                 f"{key.rsplit('.', 1)[-1]} {value}{' (edge)' if key in entry['at_the_edge'] else ''}"
                 for key, value in entry["best"].items()
             ),
-            f"{entry['mean']:.4f}",
+            "failed" if entry["mean"] is None else f"{entry['mean']:.4f}",
             interval_text(entry["interval"]),
             "" if entry["sd"] is None else f"{entry['sd']:.4f}",
             ", ".join("failed" if loss is None else f"{loss:.4f}" for loss in entry["losses"]),
@@ -516,6 +565,8 @@ def write_tables(out: Path, result: dict[str, Any]) -> None:
         for entry in table
     ]
     notes = NOTES
+    if failed := [name for name, run in result["runs"].items() if run["evaluation"] is None]:
+        notes += f" Failed, because the loss was not finite: {', '.join(failed)}."
     for name, title, form, note in MEASURED:
         if any(entry[name] is not None for entry in table):
             notes += note

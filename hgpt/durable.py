@@ -164,7 +164,7 @@ def folder_lock(file: Path, busy: str) -> Iterator[None]:
     written. Prints a warning and holds no lock where the file system does not support locks.
     """
     # No fallback to filelock's soft lock, which a killed process would not release.
-    lock = FileLock(file, blocking=False, fallback_to_soft=False)
+    lock = FileLock(file, timeout=0.2, fallback_to_soft=False)  # `is_locked` holds it for a moment
     try:
         lock.acquire()
     except Timeout as error:
@@ -181,3 +181,19 @@ def folder_lock(file: Path, busy: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_locked(file: Path) -> bool | None:
+    """Whether a process holds the `folder_lock` of `file`; None if that cannot be known.
+
+    So it is where the file is missing or may not be written, and where the file system does not support locks.
+    """
+    if not file.is_file():
+        return None
+    try:
+        with FileLock(file, blocking=False, fallback_to_soft=False):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return None

@@ -43,7 +43,7 @@ buckets, gathered weights and fsdp2 (torch 2.13) follow the source code of the l
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -181,8 +181,10 @@ class HeadMemory(NamedTuple):
         return self.operands + self.chunk
 
 
-def head_memory(config: HGPTConfig, tokens: int, precision: Precision) -> HeadMemory:
+def head_memory(config: HGPTConfig, tokens: int, precision: Precision, device: str = "cuda") -> HeadMemory:
     """Memory of the head's loss on a GPU (`hgpt.model.row_kernels`) for N = `tokens` positions and V rows of w.
+
+    On a CPU the chunks are smaller, and the formula is a bound.
 
     operands: x and its gradient, (N, D); under autocast x in both dtypes and a bf16 copy of w; the gradient of w in
         float32, (V, D); five numbers a position.
@@ -198,12 +200,12 @@ def head_memory(config: HGPTConfig, tokens: int, precision: Precision) -> HeadMe
     transformed = (tokens + rows) * width * 8 if metric is not None and metric.transforms else 0
     if metric is not None and metric.power is None:
         operands = (tokens + rows) * width * 8 + transformed
-        return HeadMemory(operands, memory_of("cuda"), operands + tokens * rows * 17, None)
+        return HeadMemory(operands, memory_of(device), operands + tokens * rows * 17, None)
     c, harmonic = precision.compute.itemsize, config.head == "harmonic"
     operands = tokens * width * 2 * c + rows * width * 4 + 20 * tokens + transformed
     if precision.autocast:
         operands += tokens * width * precision.residual.itemsize + rows * width * c
-    positions = min(tokens, chunk_positions(rows, precision.compute, "cuda"))
+    positions = min(tokens, chunk_positions(rows, precision.compute, device))
     chunk = positions * rows * (4 + c)
     tiles_down, tiles_across = -(-positions // 32), -(-rows // 256)
     if harmonic:
@@ -263,6 +265,10 @@ class Launch:
             raise UserError(f"--mfu is the share of the peak, above 0 and at most 1; got {self.mfu}")
         if self.memory is not None and not self.memory > 0:
             raise UserError(f"--memory is the memory of a GPU in GiB, more than 0; got {self.memory}")
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device.lower() == "cpu"
 
     @property
     def processes(self) -> int:
@@ -333,9 +339,13 @@ class Plan:
             checkpointing = train.activation_checkpointing
         activations = activation_memory(self.config, self.micro_tokens, precision, checkpointing=checkpointing)
         copies = 2 * self.parameters.matrices if precision.autocast and engine == "ddp" else 0
-        head = head_memory(self.config, self.micro_tokens, precision).peak
+        head = self.head_memory(engine).peak
         static = self._static_memory(engine, precision.compute.itemsize)
         return Memory(*static, activations=activations.kept + copies, block=activations.block, head=head)
+
+    def head_memory(self, engine: str) -> HeadMemory:
+        precision = precision_of(engine, self.run.train.precision)
+        return head_memory(self.config, self.micro_tokens, precision, "cpu" if self.launch.on_cpu else "cuda")
 
     def _static_memory(self, engine: str, c: int) -> tuple[int, int, int, int, int]:
         """Bytes of parameters, gradients, optimiser state, buckets and host memory, by the table of this module."""
@@ -359,9 +369,13 @@ class Plan:
 def make_plan(run: RunConfig, launch: Launch) -> Plan:
     """The plan of a run. Without the data folder it has a note, and GPT-2's vocabulary unless data.vocab_size is set.
 
+    On a CPU train.precision = "auto" means fp32.
+
     Raises UserError where train.py would: a global_batch that cannot be reached, data that are damaged or too short, a
     model that cannot be built.
     """
+    if launch.on_cpu and run.train.precision == "auto":
+        run = replace(run, train=replace(run.train, precision="fp32"))
     data, train = run.data, run.train
     notes, shards = [], None
     vocab_size, end_of_text = data.vocab_size or GPT2_VOCAB_SIZE, None
@@ -378,7 +392,7 @@ def make_plan(run: RunConfig, launch: Launch) -> Plan:
             seed=train.seed,
         ).accumulation
     else:
-        origin = "data.vocab_size" if data.vocab_size else "GPT-2's"
+        origin = "as stated" if data.vocab_size else "GPT-2's; state another one with --vocab N"
         notes.append(f"{data.path} does not exist (yet): vocabulary of {vocab_size:,} ({origin}), epochs unknown")
         accumulation = accumulation_steps(train.global_batch, train.micro_batch, launch.processes)
     config = run.model.to_hf(vocab_size=vocab_size, seq_len=data.seq_len, end_of_text=end_of_text)
@@ -398,10 +412,11 @@ def warnings(plan: Plan) -> list[str]:
     found = []
     run, launch = plan.run, plan.launch
     need, capacity = plan.memory(launch.engine).total, launch.capacity
-    if capacity is None:
+    if capacity is None and not launch.on_cpu:
         found.append(f"the memory of {launch.device!r} is not known: give it with --memory GIB to have it checked")
-    elif need > 0.9 * capacity:
-        fits = [engine for engine in ENGINES if plan.memory(engine).total <= 0.9 * capacity]
+    elif capacity is not None and need > 0.9 * capacity:
+        engines = () if launch.on_cpu else ENGINES
+        fits = [engine for engine in engines if plan.memory(engine).total <= 0.9 * capacity]
         ways = [f"--engine {', '.join(fits)}"] if fits else []
         smaller = plan.memory(launch.engine, checkpointing=True).total
         if not run.train.activation_checkpointing and smaller <= 0.9 * capacity:
@@ -437,7 +452,7 @@ def report(plan: Plan) -> str:
         _introduction(plan),
         _parameter_lines(plan),
         _memory_lines(plan),
-        _engine_lines(plan),
+        [] if plan.launch.on_cpu else _engine_lines(plan),
         _training_lines(plan),
         [f"warning: {line}" for line in warnings(plan)],
     ]
@@ -472,9 +487,8 @@ def _parameter_lines(plan: Plan) -> list[str]:
 
 
 def _memory_lines(plan: Plan) -> list[str]:
-    run, engine, config = plan.run, plan.launch.engine, plan.config
-    precision = precision_of(engine, run.train.precision)
-    memory, head = plan.memory(engine), head_memory(config, plan.micro_tokens, precision)
+    run, engine = plan.run, plan.launch.engine
+    memory, head = plan.memory(engine), plan.head_memory(engine)
     off, on = (plan.memory(engine, checkpointing=value) for value in (False, True))
     positions = "the blocks" if head.chunk_positions is None else f"a chunk of {head.chunk_positions:,} positions"
     batch = f"for {run.train.micro_batch} x {run.data.seq_len:,} tokens, checkpointing "
@@ -492,7 +506,8 @@ def _memory_lines(plan: Plan) -> list[str]:
     if memory.host:
         rows.append(("host memory per process", memory.host, "gradients, master weights and optimiser state"))
     lines = [(title, _gib(size), remark) for title, size, remark in rows]
-    return _with_remarks([(f"memory per GPU, {engine}", "GiB", ""), *lines])
+    each = "process on a CPU" if plan.launch.on_cpu else f"GPU, {engine}"
+    return _with_remarks([(f"memory per {each}", "GiB", ""), *lines])
 
 
 def _engine_lines(plan: Plan) -> list[str]:
@@ -513,14 +528,18 @@ def _training_lines(plan: Plan) -> list[str]:
     peak, epochs = peak_flops(launch.device), ""
     if plan.training_tokens is not None:
         epochs = f", {tokens / plan.training_tokens:.2f} epochs of {plan.training_tokens:,}"
-    if run.train.precision == "fp32":
+    if launch.on_cpu:
+        time = "not estimated on a CPU: train.py prints the time left with each log line"
+    elif run.train.precision == "fp32":
         time = "not estimated: peaks are known for bf16, and train.precision is fp32"
     elif peak is None:
         time = f"not estimated: the bf16 peak of {launch.device!r} is not known"
     else:
         rate = launch.mfu * peak * launch.processes / flops
         time = (
-            f"{_duration(tokens / rate)} at {launch.mfu:.0%} MFU of {peak / 1e12:g} TFLOP/s a GPU: {rate:,.0f} "
+            "not estimated: the FLOPs alone would take less than a second, and so small a model waits for the host"
+            if tokens / rate < 1
+            else f"{_duration(tokens / rate)} at {launch.mfu:.0%} MFU of {peak / 1e12:g} TFLOP/s a GPU: {rate:,.0f} "
             f"tokens/s, {step_tokens / rate:.3g} s a step; without evaluations and checkpoints"
         )
     lines = [
@@ -606,11 +625,14 @@ def main(arguments: Sequence[str]) -> str:
     add("--engine", choices=ENGINES, default=default.engine, help="engine of the run (default: %(default)s)")
     add("--mfu", type=float, default=default.mfu, help="expected share of the peak FLOP/s (default: %(default)s)")
     add("--device", default=default.device, help='CUDA\'s name of the GPU, or "cpu" (default: %(default)s)')
+    add("--vocab", type=int, metavar="N", help="tokens of the vocabulary, where the data does not exist yet")
     add("--memory", type=float, metavar="GIB", help="memory of a GPU (default: that of the device)")
     add("--table", nargs="+", metavar="FILE", help="print only a Markdown table: GiB per GPU of these configurations")
     known, settings = parser.parse_known_args(arguments)
     files = known.table
-    launch = Launch(**{name: value for name, value in vars(known).items() if name != "table"})
+    if known.vocab is not None:
+        settings += ["--data.vocab_size", str(known.vocab)]
+    launch = Launch(**{name: value for name, value in vars(known).items() if name not in ("table", "vocab")})
     if files is None:
         return report(make_plan(load_run_config(settings, shape_of), launch))
     return markdown_table(

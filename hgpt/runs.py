@@ -9,11 +9,15 @@ The first of these states that applies is shown:
 
     finished        the newest checkpoint is that of the last step
     preempted       SIGTERM, SIGUSR1 or SIGHUP stopped the run, and there is a checkpoint to resume from
-    running         the last record of metrics.jsonl is younger than two minutes or, if that is longer, than three times
-                    the longest pause between the last records, but at most half an hour
+    running         a process holds the lock of the run folder. Where locks cannot be asked for: the last record of
+                    metrics.jsonl is younger than two minutes or, if that is longer, than three times the longest pause
+                    between the last records, but at most half an hour
     damaged         a file of the newest checkpoint is missing, or its size is not that in the manifest
     stopped         there is a checkpoint: --resume auto resumes the run
     no checkpoint   --resume auto starts the run again
+
+saved: the step of the newest checkpoint. val: the loss of the last evaluation, and its step. bits/B: the same in bits
+per byte of text, which compares runs with different tokenizers.
 """
 
 import json
@@ -31,12 +35,13 @@ import numpy as np
 
 from hgpt.cli import Parser
 from hgpt.cli import run as run_command
+from hgpt.durable import is_locked
 from hgpt.errors import UserError
 from hgpt.history import METRICS_FILE, newest_first, number_in, records
-from hgpt.run.checkpoint import CHECKPOINTS, MANIFEST, PREEMPTED, checkpoint_step, checkpoints
+from hgpt.run.checkpoint import CHECKPOINTS, LOCK, MANIFEST, PREEMPTED, checkpoint_step, checkpoints
 from hgpt.run.settings import CONFIG_FILE
 
-LINE_WIDTH = 100
+LINE_WIDTH = 120
 
 _RECENT_LINES = 8
 _DEPTH = 3  # levels of folders that are searched for runs
@@ -55,14 +60,21 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A row of the table; None: unknown. `age`: seconds since the last record."""
+    """A row of the table; None: unknown.
+
+    `saved`: the step of the newest checkpoint. `evaluated`: that of the last evaluation. `age`: seconds since the last
+    record.
+    """
 
     name: str
     folder: Path
     step: int | None
     steps: int | None
+    saved: int | None
     training_loss: float | None
     validation_loss: float | None
+    evaluated: int | None
+    bits_per_byte: float | None
     tokens_per_second: float | None
     tokens: int | None
     energy_kwh: float | None = None
@@ -95,6 +107,7 @@ def _is_run(folder: Path) -> bool:
 def read_run(name: str, folder: Path, now: float) -> Run:
     """The run in `folder` at the time `now` (seconds since 1970). Values that cannot be read are None."""
     recent, last = _last_records(folder)
+    found = checkpoints(folder)
     train, evaluation = last.get("train", {}), last.get("eval", {})
     steps = _integer(_settings(folder).get("train"), "steps")
     times = [value for record in recent if (value := number_in(record, "time")) is not None]
@@ -106,26 +119,31 @@ def read_run(name: str, folder: Path, now: float) -> Run:
         folder=folder,
         step=max((record["step"] for record in (train, evaluation) if record), default=None),
         steps=steps,
+        saved=checkpoint_step(found[-1]) if found else None,
         training_loss=number_in(train, "loss"),
         validation_loss=number_in(evaluation, "loss"),
+        evaluated=_integer(evaluation, "step"),
+        bits_per_byte=number_in(evaluation, "bits_per_byte"),
         tokens_per_second=number_in(train, "tokens_per_second"),
         tokens=_integer(train, "tokens"),
         energy_kwh=number_in(last.get("energy"), "energy_kwh"),
         age=age,
-        state=_state(folder, steps, age, times),
+        state=_state(folder, found, steps, age, times),
     )
 
 
-def _state(folder: Path, steps: float | None, age: float | None, times: list[float]) -> str:
-    found = checkpoints(folder)
+def _state(folder: Path, found: list[Path], steps: float | None, age: float | None, times: list[float]) -> str:
     fault = bool(found) and _is_damaged(found[-1])
     if found and not fault and steps is not None and checkpoint_step(found[-1]) >= steps:
         return "finished"
     if (folder / PREEMPTED).exists() and found and not fault:
         return "preempted"
-    pauses = [later - earlier for earlier, later in pairwise(times)]
-    # A crash and a later restart make a long pause too; hence the upper bound.
-    if age is not None and age <= min(max(120.0, 3 * max(pauses, default=0.0)), 1800.0):
+    alive = is_locked(folder / LOCK)
+    if alive is None:
+        pauses = [later - earlier for earlier, later in pairwise(times)]
+        # A crash and a later restart make a long pause too; hence the upper bound.
+        alive = age is not None and age <= min(max(120.0, 3 * max(pauses, default=0.0)), 1800.0)
+    if alive:
         return "running"
     if fault:
         return "damaged"
@@ -188,9 +206,12 @@ def sort_runs(runs: Sequence[Run], by: str) -> list[Run]:
 
 def table(runs: Sequence[Run]) -> str:
     """One line per run, at most `LINE_WIDTH` columns wide; long names are shortened in the middle."""
-    rows = [["run", "step", "train", "val", "tok/s", "tokens", "kWh", "age", "state"], *map(_cells, runs)]
-    if all(run.energy_kwh is None for run in runs):
-        rows = [row[:6] + row[7:] for row in rows]
+    titles = ["run", "step", "saved", "train", "val", "bits/B", "tok/s", "tokens", "kWh", "age", "state"]
+    rows = [titles, *map(_cells, runs)]
+    for title, name in (("kWh", "energy_kwh"), ("bits/B", "bits_per_byte")):
+        if all(getattr(run, name) is None for run in runs):
+            place = titles.index(title)
+            rows = [row[:place] + row[place + 1 :] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     gaps = 2 * (len(widths) - 1)
     widths[0] = min(widths[0], max(12, LINE_WIDTH - sum(widths[1:]) - gaps))
@@ -206,8 +227,10 @@ def _cells(run: Run) -> list[str]:
     return [
         run.name,
         f"{'-' if run.step is None else run.step}/{'?' if run.steps is None else run.steps}",
+        "-" if run.saved is None else str(run.saved),
         "-" if run.training_loss is None else f"{run.training_loss:.4f}",
-        "-" if run.validation_loss is None else f"{run.validation_loss:.4f}",
+        "-" if run.validation_loss is None else f"{run.validation_loss:.4f} @{run.evaluated}",
+        "-" if run.bits_per_byte is None else f"{run.bits_per_byte:.3f}",
         "-" if run.tokens_per_second is None else _short(run.tokens_per_second),
         "-" if run.tokens is None else _short(run.tokens),
         "-" if run.energy_kwh is None else f"{run.energy_kwh:.3g}",
@@ -338,7 +361,7 @@ def _smoothed(losses: Sequence[float]) -> np.ndarray:
     return (sums[place + after + 1] - sums[place - before]) / (before + after + 1)
 
 
-def terminal_plot(curves: Sequence[Curves], axis: str, width: int = LINE_WIDTH, height: int = 22) -> str:
+def terminal_plot(curves: Sequence[Curves], axis: str, width: int = 100, height: int = 22) -> str:
     """The curves as text: a small letter for a run's training loss, a capital for its validation loss."""
     last, (low, high) = _ranges(curves)
     columns = width - 8

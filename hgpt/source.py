@@ -97,9 +97,9 @@ class Source:
             )
         return model
 
-    def load(self, dtype: str | torch.dtype = "auto") -> tuple[Any, Any]:
+    def load(self, dtype: str | torch.dtype = "auto", working_bytes: int = 0) -> tuple[Any, Any]:
         """The model and its tokenizer. Raises UserError if one cannot be loaded or they do not belong together."""
-        model, tokenizer = self.load_model(dtype), self.load_tokenizer()
+        model, tokenizer = self.load_model(dtype, working_bytes), self.load_tokenizer()
         tokens, vocab_size = max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size
         # Other models than hgpt's count rows of padding in vocab_size.
         if tokens > vocab_size or (tokens < vocab_size and model.config.model_type == "hgpt"):

@@ -10,6 +10,7 @@ from subprocess import CompletedProcess
 
 import pytest
 from scipy import stats
+from small_models import byte_pairs, prepare
 
 from hgpt import compare
 from hgpt.cli import run
@@ -65,6 +66,7 @@ def pretended_training(command, env, stdout, stderr) -> CompletedProcess:
     if lr < 1:
         gpu, threads = int(env.get("CUDA_VISIBLE_DEVICES") or -1), int(env.get("OMP_NUM_THREADS") or 0)
         measured = {"loss": loss, "accuracy": 0.25, "gpu": gpu, "threads": threads}
+        assert env["TORCHINDUCTOR_CACHE_DIR"] == str(folder.parents[1] / "compiled")
         lines.append({"kind": "eval", "step": config["train"]["steps"], "time": 0, **measured})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if lr >= 1:
@@ -78,8 +80,9 @@ def pretended_training(command, env, stdout, stderr) -> CompletedProcess:
 
 @pytest.fixture
 def files(tmp_path, monkeypatch) -> list[str]:
-    """Two configurations in the working directory."""
+    """Two configurations in the working directory, and their data."""
     monkeypatch.chdir(tmp_path)
+    prepare(Path("data"), byte_pairs(300))
     write_configs(tmp_path)
     compare.configured.cache_clear()  # of files with the same names in other folders
     return ["--config", "harmonic.toml", "softmax.toml"]
@@ -197,8 +200,13 @@ def test_a_run_that_diverges_is_not_the_best_and_not_repeated(arms, capsys):
     before = len(trained(Path("out")))
     run(*command)
     assert len(trained(Path("out"))) == before
+    assert "Failed, because the loss was not finite: harmonic-lr1-seed0, softmax-lr1-seed0." in capsys.readouterr().out
+    # An arm of which every run diverges is shown as failed, and the others go on.
+    result = run(*arms, "--sweep", "softmax:optim.lr=1,2", "--seeds", "2", "--out", "one")
+    assert [arm["mean"] for arm in result["arms"]] == [pytest.approx(4.105), None]
+    assert "| softmax | lr 1 | failed |  |  | failed, failed |  |  |" in capsys.readouterr().out
     assert main([*arms, "--sweep", "optim.lr=1,2", "--seeds", "1", "--out", "other", "--no-report"]) == 2
-    assert "every run of the arm harmonic diverged" in capsys.readouterr().err
+    assert "every run diverged" in capsys.readouterr().err
 
 
 def test_only_a_loss_that_is_not_finite_is_a_result(arms, monkeypatch, capsys):
@@ -215,7 +223,9 @@ def test_only_a_loss_that_is_not_finite_is_a_result(arms, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(compare.subprocess, "run", full_disk)
         assert main([*command, "--no-report"]) == 2
-    assert "harmonic-seed0 stopped with status 2: error: could not write it" in capsys.readouterr().err
+    error = capsys.readouterr().err  # names both runs of the stage
+    assert "harmonic-seed0 stopped with status 2: error: could not write it" in error
+    assert "softmax-seed0 stopped" in error and "2 of 2 runs failed; the same command tries them again" in error
     assert run(*command)["arms"][0]["mean"] > 0
 
 
@@ -308,11 +318,19 @@ def test_a_trainer_that_breaks_is_an_error(files, tmp_path, monkeypatch, capsys)
         ("--jobs 0", "--jobs must be at least 1; got 0"),
         ("--jobs 2 --gpus 0", "--jobs .* --gpus"),
         ("--relations x", "--relations has no effect with --no-report"),
+        # Nothing is trained when the last run of all could not be.
+        ("--sweep harmonic:model.head.exponent=dim,wide", "model.head.exponent.*wide"),
+        ("--vary harmonic:model.head.distance=cosine,cosines", "distance must be one of"),
+        ("--vary softmax:model.head.final_norm_gain=1,x", "final_norm_gain"),
+        ("--vary softmax:train.micro_batch=4,3", "micro_batch3-seed0: train.global_batch = 4 cannot be reached"),
+        ("--vary softmax:model.init_from=none/x", "none/x"),
+        ("--set data.path=nowhere", "nowhere"),
     ],
 )
 def test_bad_input(arms, capsys, options, message):
     assert main([*arms, "--out", "out", "--no-report", *options.split()]) == 2
     assert re.search(message, capsys.readouterr().err)
+    assert trained(Path("out")) == []
 
 
 def test_arms_take_the_names_of_their_files(tmp_path):

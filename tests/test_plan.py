@@ -257,7 +257,7 @@ def test_bytes_per_parameter_under_each_engine(shipped):
 def test_report(shipped):
     text = plan.main([*shipped, "--gpus", "4", "--nodes", "2", "--mfu", "0.4"])
     assert "on 2 nodes of 4 x NVIDIA H100" in text
-    assert "note: there/is/none does not exist (yet): vocabulary of 50,257 (GPT-2's)" in text
+    assert "note: there/is/none does not exist (yet): vocabulary of 50,257 (GPT-2's; state another" in text
     assert re.search(r"^parameters +124,373,760$", text, re.M)
     assert re.search(r"^  token embedding +38,633,472  also the head's centres$", text, re.M)
     assert re.search(r"^  12 blocks +84,953,088$", text, re.M)
@@ -301,6 +301,12 @@ def test_bad_options(shipped, options, message):
         ("--device NVIDIA_GB200", "^warning: the memory of 'NVIDIA GB200' is not known: give it with --memory GIB"),
         ("--engine zero3 --train.compile true", "^warning: zero3 does not work with train.compile = true"),
         ("--engine zero1 --optim.algorithm muon", '^warning: zero1 does not work with optim.algorithm = "muon"'),
+        ("--device cpu", r"\A(?![\s\S]*zero)[\s\S]*fp32[\s\S]*^memory per process[\s\S]*not estimated on a CPU"),
+        ("--vocab 2048", r"vocabulary of 2,048 \(as stated\)"),
+        (
+            "--vocab 300 --model.n_layer 1 --model.n_head 1 --model.n_embd 16 --train.steps 2 --optim.warmup_steps 1",
+            "^time +not estimated: the FLOPs alone would take less than a second",
+        ),
         ("--model.head.distance cosine", r"\A(?![\s\S]*(warning|distance  ))"),
     ],
 )

@@ -1,6 +1,7 @@
 """Commands, Python blocks, settings, paths and links of README.md, RESULTS.md and docs/ are what they say."""
 
 import argparse
+import json
 import os
 import pkgutil
 import re
@@ -11,11 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from small_models import byte_pairs, export
 
+from hgpt.data.tokenizer import TOKENIZER_FILE, hf_tokenizer
 from hgpt.model import distances
 from hgpt.run.config import RunConfig
 from hgpt.run.settings import known_settings, load_run_config
+from hgpt.source import find_source
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -35,6 +39,9 @@ NOT_RUN = {
     "hgpt.compare": "trains dozens of runs",
     " FOLDER": "reads texts of the reader's",
     "benchmarks.": "minutes",
+    "--text my_texts/0.txt --json": "needs a download",
+    "lm_eval ": "tests/test_evaluate.py runs its task file",
+    "hf ": "needs an account",
     "docs/loss_curves.png": "needs runs of 800 steps",
 }
 TINY = "--model.n_layer 1 --model.n_head 2 --model.n_embd 32"
@@ -84,6 +91,8 @@ def test_commands_have_options_and_settings_that_exist(command, monkeypatch):
         assert key in KNOWN or key.startswith(OPTIONS), key
     if words[0] == "make":
         subprocess.run(["make", "--dry-run", words[1]], check=True, capture_output=True)
+    elif words[0] in ("lm_eval", "hf"):
+        assert any(words[0] in name for name in NOT_RUN)  # of other packages
     elif words[0] == "accelerate":
         assert Path(words[words.index("--config_file") + 1]).is_file()
         load_run_config(words[words.index("train.py") + 1 :])
@@ -101,18 +110,53 @@ def test_commands_have_options_and_settings_that_exist(command, monkeypatch):
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which runs/quickstart/latest/model is a harmonic model."""
     folder = tmp_path_factory.mktemp("exported")
-    export(folder / "runs" / "quickstart" / "latest" / "model", byte_pairs(300), "harmonic", context=64)
+    model = export(folder / "runs" / "quickstart" / "latest" / "model", byte_pairs(300), "harmonic", context=64)
+    hf_tokenizer(model / TOKENIZER_FILE, 64).save_pretrained(model)  # as a run saves it
     return folder
 
 
-@pytest.mark.parametrize(("page", "block"), blocks("python"))
+PYTHON = [
+    pytest.param(page, block, marks=[pytest.mark.slow] if "Trainer(" in block else [])
+    for page, block in blocks("python")
+]
+
+
+@pytest.mark.parametrize(("page", "block"), PYTHON)
 def test_python_blocks_run(page, block, exported, monkeypatch):
     monkeypatch.chdir(exported)
     monkeypatch.setattr(distances, "_REGISTRY", dict(distances._REGISTRY))  # a page registers one of its own
-    for package in re.findall(r"^import (trl|peft)\b", block, re.MULTILINE):
+    for package in re.findall(r"^(?:import|from) (trl|peft)\b", block, re.MULTILINE):
         pytest.importorskip(package)
     if "trust_remote_code=True)" not in block:  # tests/test_modeling.py loads models where hgpt is not installed
-        exec(compile(block, page, "exec"), {"__name__": "block"})
+        exec(compile(block, page, "exec"), names := {"__name__": "block"})
+    if "TrainingArguments(" in block:  # the export that it leaves has learnt the texts
+        (trained,) = set(re.findall(r'"(runs/\w+/model)"', block))
+        batch = names["collator"]([names["tokenizer"](text) for text in names["texts"]])
+        before, after = (find_source(name).load()[0](**batch).loss for name in (names["folder"], trained))
+        assert after < before - 0.01
+
+
+@pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
+def test_the_notebook_runs(exported, monkeypatch, capsys):
+    """Its code cells, in their order, in docs/ beside runs/."""
+    (exported / "docs").mkdir()
+    monkeypatch.chdir(exported / "docs")
+    cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    names: dict = {}
+    for number, cell in enumerate(code):
+        exec(compile(cell, f"cell {number}", "exec"), names)
+    out = capsys.readouterr().out
+    assert "300 tokens" in out and len(names["plane"]) == len(names["tokens"]) >= 6
+    # The nearest token is the most probable one; a centre's nearest neighbour by torch.cdist.
+    assert names["ratios"].argmin() == names["p"].argmax() and re.search(r"1\.000$", out, re.M)
+    with torch.no_grad():
+        distances = torch.cdist(names["centres"], names["centres"]).fill_diagonal_(torch.inf)
+    own = names["tokenizer"](" is").input_ids[-1]
+    assert names["neighbours"](" is")[0] == names["tokenizer"].decode(distances[own].argmin())
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match="this notebook draws: pip install matplotlib"):
+        exec(code[0], {})
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -159,7 +159,11 @@ def test_tensorboard(tmp_path):
     for step in range(1, 6):
         log.write("train", step, {"loss": 10.0 - step, "lr": 1e-3})
     log.write("eval", 5, {"loss": 4.5})
+    log.write("train", 5, {"seconds_data": 0.5})
     log.close()
+    # TensorBoard takes each folder with events for a run, and sorts groups of tags by name.
+    assert [path.parent.name for path in tmp_path.rglob("events.*")] == ["tensorboard"]
+    assert scalars(tmp_path, "train_seconds/data") == [(5, 0.5)]
     assert scalars(tmp_path, "train/loss") == [(step, 10.0 - step) for step in range(1, 6)]
     assert scalars(tmp_path, "eval/loss") == [(5, 4.5)]
     # The run broke off after step 5 and resumes a checkpoint of step 3: steps 4 and 5 are not shown twice.

@@ -4,13 +4,14 @@ import json
 import os
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hgpt import history, runs
-from hgpt.durable import remove_folder
+from hgpt.durable import folder_lock, remove_folder
 from hgpt.errors import UserError
 from hgpt.run import checkpoint as ckpt
 from hgpt.runs import Run, find_runs, main, read_curves, read_run, sort_runs, table
@@ -31,7 +32,8 @@ def write_metrics(folder: Path, *, steps: int, every: int = 10, evaluate: int = 
             values = {"lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1000.0 + step, "tokens": step * 2048}
             lines.append(line("train", step, when, loss=8 - 5 * step / (steps + 100), **values))
         if step % evaluate == 0 or step == steps:
-            lines.append(line("eval", step, when, loss=8 - 4.5 * step / (steps + 100), accuracy=0.1))
+            values = {"loss": 8 - 4.5 * step / (steps + 100), "bits_per_byte": 2.5}
+            lines.append(line("eval", step, when, **values))
     (folder / "metrics.jsonl").write_text("".join(lines))
 
 
@@ -56,8 +58,8 @@ def read(folder: Path) -> Run:
 
 def unknown(name: str, **values) -> Run:
     """A run of which only `values` are known."""
-    names = ("step", "steps", "training_loss", "validation_loss", "tokens_per_second", "tokens", "age")
-    return Run(**{"name": name, "folder": Path(name), "state": "stopped", **dict.fromkeys(names), **values})
+    given = {"name": name, "folder": Path(name), "state": "stopped", **values}
+    return Run(**dict.fromkeys(field.name for field in fields(Run)) | given)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -90,6 +92,17 @@ def test_figures_of_a_run(tmp_path):
 )
 def test_state(tmp_path, settings, state):
     assert read(make_run(tmp_path / "x", **settings)).state == state
+
+
+def test_the_lock_decides_whether_a_run_is_alive(tmp_path):
+    """Whatever the age of its records: a run may take its time, and a killed one has just written."""
+    slow, killed = make_run(tmp_path / "slow", steps=60, age=1e5), make_run(tmp_path / "killed", steps=60, age=1.0)
+    (killed / ckpt.LOCK).touch()
+    with folder_lock(slow / ckpt.LOCK, "busy"):
+        assert (read(slow).state, read(killed).state) == ("running", "no checkpoint")
+        with pytest.raises(UserError, match="busy"), folder_lock(slow / ckpt.LOCK, "busy"):
+            pass
+    assert read(slow).state == "no checkpoint"
 
 
 def test_preempted(tmp_path):
@@ -208,8 +221,9 @@ def test_table_of_a_folder(folder):
     text = main([str(folder)])
     assert names(text) == ["a", "b", "sweep/lr/c"]
     head, first, second, third = text.splitlines()
-    assert head.split() == ["run", "step", "train", "val", "tok/s", "tokens", "age", "state"]
-    assert first.split() == ["a", "100/100", "5.5000", "5.7500", "1.1k", "205k", "2h", "finished"]
+    assert head.split() == ["run", "step", "saved", "train", "val", "bits/B", "tok/s", "tokens", "age", "state"]
+    assert " ".join(first.split()) == "a 100/100 100 5.5000 5.7500 @100 2.500 1.1k 205k 2h finished"
+    assert second.split()[1:6] == ["60/100", "50", "6.1250", "6.3125", "@60"]
     assert second.split()[-1] == "running" and third.endswith("25h  no checkpoint")
     assert names(main([str(folder), "--sort", "validation"])) == ["a", "b", "sweep/lr/c"]
     assert names(main([str(folder), "--sort", "age"])) == ["b", "a", "sweep/lr/c"]
@@ -230,7 +244,7 @@ def test_unknown_values_come_last():
 def test_table_fits(tmp_path):
     long = make_run(tmp_path / ("harmonic-" + "gain0.05-" * 12 + "seed1337"), steps=600_000, every=60_000, of=600_000)
     lines = table([read(long)]).splitlines()
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) <= 120
     assert lines[1].startswith("harmonic-gain0.05") and "…" in lines[1] and "seed1337  600000/600000" in lines[1]
 
 

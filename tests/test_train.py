@@ -34,6 +34,7 @@ from small_run import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
+from hgpt import evaluate
 from hgpt.data.batches import epoch_permutation, num_windows
 from hgpt.durable import folder_lock
 from hgpt.errors import UserError
@@ -293,6 +294,12 @@ def test_the_run_folder(data, tmp_path, capsys):
     assert {f"seconds_{phase}" for phase in phases} == {
         name for record in records(run, "train") for name in record if name.startswith("seconds_")
     }
+
+    (row,) = json.loads(evaluate.main([str(run), "--json"]))["models"]  # reads its data folder again
+    last = records(run, "eval")[-1]
+    assert (row["loss"], row["bits_per_byte"]) == pytest.approx((last["loss"], last["bits_per_byte"]), rel=1e-6)
+    assert f"validation loss {row['loss']:.4f}  bits per byte {row['bits_per_byte']:.3f}  accuracy" in out
+    assert out.count("a token at 1 is as far as") == 1
 
     model = AutoModelForCausalLM.from_pretrained(run / "latest" / "model")
     assert model.dtype == torch.float32

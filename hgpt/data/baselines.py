@@ -1,4 +1,4 @@
-"""The frequencies of the tokens of a split, and the unigram model, a baseline that needs no training."""
+"""The frequencies of the tokens of a split, their bytes, and the unigram model, a baseline that needs no training."""
 
 import hashlib
 import json
@@ -6,9 +6,11 @@ import sys
 from contextlib import suppress
 
 import numpy as np
+import tokenizers
 from tqdm import tqdm
 
 from hgpt.data.shards import TokenShards
+from hgpt.data.tokenizer import TOKENIZER_FILE, hf_tokenizer, token_bytes
 from hgpt.durable import read_json, whole_file
 from hgpt.errors import UserError
 
@@ -88,6 +90,34 @@ def unigram_loss(train: TokenShards, val: TokenShards) -> float:
             f"{val.folder}: the {val.split} split holds {len(val)} token and so no target; a loss needs at "
             "least 2 tokens. Prepare the data with a larger --val-fraction."
         )
-    val_counts = count_tokens(val)
-    val_counts[val.read(0, 1)] -= 1
-    return float(-(val_counts * unigram_log_p(train)).sum() / (len(val) - 1))
+    return float(-(target_counts(val) * unigram_log_p(train)).sum() / (len(val) - 1))
+
+
+def target_counts(shards: TokenShards) -> np.ndarray:
+    """How often each token is a target of the split, (V,) int64: every token but the first is one."""
+    counts = count_tokens(shards)
+    counts[shards.read(0, 1)] -= 1
+    return counts
+
+
+def bytes_per_target(shards: TokenShards, backend: tokenizers.Tokenizer | None = None) -> float | None:
+    """UTF-8 bytes of a target on average; nats per token / (ln 2 · this) are bits per byte.
+
+    End-of-text has no bytes. Exact for byte-level tokens. For other tokens the mean over the whole split, whose bytes
+    are in meta.json. None if the tokenizer is not known.
+
+    Args:
+        backend: the tokenizer of the tokens; None takes the folder's tokenizer.json.
+    """
+    if backend is None:
+        file = shards.folder / TOKENIZER_FILE
+        if not file.is_file():
+            return None
+        backend = hf_tokenizer(file, 1, shards.end_of_text).backend_tokenizer
+    table = token_bytes(backend, shards.vocab_size)
+    if table is not None:
+        return float(target_counts(shards) @ table) / (len(shards) - 1) or None
+    if shards.meta is None:
+        return None
+    split = shards.meta.splits[shards.split]
+    return split.bytes / split.tokens or None

@@ -42,6 +42,7 @@ TRAINING_PIECE = PIECE >> 4
 SMALLEST_BPE = 257  # one token for each byte, and end-of-text
 MAX_VOCAB_SIZE = 65_535  # of the shard format, hgpt/data/shards.py
 MAX_IDS = 1 << 24  # of any tokenizer: more would be damage
+_BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 class Tokenizer:
@@ -184,6 +185,35 @@ def hf_tokenizer(
     )
 
 
+def is_byte_level(backend: tokenizers.Tokenizer) -> bool:
+    """Whether tokens are pieces of UTF-8, as GPT-2's are.
+
+    Those of WordPiece ("##ing") and SentencePiece ("▁the") are not: their text depends on the tokens around them.
+    """
+    decoder = json.loads(backend.to_str())["decoder"] or {}
+    return "ByteLevel" in [decoder.get("type"), *(part["type"] for part in decoder.get("decoders", []))]
+
+
+def piece_bytes(piece: str | None) -> bytes | None:
+    """The bytes of a token of a byte-level vocabulary, which writes each byte as one character; else None."""
+    if piece is None or not all(character in _BYTE_OF for character in piece):
+        return None
+    return bytes(_BYTE_OF[character] for character in piece)
+
+
+def token_bytes(backend: tokenizers.Tokenizer, vocab_size: int) -> np.ndarray | None:
+    """UTF-8 bytes of each token, (vocab_size,), int64, 0 for special tokens; None unless `is_byte_level`."""
+    if not is_byte_level(backend):
+        return None
+    special = {token for token, added in backend.get_added_tokens_decoder().items() if added.special}
+    sizes = np.zeros(vocab_size, dtype=np.int64)
+    for token in range(min(vocab_size, max(backend.get_vocab().values()) + 1)):
+        if token not in special:
+            piece = piece_bytes(backend.id_to_token(token))
+            sizes[token] = len(piece if piece is not None else backend.decode([token]).encode())
+    return sizes
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Byte-level BPE
 
@@ -229,10 +259,9 @@ def _byte_level_backend(vocabulary: dict[str, int], merges: Iterable[Sequence[st
 def _tiktoken(name: str, vocabulary: dict[str, int]) -> tiktoken.Encoding:
     """The tiktoken encoding of a vocabulary; its tokens are those of the backend if `_is_byte_level` holds."""
     end_of_text = vocabulary[END_OF_TEXT]
-    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
     # tiktoken uses a token's id as the priority of the merge that makes it.
     ranks = {
-        bytes(byte_of[character] for character in token): rank
+        bytes(_BYTE_OF[character] for character in token): rank
         for token, rank in vocabulary.items()
         if rank != end_of_text
     }

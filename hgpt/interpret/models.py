@@ -1,6 +1,5 @@
 """Models to be measured (harmonic, softmax, or a GPT-2 of transformers), all with one interface."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from hgpt.data.tokenizer import is_byte_level, piece_bytes, token_bytes
 from hgpt.errors import UserError
 from hgpt.hardware import enough_memory
 from hgpt.model.harmax import squared_distances
@@ -21,7 +20,6 @@ from hgpt.run.checkpoint import MODEL, checkpoint_step, checkpoints
 from hgpt.source import GPT2_KINDS, Source, find_source
 
 WORKING_BYTES = 1_000_000_000  # beside the weights: blocks of logits, float64 copies of vectors, figures
-_BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def find_sources(names: list[str]) -> list[Source]:
@@ -176,42 +174,20 @@ class LoadedModel:
 
     @cached_property
     def byte_level(self) -> bool:
-        """Whether tokens are pieces of UTF-8, as GPT-2's are.
-
-        Those of WordPiece ("##ing") and SentencePiece ("▁the") are not: their text depends on the tokens around them.
-        """
-        if not self.tokenizer.is_fast:
-            return False
-        decoder = json.loads(self.tokenizer.backend_tokenizer.to_str())["decoder"] or {}
-        return "ByteLevel" in [decoder.get("type"), *(part["type"] for part in decoder.get("decoders", []))]
+        """Whether tokens are pieces of UTF-8, as GPT-2's are."""
+        return self.tokenizer.is_fast and is_byte_level(self.tokenizer.backend_tokenizer)
 
     def token_bytes(self) -> np.ndarray | None:
         """UTF-8 bytes of each token, (V,), int64, 0 for special tokens; None unless the tokenizer is `byte_level`."""
-        if not self.byte_level:
-            return None
-        special = set(self.tokenizer.all_special_ids)
-        sizes = np.zeros(self.vocab_size, dtype=np.int64)
-        for token in range(min(self.vocab_size, len(self.tokenizer))):
-            if token not in special:
-                piece = _piece_bytes(self.tokenizer, token)
-                sizes[token] = len(piece if piece is not None else self.tokenizer.decode([token]).encode())
-        return sizes
+        return token_bytes(self.tokenizer.backend_tokenizer, self.vocab_size) if self.byte_level else None
 
 
 def token_text(tokenizer: Any, token: int) -> str:
     r"""The text of a token; bytes that are not a whole character are written as \xe2."""
     text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
-    if "\ufffd" in text and (piece := _piece_bytes(tokenizer, token)) is not None:
+    if "\ufffd" in text and (piece := piece_bytes(tokenizer.convert_ids_to_tokens(token))) is not None:
         return piece.decode("utf-8", "backslashreplace")
     return text
-
-
-def _piece_bytes(tokenizer: Any, token: int) -> bytes | None:
-    """The bytes of a token of a byte-level vocabulary, which writes each byte as one character; else None."""
-    piece = tokenizer.convert_ids_to_tokens(token)
-    if piece is None or not all(character in _BYTE_OF for character in piece):
-        return None
-    return bytes(_BYTE_OF[character] for character in piece)
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 """The loss over the whole validation split, and diagnostics of the head."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hgpt.data.baselines import unigram_loss
+from hgpt.data.baselines import bytes_per_target, unigram_loss
 from hgpt.data.batches import read_windows
 from hgpt.data.shards import TokenShards
 from hgpt.errors import UserError
@@ -16,7 +17,11 @@ from hgpt.run.engines import Engine, whole
 
 
 class Validation(NamedTuple):
-    """An evaluation after `step` steps; `values`: the loss, under "loss", and `Evaluation.diagnostics`."""
+    """An evaluation after `step` steps.
+
+    `values`: "loss" in nats per token, the same as "bits_per_byte" where the data has a tokenizer, and
+    `Evaluation.diagnostics`.
+    """
 
     step: int
     values: dict[str, float]
@@ -54,6 +59,7 @@ class Evaluation:
         self.seq_len = config.data.seq_len
         self.windows = evaluation_windows(val_shards, self.seq_len)
         self.unigram: float | None = None
+        self.bytes_per_target = bytes_per_target(val_shards)
 
     def compare_with_unigram(self, engine: Engine) -> None:
         """Set `unigram`, and print it, if eval.unigram_baseline asks for it. Collective."""
@@ -65,7 +71,10 @@ class Evaluation:
         """Evaluate without changing the model, its mode or the random state. Collective."""
         was_training = model.training
         model.eval()
-        values = {"loss": self.loss(model, engine)} | self.diagnostics(model, engine)
+        values = {"loss": self.loss(model, engine)}
+        if self.bytes_per_target is not None:  # comparable between tokenizers, unlike nats per token
+            values["bits_per_byte"] = values["loss"] / (math.log(2) * self.bytes_per_target)
+        values |= self.diagnostics(model, engine)
         model.train(was_training)
         return Validation(step, values)
 

@@ -32,6 +32,10 @@ from hgpt.run.evaluation import Validation
 from hgpt.run.settings import settings
 
 NON_FINITE_FILE = "non_finite.jsonl"
+EXPLANATION = (
+    "Distances go from the model's point to the centre of a token, divided by the median over all tokens: a token at 1 "
+    "is as far as\nan ordinary one. In training the correct token, the target, comes nearer."
+)
 
 
 def flops_per_token(config: HGPTConfig, seq_len: int) -> float:
@@ -80,6 +84,7 @@ class Report:
         self._pending: list[Tensor] = []  # (loss, gradient norm) of the steps since the last reading, on the device
         self._spikes = LossSpikes()
         self._skipped = 0
+        self._explained = False
         self._log: MetricsLog | None = None
         self._energy: RunEnergy | None = None
         self._spent: dict[str, float] | None = None
@@ -134,12 +139,18 @@ class Report:
             raise self._not_finite(step, f"the validation loss after step {step} is {validation.loss}")
         if self._log is not None:
             self._log.write("eval", step, values)
-        line = f"step {step:>6}  validation loss {validation.loss:.4f}  accuracy {values['accuracy']:.1%}"
+        line = f"step {step:>6}  validation loss {validation.loss:.4f}"
+        if "bits_per_byte" in values:
+            line += f"  bits per byte {values['bits_per_byte']:.3f}"
+        line += f"  accuracy {values['accuracy']:.1%}"
         if "target_over_median_distance" in values:
             line += (
                 f"  distance to the target {values['target_over_median_distance']:.2f}, "
                 f"to the nearest centre {values['nearest_over_median_distance']:.2f} of the median"
             )
+            if not self._explained:
+                self._write_line(EXPLANATION)
+                self._explained = True
         self._write_line(line)
 
     def energy(self, step: int) -> None:
@@ -342,7 +353,7 @@ class MetricsLog:
             self._file = self._path.open("a", buffering=1)
         plain = {name: v if isinstance(v, int | float | str) else str(v) for name, v in settings.items()}
         self._track(lambda tracker: tracker.start())
-        self._track(lambda tracker: tracker.store_init_configuration(plain))
+        self._track(lambda tracker: _store_settings(tracker, plain))
 
     def write(self, kind: str, step: int, values: Mapping[str, Any], *, track: bool = True, **words: str) -> None:
         """One line {"kind", "step", "time", values…, words…}; the trackers get the values as kind/name if `track`."""
@@ -350,7 +361,8 @@ class MetricsLog:
         with writing(self._path):
             self._file.write(json.dumps({"kind": kind, "step": step, "time": time.time(), **finite, **words}) + "\n")
         if track:
-            named = {f"{kind}/{name}": value for name, value in values.items()}
+            # Groups are sorted by name: train_seconds/forward comes behind train/loss.
+            named = {f"{kind}/{name}".replace("/seconds_", "_seconds/"): value for name, value in values.items()}
             self._track(lambda tracker: tracker.log(named, step=step))
 
     def close(self) -> None:
@@ -366,6 +378,15 @@ class MetricsLog:
             except Exception as error:
                 self._trackers.remove(tracker)
                 print(f"\nwarning: the tracker {tracker.name} fails and is left out: {error}", file=sys.stderr)
+
+
+def _store_settings(tracker: GeneralTracker, settings: dict[str, Any]) -> None:
+    """As text for TensorBoard: as hyper-parameters they would be a second run, without a loss."""
+    if isinstance(tracker, TensorBoardTracker):
+        table = "".join(f"    {name} = {value}\n" for name, value in settings.items())
+        tracker.writer.add_text("settings", table)
+    else:
+        tracker.store_init_configuration(settings)
 
 
 def build_trackers(config: LogConfig, run_folder: Path, run_name: str, step: int = 0) -> list[GeneralTracker]:
