@@ -9,7 +9,7 @@ WORKERS ?= 2
 export OMP_WAIT_POLICY ?= passive
 
 # Tests of the model and of loading and saving, which a new version of transformers is most likely to break.
-MODEL_TESTS := tests/test_modeling.py tests/test_model_card.py tests/test_source.py tests/test_sample.py tests/test_earlier_versions.py
+MODEL_TESTS := tests/test_modeling.py tests/test_model_card.py tests/test_source.py tests/test_sample.py tests/test_earlier_versions.py tests/test_harmonized.py tests/test_convert.py
 HUGGING_FACE := ^(transformers|accelerate|huggingface_hub|tokenizers|safetensors)==
 
 .PHONY: quickstart announce test test-all test-versions gpu lint clean

@@ -22,6 +22,7 @@ from hgpt.data.batches import TrainingBatches
 from hgpt.data.shards import SPLITS, TokenShards, fingerprint, same_data
 from hgpt.data.verify import verify
 from hgpt.hardware import device_name
+from hgpt.model.harmonized import model_class
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.checkpoint import Checkpoint, Checkpoints
 from hgpt.run.config import RunConfig
@@ -32,7 +33,7 @@ from hgpt.run.optim import build_optimizer, learning_rate, set_learning_rate
 from hgpt.run.report import Recent, Report, Speed
 from hgpt.run.settings import load_run_config
 from hgpt.run.stop import LastingOutput, StopSignals, Watchdog, explain
-from hgpt.source import check_tokenizer, initialize_from, initialize_radii, shape_of
+from hgpt.source import check_tokenizer, check_trunk, initialize_from, initialize_radii, shape_of
 
 
 def main(config: RunConfig) -> dict[str, float]:
@@ -122,7 +123,8 @@ def build_model(
     if resumed is not None:
         model = resumed.load_model(model_config)
     else:
-        model = HGPTForCausalLM(model_config)
+        model = model_class(model_config)(model_config)
+        check_trunk(model, config.model.backbone)
         if config.model.init_from is not None:
             same_tokenizer = check_tokenizer(config.model.init_from, shards)
             for note in [same_tokenizer, *initialize_from(model, config.model.init_from)]:

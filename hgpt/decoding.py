@@ -41,7 +41,7 @@ def generate(
 
 def captures(model: PreTrainedModel) -> TypeGuard[HGPTForCausalLM]:
     """Whether `generate_captured` serves the model on its device."""
-    return isinstance(model, HGPTForCausalLM) and model.device.type == "cuda"
+    return type(model) is HGPTForCausalLM and model.device.type == "cuda"
 
 
 def warpers(config: GenerationConfig) -> LogitsProcessorList:

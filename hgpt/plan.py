@@ -58,8 +58,8 @@ from hgpt.errors import UserError
 from hgpt.hardware import known_device, peak_flops
 from hgpt.model.configuration_hgpt import HGPTConfig
 from hgpt.model.distances import Distance, make_distance, memory_of
+from hgpt.model.harmonized import HarmonizedConfig, model_class
 from hgpt.model.loss import chunk_positions
-from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.config import RunConfig
 from hgpt.run.report import flops_per_token
 from hgpt.run.settings import load_run_config
@@ -108,14 +108,17 @@ def count_parameters(config: HGPTConfig) -> Parameters:
         return sum(parameter.numel() for parameter in module.parameters())
 
     with torch.device("meta"):
-        model = HGPTForCausalLM(config)
+        model = model_class(config)(config)
     trunk = model.transformer
     tied = model.lm_head.weight is trunk.wte.weight
+    backbone = isinstance(config, HarmonizedConfig)
+    final_norm = size(trunk.ln_f) + (size(trunk.norm) if backbone else 0)
+    rest = size(trunk) - size(trunk.wte) - size(trunk.h) - final_norm  # of a backbone
     counts = Parameters(
         token_embedding=size(trunk.wte),
-        positions=size(trunk.wpe),
+        positions=rest if backbone else size(trunk.wpe),
         blocks=size(trunk.h),
-        final_norm=size(trunk.ln_f),
+        final_norm=final_norm,
         head=size(model.lm_head) - (trunk.wte.weight.numel() if tied else 0),
         matrices=sum(module.weight.numel() for module in trunk.h.modules() if isinstance(module, nn.Linear)),
     )
@@ -396,6 +399,8 @@ def make_plan(run: RunConfig, launch: Launch) -> Plan:
         notes.append(f"{data.path} does not exist (yet): vocabulary of {vocab_size:,} ({origin}), epochs unknown")
         accumulation = accumulation_steps(train.global_batch, train.micro_batch, launch.processes)
     config = run.model.to_hf(vocab_size=vocab_size, seq_len=data.seq_len, end_of_text=end_of_text)
+    if run.model.backbone is not None:
+        notes.append("activations are estimated by those of a GPT-2 block of the same width")
     return Plan(
         run=run,
         launch=launch,
@@ -478,7 +483,7 @@ def _parameter_lines(plan: Plan) -> list[str]:
     rows = [
         ("parameters", counts.total, ""),
         ("  token embedding", counts.token_embedding, "also the head's centres" if tied else ""),
-        ("  positions", counts.positions, ""),
+        ("  positions", counts.positions, ""),  # and what else a backbone has outside its blocks
         (f"  {plan.config.n_layer} blocks", counts.blocks, ""),
         ("  final norm", counts.final_norm, ""),
         ("  head", counts.head, "the token embedding" if tied else ""),

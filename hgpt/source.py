@@ -22,7 +22,7 @@ import psutil
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 import hgpt  # noqa: F401  (registers the model with transformers)
 from hgpt.data.shards import TokenShards
@@ -30,10 +30,12 @@ from hgpt.data.tokenizer import TOKENIZER_FILE, hf_tokenizer, load_tokenizer, to
 from hgpt.durable import read_json
 from hgpt.errors import UserError
 from hgpt.hardware import out_of_memory
+from hgpt.model.configuration_hgpt import HGPTConfig
+from hgpt.model.harmonized import Backbone, PassThrough, auto_class, check_backbone
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.checkpoint import CHECKPOINTS, LATEST, MANIFEST, MODEL, STATE, checkpoint_step, damage, latest_checkpoint
 
-GPT2_KINDS = ("gpt2", "hgpt")  # the values of model_type that share GPT-2's blocks and their names
+GPT2_KINDS = ("gpt2", HGPTConfig.model_type)  # the values of model_type that share GPT-2's blocks and their names
 GPT2_TOKENS = 50_257
 
 
@@ -81,7 +83,7 @@ class Source:
                 f"{free / 1e9:.1f} GB are free: close other programs, or use a machine with more memory"
             )
         self._check("model")
-        load: Any = AutoModelForCausalLM.from_pretrained  # with output_loading_info it returns a pair
+        load: Any = auto_class(config).from_pretrained  # with output_loading_info it returns a pair
         with _loading(self.folder):
             model, loading = load(self.folder, dtype=dtype, trust_remote_code=False, output_loading_info=True)
         if missing := loading["missing_keys"]:
@@ -102,7 +104,7 @@ class Source:
         model, tokenizer = self.load_model(dtype, working_bytes), self.load_tokenizer()
         tokens, vocab_size = max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size
         # Other models than hgpt's count rows of padding in vocab_size.
-        if tokens > vocab_size or (tokens < vocab_size and model.config.model_type == "hgpt"):
+        if tokens > vocab_size or (tokens < vocab_size and model.config.model_type == HGPTConfig.model_type):
             raise UserError(
                 f"the tokenizer in {self.folder} has {tokens} tokens, but the model's vocab_size is {vocab_size}: they "
                 "do not belong together. Put the tokenizer that the model was trained with (tokenizer.json of its data "
@@ -219,7 +221,7 @@ def weight_bytes(config: Any, dtype: str | torch.dtype = "auto") -> int:
     least = layers * (width**2 * dtype.itemsize + 100_000)
     if least > psutil.virtual_memory().available:
         return least
-    make: Any = AutoModelForCausalLM.from_config  # it writes into the configuration
+    make: Any = auto_class(config).from_config  # it writes into the configuration
     with torch.device("meta"):
         return int(make(copy.deepcopy(config), trust_remote_code=False).num_parameters()) * dtype.itemsize
 
@@ -260,8 +262,8 @@ def shape_of(init_from: str, resume: str = "never", run_folder: Path | None = No
         return _shape(_gpt2_config(find_source(init_from)))
 
 
-def check_tokenizer(init_from: str, data: TokenShards) -> str:
-    """Compare the tokenizer of `init_from` with the tokenizer of the data.
+def check_tokenizer(init_from: str, data: TokenShards, setting: str = "model.init_from") -> str:
+    """Compare the tokenizer of `init_from`, the value of `setting`, with the tokenizer of the data.
 
     They are the same if each token of the data has the same id in the model's vocabulary, and if both encode the
     concatenation of all tokens to the same ids. Their files may differ.
@@ -274,11 +276,11 @@ def check_tokenizer(init_from: str, data: TokenShards) -> str:
     """
     if _is_file(init_from):
         return "nanoGPT's ckpt.pt holds no tokenizer to compare: make sure that the data has the model's tokens"
-    with _naming_the_setting(init_from):
+    with _naming_the_setting(init_from, setting):
         source = find_source(init_from)
         source.load_config()  # UserError for a missing model, which is not one without a tokenizer
     try:
-        with _naming_the_setting(init_from):
+        with _naming_the_setting(init_from, setting):
             of_model = source.load_tokenizer()
     except UserError:
         if (Path(source.folder) / TOKENIZER_FILE).exists():
@@ -297,7 +299,7 @@ def check_tokenizer(init_from: str, data: TokenShards) -> str:
         )
         folder, save = "tokenizer", f'python -c "{code}"\n  '
     raise UserError(
-        f"model.init_from = {init_from}: its tokenizer is not the tokenizer of {data.folder}: {difference}. Prepare "
+        f"{setting} = {init_from}: its tokenizer is not the tokenizer of {data.folder}: {difference}. Prepare "
         "the data with the model's tokenizer:\n  "
         f"{save}python -m data_prep.documents --tokenizer {folder} --out DIR FILES"
     )
@@ -363,6 +365,17 @@ def initialize_from(model: HGPTForCausalLM, init_from: str) -> list[str]:
     if unused := sorted(weights.keys() - shared):
         notes.append("not used from the checkpoint: " + ", ".join(unused))
     return notes
+
+
+def check_trunk(model: HGPTForCausalLM, backbone: str | None) -> None:
+    """Raise UserError if the model of model.backbone cannot bear a head of ours; see `check_backbone`."""
+    if isinstance(model.transformer, Backbone):
+        inner = model.transformer.model
+        end = next(module for module in inner.modules() if isinstance(module, PassThrough))
+        try:
+            check_backbone(inner, end, causal=True)
+        except ValueError as error:
+            raise UserError(f"model.backbone = {backbone}: {error}") from error
 
 
 @torch.no_grad()
@@ -504,13 +517,13 @@ def _is_file(init_from: str) -> bool:
 
 
 @contextmanager
-def _naming_the_setting(init_from: str) -> Iterator[None]:
-    """Add the setting model.init_from and its rule to the message of a UserError."""
+def _naming_the_setting(init_from: str, setting: str = "model.init_from") -> Iterator[None]:
+    """Add the setting and its rule to the message of a UserError."""
     try:
         yield
     except UserError as error:
         raise UserError(
-            f"model.init_from = {init_from}: {error} (the setting takes the folder of a model, an id on the Hugging "
+            f"{setting} = {init_from}: {error} (the setting takes the folder of a model, an id on the Hugging "
             "Face hub, or nanoGPT's ckpt.pt)"
         ) from error
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hgpt.model.modeling_hgpt import HGPTForCausalLM
+import hgpt
+from hgpt.model.harmonized import model_class
 from hgpt.run.config import RunConfig
 from hgpt.run.settings import load_run_config, settings
 
@@ -25,6 +26,12 @@ PARAMETERS = {
     "gpt2_xl_harmonic": 1_556_840_000,
     "baek2025_harmonic": 124_373_760,
     "baek2025_softmax": 124_373_760,
+    # V · D, twice if not tied, the blocks (attention, three matrices of the MLP, biases of q, k and v, two norms), the
+    # final norm and the gain.
+    "qwen_harmonic": 50_304 * 896
+    + 24 * (2 * 896 * 896 + 2 * 896 * 128 + 3 * 896 * 4864 + 896 + 2 * 128 + 2 * 896)
+    + 2 * 896,
+    "llama_small_harmonic": 2 * 50_304 * 768 + 12 * (4 * 768 * 768 + 3 * 768 * 2048 + 2 * 768) + 2 * 768,
 }
 
 
@@ -36,8 +43,9 @@ def load(name: str) -> RunConfig:
 def test_config_builds_its_model(name):
     config = load(name)
     vocab_size = 2048 if name.startswith("quickstart") else 50257
+    described = config.model.to_hf(vocab_size=vocab_size, seq_len=config.data.seq_len)
     with torch.device("meta"):
-        model = HGPTForCausalLM(config.model.to_hf(vocab_size=vocab_size, seq_len=config.data.seq_len))
+        model = model_class(described)(described)
     assert model.num_parameters() == PARAMETERS[name]
     assert config.name == name
     assert model.config.head == config.model.head.type
@@ -61,7 +69,7 @@ def test_configs_of_distances_are_the_quickstart_with_another_distance(file):
     assert different - own == {"name", "model.head.distance"}
     assert config.name == f"quickstart_{file.stem}"
     with torch.device("meta"):
-        model = HGPTForCausalLM(config.model.to_hf(vocab_size=2048, seq_len=config.data.seq_len))
+        model = hgpt.HGPTForCausalLM(config.model.to_hf(vocab_size=2048, seq_len=config.data.seq_len))
     metric = {"mahalanobis_low_rank": 2 * 128 * 16, "mahalanobis_full": 128 * 128, "minkowski": 0}[file.stem]
     assert model.num_parameters() == PARAMETERS["quickstart"] + metric
 

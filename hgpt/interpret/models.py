@@ -15,6 +15,7 @@ from hgpt.data.tokenizer import is_byte_level, piece_bytes, token_bytes
 from hgpt.errors import UserError
 from hgpt.hardware import enough_memory
 from hgpt.model.harmax import squared_distances
+from hgpt.model.harmonized import Backbone, HarmonizedConfig
 from hgpt.model.heads import HarmonicHead
 from hgpt.run.checkpoint import MODEL, checkpoint_step, checkpoints
 from hgpt.source import GPT2_KINDS, Source, find_source
@@ -136,13 +137,17 @@ class LoadedModel:
     @torch.inference_mode()
     def hidden_states(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """Hidden states after the embedding and after each block, layers + 1 of (B, T, D); the last after the final
-        norm."""
+        norm. If a lift gives that one D + 1 coordinates, the others end with a 0."""
         output = self._trunk(tokens.to(self.device), output_hidden_states=True, use_cache=False)
-        return output.hidden_states
+        width = output.hidden_states[-1].shape[-1]
+        return tuple(torch.nn.functional.pad(h, (0, width - h.shape[-1])) for h in output.hidden_states)
 
     @torch.inference_mode()
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The final norm of a block's output: the input of the head."""
+        if isinstance(self._trunk, Backbone):
+            gain: Any = self._trunk.ln_f
+            hidden = self._trunk.norm(hidden[..., : gain.weight.shape[-1]])
         return self._trunk.ln_f(hidden)
 
     @torch.inference_mode()
@@ -213,7 +218,7 @@ def read_config(source: Source) -> Any:
 
 def _check_kind(source: Source, model_type: str, name: str) -> None:
     # GPT-Neo, Bloom and Falcon have an ln_f too, but other blocks, heads and settings.
-    if model_type not in GPT2_KINDS:
+    if model_type not in (*GPT2_KINDS, HarmonizedConfig.model_type) or name.endswith("ForMaskedLM"):
         raise UserError(
-            f"{source.folder} is a {name}; hgpt.interpret reads models of hgpt and GPT-2 models of transformers"
+            f"{source.folder} is a {name}; hgpt.interpret reads causal models of hgpt and GPT-2 models of transformers"
         )

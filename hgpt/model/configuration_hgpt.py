@@ -152,6 +152,11 @@ class HGPTConfig(PreTrainedConfig):
         return f"harmonic head ({self.distance}), {n}" + (", learned radii" if self.radius == "learned" else "")
 
     @property
+    def trunk_in_words(self) -> str:
+        """What stands before the head."""
+        return "GPT-2"
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding and of the head: `vocab_size` rounded up."""
         return -(-self.vocab_size // self.pad_vocab_to_multiple_of) * self.pad_vocab_to_multiple_of

@@ -249,6 +249,7 @@ class HGPTPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    trunk_class: str | None = "modeling_hgpt.HGPTModel"  # what AutoModel makes of an export
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -284,7 +285,8 @@ class HGPTPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:
         self.config.transformers_tested = TRANSFORMERS_TESTED
         # transformers enters only the saved class; AutoModel needs an entry for the trunk.
-        self.config.auto_map = {"AutoModel": "modeling_hgpt.HGPTModel"} | (getattr(self.config, "auto_map", None) or {})
+        trunk = {"AutoModel": self.trunk_class} if self.trunk_class else {}
+        self.config.auto_map = trunk | (getattr(self.config, "auto_map", None) or {})
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
@@ -407,9 +409,12 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: HGPTConfig) -> None:
         super().__init__(config)
-        self.transformer = HGPTModel(config)
+        self.transformer = self._new_trunk()
         self.lm_head = self._new_head(config.padded_vocab_size)
         self.post_init()
+
+    def _new_trunk(self) -> Any:
+        return HGPTModel(self.config)
 
     def _new_head(self, rows: int) -> HarmonicHead | SoftmaxHead:
         config = self.config

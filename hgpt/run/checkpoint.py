@@ -21,7 +21,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -43,6 +43,7 @@ from hgpt.durable import (
 )
 from hgpt.errors import UserError
 from hgpt.model.configuration_hgpt import HGPTConfig
+from hgpt.model.harmonized import model_class
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.config import HEAD as HEAD_SETTINGS
 from hgpt.run.config import MODEL as MODEL_SETTINGS
@@ -50,7 +51,7 @@ from hgpt.run.config import CheckpointConfig, RunConfig
 from hgpt.run.engines import Engine, FullState, OptimizerState, package_versions
 from hgpt.run.evaluation import Validation
 from hgpt.run.model_card import model_card
-from hgpt.run.settings import CONFIG_FILE, check_resume, settings, write_toml
+from hgpt.run.settings import CONFIG_FILE, check_resume, flatten, settings, write_toml
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
@@ -63,7 +64,7 @@ STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 RANDOM_STATE = "rng_{:05d}.safetensors"
 # Fields of HGPTConfig by which a checkpoint's model must be that of the run.
-COMPARED = {*MODEL_SETTINGS, *HEAD_SETTINGS, "head", "vocab_size", "n_positions"}
+COMPARED = {*MODEL_SETTINGS, *HEAD_SETTINGS, "head", "vocab_size", "n_positions", "backbone"}
 ESSENTIAL = {STATE, OPTIMIZER, f"{MODEL}/config.json"}  # every checkpoint has these, and weights
 
 
@@ -407,7 +408,7 @@ def save_training_state(
 def save_model(folder: Path, config: HGPTConfig, weights: dict[str, Tensor]) -> None:
     """Write the Hugging Face model with these weights into `folder`, by `save_pretrained`."""
     with torch.device("meta"):
-        model = HGPTForCausalLM(copy.deepcopy(config))
+        model = model_class(config)(copy.deepcopy(config))
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     model.save_pretrained(folder)
@@ -548,12 +549,13 @@ class Checkpoint:
         the run would not resume bit for bit.
         """
         with _reading(self.path / MODEL):
-            config = HGPTConfig.from_pretrained(self.path / MODEL)
-            for entry in fields(HGPTConfig):
-                saved, now = getattr(config, entry.name), getattr(expected, entry.name)
-                if entry.name in COMPARED and saved != now:
-                    raise UserError(f"its config.json says {entry.name} = {saved!r}, and the run {now!r}")
-            load: Any = HGPTForCausalLM.from_pretrained  # with output_loading_info it returns a pair
+            config = type(expected).from_pretrained(self.path / MODEL)
+            before, asked = flatten(config.to_dict()), flatten(expected.to_dict())
+            for name in sorted(before.keys() | asked.keys()):
+                saved, now = before.get(name), asked.get(name)
+                if name.split(".")[0] in COMPARED and saved != now:
+                    raise UserError(f"its config.json says {name} = {saved!r}, and the run {now!r}")
+            load: Any = model_class(config).from_pretrained  # with output_loading_info it returns a pair
             model, loading = load(self.path / MODEL, config=config, dtype=torch.float32, output_loading_info=True)
             if missing := loading["missing_keys"]:
                 raise UserError(f"the weights are incomplete, without {', '.join(sorted(missing))}")

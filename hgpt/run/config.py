@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 import torch
 
+from hgpt.durable import read_json
 from hgpt.errors import UserError
 from hgpt.model.configuration_hgpt import HGPTConfig, InvalidSetting
 from hgpt.model.distances import load_distances, make_distance
+from hgpt.model.harmonized import HarmonizedConfig
 
 # The settings of [model] and [model.head] that are fields of HGPTConfig, with its types, defaults and descriptions.
 MODEL = (
@@ -103,25 +105,63 @@ class ModelConfig(_fields_of_hgpt_config(MODEL)):  # type: ignore[misc]  # a bas
     Args:
         init_from: initial weights: a Hugging Face GPT-2 (folder or id), an hgpt model folder, or a nanoGPT checkpoint
             (.pt file). Random if not set.
+        backbone: a config.json of transformers, or a folder that holds one: train this causal language model (Llama,
+            Qwen, …), with a head of ours, instead of our GPT-2. Its blocks are as the file says.
     """
 
     init_from: str | None = None
+    backbone: str | None = None
     head: HeadConfig
 
     def __post_init__(self) -> None:
-        self.to_hf(vocab_size=1, seq_len=1)  # only for its checks, which do not depend on the data
+        config = self.to_hf(vocab_size=1, seq_len=1)  # only for its checks, which do not depend on the data
+        if self.backbone is not None:
+            if self.init_from is not None:
+                raise UserError("model.init_from is for hgpt's GPT-2, and model.backbone is set: remove one of them")
+            known = {entry.name: entry.default for entry in fields(HGPTConfig)}
+            for name in set(MODEL) - {"tie_word_embeddings"}:
+                if (value := getattr(self, name)) not in (known[name], getattr(config, name)):
+                    raise UserError(
+                        f"model.{name} = {value!r} has no effect with model.backbone = {self.backbone}: remove it, and "
+                        "change the backbone's file"
+                    )
         _require("model", self, "n_layer n_embd", lambda value: value <= MOST // 10, f"be at most {MOST // 10:,}")
 
     def to_hf(self, *, vocab_size: int, seq_len: int, end_of_text: int | None = None) -> HGPTConfig:
         """The Hugging Face configuration of this model for a vocabulary and a context length. Raises UserError."""
-        values = {name: getattr(self, name) for name in MODEL} | {name: getattr(self.head, name) for name in HEAD}
-        values |= {"head": values.pop("type"), "vocab_size": vocab_size, "n_positions": seq_len}
+        values = {name: getattr(self.head, name) for name in HEAD}
+        values |= {"head": values.pop("type"), "vocab_size": vocab_size}
         values |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text)
         try:
-            return HGPTConfig(**{name: value for name, value in values.items() if value is not None})
+            if self.backbone is None:
+                values |= {name: getattr(self, name) for name in MODEL} | {"n_positions": seq_len}
+                return HGPTConfig(**{name: value for name, value in values.items() if value is not None})
+            rows = HGPTConfig(vocab_size=vocab_size).padded_vocab_size
+            ends: dict[str, Any] = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+            # No pad_token_id: nn.Embedding would never train its row.
+            ends |= {"pad_token_id": None, "vocab_size": rows, "max_position_embeddings": seq_len}
+            backbone = read_backbone(self.backbone) | ends
+            values |= {"tie_word_embeddings": self.tie_word_embeddings, "backbone": backbone}
+            return HarmonizedConfig(**{name: value for name, value in values.items() if value is not None})
         except InvalidSetting as error:
             section = "model.head" if error.setting in HEAD else "model"
-            raise UserError(f"{section}.{error.setting}: {error}") from error
+            named = f"{section}.{error.setting}" + (f" = {self.backbone}" if error.setting == "backbone" else "")
+            raise UserError(f"{named}: {error}") from error
+
+
+def read_backbone(path: str) -> dict[str, Any]:
+    """A config.json of transformers, by its path or that of its folder. Raises UserError."""
+    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    way_out = "Give a config.json of transformers, or a folder that holds one"
+    try:
+        found = read_json(file, way_out)
+    except FileNotFoundError as error:
+        raise UserError(f"model.backbone = {path}: there is no such file. {way_out}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
+        raise UserError(f"model.backbone = {path}: it says no model_type. {way_out}")
+    if found["model_type"] in (HGPTConfig.model_type, HarmonizedConfig.model_type):
+        raise UserError(f"model.backbone = {path}: it has a head of hgpt already. {way_out}")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,8 +38,8 @@ from transformers.integrations import unset_hf_deepspeed_config
 from hgpt.errors import UserError
 from hgpt.hardware import installed_versions
 from hgpt.model.configuration_hgpt import HGPTConfig
-from hgpt.model.modeling_hgpt import HGPTForCausalLM
-from hgpt.run.config import RunConfig
+from hgpt.model.modeling_hgpt import HGPTForCausalLM, HGPTModel
+from hgpt.run.config import RunConfig, read_backbone
 from hgpt.run.settings import settings
 
 SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED", "FSDP")  # Accelerate's distributed types
@@ -101,6 +101,7 @@ class Engine:
         mine |= {"the engine": engine.name, "the precision": engine.precision, "the device": engine.device.type}
         file = config.model.head.distance_file
         mine["the content of model.head.distance_file"] = file and hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        mine["the content of model.backbone"] = config.model.backbone and read_backbone(config.model.backbone)
         engine.compare(mine)
         return engine
 
@@ -442,9 +443,10 @@ def compile_blocks(model: HGPTForCausalLM, together: bool = False) -> None:
             micro-batches. But its backward pass gives out all gradients at its end, so that several processes could not
             exchange gradients during it, and hooks that an engine puts on single blocks would not be called.
     """
-    if together:
+    if together and isinstance(model.transformer, HGPTModel):
         return model.transformer.h.compile()
-    # Blocks share one compilation, unless each scales attention by a constant of its own.
+    # Blocks share one compilation, unless each scales attention by a constant of its own. A backbone's blocks are a
+    # plain list, which is never called.
     apart, blocks = model.config.scale_attn_by_inverse_layer_idx, model.transformer.h
     for block in blocks:
         try:

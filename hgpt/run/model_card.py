@@ -58,8 +58,9 @@ tags:
 
 # {name}
 
-A GPT-2 with a {config.head} head, trained with hgpt: {parameters:,} parameters, {config.n_layer} blocks, width
-{config.n_embd}, {config.n_head} attention heads, context {config.n_positions}, vocabulary {config.vocab_size:,}.
+A {config.trunk_in_words} with a {config.head} head, trained with hgpt: {parameters:,} parameters,
+{config.n_layer} blocks, width {config.n_embd}, {config.n_head} attention heads, context {config.n_positions},
+vocabulary {config.vocab_size:,}.
 
 {description}
 | | |

@@ -24,6 +24,7 @@ from hgpt.errors import UserError
 from hgpt.hardware import device_name, memory_in_use, peak_flops
 from hgpt.history import DIVERGED, METRICS_FILE, records
 from hgpt.model.configuration_hgpt import HGPTConfig
+from hgpt.model.harmonized import HarmonizedConfig, model_class
 from hgpt.run.checkpoint import LATEST, MODEL, Checkpoints, checkpoint_folder, checkpoints
 from hgpt.run.config import LogConfig, RunConfig
 from hgpt.run.energy import RunEnergy, in_words, last_record
@@ -46,6 +47,10 @@ def flops_per_token(config: HGPTConfig, seq_len: int) -> float:
     scores, although causal kernels skip the masked half.
     """
     weights = 12 * config.n_layer * config.n_embd**2 + config.padded_vocab_size * config.n_embd
+    if isinstance(config, HarmonizedConfig):  # the blocks are whatever they are: count them
+        with torch.device("meta"):
+            blocks = model_class(config)(config).transformer.h
+        weights = config.padded_vocab_size * config.n_embd + sum(p.numel() for p in blocks.parameters() if p.ndim > 1)
     return 6.0 * weights + 12.0 * config.n_layer * config.n_embd * seq_len
 
 

@@ -118,6 +118,9 @@ def load_run_config(arguments: Sequence[str], shape_of: Callable[..., dict[str, 
         found = shape_of(values["model.init_from"], values.get("resume", "never"), run_folder)
         values |= {f"model.{name}": found[name] for name in shape}
     config = _build(RunConfig, values)
+    if config.model.backbone is not None:  # its file says its shape
+        found = config.model.to_hf(vocab_size=1, seq_len=1)
+        config = _build(RunConfig, values | {f"model.{name}": getattr(found, name) for name in shape})
     if own.print_config:
         print(to_toml(settings(config)), end="")
         raise SystemExit(0)
@@ -303,7 +306,7 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} → {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
@@ -338,7 +341,7 @@ def to_toml(values: dict[str, Any]) -> str:
 # of the data and of the optimiser's state.
 _FIXED_ON_RESUME = ("model.", "data.", "train.seed", "train.global_batch", "optim.algorithm")
 _FREE_ON_RESUME = (
-    *("model.init_from", "model.head.radius_init", "model.head.distance_file"),
+    *("model.init_from", "model.backbone", "model.head.radius_init", "model.head.distance_file"),
     *("data.path", "data.verify"),
 )
 
