@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -207,6 +208,10 @@ class Report:
         loss, grad_norm = recent[-1]
         return Recent(loss, grad_norm, spikes, len(bad))
 
+    @cached_property
+    def _flops_per_token(self) -> float:
+        return flops_per_token(self.engine.model_config, self.config.data.seq_len)
+
     def speed(self) -> Speed:
         """Speed since the last call, without evaluations, checkpoints and energy readings. Collective."""
         now, seconds, engine = time.perf_counter(), self.phase.read(), self.engine
@@ -219,7 +224,7 @@ class Report:
         peak = peak_flops(device_name(engine.device)) if engine.precision == "bf16" else None
         mfu = None
         if peak is not None:
-            mfu = rate * flops_per_token(engine.model_config, self.config.data.seq_len) / (peak * engine.world_size)
+            mfu = rate * self._flops_per_token / (peak * engine.world_size)
         return Speed(rate, mfu, seconds, list(own_by_rank), list(memory))
 
     def log(self, step: int, values: Mapping[str, float | None], speed: Speed) -> None:
