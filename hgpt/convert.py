@@ -14,8 +14,8 @@ With X the mean of |x|² and A_i = X + |u_i|² + r_i² the score of HarMax is, a
 
 So r_i is chosen to make A_i = n, and the radius takes what is constant: a_i + (n/2) log A_i. The error falls as 1/n. It
 needs r_i² = n − X − |u_i|² ≥ 0; where that is negative, r_i = 0, and the slope n/A_i is below 1. T makes X and |u_i|²
-small: T Tᵀ = Σ_h⁻¹ # Σ_w, the geometric mean of covariances, times a scale. For small n, at which x·u_i / A_i is not
-small, A_i = κ n with κ > 1 is better. The scale and κ are those, out of a few, with the least divergence from softmax.
+small: T Tᵀ = Σ_h⁻¹ # Σ_w, the geometric mean of covariances. For small n, at which x·u_i / A_i is not small, A_i = κ n
+with κ > 1 is better; κ is the one with the least divergence from softmax.
 """
 
 import sys
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from hgpt.cli import Parser, run
@@ -37,8 +38,7 @@ from hgpt.model.harmonized import Backbone, HarmonizedForCausalLM, check_backbon
 from hgpt.source import check_tokenizer, find_source
 
 MULTIPLES = (1, 2, 4, 8, 16)  # of the exponent, in the table
-QUANTILES = (0.1, 0.5, 0.9, 1.0)  # of |u_i|², from which scales of T are tried
-FLATTER = (1.0, 1.2, 1.5, 2.0, 3.0)  # κ
+FLATTER = (0.9, 3.0)  # bounds of κ
 CHUNK = 128  # positions whose logits are in memory
 
 
@@ -102,35 +102,33 @@ def balance(softmax: Softmax) -> Balanced:
     return Balanced(t=t, mean=mean, u=u, a=softmax.b.double() + w @ mean, x_sq=x_sq, u_sq=u_sq)
 
 
-def lift(balanced: Balanced, n: float, scale: float = 1.0, flatter: float = 1.0) -> Lift:
-    """The lift for the exponent n, with T times `scale` and κ = `flatter`, in float64."""
-    t, u = scale * balanced.t, balanced.u / scale
-    least = scale**2 * balanced.x_sq + balanced.u_sq / scale**2
+def lift(balanced: Balanced, n: float, flatter: float = 1.0) -> Lift:
+    """The lift for the exponent n, with κ = `flatter`, in float64."""
+    least = balanced.x_sq + balanced.u_sq
     r_sq = (flatter * n - least).clamp_min(0)
     log_weight = balanced.a + 0.5 * n * (least + r_sq).log()
+    t = balanced.t
     return Lift(
         n=n,
         matrix=torch.cat((t.T, torch.zeros_like(t[:1]))),
         offset=torch.cat((-balanced.mean @ t, t.new_zeros(1))),
-        centres=torch.cat((u, r_sq.sqrt()[:, None]), dim=1),
+        centres=torch.cat((balanced.u, r_sq.sqrt()[:, None]), dim=1),
         log_weight=log_weight - log_weight.mean(),
     )
 
 
 def best_lift(softmax: Softmax, balanced: Balanced, n: float) -> Lift:
-    """The lift with the κ, and then the scale, that have the least divergence on some of `softmax.h`; in w's dtype."""
-    u_sq = balanced.u_sq.sort().values
-    some = softmax.h[:: -(-len(softmax.h) // 128)]
+    """The lift with the κ in `FLATTER` that has the least divergence on some of `softmax.h`; in w's dtype."""
+    some = softmax.h[:: -(-len(softmax.h) // 256)]
 
-    def made(scale: float, flatter: float) -> Lift:
-        return lift(balanced, n, scale, flatter).to(softmax.w.dtype)
+    def made(flatter: float) -> Lift:
+        return lift(balanced, n, flatter).to(softmax.w.dtype)
 
-    def divergence(scale: float, flatter: float) -> float:
-        return compare(softmax, made(scale, flatter), some)[0]
-
-    scales = [float(u_sq[int(q * (len(u_sq) - 1))] / u_sq.mean()) ** 0.25 for q in QUANTILES]
-    flatter = min(FLATTER, key=lambda k: divergence(1.0, k))
-    return made(min(scales, key=lambda scale: divergence(scale, flatter)), flatter)
+    options = {"xatol": 0.01, "maxiter": 12}
+    found = minimize_scalar(
+        lambda k: compare(softmax, made(k), some)[0], bounds=FLATTER, method="bounded", options=options
+    )
+    return made(found.x)
 
 
 @torch.no_grad()
