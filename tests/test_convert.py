@@ -10,7 +10,9 @@ import hgpt
 from hgpt.convert import Softmax, balance, best_lift, compare, last_layer, lift, lifted_model, main
 from hgpt.convert import plain as with_linear_output
 from hgpt.errors import UserError
+from hgpt.interpret.models import loaded
 from hgpt.model.harmonized import output_embedding
+from hgpt.source import find_source
 
 
 @pytest.fixture
@@ -93,6 +95,11 @@ def test_the_command_prints_a_table_and_saves_the_model(places, tmp_path):
         p, q = (m(ids).logits.log_softmax(-1) for m in (before, model))
     assert 0 < float((p.exp() * (p - q)).sum(-1).mean()) < 10 * divergences[0] + 1e-3
     assert (model.config.exponent, model.config.radius) == (pytest.approx(4 * 32**0.5), "learned")
+    with loaded(find_source(str(tmp_path / "new")), torch.device("cpu")) as found:  # as hgpt.interpret does
+        states = found.hidden_states(ids)
+        assert {state.shape for state in states} == {(1, 20, 33)}
+        torch.testing.assert_close(found.logits(states[-1][0]).log_softmax(-1), q[0])
+        assert found.final_norm(states[1]).shape == (1, 20, 33)
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,12 @@ def test_generation_with_and_without_a_cache_and_with_padding(name):
     assert torch.equal(found, model.generate(padded, attention_mask=mask, **greedy)[:, 3:])
 
 
+def test_the_parts_of_a_backbone_are_found():
+    llama, bert = harmonized("llama").transformer, harmonized("bert").transformer
+    assert llama.norm is llama.model.model.norm and llama.h is llama.model.model.layers
+    assert isinstance(bert.norm, torch.nn.Identity) and bert.h is bert.model.bert.encoder.layer
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     """What each harmonized model saved, and beside it what it computes."""

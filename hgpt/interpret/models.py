@@ -220,5 +220,5 @@ def _check_kind(source: Source, model_type: str, name: str) -> None:
     # GPT-Neo, Bloom and Falcon have an ln_f too, but other blocks, heads and settings.
     if model_type not in (*GPT2_KINDS, HarmonizedConfig.model_type) or name.endswith("ForMaskedLM"):
         raise UserError(
-            f"{source.folder} is a {name}; hgpt.interpret reads causal models of hgpt and GPT-2 models of transformers"
+            f"{source.folder} is a {name}; hgpt.interpret reads models of hgpt and GPT-2 models of transformers"
         )
