@@ -99,7 +99,7 @@ def _configuration(backbone: Any) -> Any:
         kind = values.pop("model_type", None)
         try:
             backbone = HGPTConfig(**values) if kind == HGPTConfig.model_type else AutoConfig.for_model(kind, **values)
-        except (ValueError, TypeError, AttributeError) as error:
+        except Exception as error:  # what configurations raise for wrong values is open-ended
             reason = " ".join(str(error).split())[:300]
             raise InvalidSetting("backbone", f"it is no configuration of transformers: {reason}") from error
     if backbone is None or backbone.is_encoder_decoder:
@@ -190,10 +190,14 @@ class HarmonizedForCausalLM(HGPTForCausalLM):
         # transformers chooses by itself unless something else than the default was asked for.
         asked = config._attn_implementation
         options = {"dtype": torch.get_default_dtype(), "attn_implementation": None if asked == "sdpa" else asked}
+        make = self.auto_class.from_config
         if isinstance(config.backbone, HGPTConfig):
-            model: PreTrainedModel = HGPTForCausalLM._from_config(config.backbone, **options)
-        else:
-            model = self.auto_class.from_config(config.backbone, **options)
+            make = HGPTForCausalLM._from_config
+        try:
+            model: Any = make(config.backbone, **options)
+        except Exception as error:  # not for this task, or its sizes do not fit: models raise anything
+            reason = " ".join(str(error).split())[:200]
+            raise InvalidSetting("backbone", f"transformers makes no {self.task} model of it: {reason}") from error
         _open(model)
         embedding: Any = model.get_input_embeddings()
         if config.tie_word_embeddings:

@@ -13,7 +13,7 @@ from hgpt.durable import read_json
 from hgpt.errors import UserError
 from hgpt.model.configuration_hgpt import HGPTConfig, InvalidSetting
 from hgpt.model.distances import load_distances, make_distance
-from hgpt.model.harmonized import HarmonizedConfig
+from hgpt.model.harmonized import HarmonizedConfig, model_class
 
 # The settings of [model] and [model.head] that are fields of HGPTConfig, with its types, defaults and descriptions.
 MODEL = (
@@ -116,6 +116,11 @@ class ModelConfig(_fields_of_hgpt_config(MODEL)):  # type: ignore[misc]  # a bas
     def __post_init__(self) -> None:
         config = self.to_hf(vocab_size=1, seq_len=1)  # only for its checks, which do not depend on the data
         if self.backbone is not None:
+            try:
+                with torch.device("meta"):
+                    model_class(config)(config)
+            except InvalidSetting as error:
+                raise UserError(f"model.backbone = {self.backbone}: {error}") from error
             if self.init_from is not None:
                 raise UserError("model.init_from is for hgpt's GPT-2, and model.backbone is set: remove one of them")
             known = {entry.name: entry.default for entry in fields(HGPTConfig)}
