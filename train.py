@@ -11,6 +11,7 @@ with the others; 75 stopped by SIGTERM, SIGUSR1 or SIGHUP after a checkpoint, to
 
 import sys
 
+import hgpt.cli  # isort: skip  (first: Ctrl-C then ends the imports without a traceback)
 import numpy as np
 import torch
 import transformers
@@ -241,6 +242,7 @@ if __name__ == "__main__":
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     sys.stdout, sys.stderr = LastingOutput(sys.stdout), LastingOutput(sys.stderr)
+    hgpt.cli.hear_interrupts()
     try:
         main(load_run_config(sys.argv[1:], shape_of))
     except BaseException as error:
