@@ -1,8 +1,8 @@
 """Write text with a trained model, and show the distances behind each token.
 
-    python sample.py --checkpoint runs/quickstart --prompt "The with statement"
-    python sample.py --checkpoint runs/quickstart --prompt-file start.txt --num-samples 4 --top-p 0.9
-    echo "The with statement" | python sample.py --checkpoint runs/quickstart --prompt - --show-distances
+    python sample.py runs/quickstart --prompt "The with statement"
+    python sample.py runs/quickstart --prompt-file start.txt --num-samples 4 --top-p 0.9
+    echo "The with statement" | python sample.py runs/quickstart --prompt - --show-distances
 
 The text goes to standard output, notes go to standard error. Read this file once, downwards.
 """
@@ -18,11 +18,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import hgpt  # isort: skip  (first: Ctrl-C then ends the imports without a traceback)
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
-import hgpt
 from hgpt import cli, decoding
 from hgpt.errors import UserError
 from hgpt.hardware import choose_device, enough_memory
@@ -87,10 +87,11 @@ def main(arguments: Sequence[str]) -> None:
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options, with all checks that need no model. Raises UserError."""
-    parser = cli.Parser(prog="sample.py", description=str(__doc__).split("\n")[0], allow_abbrev=False)
+    parser = cli.Parser("python sample.py", __doc__)
     add = parser.add_argument_group("model").add_argument
-    add("--checkpoint", required=True, metavar="PATH", help="run folder (its latest checkpoint), checkpoint folder, "
+    add("model", nargs="?", metavar="MODEL", help="run folder (its latest checkpoint), checkpoint folder, "
         "exported model folder, or the id of a causal language model on the Hugging Face hub")  # fmt: skip
+    add("--checkpoint", metavar="MODEL", help="the same")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="(default: auto, as saved)")
     add("--distance-file", metavar="FILE", help="a Python file that registers the model's own distance; it is executed")
@@ -130,6 +131,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--nearest", type=count, metavar="K",
         help=f"centres to print for each token (default: {MOST_NEAREST}, fewer on a narrow terminal)")  # fmt: skip
     options = parser.parse_args(arguments)
+    if (options.model is None) == (options.checkpoint is None):
+        raise UserError("name one model: python sample.py runs/quickstart, or --checkpoint runs/quickstart")
+    options.checkpoint = options.checkpoint or options.model
     check_greedy(options)
     if options.nearest is not None and not options.show_distances:
         raise UserError("--nearest has no effect without --show-distances; add that or leave it out")

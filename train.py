@@ -11,6 +11,7 @@ with the others; 75 stopped by SIGTERM, SIGUSR1 or SIGHUP after a checkpoint, to
 
 import sys
 
+import hgpt.cli  # isort: skip  (first: Ctrl-C then ends the imports without a traceback)
 import numpy as np
 import torch
 import transformers
@@ -22,7 +23,6 @@ from hgpt.data.batches import TrainingBatches
 from hgpt.data.shards import SPLITS, TokenShards, fingerprint, same_data
 from hgpt.data.verify import verify
 from hgpt.hardware import device_name
-from hgpt.model.harmonized import model_class
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.checkpoint import Checkpoint, Checkpoints
 from hgpt.run.config import RunConfig
@@ -33,7 +33,7 @@ from hgpt.run.optim import build_optimizer, learning_rate, set_learning_rate
 from hgpt.run.report import Recent, Report, Speed
 from hgpt.run.settings import load_run_config
 from hgpt.run.stop import LastingOutput, StopSignals, Watchdog, explain
-from hgpt.source import check_tokenizer, check_trunk, initialize_from, initialize_radii, shape_of
+from hgpt.source import check_tokenizer, initialize_from, initialize_radii, new_model, shape_of
 
 
 def main(config: RunConfig) -> dict[str, float]:
@@ -49,7 +49,6 @@ def main(config: RunConfig) -> dict[str, float]:
 
 def run(config: RunConfig, engine: Engine, watchdog: Watchdog, signals: StopSignals) -> Validation:
     """Set up a run, and train it; returns the last evaluation. What reads files is done by all processes together."""
-    # ------------------------------------------------------------------------------------------------------------
     # Data first: most mistakes are in the data settings, and they should show at once.
     path, vocab_size = config.data.path, config.data.vocab_size
     splits = engine.together(lambda: [TokenShards.open(path, split, vocab_size) for split in SPLITS])
@@ -123,8 +122,7 @@ def build_model(
     if resumed is not None:
         model = resumed.load_model(model_config)
     else:
-        model = model_class(model_config)(model_config)
-        check_trunk(model, config.model.backbone)
+        model = new_model(model_config, config.model.backbone)
         if config.model.init_from is not None:
             same_tokenizer = check_tokenizer(config.model.init_from, shards)
             for note in [same_tokenizer, *initialize_from(model, config.model.init_from)]:
@@ -243,6 +241,7 @@ if __name__ == "__main__":
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     sys.stdout, sys.stderr = LastingOutput(sys.stdout), LastingOutput(sys.stderr)
+    hgpt.cli.hear_interrupts()
     try:
         main(load_run_config(sys.argv[1:], shape_of))
     except BaseException as error:

@@ -603,7 +603,7 @@ def new_report(options: argparse.Namespace, device: str) -> dict[str, Any]:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = cli.Parser(prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
+    parser = cli.Parser("python -m benchmarks.gpu", __doc__)
     parser.add_argument("--minutes", type=float, default=8.0, help="the whole ends within them (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json, gpu.txt and log.txt")
     parser.add_argument("--device", help="cuda, xpu, or cpu with tiny sizes (default: a GPU)")

@@ -132,7 +132,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def parser() -> cli.Parser:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser("python -m benchmarks.sampling", __doc__)
     for name, default in (("layers", 12), ("heads", 12), ("dim", 768), ("vocab", 50257)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--prompt", type=int, default=16, help="tokens of the prompt")

@@ -1,0 +1,1 @@
+import hgpt  # noqa: F401  (first: Ctrl-C then ends the imports without a traceback)

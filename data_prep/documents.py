@@ -1,9 +1,10 @@
 """Your own text to token shards.
 
-    python -m data_prep.documents --out data/mine --tokenizer gpt2 FILES...
+    python -m data_prep.documents --out data/mine my_texts/
+    python -m data_prep.documents --out data/mine --tokenizer bpe:1024 --val-fraction 0.05 one.txt more.jsonl.gz
 
-Documents are split into train and val by a hash of their words. After an interruption the same command resumes and
-writes the same bytes.
+Documents are separated by end-of-text and split into train and val by a hash of their words, so that copies of a text
+are in the same split. After an interruption the same command resumes and writes the same bytes.
 """
 
 import argparse
@@ -91,12 +92,7 @@ class Documents(Recipe):
 
 
 def main(arguments: Sequence[str]) -> str:
-    parser = Parser(
-        prog="python -m data_prep.documents",
-        description="Turn text files into token shards to train on. Documents are separated by end-of-text "
-        "and split into train and val by a hash of their words, so that copies of a text are in the same split. After "
-        "an interruption the same command resumes.",
-    )
+    parser = Parser("python -m data_prep.documents", __doc__)
     parser.add_argument(
         "files",
         nargs="+",

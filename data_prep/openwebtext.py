@@ -162,11 +162,7 @@ def merged(out: Path, recipe: OpenWebText) -> str:
 
 
 def main(arguments: Sequence[str]) -> str:
-    parser = Parser(
-        prog="python -m data_prep.openwebtext",
-        description="Turn OpenWebText, from the Hugging Face hub or from a folder, into token shards to train on, with "
-        "nanoGPT's validation split. After an interruption the same command resumes.",
-    )
+    parser = Parser("python -m data_prep.openwebtext", __doc__)
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="data folder to write, new or empty")
     parser.add_argument(
         "--source",

@@ -133,11 +133,7 @@ class PythonDocs(Documents):
 
 
 def main(arguments: Sequence[str]) -> str:
-    parser = Parser(
-        prog="python -m data_prep.python_docs",
-        description="Turn the documentation of this Python (help topics and docstrings of the standard "
-        "library) into token shards to train on: a small corpus of English that needs no download.",
-    )
+    parser = Parser("python -m data_prep.python_docs", __doc__)
     parser.add_argument(
         "--out",
         default="data/python_docs",

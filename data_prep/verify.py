@@ -4,7 +4,7 @@
     python -m data_prep.verify data/openwebtext --decode 3 --split val
 
 The command reads every byte. It checks headers, sizes, checksums, counts, the range of the tokens, and the end-of-text
-after each document.
+after each document, and lists all damage (exit status 2 if there is any).
 """
 
 import sys
@@ -27,6 +27,8 @@ def verify_folder(folder: Path, vocab_size: int | None = None) -> list[str]:
     """Lines about the content of an undamaged data folder. Raises UserError with a line for each damage."""
     damage: list[str] = []
     lines = []
+    if not folder.is_dir():
+        TokenShards.open(folder, SPLITS[0])  # raises UserError: there is nothing that could be damaged
     for split in SPLITS:
         with tqdm(unit="B", unit_scale=True, desc=f"reading {split}", leave=False) as bar:
             damage += find_damage(folder, split, vocab_size, documents=True, on_read=bar.update)
@@ -45,10 +47,7 @@ def verify_folder(folder: Path, vocab_size: int | None = None) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> str:
-    parser = Parser(
-        prog="python -m data_prep.verify",
-        description="Read every byte of a data folder, check it, and list all damage (exit status 2 if there is any).",
-    )
+    parser = Parser("python -m data_prep.verify", __doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="data folder of data_prep, nanoGPT or llm.c")
     parser.add_argument("--decode", type=int, default=0, metavar="N", help="print the first N documents as text")
     parser.add_argument("--split", choices=SPLITS, default="train", help="split to decode (default: %(default)s)")

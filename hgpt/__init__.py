@@ -4,6 +4,7 @@ Importing this package registers the model with transformers, so that `AutoConfi
 `AutoModelForCausalLM` load every checkpoint that it writes.
 """
 
+from . import cli  # noqa: F401  # isort: skip  (first: Ctrl-C then ends the imports without a traceback)
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from .model.configuration_hgpt import HGPTConfig

@@ -1,4 +1,4 @@
-"""Parser and exit of every command but train.py, whose exit codes are in hgpt/run/stop.py. A command ends with
+"""Parser of every command, and exit of all but train.py, whose exit codes are in hgpt/run/stop.py. A command ends with
 
 if __name__ == "__main__":
     sys.exit(run(main))
@@ -7,20 +7,209 @@ where `main` takes the arguments, returns the text to print (or None) and raises
 """
 
 import argparse
+import difflib
 import os
 import select
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 from hgpt.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises UserError for bad arguments, with one line in place of the usage."""
+    """argparse that raises UserError for bad arguments, and whose --help begins with examples in place of the usage.
+
+    Args:
+        prog: the command, "python -m hgpt.runs".
+        about: what the command does, an empty line, examples; what follows them stands at the end of --help.
+    """
+
+    def __init__(self, prog: str, about: str | None, **others: Any) -> None:
+        what, examples, end = [*(about or "").split("\n\n", 2), "", ""][:3]
+        super().__init__(
+            prog=prog,
+            usage=argparse.SUPPRESS,
+            description=f"{what}\n\n{examples}".strip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **{"epilog": end} | others,
+        )
+        self._positionals.title = "arguments"
+
+    @property
+    def options(self) -> list[str]:
+        return [option for option in self._option_string_actions if option.startswith("--")]
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        words = list(sys.argv[1:] if args is None else args)
+        for word in words[: words.index("--") if "--" in words else None]:
+            option = word.partition("=")[0]
+            if option.startswith("--") and " " not in word and option not in self.options:
+                hint = did_you_mean(option, self.options)
+                self.error(f"there is no option {option}{hint and '; '}{hint}")
+        return super().parse_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} ({self.prog} --help lists every option)")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Suggestions
+
+# What nanoGPT, transformers and others call a setting or an option → what it is called here. The names that the command
+# knows are suggested.
+MEANINGS = {
+    # nanoGPT's train.py
+    "out_dir": "name runs_dir --checkpoint --out",
+    "eval_interval": "eval.every",
+    "log_interval": "log.every",
+    "always_save_checkpoint": "checkpoint.every",
+    "wandb_log": "log.trackers",
+    "wandb_run_name": "name",
+    "dataset": "data.path --data --source",
+    "batch_size": "train.micro_batch train.global_batch --num-samples",
+    "block_size": "data.seq_len --seq-len",
+    "learning_rate": "optim.lr",
+    "max_iters": "train.steps",
+    "iters": "train.steps",
+    "beta1": "optim.betas",
+    "beta2": "optim.betas",
+    "decay_lr": "optim.schedule",
+    "warmup_iters": "optim.warmup_steps",
+    "dtype": "train.precision",
+    # transformers' TrainingArguments and run_clm.py
+    "output_dir": "name runs_dir --checkpoint --out",
+    "overwrite_output_dir": "resume",
+    "run_name": "name",
+    "model_name_or_path": "model.init_from --checkpoint",
+    "dataset_name": "data.path --data --source",
+    "train_file": "data.path",
+    "resume_from_checkpoint": "resume",
+    "per_device_train_batch_size": "train.micro_batch",
+    "per_device_eval_batch_size": "eval.micro_batch",
+    "train_batch_size": "train.global_batch",
+    "max_steps": "train.steps",
+    "adam_beta1": "optim.betas",
+    "adam_beta2": "optim.betas",
+    "adam_epsilon": "optim.eps",
+    "max_grad_norm": "optim.grad_clip",
+    "optim": "optim.algorithm",
+    "optimizer": "optim.algorithm",
+    "lr_scheduler_type": "optim.schedule",
+    "warmup_ratio": "optim.warmup_steps",
+    "label_smoothing_factor": "train.label_smoothing",
+    "eval_steps": "eval.every",
+    "logging_steps": "log.every",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep_last",
+    "report_to": "log.trackers",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "gradient_checkpointing": "train.activation_checkpointing",
+    "torch_compile": "train.compile",
+    "ddp_timeout": "train.hang_timeout",
+    # transformers' configurations
+    "n_positions": "data.seq_len --seq-len",
+    "n_ctx": "data.seq_len --seq-len",
+    "max_position_embeddings": "data.seq_len --seq-len",
+    "max_seq_length": "data.seq_len --seq-len",
+    "context_length": "data.seq_len --seq-len",
+    "num_layers": "model.n_layer",
+    "num_hidden_layers": "model.n_layer",
+    "num_heads": "model.n_head",
+    "num_attention_heads": "model.n_head",
+    "hidden_size": "model.n_embd",
+    "d_model": "model.n_embd",
+    "dim": "model.n_embd",
+    "hidden_act": "model.activation_function",
+    "resid_pdrop": "model.dropout",
+    "embd_pdrop": "model.dropout",
+    "attn_pdrop": "model.dropout",
+    "initializer_range": "model.head.centre_init_std",
+    "n": "model.head.exponent --num-samples",
+    # nanoGPT's sample.py, and generate() of transformers
+    "start": "--prompt --prompt-file",
+    "input": "--prompt files",
+    "model": "--checkpoint model.init_from",
+    "init_from": "--checkpoint",
+    "num_return_sequences": "--num-samples",
+    "max_length": "--max-new-tokens",
+    "max_tokens": "--max-new-tokens",
+    "do_sample": "--greedy",
+    # preparing data
+    "output": "--out",
+    "num_proc": "--workers",
+    "num_workers": "--workers",
+    "column": "--text-column",
+    "text_field": "--text-column",
+    "test_size": "--val-fraction",
+    "validation_split_percentage": "--val-fraction",
+    "shard_size": "--tokens-per-shard",
+}
+# What has no counterpart → why.
+ANSWERS = {
+    "eval_iters": "every evaluation reads the whole validation set",
+    "eval_only": "python -m hgpt.evaluate RUN evaluates",
+    "gradient_accumulation_steps": "it follows: train.global_batch / (train.micro_batch x number of processes)",
+    "lr_decay_iters": "the learning rate decays until train.steps",
+    "num_train_epochs": "train.steps sets the length; an epoch has tokens / (train.global_batch x data.seq_len) steps",
+    "epochs": "train.steps sets the length; an epoch has tokens / (train.global_batch x data.seq_len) steps",
+    "wandb_project": "the environment variable WANDB_PROJECT names it",
+    "device": "a GPU is taken if there is one; ACCELERATE_USE_CPU=true takes the CPU",
+    "backend": "accelerate launch starts several processes (docs/training.md)",
+    "deepspeed": "accelerate launch with a file of configs/accelerate/ chooses the engine (docs/training.md)",
+    "fsdp": "accelerate launch with a file of configs/accelerate/ chooses the engine (docs/training.md)",
+    "n_inner": "it is always 4 x model.n_embd",
+    "intermediate_size": "it is always 4 x model.n_embd",
+    "tokenizer_name": "the tokenizer lies in the data folder; data_prep chooses it with --tokenizer",
+}
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What to type for `name`, as a question or a sentence; "" if nothing in `known` resembles it.
+
+    First the names with the same last part, then those of the same meaning, then those that are spelled like it.
+    """
+
+    def last_part(name: str) -> str:
+        return name.rpartition(".")[2].lstrip("-").replace("-", "_").lower()
+
+    known, last = list(known), last_part(name)
+    found = [one for one in known if last_part(one) == last]
+    found = found or [one for one in MEANINGS.get(last, "").split() if one in known]
+    if not found and last in ANSWERS:
+        return ANSWERS[last]
+    found = found or difflib.get_close_matches(name, known, n=3)
+    if not found:
+        close = difflib.get_close_matches(last, {last_part(one) for one in known}, n=1)
+        found = [one for one in known if last_part(one) in close]
+    return f"did you mean {' or '.join(found)}?" if found else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Beginning and end
+
+
+def is_command() -> bool:
+    """Whether this process begins one of our programs: `python -m hgpt.…`, `-m data_prep.…`, train.py, sample.py."""
+    if sys.argv[:1] == ["-m"]:  # Python looks for the module that follows -m
+        return sys.orig_argv[sys.orig_argv.index("-m") + 1].split(".")[0] in ("hgpt", "data_prep")
+    checkout = Path(__file__).resolve().parent.parent
+    return Path(sys.argv[0] if sys.argv else "").resolve() in (checkout / "train.py", checkout / "sample.py")
+
+
+# While a command's other modules are imported, Ctrl-C ends the process without a traceback, until `hear_interrupts`.
+if is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def hear_interrupts() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run(
@@ -38,6 +227,7 @@ def run(
         arguments: default: the command line's.
         interrupted: what to print after Ctrl-C, such as what is saved and how to resume.
     """
+    hear_interrupts()
     try:
         text = main(sys.argv[1:] if arguments is None else arguments)
         if text is not None:

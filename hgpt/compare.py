@@ -1,6 +1,7 @@
 """Compare configurations: train matched runs of each, then write a table and a report.
 
     python -m hgpt.compare --config A.toml B.toml --seeds 3 --sweep optim.lr=1e-3,3e-3,6e-3 --out comparisons/heads
+    python -m hgpt.compare --config A.toml --vary model.head.exponent=16,32,64 --set train.steps=200 --out comparisons/n
 
 An arm is a configuration; with --vary, a configuration with one of the values. Each arm is trained with the first seed
 at all points of its sweeps (with --search coordinate at fewer). The point with the lowest validation loss is then
@@ -138,9 +139,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="python -m hgpt.compare", description=__doc__, formatter_class=raw, allow_abbrev=False)
-    add = parser.add_argument
+    parser = Parser("python -m hgpt.compare", __doc__)
+    add = parser.add_argument_group("what is compared").add_argument
     axes: dict[str, Any] = {"action": "append", "default": [], "metavar": "[ARM:]KEY=V1,V2"}
     add("--config", nargs="+", required=True, metavar="FILE", help="TOML files; each is an arm")
     add("--vary", **axes, help="one arm per value; ARM, a file's name without .toml, limits it to one file")
@@ -159,6 +159,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "%(default)s)",
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every arm")
+    add = parser.add_argument_group("how it is trained, and what is written").add_argument
     add("--seeds", type=int, default=3, metavar="N", help="runs of each arm's best point (default: %(default)s)")
     add("--out", required=True, metavar="DIR", help="folder for the runs, the table and the report")
     add("--gpus", nargs="+", metavar="ID", help="one run at a time on each of these GPUs (default: one run at a time)")

@@ -210,7 +210,7 @@ def lifted_model(model: Any, found: Lift) -> HarmonizedForCausalLM:
 
 def main(arguments: Sequence[str]) -> str:
     """Convert, save, and return the table of divergences. Raises UserError."""
-    parser = Parser(prog="python -m hgpt.convert", description="Turn a softmax model into a harmonic one.")
+    parser = Parser("python -m hgpt.convert", __doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", help="run, checkpoint, exported model or id on the Hugging Face hub")
     add("--exponent", default="4*sqrt_dim", help="n: a number, or a multiple of √D (default: %(default)s)")

@@ -265,12 +265,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m hgpt.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("python -m hgpt.evaluate", __doc__)
     add = parser.add_argument
     add("models", nargs="+", metavar="RUN_OR_MODEL", help="run folder, checkpoint, export, or a model of transformers")
     text = parser.add_mutually_exclusive_group()

@@ -1,7 +1,10 @@
 """Plan a run before it is started: parameters, memory per GPU, tokens, FLOPs and time.
 
     python -m hgpt.plan --config configs/gpt2_small_harmonic.toml --gpus 8 [--section.key value ...]
+    python -m hgpt.plan --config configs/quickstart.toml --device cpu
     python -m hgpt.plan --gpus 8 --table configs/gpt2_*_harmonic.toml
+
+All other arguments are train.py's.
 
 Nothing is trained, and no GPU is needed. The model is built without memory for its weights, and its parameters are
 counted. Memory is computed by the formulas below: bytes on one GPU at the peak of a training step.
@@ -619,11 +622,7 @@ def _duration(seconds: float) -> str:
 
 def main(arguments: Sequence[str]) -> str:
     """The text that the command line asks for. Raises UserError."""
-    description = (
-        "Print what a run needs: parameters, memory per GPU, tokens, FLOPs, time. All other arguments are train.py's: "
-        "--config FILE and --section.key VALUE."
-    )
-    parser = Parser(prog="python -m hgpt.plan", description=description, allow_abbrev=False)
+    parser = Parser("python -m hgpt.plan", "\n\n".join(str(__doc__).split("\n\n")[:3]))
     add, default = parser.add_argument, Launch()
     add("--gpus", type=int, default=default.gpus, help="GPUs on each node (default: %(default)s)")
     add("--nodes", type=int, default=default.nodes, help="number of nodes (default: %(default)s)")
@@ -639,9 +638,9 @@ def main(arguments: Sequence[str]) -> str:
         settings += ["--data.vocab_size", str(known.vocab)]
     launch = Launch(**{name: value for name, value in vars(known).items() if name not in ("table", "vocab")})
     if files is None:
-        return report(make_plan(load_run_config(settings, shape_of), launch))
+        return report(make_plan(load_run_config(settings, shape_of, parser.options), launch))
     return markdown_table(
-        [make_plan(load_run_config([*settings, "--config", file], shape_of), launch) for file in files]
+        [make_plan(load_run_config([*settings, "--config", file], shape_of, parser.options), launch) for file in files]
     )
 
 

@@ -1,6 +1,7 @@
 """List the runs in a folder, with progress, losses, speed and state, and plot their losses.
 
-    python -m hgpt.runs runs/ [--sort validation] [--plot losses.png] [--terminal]
+    python -m hgpt.runs runs/ --sort validation
+    python -m hgpt.runs runs/quickstart runs/quickstart_softmax --plot losses.png --terminal
 
 Everything is read from the files of a run: metrics.jsonl, config.toml and checkpoints/. A folder with none of these is
 searched for runs. The table reads only the end of metrics.jsonl, a plot all of it.
@@ -398,7 +399,7 @@ def terminal_plot(curves: Sequence[Curves], axis: str, width: int = 100, height:
 
 def main(arguments: Sequence[str]) -> str:
     """The table and plots that the command line asks for. Raises UserError."""
-    parser = Parser(prog="python -m hgpt.runs", description="List runs with their states, and plot their losses.")
+    parser = Parser("python -m hgpt.runs", "\n\n".join(str(__doc__).split("\n\n")[:2]))
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders of runs")
     parser.add_argument(
         "--sort",

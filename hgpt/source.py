@@ -31,7 +31,7 @@ from hgpt.durable import read_json
 from hgpt.errors import UserError
 from hgpt.hardware import out_of_memory
 from hgpt.model.configuration_hgpt import HGPTConfig
-from hgpt.model.harmonized import Backbone, PassThrough, auto_class, check_backbone
+from hgpt.model.harmonized import Backbone, PassThrough, auto_class, check_backbone, model_class
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.checkpoint import CHECKPOINTS, LATEST, MANIFEST, MODEL, STATE, checkpoint_step, damage, latest_checkpoint
 
@@ -367,8 +367,9 @@ def initialize_from(model: HGPTForCausalLM, init_from: str) -> list[str]:
     return notes
 
 
-def check_trunk(model: HGPTForCausalLM, backbone: str | None) -> None:
-    """Raise UserError if the model of model.backbone cannot bear a head of ours; see `check_backbone`."""
+def new_model(config: HGPTConfig, backbone: str | None) -> HGPTForCausalLM:
+    """A model with random weights. Raises UserError if that of model.backbone cannot bear a head of ours."""
+    model = model_class(config)(config)
     if isinstance(model.transformer, Backbone):
         inner = model.transformer.model
         end = next(module for module in inner.modules() if isinstance(module, PassThrough))
@@ -376,6 +377,7 @@ def check_trunk(model: HGPTForCausalLM, backbone: str | None) -> None:
             check_backbone(inner, end, causal=True)
         except ValueError as error:
             raise UserError(f"model.backbone = {backbone}: {error}") from error
+    return model
 
 
 @torch.no_grad()

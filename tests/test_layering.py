@@ -67,9 +67,9 @@ MODEL = [name for name in ALL if name.startswith("hgpt.model.") and name != "hgp
 
 
 def floor(name: str) -> int:
-    """The number of a module's floor; hgpt/__init__.py gives out the model and lies on its floor."""
+    """The number of a module's floor; hgpt/__init__.py gives out the model, and begins with hgpt.cli."""
     if name == "hgpt":
-        return 0
+        return 1
     found = [i for i, rooms in enumerate(FLOORS) for room in rooms if name == room or name.startswith(room + ".")]
     assert len(found) == 1, f"{name} lies on no floor: enter it in FLOORS"
     return found[0]

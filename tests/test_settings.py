@@ -183,6 +183,16 @@ def test_help_lists_every_setting_with_its_description(capsys):
     assert max(map(len, shown.splitlines())) <= 120
 
 
+def test_fewer_steps_than_a_files_warm_up_lower_it(file, capsys):
+    assert load(file, "train.steps=10").optim.warmup_steps == 1
+    assert load(file, "train.steps=9").optim.warmup_steps == 0
+    assert load(file, "train.steps=11").optim.warmup_steps == 10
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 2 and all("optim.warmup_steps" in line and "train.steps" in line for line in printed)
+    with pytest.raises(UserError, match=r"optim\.warmup_steps = 10 must"):
+        load(file, "train.steps=10 optim.warmup_steps=10")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Refusing. Every check of config.py, settings.py and HGPTConfig: settings of the command line, of which the first is at
 # fault, and what the message says besides its name.
@@ -216,7 +226,7 @@ REFUSED = [(setting,) for setting in REFUSED_VALUES.split()] + [
     (f"optim.betas={'[' * 100}{']' * 100}", "a list of 2"),
     # No such setting, or no such value.
     ("train.stepss=1", "train.steps"),
-    ("optim.learning-rate=1", "--help"),
+    ("optim.learning-rate=1", "optim.lr"),
     ("lr=1", "optim.lr"),
     ("train.lr=1", "optim.lr"),
     ("train.seq_len=1", "data.seq_len"),
@@ -327,7 +337,9 @@ def test_files_and_arguments_that_cannot_be_read(file, tmp_path):
         assert re.search(r"x\.toml: (not valid TOML|cannot read|optim is a section|.*model\.head\.type)", refusal(file))
     for arguments, message in (
         [["--config"], "--config: expected one argument"],
-        [[], "are required: name, data.path, train.steps"],
+        [[], "are required: name, data.path, train.steps.*--config configs/quickstart.toml"],
+        [["--config", "configs/quickstrt.toml"], r"did you mean configs/quickstart\.toml"],
+        [["--config", "gpt2_small_softmx"], r"did you mean configs/gpt2_small_softmax\.toml"],
     ):
         with pytest.raises(UserError, match=message):
             load_run_config(arguments)

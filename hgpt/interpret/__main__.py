@@ -1,4 +1,10 @@
-"""python -m hgpt.interpret RUN_OR_MODEL… [--data DIR] [--relations DIR] --out report/"""
+"""Measure one model or several, and write a report.
+
+    python -m hgpt.interpret runs/quickstart --out report
+    python -m hgpt.interpret runs/quickstart runs/quickstart_softmax --text mine.txt --out report
+
+The other models are compared with the first.
+"""
 
 import argparse
 import sys
@@ -21,12 +27,7 @@ MODELS = "run folder (its latest checkpoint), checkpoint folder, exported model,
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The models, --out, and an option for each field of `AnalysisSettings`."""
-    parser = Parser(
-        prog="python -m hgpt.interpret",
-        description="Measure one model or several, and write a report.",
-        epilog="The other models are compared with the first.",
-        allow_abbrev=False,
-    )
+    parser = Parser("python -m hgpt.interpret", __doc__)
     add = parser.add_argument
     add("models", nargs="+", metavar="RUN_OR_MODEL", help=MODELS)
     add("--out", required=True, metavar="DIR", help="folder of the report")

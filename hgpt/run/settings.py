@@ -6,12 +6,13 @@ In this module and in checkpoints, settings are a flat dictionary by dotted name
 {"train.steps": 800, "model.head.exponent": 14.0, "model.head.distance_options.p": 3}.
 """
 
-import argparse
 import ast
 import difflib
 import functools
 import json
 import math
+import os
+import sys
 import textwrap
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from hgpt.cli import Parser
+from hgpt.cli import Parser, did_you_mean
 from hgpt.errors import UserError
 from hgpt.model.configuration_hgpt import HGPTConfig
 from hgpt.run.config import RunConfig
@@ -87,31 +88,41 @@ def gone(settings: dict[str, Any]) -> dict[str, tuple[Any, str]]:
 # Reading
 
 
-def load_run_config(arguments: Sequence[str], shape_of: Callable[..., dict[str, int]] | None = None) -> RunConfig:
+ABOUT = """Train a GPT-2 with a harmonic or a softmax head.
+
+    python train.py --config configs/quickstart.toml
+    python train.py --config configs/quickstart.toml --name longer --train.steps 2000
+    python train.py --config configs/quickstart.toml --resume auto
+    accelerate launch --config_file configs/accelerate/multi_gpu.yaml train.py --config configs/gpt2_small_harmonic.toml
+
+"""
+
+
+def load_run_config(
+    arguments: Sequence[str],
+    shape_of: Callable[..., dict[str, int]] | None = None,
+    other_options: Sequence[str] = (),
+) -> RunConfig:
     """A run from command-line arguments: `--config FILE.toml`, repeatable, and `--section.key VALUE`.
 
     A later file overrides an earlier one, and the command line overrides all files. `--help` prints every setting and
     exits; `--print_config` prints the resolved settings as TOML and exits. With `shape_of` (hgpt.source), n_layer,
-    n_head and n_embd come from model.init_from unless they are given.
+    n_head and n_embd come from model.init_from unless they are given. If the command line asks for no more steps than a
+    file's warm-up has, the warm-up becomes a tenth of the steps. `other_options` of the calling command are suggested
+    for names that are misspelled.
 
     Raises UserError for a file that is missing or not TOML, an unknown setting (and names the nearest known ones), a
     missing one, and a value of the wrong type or out of range.
     """
-    parser = Parser(
-        prog="python train.py",
-        description="Train a GPT-2 with a harmonic or a softmax head. The command line overrides files, and later "
-        "files override\nearlier ones.",
-        epilog=_every_setting(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s --config FILE.toml [--section.key VALUE ...]",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", action="append", default=[], metavar="FILE.toml", help="settings, as in configs/")
+    parser = Parser("python train.py", ABOUT + _every_setting())
+    parser.add_argument("--config", action="append", default=[], metavar="FILE.toml",
+        help="settings, as in configs/; later files override earlier ones, the command line all")  # fmt: skip
     parser.add_argument("--print_config", action="store_true", help="print the resolved settings as TOML, and exit")
     own, others = parser.parse_known_args(arguments)
     given = [(f"{file}: ", name, value) for file in own.config for name, value in _read_toml(file).items()]
-    given += [("command line: ", name, _from_text(name, text)) for name, text in _pairs(others)]
-    values = _merged(given)
+    typed = [("command line: ", name, _from_text(name, text)) for name, text in _pairs(others)]
+    values = _merged([*given, *typed], [*parser.options, *other_options])
+    _shorten_warmup(values, {name for _, name, _ in typed})
     shape = [name for name in ("n_layer", "n_head", "n_embd") if f"model.{name}" not in values]
     if shape_of is not None and shape and values.get("model.init_from") is not None:
         run_folder = Path(values.get("runs_dir", "runs")) / values["name"]
@@ -146,19 +157,29 @@ def _read_toml(file: str) -> dict[str, Any]:
     try:
         return flatten(tomllib.loads(Path(file).read_bytes().decode("utf-8")))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {file}: cannot read the file ({error}); configs/ holds those that ship") from error
+        shipped = {path.stem: str(path) for path in sorted(Path("configs").rglob("*.toml"))}
+        close = difflib.get_close_matches(Path(file).stem, shipped, n=2)
+        hint = (
+            f"did you mean {' or '.join(shipped[name] for name in close)}?"
+            if close
+            else "configs/ holds those that ship"
+        )
+        raise UserError(f"--config {file}: cannot read the file ({error}); {hint}") from error
     except RecursionError as error:
         raise UserError(f"--config {file}: not valid TOML: nested too deeply") from error
     except ValueError as error:  # also from int(), for numbers of thousands of digits
         raise UserError(f"--config {file}: not valid TOML: {error}") from error
 
 
-def _merged(given: list[tuple[str, str, Any]]) -> dict[str, Any]:
-    """Checked settings from (place, name, value); a later value of a setting replaces an earlier one."""
+def _merged(given: list[tuple[str, str, Any]], options: Sequence[str]) -> dict[str, Any]:
+    """Checked settings from (place, name, value); a later value of a setting replaces an earlier one.
+
+    `options` of the command are suggested beside the settings for an unknown name.
+    """
     values: dict[str, Any] = {}
     for place, name, value in given:
         name = RENAMED.get(name, name)
-        _check_name(name, place)
+        _check_name(name, place, options)
         if name == OPTIONS and isinstance(value, dict | None):  # a whole table replaces all earlier options
             values = {key: old for key, old in values.items() if not key.startswith(f"{OPTIONS}.")}
             values |= {f"{OPTIONS}.{key}": option for key, option in (value or {}).items()}
@@ -170,21 +191,35 @@ def _merged(given: list[tuple[str, str, Any]]) -> dict[str, Any]:
         values.pop(name, None)
     required = [name for name, setting in known_settings().items() if setting.default is MISSING]
     if not values.keys() >= set(required):
-        raise UserError(f"these settings are required: {', '.join(name for name in required if name not in values)}")
+        raise UserError(
+            f"these settings are required: {', '.join(name for name in required if name not in values)}; name a file "
+            "that has them, such as --config configs/quickstart.toml"
+        )
     return {name: _checked(name, value) for name, value in values.items()}
 
 
-def _check_name(name: str, place: str) -> None:
+def _shorten_warmup(values: dict[str, Any], typed: set[str]) -> None:
+    """Lower a file's warm-up to a tenth of the steps if fewer steps were `typed`, and say so once a run."""
+    steps, warmup = values["train.steps"], values.get("optim.warmup_steps", 0)
+    if 0 < steps <= warmup and "train.steps" in typed and "optim.warmup_steps" not in typed:
+        values["optim.warmup_steps"] = steps // 10
+        _say_once(f"optim.warmup_steps is lowered from {warmup} to {steps // 10}, a tenth of train.steps = {steps}")
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
+def _check_name(name: str, place: str, options: Sequence[str]) -> None:
     """Raise UserError for a name that is no setting."""
     known = known_settings()
     if name in known or name in gone({}) or name.rpartition(".")[0] == OPTIONS:
         return
     if any(key.startswith(f"{name}.") for key in known):
         raise UserError(f"{place}{name} is a section: give its settings one by one, as {name}.KEY")
-    # First look for the same key in another section, then for similar names.
-    same_end = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
-    close = same_end or difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else "python train.py --help lists all settings"
+    hint = did_you_mean(name, [*known, *options]) or "python train.py --help lists all settings"
     raise UserError(f"{place}there is no setting {name}; {hint}")
 
 
@@ -285,15 +320,28 @@ def _in_words(kind: Any) -> str:
     return " or ".join(_in_words(part) for part in parts if part is not NoneType)
 
 
+def _placeholder(kind: Any) -> str:
+    """What --help shows for a value: N, X, TEXT, true|false, adamw|muon."""
+    names = {int: "N", float: "X", bool: "true|false", str: "TEXT"}
+    if kind in names:
+        return names[kind]
+    parts = [part for part in get_args(kind) if part is not NoneType]
+    if get_origin(kind) is Literal:
+        return "|".join(parts)
+    if get_origin(kind) is tuple:
+        return "LIST"
+    return "TABLE" if get_origin(kind) is dict else "|".join(map(_placeholder, parts))
+
+
 def _every_setting() -> str:
-    """The part of --help on settings: name, type, default and description of each."""
-    text, section = "settings, as --section.key VALUE, or in a TOML file as key = VALUE under [section]:\n\n", ""
+    """The part of --help on settings: a group a section; name, description and default of each."""
+    text, section = "settings, here as --section.key VALUE, in a TOML file as key = VALUE under [section]:\n\n", ""
     for name, (kind, default, doc) in known_settings().items():
         if name.rpartition(".")[0] != section:
             section = name.rpartition(".")[0]
             text += f"\n[{section}]\n"
         shown = "required" if default is MISSING else "not set" if default is None else f"default {json.dumps(default)}"
-        text += f"  --{name} ({_in_words(kind)}; {shown})\n"
+        text += f"  --{name} {_placeholder(kind)}  ({shown})\n"
         text += textwrap.fill(doc, 118, initial_indent=" " * 6, subsequent_indent=" " * 6) + "\n"
     return text
 
