@@ -257,7 +257,8 @@ def _checked(name: str, value: Any) -> Any:
         shown = "a number of thousands of digits"
         with suppress(ValueError):
             shown = repr(value)
-        raise UserError(f"{name} must be {_in_words(_kind_of(name))}; got {shown:.300}") from error
+        size = ", of 64 bits at most" if isinstance(error, OverflowError) else ""
+        raise UserError(f"{name} must be {_in_words(_kind_of(name))}{size}; got {shown:.300}") from error
 
 
 def _from_text(name: str, text: str) -> Any:
@@ -265,7 +266,9 @@ def _from_text(name: str, text: str) -> Any:
     try:
         value = _WORDS[text.lower()] if text.lower() in _WORDS else ast.literal_eval(text)
         _as(value, _kind_of(name))
-    except (TypeError, OverflowError, ValueError, SyntaxError, RecursionError, MemoryError):
+    except OverflowError:
+        return value
+    except (TypeError, ValueError, SyntaxError, RecursionError, MemoryError):
         return text
     return text if isinstance(value, str) else value
 
