@@ -77,8 +77,12 @@ def main(arguments: Sequence[str]) -> None:
             columns = shutil.get_terminal_size().columns if sys.stdout.isatty() and not options.nearest else None
             print("\n" + distance_table(tokens, tokenizer, exponent, columns))
     if options.show_distances:
-        legend = LEGEND if head.log_weight is None else LEGEND_WITH_RADII
-        print("\n" + legend.format(exponent=exponent, distance=model.config.distance))
+        print(
+            "\n"
+            + (LEGEND if head.log_weight is None else LEGEND_WITH_RADII).format(
+                exponent=exponent, distance=model.config.distance
+            )
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -88,10 +92,12 @@ def main(arguments: Sequence[str]) -> None:
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options, with all checks that need no model. Raises UserError."""
     parser = cli.Parser("python sample.py", __doc__)
-    add = parser.add_argument_group("model").add_argument
-    add("model", nargs="?", metavar="MODEL", help="run folder (its latest checkpoint), checkpoint folder, "
-        "exported model folder, or the id of a causal language model on the Hugging Face hub")  # fmt: skip
-    add("--checkpoint", metavar="MODEL", help="the same")
+    add = (group := parser.add_argument_group("model")).add_argument
+    model: dict[str, Any] = {"metavar": "MODEL", "default": argparse.SUPPRESS}
+    either = group.add_mutually_exclusive_group(required=True).add_argument
+    either("checkpoint", nargs="?", **model, help="run folder (its latest checkpoint), checkpoint folder, exported "
+        "model folder, or the id of a causal language model on the Hugging Face hub")  # fmt: skip
+    either("--checkpoint", **model, help="the same")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="(default: auto, as saved)")
     add("--distance-file", metavar="FILE", help="a Python file that registers the model's own distance; it is executed")
@@ -131,19 +137,15 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--nearest", type=count, metavar="K",
         help=f"centres to print for each token (default: {MOST_NEAREST}, fewer on a narrow terminal)")  # fmt: skip
     options = parser.parse_args(arguments)
-    if (options.model is None) == (options.checkpoint is None):
-        raise UserError("name one model: python sample.py runs/quickstart, or --checkpoint runs/quickstart")
-    options.checkpoint = options.checkpoint or options.model
     check_greedy(options)
     if options.nearest is not None and not options.show_distances:
         raise UserError("--nearest has no effect without --show-distances; add that or leave it out")
     return options
 
 
-PROMPT_HELP = """\
-Without a prompt the text starts at end-of-text, as documents do. One newline at the end of a file or of standard input
-is dropped. Prompt and new tokens share the model's context. If they do not fit, the last tokens of the prompt are kept:
-as many as leave room for the new ones, but at least half of the context. The text ends where the context ends."""
+PROMPT_HELP = """Without a prompt the text starts at end-of-text, as documents do. One newline at the end of a file or
+of standard input is dropped. Prompt and new tokens share the model's context, and the text ends where it ends. If they
+do not fit, the last tokens of the prompt are kept: as many as leave room, but at least half of the context."""
 
 
 def checked(kind: Callable[[str], Any], rule: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:

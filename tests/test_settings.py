@@ -331,7 +331,9 @@ def test_files_and_arguments_that_cannot_be_read(file, tmp_path):
         file.write_bytes(content)
         assert "x.toml: not valid TOML: " in refusal(file)
     file.write_text(CONFIG.replace("steps = 100", f"steps = 0x{'f' * 9999}"))
-    assert "train.steps must be a whole number, of 64 bits at most; got a number of thousands of digits" in refusal(file)
+    assert "train.steps must be a whole number, of 64 bits at most; got a number of thousands of digits" in refusal(
+        file
+    )
     for content in (b"name = x", b'lr: 3\n"', b"optim = 3", b"name = '\xff'", b"[head]\ntype = 'softmax'"):
         file.write_bytes(content)
         assert re.search(r"x\.toml: (not valid TOML|cannot read|optim is a section|.*model\.head\.type)", refusal(file))
