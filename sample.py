@@ -4,8 +4,7 @@
     python sample.py runs/quickstart --prompt-file start.txt --num-samples 4 --top-p 0.9
     echo "The with statement" | python sample.py runs/quickstart --prompt - --show-distances
 
-The text goes to standard output, notes go to standard error. Read this file once, downwards.
-"""
+The text goes to standard output, notes go to standard error. Read this file once, downwards."""
 
 import argparse
 import math
@@ -77,11 +76,8 @@ def main(arguments: Sequence[str]) -> None:
             columns = shutil.get_terminal_size().columns if sys.stdout.isatty() and not options.nearest else None
             print("\n" + distance_table(tokens, tokenizer, exponent, columns))
     if options.show_distances:
-        print(
-            "\n"
-            + (LEGEND if head.log_weight is None else LEGEND_WITH_RADII).format(
-                exponent=exponent, distance=model.config.distance
-            )
+        legend = LEGEND if head.log_weight is None else LEGEND_WITH_RADII
+        print("\n" + legend.format(exponent=exponent, distance=model.config.distance))
         )
 
 
