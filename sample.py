@@ -4,7 +4,8 @@
     python sample.py runs/quickstart --prompt-file start.txt --num-samples 4 --top-p 0.9
     echo "The with statement" | python sample.py runs/quickstart --prompt - --show-distances
 
-The text goes to standard output, notes go to standard error. Read this file once, downwards."""
+The text goes to standard output, notes go to standard error. Read this file once, downwards.
+"""
 
 import argparse
 import math
@@ -63,7 +64,6 @@ def main(arguments: Sequence[str]) -> None:
     print_prompt(prompt_text, 1, options.num_samples)
     stream = TextStream(tokenizer, prompt_ids) if options.stream else None
     samples = generate(model, prompt_ids, new_tokens, options, stream)
-
     for number, new_ids in enumerate(samples, start=1):
         if number > 1:
             print()
