@@ -97,8 +97,8 @@ def main(arguments: Sequence[str]) -> str:
         "files",
         nargs="+",
         metavar="FILES",
-        help="files or folders: .txt (one document), .jsonl (one per line), .parquet (one per row); .txt and "
-        ".jsonl also with .gz or .zst",
+        help="files or folders: .txt, .md, .py (one document), .jsonl, .ndjson (one per line), .json (one per line, or "
+        "an array), .parquet, .arrow (one per row); text and JSON also with .gz or .zst",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="data folder to write, new or empty")
     add_options(parser, tokenizer="gpt2", val_fraction=0.01)
