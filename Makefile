@@ -14,10 +14,10 @@ HUGGING_FACE := ^(transformers|accelerate|huggingface_hub|tokenizers|safetensors
 
 .PHONY: quickstart announce test test-all test-versions gpu lint clean
 
-# What training, sampling and the reports need.
+# What preparing data, training, sampling and the reports need.
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[data,interpret]"
 	touch $@
 
 # What the tests and the linters need in addition.
@@ -59,7 +59,7 @@ $(VENV)-newest/.installed $(VENV)-oldest/.installed: pyproject.toml constraints.
 	$(PYTHON) -m venv $(@D)
 	grep -vE "$(HUGGING_FACE)" constraints.txt > $(@D)/constraints.txt
 	$(if $(findstring oldest,$@),printf 'transformers==5.17.0\naccelerate==1.15.0\n' >> $(@D)/constraints.txt)
-	$(@D)/bin/pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt -e ".[gpt2-offline]" pytest
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt -e ".[data,interpret,gpt2-offline]" pytest
 	touch $@
 
 # What only a GPU can show, with the python of the environment that is active: GPU machines have a torch of their own.

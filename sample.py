@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import hgpt  # isort: skip  (first: Ctrl-C then ends the imports without a traceback)
+import hgpt.interpret  # isort: skip  (first: Ctrl-C and a missing package then end it without a traceback)
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer

@@ -11,13 +11,14 @@ with the others; 75 stopped by SIGTERM, SIGUSR1 or SIGHUP after a checkpoint, to
 
 import sys
 
-import hgpt.cli  # isort: skip  (first: Ctrl-C then ends the imports without a traceback)
+import hgpt.run  # noqa: F401  # isort: skip  (first: Ctrl-C and a missing package then end it without a traceback)
 import numpy as np
 import torch
 import transformers
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
+from hgpt.cli import hear_interrupts
 from hgpt.data.baselines import unigram_log_p
 from hgpt.data.batches import TrainingBatches
 from hgpt.data.shards import SPLITS, TokenShards, fingerprint, same_data
@@ -241,7 +242,7 @@ if __name__ == "__main__":
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     sys.stdout, sys.stderr = LastingOutput(sys.stdout), LastingOutput(sys.stderr)
-    hgpt.cli.hear_interrupts()
+    hear_interrupts()
     try:
         main(load_run_config(sys.argv[1:], shape_of))
     except BaseException as error:

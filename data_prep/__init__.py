@@ -1,1 +1,3 @@
-import hgpt  # noqa: F401  (first: Ctrl-C then ends the imports without a traceback)
+from hgpt.cli import needs  # hgpt first: Ctrl-C then ends the imports without a traceback
+
+needs("data", "psutil", "pyarrow", "tiktoken")

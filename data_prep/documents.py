@@ -70,6 +70,11 @@ class Documents(Recipe):
             return
         texts = (decode_utf8(document or b"")[0] for document in read_documents(sections, self.fields, []))
         hashes = [self.split(0).hash(text) for text in texts if text.strip()]
+        if min(hashes) == max(hashes):
+            raise UserError(
+                f"All {documents} documents have the same words, and copies of a text are on the same side: there is "
+                "nothing to validate on. Give other documents as well; --val-fraction and --seed do not help."
+            )
         if empty == ["val"]:
             way_out = f"raise it to {min(hashes) + 1e-4:.4f} or more"
         else:
@@ -97,8 +102,8 @@ def main(arguments: Sequence[str]) -> str:
         "files",
         nargs="+",
         metavar="FILES",
-        help="files or folders: .txt (one document), .jsonl (one per line), .parquet (one per row); .txt and "
-        ".jsonl also with .gz or .zst",
+        help="files or folders: .txt, .md, .py (one document), .jsonl, .ndjson (one per line), .json (one per line, or "
+        "an array), .parquet, .arrow (one per row); text and JSON also with .gz or .zst",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="data folder to write, new or empty")
     add_options(parser, tokenizer="gpt2", val_fraction=0.01)

@@ -126,7 +126,9 @@ def add_options(parser: argparse.ArgumentParser, *, tokenizer: str, val_fraction
 def add_text_options(parser: argparse.ArgumentParser) -> None:
     """The options of the commands that read files."""
     parser.add_argument(
-        "--text-column", default="text", help="field or column that holds the text (default: %(default)s)"
+        "--text-column",
+        default="text",
+        help="field or column that holds the text, text.body for a field in a field (default: %(default)s)",
     )
     parser.add_argument(
         "--skip-bad", action="store_true", help="leave out what cannot be read and name it, instead of stopping"

@@ -1,4 +1,4 @@
-"""Text files to documents: .txt, .jsonl and .parquet, the first two also compressed by gzip or zstd.
+"""Text files to documents: .txt, .jsonl, .parquet, .arrow and their like, text also compressed by gzip or zstd.
 
 `find_files` finds the files, `find_sections` cuts them into sections of a few megabytes, and worker processes read
 sections with `read_section`. A document is bytes, which should be UTF-8; this module does not decode them. Only one
@@ -14,18 +14,25 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from math import ceil
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hgpt.errors import UserError
 
 COMPRESSED = (".gz", ".zst")
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+# Suffix → how the file is read. Those of the second line count in a folder only if it has none of the first.
+KINDS = {".txt": ".txt", ".jsonl": ".jsonl", ".ndjson": ".jsonl", ".parquet": ".parquet", ".arrow": ".arrow"}
+BESIDE_DATA = {".md": ".txt", ".py": ".txt", ".json": ".jsonl"}
+KINDS |= BESIDE_DATA
+WANTED = f"{', '.join(KINDS)} files, text and JSON also with .gz or .zst"
 READ_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException)
 
 LARGEST_DOCUMENT = 64 << 20  # bytes of a text file, of a line of JSON, of a value in a Parquet file
@@ -58,20 +65,18 @@ def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
         try:
             if path.is_dir():
                 files = _files_below(path)
-                readable = [file for file in files if kind_of(file) is not None and file.is_file()]
+                possible = [file for file in files if kind_of(file) is not None and file.is_file()]
+                readable = [file for file in possible if _suffix(file) not in BESIDE_DATA] or possible
                 if not readable:
-                    raise UserError(
-                        f"folder {path} holds no text to read. Wanted: {', '.join(SUFFIXES)} files, the first "
-                        "two also with .gz or .zst."
-                    )
+                    raise UserError(f"folder {path} holds no text to read. Wanted: {WANTED}.")
                 found += readable
-                ignored += [file for file in files if kind_of(file) is None or not file.is_file()]
+                ignored += sorted(set(files) - set(readable))
             elif not path.exists():
                 raise UserError(f"{path} does not exist. Give the path of a file or a folder of text.")
             elif kind_of(path) is None:
                 raise UserError(
-                    f"{path}: its name does not say what kind of file it is. Wanted: {', '.join(SUFFIXES)}, the first "
-                    "two also with .gz or .zst; rename it if it is one of these."
+                    f"{path}: its name does not say what kind of file it is. Wanted: {WANTED}; rename it if it is one "
+                    "of these."
                 )
             elif not path.is_file():
                 raise UserError(f"{path} is not a file that can be read twice. Save its content in a file.")
@@ -116,11 +121,14 @@ def printable(name: str) -> str:
 
 
 def kind_of(path: Path) -> str | None:
-    """.txt, .jsonl or .parquet, or None for what cannot be read."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSED:
-        return suffixes[-2] if len(suffixes) > 1 and suffixes[-2] in (".txt", ".jsonl") else None
-    return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
+    """.txt, .jsonl, .parquet or .arrow, as which the file is read, or None for what cannot be read."""
+    kind = KINDS.get(_suffix(path))
+    return None if is_compressed(path) and kind not in (".txt", ".jsonl") else kind
+
+
+def _suffix(path: Path) -> str:
+    """The suffix of the name without .gz and .zst."""
+    return (path.with_suffix("") if is_compressed(path) else path).suffix.lower()
 
 
 def is_compressed(path: Path) -> bool:
@@ -128,6 +136,25 @@ def is_compressed(path: Path) -> bool:
 
 
 def _open(path: Path) -> IO[bytes]:
+    """The decompressed content; a JSON array of a .json file as lines of JSON."""
+    stream = _open_compressed(path)
+    if _suffix(path) != ".json" or not stream.peek(BLOCK).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
+        return stream
+    with stream:
+        content = stream.read(LARGEST_DOCUMENT + 1)
+    if len(content) > LARGEST_DOCUMENT:
+        raise UserError(
+            f"{path} is a JSON array of more than {LARGEST_DOCUMENT >> 20} MiB. Write one object a line into a .jsonl "
+            f"file: jq -c '.[]' {path}"
+        )
+    try:
+        rows = json.loads(content.decode("utf-8-sig", "surrogateescape"))
+    except (ValueError, RecursionError) as error:
+        raise OSError(f"it is not valid JSON ({error})") from error
+    return io.BytesIO("\n".join(map(json.dumps, rows)).encode())
+
+
+def _open_compressed(path: Path) -> io.BufferedReader:
     suffix = path.suffix.lower()
     if suffix == ".gz":
         return io.BufferedReader(gzip.open(path, "rb"))
@@ -154,8 +181,9 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 class Fields:
     """Where the documents are in a file.
 
-    `column`: the field of a line of JSON, or the column of a Parquet file, that holds the text. `separator`: the text
-    between the documents of a .txt file; None if a file is one document.
+    `column`: the field of a line of JSON, or the column of a Parquet or Arrow file, that holds the text; "text.body"
+    is the field body of the field text, unless there is a field "text.body". `separator`: the text between the
+    documents of a .txt file; None if a file is one document.
     """
 
     column: str = "text"
@@ -166,9 +194,9 @@ class Fields:
 class Section:
     """Consecutive documents of one file.
 
-    In a Parquet file: `documents` rows of row group `row_group`, from row `first`. In a text file: `documents`
-    documents from byte `offset` of the decompressed content, after the first `first` lines or documents. `bytes`: the
-    approximate size of their text.
+    In a Parquet file: `documents` rows of row group `row_group`, from row `first`; in an Arrow file, of record batch
+    `row_group`. In a text file: `documents` documents from byte `offset` of the decompressed content, after the first
+    `first` lines or documents. `bytes`: the approximate size of their text.
     """
 
     path: Path
@@ -196,7 +224,7 @@ def find_sections(
         try:
             if refuse_empty and path.stat().st_size == 0:
                 raise OSError("it is empty, 0 bytes")
-            if kind_of(path) != ".parquet":
+            if kind_of(path) not in (".parquet", ".arrow"):
                 of_file = list(_text_sections(path, fields))
                 sections += of_file
                 if kind_of(path) == ".txt" and fields.separator and sum(s.documents for s in of_file) == 1:
@@ -208,12 +236,12 @@ def find_sections(
                         file=sys.stderr,
                     )
                 continue
-            with _open_parquet(path) as file:
-                reason = _wrong_column(file.schema_arrow, fields.column)
-                if reason is None:
-                    sections += _parquet_sections(path, file.metadata, fields.column)
-                else:
-                    wrong.append(f"{path}{reason}")
+            schema, of_file = _table_sections(path, fields.column)
+            reason = _wrong_column(schema, fields.column)
+            if reason is None:
+                sections += of_file
+            else:
+                wrong.append(f"{path}{reason}")
         except READ_ERRORS as error:
             message = str(_unreadable(path, error))
             if not skip_bad:
@@ -237,7 +265,7 @@ def read_section(
     Raises UserError for what cannot be read. With `on_bad` it yields None instead and calls `on_bad` with a message:
     once for a single bad document, or once for all remaining documents of the section if the file is damaged.
     """
-    documents = _parquet_documents if kind_of(section.path) == ".parquet" else _text_documents
+    documents = _table_documents if kind_of(section.path) in (".parquet", ".arrow") else _text_documents
     found = 0
     try:
         for document in documents(section, fields):
@@ -424,6 +452,9 @@ def _text_of_line(line: bytes | None, where: str, column: str) -> bytes | BadDoc
         return BadDocument(
             f"{where}: cannot be read as JSON ({reason}). Every line must be a JSON object; correct or delete the line."
         )
+    while isinstance(row, dict) and column not in row and isinstance(row.get(column.partition(".")[0]), dict):
+        outer, _, column = column.partition(".")
+        row = row[outer]
     if not isinstance(row, dict) or column not in row:
         keys = ", ".join(sorted(row)) or "none" if isinstance(row, dict) else ""
         found = f"an object with the keys {keys}" if keys else "another value"
@@ -449,7 +480,7 @@ def _text_of_line(line: bytes | None, where: str, column: str) -> bytes | BadDoc
 
 
 # ------------------------------------------------------------------------------------------------------------
-# .parquet
+# .parquet and .arrow
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
@@ -457,49 +488,83 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
     return pq.ParquetFile(_for_pyarrow(path), pre_buffer=False, buffer_size=BLOCK, page_checksum_verification=True)
 
 
+@contextmanager
+def _open_arrow(path: Path) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
+    """Schema and record batches of a stream, as datasets writes it, or of a file of Arrow's IPC format."""
+    with open(path, "rb") as stream:
+        if stream.read(6) == b"ARROW1":
+            file = pa.ipc.open_file(stream)
+            yield file.schema, map(file.get_batch, range(file.num_record_batches))
+        else:
+            stream.seek(0)
+            reader = pa.ipc.open_stream(stream)
+            yield reader.schema, iter(reader)
+
+
+def _way_to(schema: pa.Schema, column: str) -> list[str]:
+    """The column, and the fields of structs below it: "text.body" → ["text", "body"], unless it is a name itself."""
+    return [column] if column in schema.names else column.split(".")
+
+
 def _wrong_column(schema: pa.Schema, column: str) -> str | None:
-    """Why `column` of a Parquet file holds no text, as a continuation of the file's name; None if it does."""
+    """Why `column` of a table holds no text, as a continuation of the file's name; None if it does."""
     names = ", ".join(schema.names) or "none"
-    if column not in schema.names:
-        return (
-            f" has no column {column!r}; its columns are {names}. Name the one that holds the text with --text-column."
-        )
-    if schema.names.count(column) > 1:
-        return f" has {schema.names.count(column)} columns {column!r}; its columns are {names}. Rename or remove one."
-    kind = schema.field(column).type
+    way_out = f"Its columns are {names}: name the one that holds the text with --text-column."
+    first, *below = _way_to(schema, column)
+    if first not in schema.names:
+        return f" has no column {column!r}. {way_out}"
+    if schema.names.count(first) > 1:
+        return f" has {schema.names.count(first)} columns {first!r}; its columns are {names}. Rename or remove one."
+    kind = schema.field(first).type
+    for name in below:
+        if not pa.types.is_struct(kind) or kind.get_field_index(name) < 0:
+            return f" has no column {column!r}, and {first!r} holds {kind}. {way_out}"
+        kind = kind.field(name).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if kind in (pa.null(), pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary()):
         return None
-    return (
-        f": the column {column!r} holds {kind}, not text. Its columns are {names}: name the one that holds the text "
-        "with --text-column."
-    )
+    return f": the column {column!r} holds {kind}, not text. {way_out}"
 
 
-def _parquet_sections(path: Path, metadata: pq.FileMetaData, column: str) -> Iterator[Section]:
-    for row_group in range(metadata.num_row_groups):
-        group = metadata.row_group(row_group)
-        chunks = map(group.column, range(group.num_columns))
-        size = next(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
+def _table_sections(path: Path, column: str) -> tuple[pa.Schema, list[Section]]:
+    """The schema, and the sections if the schema has the column."""
+    if kind_of(path) == ".arrow":
+        with _open_arrow(path) as (schema, batches):
+            groups = [] if _wrong_column(schema, column) else [(batch.num_rows, batch.nbytes) for batch in batches]
+    else:
+        with _open_parquet(path) as file:
+            schema = file.schema_arrow
+            groups = [] if _wrong_column(schema, column) else list(_row_groups(file, column))
+    sections = []
+    for number, (rows, size) in enumerate(groups):
         wanted = max(1, min(SECTIONS_PER_ROW_GROUP, round(size / SECTION_BYTES)), ceil(size / LARGEST_SECTION))
-        number = min(wanted, group.num_rows)
-        for index in range(number):
-            first, end = (group.num_rows * edge // number for edge in (index, index + 1))
-            share = size * (end - first) // group.num_rows
-            yield Section(path=path, documents=end - first, bytes=share, row_group=row_group, first=first)
+        parts = min(wanted, rows)
+        for index in range(parts):
+            first, end = (rows * edge // parts for edge in (index, index + 1))
+            share = size * (end - first) // rows
+            sections.append(Section(path=path, documents=end - first, bytes=share, row_group=number, first=first))
+    return schema, sections
 
 
-def _parquet_documents(section: Section, fields: Fields) -> Iterator[bytes | BadDocument | None]:
+def _row_groups(file: pq.ParquetFile, column: str) -> Iterator[tuple[int, int]]:
+    """(rows, bytes of the column's text) of each row group."""
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        chunks = map(group.column, range(group.num_columns))
+        yield group.num_rows, next(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
+
+
+def _table_documents(section: Section, fields: Fields) -> Iterator[bytes | BadDocument | None]:
     end = section.first + section.documents
     position = 0
-    with _open_parquet(section.path) as file:
-        for batch in file.iter_batches(
-            BATCH_ROWS, row_groups=[section.row_group], columns=[fields.column], use_threads=False
-        ):
-            texts = batch.column(0)
-            wanted = texts[max(0, section.first - position) : max(0, end - position)]
-            position += len(texts)
+    with _batches(section, fields.column) as batches:
+        for batch in batches:
+            first, *below = _way_to(batch.schema, fields.column)
+            wanted = batch.column(first)[max(0, section.first - position) : max(0, end - position)]
+            position += batch.num_rows
+            for name in below:
+                wanted = pc.struct_field(wanted, name)  # null where the struct is null
             if pa.types.is_dictionary(wanted.type):
                 wanted = wanted.dictionary_decode()
             for value in wanted:
@@ -509,3 +574,14 @@ def _parquet_documents(section: Section, fields: Fields) -> Iterator[bytes | Bad
                 yield document
             if position >= end:
                 return
+
+
+@contextmanager
+def _batches(section: Section, column: str) -> Iterator[Iterator[pa.RecordBatch]]:
+    """The rows of the section's row group or record batch."""
+    if kind_of(section.path) == ".arrow":
+        with _open_arrow(section.path) as (_, batches):
+            yield islice(batches, section.row_group, section.row_group + 1)
+    else:
+        with _open_parquet(section.path) as file:
+            yield file.iter_batches(BATCH_ROWS, row_groups=[section.row_group], columns=[column], use_threads=False)

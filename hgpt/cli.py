@@ -13,6 +13,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -202,8 +203,25 @@ def is_command() -> bool:
 
 
 # While a command's other modules are imported, Ctrl-C ends the process without a traceback, until `hear_interrupts`.
-if is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+COMMAND = is_command()
+if COMMAND and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def needs(extra: str, *packages: str) -> None:
+    """Raise ModuleNotFoundError if one of `packages`, which `extra` in pyproject.toml brings, is not installed.
+
+    A command prints the message and ends with exit status 2.
+    """
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        message = (
+            f'{" and ".join(missing)} must be installed: pip install "hgpt[{extra}]" (in a checkout: -e ".[{extra}]")'
+        )
+        if COMMAND:
+            print(f"error: {message}", file=sys.stderr)
+            raise SystemExit(2)
+        raise ModuleNotFoundError(message, name=missing[0])
 
 
 def hear_interrupts() -> None:

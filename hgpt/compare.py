@@ -29,11 +29,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import hgpt.interpret  # isort: skip  (first: it names the extra that brings a missing package)
 import torch
 from scipy import stats
 from tqdm import tqdm
 
-import hgpt
 from hgpt.cli import Parser
 from hgpt.cli import run as run_command
 from hgpt.data.batches import accumulation_steps

@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+import hgpt.interpret  # noqa: F401  # isort: skip  (first: it names the extra that brings a missing package)
 import torch
 from torch import Tensor
 from tqdm import tqdm

@@ -318,7 +318,7 @@ def plot(curves: Sequence[Curves], axis: str, target: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError(
-            "--plot needs matplotlib, which is not installed: pip install matplotlib, or use --terminal"
+            '--plot needs matplotlib, which is not installed: pip install "hgpt[interpret]", or use --terminal'
         ) from error
     many = len(curves) > 6  # a legend inside the axes would cover the curves
     height = max(4.5, 0.21 * len(curves) + 0.8)

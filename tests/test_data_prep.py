@@ -86,6 +86,9 @@ def test_a_split_that_leaves_a_side_empty_says_what_helps(tmp_path, capsys):
     assert "All the text is one document" in refused(capsys, tmp_path, ["one"])
     assert "All the text is one document" in refused(capsys, tmp_path, ["one", " "])
     assert "There is no text: 2 empty documents" in refused(capsys, tmp_path, ["", " \n"])
+    for fraction in ("1e-6", "0.999999"):
+        message = refused(capsys, tmp_path, ["one text", "one\ntext", "one text"], "--val-fraction", fraction)
+        assert "All 3 documents have the same words" in message and "raise" not in message and "lower" not in message
 
 
 @pytest.mark.parametrize(

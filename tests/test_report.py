@@ -177,7 +177,7 @@ def test_tensorboard(tmp_path):
 def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
     assert build_trackers(LogConfig(trackers=()), tmp_path, "x") == []
     monkeypatch.setattr(report, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"log\.trackers .*pip install wandb"):
+    with pytest.raises(UserError, match=r"log\.trackers .*pip install \"hgpt\[wandb\]\".* = \[\]"):
         build_trackers(LogConfig(trackers=("wandb",)), tmp_path, "x")
 
 

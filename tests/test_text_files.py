@@ -65,6 +65,14 @@ def test_what_cannot_be_read_is_refused(tmp_path, name):
         find_files([tmp_path / name])
 
 
+def test_files_that_lie_beside_data_count_where_there_are_no_others(tmp_path):
+    for name in ("README.md", "load.py", "info.json", "b.ndjson"):
+        (tmp_path / name).write_text("x")
+    assert found(tmp_path, tmp_path) == ["b.ndjson"]
+    (tmp_path / "b.ndjson").unlink()
+    assert found(tmp_path, tmp_path) == ["README.md", "info.json", "load.py"]
+
+
 # ------------------------------------------------------------------------------------------------------ reading
 
 LINES = json_lines(TEXTS, id=1)
@@ -272,3 +280,73 @@ def test_json_is_what_the_json_library_says(tmp_path):
     lines = [json.dumps({"x": [1, {"text": "n"}], "text": row}, ensure_ascii=rng.random() < 0.5) for row in rows]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     assert decoded(tmp_path / "a.jsonl") == rows
+
+
+def arrow(path, column="text", file=False):
+    table = pa.table({"id": range(len(TEXTS)), column: TEXTS})
+    with (pa.ipc.new_file if file else pa.ipc.new_stream)(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=70)
+
+
+def test_other_kinds_of_files_hold_the_same_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "SECTION_BYTES", 1000)  # several sections in each
+    rows = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]
+    files = {
+        "lines.ndjson": LINES,
+        "lines.json": LINES,
+        "array.json": json.dumps(rows, indent=2).encode(),
+        "array.json.gz": gzip.compress(b"\xef\xbb\xbf\n" + json.dumps(rows).encode()),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    arrow(tmp_path / "stream.arrow")
+    arrow(tmp_path / "file.arrow", file=True)
+    for path in sorted(tmp_path.iterdir()):
+        assert decoded(path) == TEXTS, path.name
+    assert len(read(tmp_path / "stream.arrow")[1]) > 5
+    for name in ("a.md", "a.py"):
+        (tmp_path / name).write_text("one\n\ntwo")
+        assert decoded(tmp_path / name) == ["one\n\ntwo"]
+
+
+def test_datasets_own_folder(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(tmp_path / "saved"))
+    (path,) = find_files([tmp_path / "saved"])[0]
+    assert decoded(path) == TEXTS
+
+
+def test_fields_in_fields(tmp_path):
+    rows = [{"text": {"body": {"en": text}}} for text in TEXTS[:20]] + [{"text": {"body": None}}, {"text": None}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:20]))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text.body.en": "dots", "text": {"body": {"en": "nested"}}}))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    fields = Fields(column="text.body.en")
+    assert decoded(tmp_path / "a.jsonl", fields) == TEXTS[:20]
+    assert decoded(tmp_path / "b.jsonl", fields) == ["dots"]
+    assert read(tmp_path / "a.parquet", fields)[0] == [*(text.encode() for text in TEXTS[:20]), None, None]
+    for column, message in (
+        ("text.body", "struct"),
+        ("text.title", "no column 'text.title'"),
+        ("x.y", "no column 'x.y'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read(tmp_path / "a.parquet", Fields(column=column))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'[{"text": "x"}', "not valid JSON"),
+        ("a.json", b"[" * 100_000, "not valid JSON"),
+        ("a.json", b'{"text":\n"x"}', "Every line must be a JSON object"),
+        ("a.json", b'["x"]', "no JSON object"),
+        ("a.arrow", b"ARROW1 and nothing", "cannot be read"),
+        ("a.arrow", b"no stream", "cannot be read"),
+        ("a.arrow", b"", "cannot be read"),
+    ],
+)
+def test_other_kinds_that_are_damaged(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / name)

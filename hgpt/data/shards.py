@@ -47,7 +47,9 @@ MAX_OPEN_FILES = 128
 
 Kind = TypeVar("Kind")
 
-PREPARE_AGAIN = "Prepare the data again into another folder (python -m data_prep.documents --help)."
+# data_prep is not in the wheel.
+_WHERE = "" if Path(__file__).parents[2].joinpath("data_prep").is_dir() else " (in a checkout of hgpt)"
+PREPARE_AGAIN = f"Prepare the data again into another folder (python -m data_prep.documents --help{_WHERE})."
 # The first bytes of files that other tools write.
 FORMATS = {
     b"\x93NUMPY": "an array of NumPy (.npy)",
@@ -483,7 +485,7 @@ def _locate(folder: Path, split: str) -> tuple[DataMeta | None, list[tuple[Path,
         if not folder.is_dir():
             what = "is not a folder" if folder.exists() else "does not exist"
             raise UserError(
-                f"data folder {folder} {what}. Prepare one with: "
+                f"data folder {folder} {what}. Prepare one{_WHERE} with: "
                 f"python -m data_prep.documents --out {folder} --tokenizer gpt2 FILES..., or, for the corpus of the "
                 f"quickstart, python -m data_prep.python_docs --out {folder}"
             )
@@ -498,7 +500,7 @@ def _locate(folder: Path, split: str) -> tuple[DataMeta | None, list[tuple[Path,
     if not others and not any(re.fullmatch(ours, name) or name in BARE for name in present):
         raise UserError(
             f"data folder {folder} holds no token shards (train_*.bin and val_*.bin, or nanoGPT's train.bin "
-            "and val.bin). Prepare data with: "
+            f"and val.bin). Prepare data{_WHERE} with: "
             f"python -m data_prep.documents --out {folder} --tokenizer gpt2 FILES..."
         )
     if others:

@@ -1,1 +1,5 @@
 """A training run: settings, engines, checkpoints, reporting."""
+
+from hgpt.cli import needs
+
+needs("train", "accelerate", "psutil", "tiktoken")

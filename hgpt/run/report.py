@@ -402,19 +402,21 @@ def _store_settings(tracker: GeneralTracker, settings: dict[str, Any]) -> None:
 def build_trackers(config: LogConfig, run_folder: Path, run_name: str, step: int = 0) -> list[GeneralTracker]:
     """Accelerate's trackers for `log.trackers` of a run that starts or resumes at `step`.
 
-    Raises UserError if wandb is asked for and not installed.
+    Raises UserError for one that is not installed.
     """
     trackers: list[GeneralTracker] = []
     for name in config.trackers:
+        if find_spec(name) is None:
+            extra = "wandb" if name == "wandb" else "train"
+            others = [other for other in config.trackers if other != name]
+            raise UserError(
+                f'log.trackers names "{name}", which is not installed: pip install "hgpt[{extra}]", or set '
+                f"log.trackers = {json.dumps(others)}"
+            )
         if name == "tensorboard":
             # purge_step: TensorBoard drops what was logged after the checkpoint.
             trackers.append(TensorBoardTracker("tensorboard", run_folder, purge_step=step + 1))
             continue
-        if find_spec("wandb") is None:
-            raise UserError(
-                'log.trackers names "wandb", which is not installed: pip install wandb, or set log.trackers = '
-                '["tensorboard"]'
-            )
         wandb_id = run_folder / "wandb_id"  # a resumed run continues this one on wandb
         with writing(wandb_id):
             if not wandb_id.exists():
