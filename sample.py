@@ -78,7 +78,6 @@ def main(arguments: Sequence[str]) -> None:
     if options.show_distances:
         legend = LEGEND if head.log_weight is None else LEGEND_WITH_RADII
         print("\n" + legend.format(exponent=exponent, distance=model.config.distance))
-        )
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ import transformers
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from hgpt.cli import hear_interrupts
 from hgpt.data.baselines import unigram_log_p
 from hgpt.data.batches import TrainingBatches
 from hgpt.data.shards import SPLITS, TokenShards, fingerprint, same_data
@@ -242,7 +241,6 @@ if __name__ == "__main__":
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     sys.stdout, sys.stderr = LastingOutput(sys.stdout), LastingOutput(sys.stderr)
-    hear_interrupts()
     try:
         main(load_run_config(sys.argv[1:], shape_of))
     except BaseException as error:
