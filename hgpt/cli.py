@@ -85,6 +85,8 @@ MEANINGS = {
     "output_dir": "name runs_dir --checkpoint --out",
     "overwrite_output_dir": "resume",
     "run_name": "name",
+    "logging_dir": "name runs_dir",
+    "data_seed": "train.seed",
     "model_name_or_path": "model.init_from --checkpoint",
     "dataset_name": "data.path --data --source",
     "train_file": "data.path",
@@ -103,8 +105,10 @@ MEANINGS = {
     "warmup_ratio": "optim.warmup_steps",
     "label_smoothing_factor": "train.label_smoothing",
     "eval_steps": "eval.every",
+    "eval_strategy": "eval.every",
     "logging_steps": "log.every",
     "save_steps": "checkpoint.every",
+    "save_strategy": "checkpoint.every",
     "save_total_limit": "checkpoint.keep_last",
     "report_to": "log.trackers",
     "bf16": "train.precision",
@@ -152,6 +156,7 @@ MEANINGS = {
 }
 # What has no counterpart → why.
 ANSWERS = {
+    "layer_norm_epsilon": "it is always 1e-5, as in GPT-2",
     "eval_iters": "every evaluation reads the whole validation set",
     "eval_only": "python -m hgpt.evaluate RUN evaluates",
     "gradient_accumulation_steps": "it follows: train.global_batch / (train.micro_batch x number of processes)",
