@@ -9,6 +9,7 @@ where `main` takes the arguments, returns the text to print (or None) and raises
 import argparse
 import difflib
 import os
+import re
 import select
 import signal
 import sys
@@ -202,7 +203,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def is_command() -> bool:
     """Whether this process begins one of our programs: `python -m hgpt.…`, `-m data_prep.…`, train.py, sample.py."""
     if sys.argv[:1] == ["-m"]:  # Python looks for the module that follows -m
-        return sys.orig_argv[sys.orig_argv.index("-m") + 1].split(".")[0] in ("hgpt", "data_prep")
+        ours = re.compile(r"(-\w*m)?(hgpt|data_prep)(\.\w+)*")  # also behind -um, and in -mhgpt.runs
+        return any(map(ours.fullmatch, sys.orig_argv))
     checkout = Path(__file__).resolve().parent.parent
     return Path(sys.argv[0] if sys.argv else "").resolve() in (checkout / "train.py", checkout / "sample.py")
 

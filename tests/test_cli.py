@@ -146,7 +146,7 @@ def test_help_opens_with_what_a_command_does_and_examples(capsys, main):
     assert what.endswith((".", "split.")) and not nothing and example.startswith("    python ")
 
 
-@pytest.mark.parametrize("command", ["train.py", "sample.py", "-m hgpt.runs", "-m data_prep.verify"])
+@pytest.mark.parametrize("command", ["train.py", "sample.py", "-m hgpt.runs", "-um hgpt.runs", "-mdata_prep.verify"])
 def test_ctrl_c_while_importing_prints_no_traceback(tmp_path, command):
     for name in ("torch", "transformers"):
         (tmp_path / f"{name}.py").write_text(
