@@ -7,6 +7,7 @@ The command reads every byte. It checks headers, sizes, checksums, counts, the r
 after each document, and lists all damage (exit status 2 if there is any).
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from itertools import islice
@@ -27,7 +28,7 @@ def verify_folder(folder: Path, vocab_size: int | None = None) -> list[str]:
     """Lines about the content of an undamaged data folder. Raises UserError with a line for each damage."""
     damage: list[str] = []
     lines = []
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False also where permissions hide it
         TokenShards.open(folder, SPLITS[0])  # raises UserError: there is nothing that could be damaged
     for split in SPLITS:
         with tqdm(unit="B", unit_scale=True, desc=f"reading {split}", leave=False) as bar:

@@ -18,6 +18,7 @@ small: T Tᵀ = Σ_h⁻¹ # Σ_w, the geometric mean of covariances. For small n
 with κ > 1 is better; κ is the one with the least divergence from softmax.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -218,7 +219,7 @@ def main(arguments: Sequence[str]) -> str:
     add("--out", required=True, metavar="FOLDER", help="new folder for the harmonic model")
     add("--positions", type=int, default=16384, help="positions of each split to look at (default: %(default)s)")
     options = parser.parse_args(arguments)
-    if Path(options.out).exists():
+    if os.path.exists(options.out):
         raise UserError(f"--out {options.out} exists already: name a new folder")
     if options.positions < 1:
         raise UserError(f"--positions must be at least 1; got {options.positions}")

@@ -44,6 +44,7 @@ ZeRO's parameters, gradients and optimiser state were within 0.2 % of two CPU pr
 buckets, gathered weights and fsdp2 (torch 2.13) follow the source code of the libraries and were not measured.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -385,7 +386,7 @@ def make_plan(run: RunConfig, launch: Launch) -> Plan:
     data, train = run.data, run.train
     notes, shards = [], None
     vocab_size, end_of_text = data.vocab_size or GPT2_VOCAB_SIZE, None
-    if Path(data.path).exists():
+    if os.path.exists(data.path):
         shards = TokenShards.open(data.path, "train", data.vocab_size)
         vocab_size, end_of_text = shards.vocab_size, shards.end_of_text
         accumulation = TrainingBatches(

@@ -354,7 +354,7 @@ def test_sources(places):
         (["--device", "quantum"], "--device quantum cannot be used here"),
         (["--data", "/nowhere"], "/nowhere"),
         (["--relations", "/nowhere"], "--relations /nowhere: there is no such folder"),
-        (["--frobnicate"], "unrecognized arguments: --frobnicate .*--help lists every option"),
+        (["--frobnicate"], "there is no option --frobnicate .*--help lists every option"),
         (["--out", __file__], "is a file; name a folder"),
     ],
 )

@@ -156,7 +156,7 @@ class ModelConfig(_fields_of_hgpt_config(MODEL)):  # type: ignore[misc]  # a bas
 
 def read_backbone(path: str) -> dict[str, Any]:
     """A config.json of transformers, by its path or that of its folder. Raises UserError."""
-    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    file = Path(path) / "config.json" if os.path.isdir(path) else Path(path)
     way_out = "Give a config.json of transformers, or a folder that holds one"
     try:
         found = read_json(file, way_out)
