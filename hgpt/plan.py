@@ -49,7 +49,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
