@@ -20,7 +20,7 @@ from hgpt.run.settings import known_settings, load_run_config, settings
 from hgpt.run.stop import explain
 
 pytestmark = pytest.mark.slow
-CASES, SECONDS = 150, 60
+SETTINGS, FILES, SECONDS = 300, 150, 60  # test_fuzz_data.py damages 150 files more
 # Values of every type at and beyond each limit. 10**7 is a size that no small machine has memory for.
 VALUES = [
     None, True, False, 0, 1, -1, 2, 3, 7, 10**7, 2**31, 2**63 - 1, 2**63, 10**400, 0.0, -0.5, 1.5, 1e-300, 1e300, 1e-9,
@@ -68,7 +68,7 @@ def test_settings(data, tmp_path):
     names = sorted(known_settings().keys() - LEFT_OUT)
     base = settings(make_config(data, tmp_path, **SHORT))
     done = 0
-    for case in range(CASES):
+    for case in range(SETTINGS):
         values = base | {"name": f"run{case}"}
         for name in rng.sample(names, rng.choice((1, 1, 2))):
             values[name] = rng.choice(VALUES)
@@ -77,7 +77,7 @@ def test_settings(data, tmp_path):
         ]
         done += survives(arguments, lambda arguments=arguments: train.main(load_run_config(arguments)))
         shutil.rmtree(tmp_path / f"run{case}", ignore_errors=True)
-    assert 0 < done < CASES
+    assert 0 < done < SETTINGS
 
 
 def changed(rng: random.Random, content: bytes) -> bytes:
@@ -120,7 +120,7 @@ def test_files_of_a_run(data, tmp_path):
     train.main(whole)
     config = replace(whole, name="run", resume="auto", train=replace(whole.train, steps=3))
     done = 0
-    for case in range(CASES):
+    for case in range(FILES):
         shutil.rmtree(config.run_folder, ignore_errors=True)
         shutil.copytree(whole.run_folder, config.run_folder, symlinks=True)
         newest = checkpoints(config.run_folder)[-1]
@@ -144,4 +144,4 @@ def test_files_of_a_run(data, tmp_path):
                 compare.outcome_of(config)
             except UserError as error:
                 assert str(config.run_folder) in str(error)
-    assert CASES / 3 < done < CASES
+    assert FILES / 3 < done < FILES
