@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= passive
 MODEL_TESTS := tests/test_modeling.py tests/test_model_card.py tests/test_source.py tests/test_sample.py tests/test_earlier_versions.py tests/test_harmonized.py tests/test_convert.py
 HUGGING_FACE := ^(transformers|accelerate|huggingface_hub|tokenizers|safetensors)==
 
-.PHONY: quickstart announce test test-all test-versions gpu lint clean
+.PHONY: quickstart announce test test-all test-versions gpu papers lint clean
 
 # What preparing data, training, sampling and the reports need.
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -67,6 +67,10 @@ MINUTES ?= 8
 OUT ?= runs/gpu-$(shell date +%Y%m%d-%H%M%S)
 gpu:
 	$(PYTHON) -m benchmarks.gpu --minutes $(MINUTES) --out $(OUT)
+
+# Small versions of the papers' experiments; docs/papers.md has the larger ones.
+papers: $(VENV)/.base
+	$(BIN)/python -m papers.baek2025_toys --faithful --tasks lattice --epochs 30 --seeds 5 --plot runs/baek2025_toys/lattice.png
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

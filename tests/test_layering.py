@@ -17,7 +17,7 @@ FLOORS = (
     ("hgpt.source", "hgpt.decoding"),
     ("hgpt.interpret",),
     ("hgpt.compare", "hgpt.convert", "hgpt.evaluate", "hgpt.plan", "hgpt.runs", "data_prep"),  # commands
-    ("train", "sample", "benchmarks"),
+    ("train", "sample", "benchmarks", "papers"),
 )
 COMMANDS = (
     "hgpt.compare",
@@ -35,7 +35,7 @@ def modules() -> dict[str, Path]:
     """Dotted name → file, of everything that is ours."""
     files = [
         *ROOT.glob("*.py"),
-        *(path for folder in ("hgpt", "data_prep", "benchmarks") for path in (ROOT / folder).rglob("*.py")),
+        *(path for folder in ("hgpt", "data_prep", "benchmarks", "papers") for path in (ROOT / folder).rglob("*.py")),
     ]
     return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
 

@@ -39,6 +39,7 @@ NOT_RUN = {
     "hgpt.compare": "trains dozens of runs",
     " FOLDER": "reads texts of the reader's",
     "benchmarks.": "minutes",
+    "papers.": "minutes",
     "--text my_texts/0.txt --json": "needs a download",
     "lm_eval ": "tests/test_evaluate.py runs its task file",
     "hf ": "needs an account",

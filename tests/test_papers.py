@@ -1,0 +1,127 @@
+"""papers/: the tasks by hand, the leak of the released split, vmapped training, measures, bad input."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+
+from hgpt.cli import run
+from papers import baek2025_toys as toys
+
+SETTINGS = toys.Settings(
+    faithful_bias=True,
+    faithful_tying=True,
+    dropout_at_test=False,
+    epsilon=1e-4,
+    exponent="2",
+    fraction=0.8,
+    epochs=30,
+    learning_rate=toys.LR,
+    weight_decay=None,
+    compiled=False,
+)
+# Examples worked out by hand.
+BY_HAND = {
+    "lattice": {(0, 6, 12): 18, (7, 8, 3): 4, (24, 23, 24): 23},  # (1,1) + (2,2) − (0,0) = (3,3); (1,3) + (0,3) − (1,2)
+    "circle": {(30, 30): 29, (15, 16): 0, (3, 4): 7},
+    "equivalence": {(3, 38): 40, (39, 4): 40, (0, 1): 41},
+    "genealogy": {(5, 127): 2, (126, 128): 31, (126, 129): 127, (3, 129): 2},
+    # 1 exchanges the last two of four, 6 the first two; (1 0 2 3) after (0 1 3 2) is (1 0 3 2), number 7.
+    "permutation": {(0, 23): 23, (6, 1): 7, (23, 23): 0, (3, 3): 4, (2, 6): 12, (6, 2): 8},
+}
+
+
+@pytest.mark.parametrize("task", toys.TASKS)
+def test_examples_are_those_worked_out_by_hand(task: str) -> None:
+    found = {}
+    for seed in range(80 if task == "lattice" else 10):
+        x, y = toys.TASKS[task].examples(np.random.default_rng(seed))
+        assert x.shape == (576 if task == "permutation" else 1000, toys.TASKS[task].tokens)
+        assert max(x.max(), y.max()) < toys.TASKS[task].vocabulary
+        found |= {tuple(map(int, tokens)): int(label) for tokens, label in zip(x, y, strict=True)}
+    assert {tokens: found.get(tokens) for tokens in BY_HAND[task]} == BY_HAND[task]
+
+
+@pytest.mark.parametrize(
+    ("task", "published"),
+    [("lattice", 0.11), ("circle", 0.55), ("equivalence", 0.41), ("genealogy", 0.90), ("permutation", 0.0)],
+)
+def test_the_released_split_leaks_as_published(task: str, published: float) -> None:
+    splits = [toys.split(task, seed, 0.8) for seed in range(10)]
+    assert np.mean([one.leaked.float().mean() for one in splits]) == pytest.approx(
+        published, abs=0.04
+    )  # theirs is one seed's
+    one = splits[0]
+    known = set(map(tuple, one.x.tolist()))
+    assert one.leaked.tolist() == [tuple(tokens) in known for tokens in one.test_x.tolist()]
+
+
+@pytest.mark.parametrize("model", toys.MODELS)
+def test_seeds_side_by_side_are_seeds_one_by_one(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toys, "DROPOUT", 0.0)  # of other numbers
+    settings = dataclasses.replace(SETTINGS, epochs=1)
+    together = toys.train("lattice", model, [3, 4], settings)
+    alone = toys.train("lattice", model, [4], settings)
+    np.testing.assert_allclose(together["embedding"][1], alone["embedding"][0], atol=1e-4)
+    assert abs(together["embedding"][0] - alone["embedding"][0]).max() > 0.1
+    np.testing.assert_allclose(together["clean"][1], alone["clean"][0], atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("model", "epochs", "accuracy"),
+    [
+        ("harmonic-mlp", 25, 0.95),
+        ("standard-mlp", 25, 0.95),
+        pytest.param("standard-transformer", 80, 0.85, marks=pytest.mark.slow),
+        pytest.param("harmonic-transformer", 80, 0.85, marks=pytest.mark.slow),
+    ],
+)
+def test_a_model_learns_the_lattice(model: str, epochs: int, accuracy: float) -> None:
+    result = toys.train("lattice", model, [0], dataclasses.replace(SETTINGS, epochs=epochs))
+    assert result["clean"][0, -1] >= accuracy
+
+
+def test_measures_are_scikit_learns_and_those_by_hand() -> None:
+    embedding = np.random.default_rng(0).normal(size=(3, 31, 16))
+    expected = PCA().fit(embedding[1]).explained_variance_ratio_.cumsum()[[0, 1, 3, 5]]
+    np.testing.assert_allclose(toys.explained_variance(embedding)[1], expected)
+    angle = np.arange(8) * np.pi / 4
+    assert toys.circle_score(np.stack([np.cos(angle), np.sin(angle), 0 * angle], 1)) == pytest.approx(0, abs=1e-9)
+    accuracy = np.zeros((3, 60))
+    accuracy[0, 7:] = accuracy[1, 5:24] = accuracy[1, 30:50] = 0.95  # 19 epochs in a row are too few
+    np.testing.assert_array_equal(toys.sustained(accuracy), [7, 30, np.nan])
+
+
+def test_epsilon_is_added_to_the_squared_distance() -> None:
+    head = toys.ShiftedHead(16, 5, 2.0)
+    head.epsilon = 1e-4
+    x, w = torch.randn(3, 16), head.weight.detach()
+    p = 1 / (torch.cdist(x.double(), w.double()) ** 2 + 1e-4)
+    torch.testing.assert_close(head(x).softmax(-1).double(), p / p.sum(-1, keepdim=True), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("--seeds 0", "--epochs 0", "--fraction 1", "--lr 0", "--weight-decay -1", "--exponent -2", "--exponent few"),
+        *("--tasks squares", "--models linear"),
+    ],
+)
+def test_bad_input_is_named(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(toys.main, words.split()) == 2
+    assert words.split()[0] in capsys.readouterr().err
+
+
+def test_a_result_is_used_again_and_a_damaged_one_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"--tasks circle --models harmonic-mlp --epochs 1 --seeds 2 --out {tmp_path} --plot {tmp_path / 'p.png'}"
+    assert run(toys.main, words.split()) == 0
+    first = capsys.readouterr().out
+    (stored,) = tmp_path.glob("*.npz")
+    assert run(toys.main, words.split()) == 0
+    assert capsys.readouterr().out == first  # with the time of the first
+    stored.write_bytes(stored.read_bytes()[:200])
+    assert run(toys.main, words.split()) == 2
+    assert str(stored) in capsys.readouterr().err
