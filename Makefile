@@ -68,7 +68,7 @@ OUT ?= runs/gpu-$(shell date +%Y%m%d-%H%M%S)
 gpu:
 	$(PYTHON) -m benchmarks.gpu --minutes $(MINUTES) --out $(OUT)
 
-# A small version of an experiment of Baek et al., about three minutes.
+# A small version of an experiment of Baek et al., less than a minute; docs/papers.md has the larger ones.
 papers: $(VENV)/.base
 	$(BIN)/python -m papers.baek2025_toys --faithful --tasks lattice --epochs 30 --seeds 5 --plot runs/baek2025_toys/lattice.png
 

@@ -1,4 +1,4 @@
-"""The synthetic tasks of Baek et al., arXiv:2502.01628: explained variance, epochs to generalise, structure.
+"""The synthetic tasks of Baek et al., arXiv:2502.01628: explained variance, epochs to generalise.
 
     python -m papers.baek2025_toys --faithful --tasks lattice circle --models harmonic-mlp standard-mlp
     python -m papers.baek2025_toys --tasks circle --epochs 50 --seeds 2            a smoke run
@@ -298,14 +298,6 @@ def sustained(accuracy: np.ndarray) -> np.ndarray:
     return np.where(above.any(1), above.argmax(1), np.nan)
 
 
-def circle_score(embedding: np.ndarray) -> float:
-    """std / mean of the distances to the centroid in the plane of two components scaled to [0, 1]²; 0 on a circle."""
-    points = plane(embedding)
-    points = (points - points.min(0)) / np.ptp(points, axis=0)
-    radii = np.linalg.norm(points - points.mean(0), axis=1)
-    return float(radii.std() / radii.mean())
-
-
 def median(values: np.ndarray) -> str:
     """The median of the numbers that are not nan, and how many these are."""
     known = values[~np.isnan(values)]
@@ -327,7 +319,8 @@ HEADING = """| task | model | EV 1 | EV 2 | EV 4 | EV 6 | epochs, train | epochs
 def draw(path: Path, task: str, results: dict[str, dict[str, np.ndarray]], seed: int) -> None:
     """The embedding's first two components, one panel a model."""
     figure, axes = grid(len(results), 3, row_height=3.6, extra=0.3)
-    for axis, (model, result), colour in zip(axes.flat, results.items(), COLOURS, strict=False):
+    for axis, (model, result) in zip(axes.flat, results.items(), strict=False):
+        colour = COLOURS[("standard", "harmonic", "spherical").index(model.split("-")[0])]
         embedding = result["embedding"][seed][TASKS[task].rows]
         points = plane(embedding)
         axis.scatter(*points.T, s=14, color=colour)

@@ -94,8 +94,6 @@ def test_measures_are_scikit_learns_and_those_by_hand() -> None:
     embedding = np.random.default_rng(0).normal(size=(3, 31, 16))
     expected = PCA().fit(embedding[1]).explained_variance_ratio_.cumsum()[[0, 1, 3, 5]]
     np.testing.assert_allclose(toys.explained_variance(embedding)[1], expected)
-    angle = np.arange(8) * np.pi / 4
-    assert toys.circle_score(np.stack([np.cos(angle), np.sin(angle), 0 * angle], 1)) == pytest.approx(0, abs=1e-9)
     accuracy = np.zeros((3, 60))
     accuracy[0, 7:] = accuracy[1, 5:24] = accuracy[1, 30:50] = 0.95  # 19 epochs in a row are too few
     np.testing.assert_array_equal(toys.sustained(accuracy), [7, 30, np.nan])
