@@ -44,7 +44,7 @@ from hgpt.interpret.drawing import measure_against_loss, save_figure
 from hgpt.interpret.report import READABILITY, analyse, readability, restricted, write_report
 from hgpt.interpret.statistics import holm
 from hgpt.interpret.subject import AnalysisSettings
-from hgpt.model.modeling_hgpt import HGPTForCausalLM
+from hgpt.model.harmonized import model_class
 from hgpt.run.checkpoint import checkpoint_step, checkpoints
 from hgpt.run.config import RunConfig
 from hgpt.run.energy import check_country
@@ -324,7 +324,7 @@ def check_run(config: RunConfig) -> None:
         vocab_size, end_of_text = splits[0].vocab_size, splits[0].end_of_text
         model = config.model.to_hf(vocab_size=vocab_size, seq_len=data.seq_len, end_of_text=end_of_text)
         with torch.device("meta"):
-            HGPTForCausalLM(model)
+            model_class(model)(model)
         if config.model.init_from is not None:
             check_tokenizer(config.model.init_from, splits[0])
     except UserError as error:
