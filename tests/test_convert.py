@@ -36,6 +36,19 @@ def test_the_lift_is_exact_in_the_limit_and_its_error_is_of_first_order(softmax)
     assert error(1e5) / error(1e6) == pytest.approx(10, rel=0.1)
 
 
+@pytest.mark.parametrize("n", [1.0, 1e3])
+def test_what_is_constant_is_exact_for_every_exponent(n):
+    """Where x·u_i = 0 and |x|² is at its mean, the scores are the a_i, also of centres with r_i = 0 (n = 1)."""
+    torch.manual_seed(1)
+    few = Softmax(w=torch.randn(5, 12).double(), b=torch.randn(5).double(), h=torch.randn(400, 12).double())
+    balanced = balance(few)
+    x = balanced.x_sq.sqrt() * torch.linalg.svd(balanced.u).Vh[-1]
+    found = lift(balanced, n)
+    assert bool((found.centres[:, -1] == 0).all()) == (n == 1)
+    scores = found.log_weight - n * (found.centres - torch.cat((x, x.new_zeros(1)))).norm(dim=1).log()
+    torch.testing.assert_close(scores - scores.mean(), balanced.a - balanced.a.mean())
+
+
 def test_balanced_means_are_equal_and_chosen_lifts_are_the_better_ones(softmax):
     balanced = balance(softmax)
     x, u = (softmax.h - softmax.h.mean(0)) @ balanced.t, balanced.u
