@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import run
+from processes import finish, run, start
 from remote_code import WITHOUT_HGPT
 from small_run import HARMONIC, losses, make_config, markov_tokens, write_data
 from torch.utils.flop_counter import FlopCounterMode
@@ -241,6 +241,29 @@ def test_a_backbone_trains_alike_under_every_engine_and_resumes(data, tmp_path, 
 def test_bad_backbones_of_a_run_are_refused(data, tmp_path, values, model, message):
     with pytest.raises(UserError, match=message):
         train.main(backbone_run(data, tmp_path, values=values and GROUPED | values, model=model))
+
+
+def test_another_backbone_in_the_file_is_not_resumed(data, tmp_path):
+    config = backbone_run(data, tmp_path)
+    train.main(config)
+    backbone_run(data, tmp_path, values={"model_type": "llama", **GROUPED, "hidden_act": "relu"})
+    with pytest.raises(UserError, match=r"backbone\.hidden_act = 'silu', and the run 'relu'"):
+        train.main(replace(config, resume="auto"))
+
+
+@pytest.mark.slow
+def test_nodes_with_other_backbones_in_their_files_do_not_start(data, tmp_path, monkeypatch):
+    config = backbone_run(data, tmp_path, train={"micro_batch": 4})
+    for node, act in enumerate(("silu", "relu")):
+        (tmp_path / f"node{node}").mkdir()
+        values = {"model_type": "llama", **GROUPED, "hidden_act": act}
+        (tmp_path / f"node{node}" / "backbone.json").write_text(json.dumps(values))
+    monkeypatch.chdir(tmp_path / "node0")
+    config = replace(config, model=replace(config.model, backbone="backbone.json"))
+    folders = [tmp_path / f"node{node}" for node in range(2)]
+    assert finish(start([config], 2, "ddp", tmp_path / "log", folders=folders)) == [2, 2]
+    assert "the content of model.backbone" in (tmp_path / "log.1").read_text()
+    assert not config.run_folder.exists()
 
 
 def test_the_plan_counts_parameters_and_flops_of_a_backbone(data, tmp_path):

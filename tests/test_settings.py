@@ -191,6 +191,9 @@ def test_fewer_steps_than_a_files_warm_up_lower_it(file, capsys):
     assert len(printed) == 2 and all("optim.warmup_steps" in line and "train.steps" in line for line in printed)
     with pytest.raises(UserError, match=r"optim\.warmup_steps = 10 must"):
         load(file, "train.steps=10 optim.warmup_steps=10")
+    file.write_text(file.read_text().replace("warmup_steps = 10", "warmup_steps = 100"))
+    with pytest.raises(UserError, match=r"optim\.warmup_steps = 100 must"):  # nobody asked for fewer steps
+        load(file)
 
 
 # ---------------------------------------------------------------------------------------------------------------

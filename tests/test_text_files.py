@@ -317,14 +317,19 @@ def test_datasets_own_folder(tmp_path):
 
 
 def test_fields_in_fields(tmp_path):
-    rows = [{"text": {"body": {"en": text}}} for text in TEXTS[:20]] + [{"text": {"body": None}}, {"text": None}]
+    rows = [{"text": {"author": "me", "body": {"id": "1", "en": text}}} for text in TEXTS[:20]]
+    rows += [{"text": {"author": "me", "body": None}}, {"text": None}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:20]))
     (tmp_path / "b.jsonl").write_text(json.dumps({"text.body.en": "dots", "text": {"body": {"en": "nested"}}}))
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write(table)
     fields = Fields(column="text.body.en")
     assert decoded(tmp_path / "a.jsonl", fields) == TEXTS[:20]
     assert decoded(tmp_path / "b.jsonl", fields) == ["dots"]
-    assert read(tmp_path / "a.parquet", fields)[0] == [*(text.encode() for text in TEXTS[:20]), None, None]
+    for name in ("a.parquet", "a.arrow"):
+        assert read(tmp_path / name, fields)[0] == [*(text.encode() for text in TEXTS[:20]), None, None]
     for column, message in (
         ("text.body", "struct"),
         ("text.title", "no column 'text.title'"),
