@@ -136,7 +136,7 @@ def best_lift(softmax: Softmax, balanced: Balanced, n: float) -> Lift:
 def compare(
     softmax: Softmax, lifted: Lift | Softmax, h: Tensor, targets: Tensor | None = None
 ) -> tuple[float, float, float]:
-    """Means over positions: KL(softmax ‖ lifted) in nats, how often the likeliest token is the same, −log p_target."""
+    """Means over positions: KL(softmax ‖ lifted) in nats, how often the most probable token is the same, −log p_target."""
     sums = torch.zeros(3, dtype=torch.float64)
     for rows in torch.arange(len(h)).split(CHUNK):
         before, after = (layer.logits(h[rows]).log_softmax(-1) for layer in (softmax, lifted))
@@ -252,13 +252,13 @@ def main(arguments: Sequence[str]) -> str:
 
 def report(softmax: Softmax, lifts: Sequence[Lift], h: Tensor, targets: Tensor | None) -> str:
     """A line for each exponent: KL to the softmax model, agreement with it, and the loss with `targets`."""
-    lines = [f"{'n':>8}  {'n/√D':>6}  {'KL, nats':>9}  {'same likeliest token':>20}  {'loss':>7}"]
+    lines = [f"{'n':>8}  {'n/√D':>6}  {'KL, nats':>9}  {'top-1 agreement':>15}  {'loss':>7}"]
     layers: list[Softmax | Lift] = [softmax, *lifts]
     for layer in layers:
         kl, same, loss = compare(softmax, layer, h, targets)
         n = layer.n if isinstance(layer, Lift) else 0.0
         shown = f"{n:8.4g}  {n / softmax.w.shape[1] ** 0.5:6.3g}" if n else f"{'softmax':>8}  {'':6}"
-        lines.append(f"{shown}  {kl:9.5f}  {same:20.2%}" + (f"  {loss:7.4f}" if targets is not None else ""))
+        lines.append(f"{shown}  {kl:9.5f}  {same:15.2%}" + (f"  {loss:7.4f}" if targets is not None else ""))
     return "\n".join(lines)
 
 
