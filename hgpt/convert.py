@@ -136,7 +136,7 @@ def best_lift(softmax: Softmax, balanced: Balanced, n: float) -> Lift:
 def compare(
     softmax: Softmax, lifted: Lift | Softmax, h: Tensor, targets: Tensor | None = None
 ) -> tuple[float, float, float]:
-    """Means over positions: KL(softmax ‖ lifted) in nats, how often the most probable token is the same, −log p_target."""
+    """Means over positions: KL(softmax ‖ lifted) in nats, top-1 agreement, −log p_target."""
     sums = torch.zeros(3, dtype=torch.float64)
     for rows in torch.arange(len(h)).split(CHUNK):
         before, after = (layer.logits(h[rows]).log_softmax(-1) for layer in (softmax, lifted))
