@@ -244,7 +244,7 @@ class Engine:
         """Clip the gradient to a global norm of optim.grad_clip (0: not at all). Collective.
 
         Returns the norm before clipping, a scalar on the device. With train.skip_non_finite the optimiser skips the
-        step if the norm is not finite: fused AdamW checks found_inf on the device without a sync; Muon needs one.
+        step if the norm is not finite: fused AdamW and Muon check found_inf on the device, without a sync.
         """
         limit = self.config.optim.grad_clip or float("inf")
         norm = _whole(torch.as_tensor(self.accelerator.clip_grad_norm_(model.parameters(), limit)))
