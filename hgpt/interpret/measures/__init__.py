@@ -16,8 +16,11 @@ from hgpt.interpret.measures import (
     training,
 )
 
-ON_TEXT = (predictions, calibration)
-RELATIONS = (parallelograms, differences, analogies, planes)
-VECTORS = (geometry, similarity, lens)
-TO_READ = (training, reading, centres)
-MEASURES = tuple(Measure.of(module) for module in (*ON_TEXT, *RELATIONS, *VECTORS, *TO_READ))
+GROUPS = {
+    "On {part}": (predictions, calibration),
+    "Relations between words": (parallelograms, differences, analogies, planes),
+    "Vectors": (geometry, similarity, lens),
+    "Training": (training,),
+    "To read": (reading, centres),
+}
+MEASURES = tuple(Measure.of(module, group) for group, modules in GROUPS.items() for module in modules)
