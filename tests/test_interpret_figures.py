@@ -28,6 +28,7 @@ from hgpt.interpret.measure import (
     paragraph,
 )
 from hgpt.interpret.measures import MEASURES, calibration
+from hgpt.interpret.measures import planes as planes_of_relations
 from hgpt.interpret.measures.differences import conclusions, mean_differences
 from hgpt.interpret.measures.parallelograms import BAEK2025, RelationScore, score_distributions, scores_by_relation
 from hgpt.interpret.models import Source
@@ -118,10 +119,12 @@ def drawn(found: Analysis, *measures: str) -> dict[str, Drawing]:
     return {drawing.name: drawing for measure in shown for drawing in drawings(measure.section(found))}
 
 
-def prose(found: Analysis, name: str) -> str:
-    """The paragraphs of the section of one measure."""
-    (measure,) = (measure for measure in MEASURES if measure.name == name)
-    return " ".join(item for block in measure.section(found) if isinstance(block, Prose) for item in block.items)
+def prose_of_planes(found: Analysis) -> str:
+    """The paragraphs of their section, without drawing the figures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planes_of_relations, "draw", lambda *rest: Drawing(name="", title="", figure=Figure()))
+        blocks = planes_of_relations.section(found)
+    return " ".join(item for block in blocks if isinstance(block, Prose) for item in block.items)
 
 
 def legend(figure: Figure) -> list[str]:
@@ -155,7 +158,7 @@ def test_a_model_without_usable_relations_is_left_out_and_named(without):
     for name in ("scores_by_relation", "score_cdfs"):
         assert legend(figures[name].figure) == ["rich"]
         assert figures[name].caption.endswith("enough usable pairs: poor.")
-    assert "Not drawn: poor." in prose(found, "planes")
+    assert "Not drawn: poor." in prose_of_planes(found)
     for name in ("plane_of_relation_1", "plane_of_relation_2", "plane_of_vocabulary_1"):
         assert len(figures[name].figure.axes) == 1
     # The look belongs to the place in the report, whoever is left out.
@@ -170,7 +173,7 @@ def test_models_that_share_no_relation():
     planes = drawn(found, "planes")
     assert [drawing.title for drawing in planes.values()] == ["x", "x"]
     assert [axes.get_title().split(" · ")[0] for axes in planes["plane_of_relation_1"].figure.axes] == ["a", "c"]
-    assert "Not drawn: b." in prose(found, "planes")
+    assert "Not drawn: b." in prose_of_planes(found)
     found.compared = {"differences": {"c": [{"variant": BAEK2025, "relation": "x", "difference": 1.0, "low": 0.0,
                                              "high": 2.0, "p": 0.5, "p_holm": 0.5}]}}  # fmt: skip
     difference = drawn(found, "differences")["variants"]
@@ -215,7 +218,7 @@ def test_the_same_figure_is_the_same_file_and_has_ids_of_its_own_on_a_page(tmp_p
 def test_captions_of_planes_say_what_is_not_drawn():
     relations = {BAEK2025: {f"relation{i}": relation(1.0) for i in range(6)}}
     found = analysis(*(model(label, relations) for label in "abcde"))
-    caption = prose(found, "planes")
+    caption = prose_of_planes(found)
     assert "first 4 of 6 relations are drawn. Not drawn: relation4, relation5." in caption
     assert "Not drawn: d, e." in caption and "At most 8 pairs" in caption
 
