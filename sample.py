@@ -24,6 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation import BaseStreamer
 
 from hgpt import cli, decoding
+from hgpt.data.tokenizer import encode
 from hgpt.errors import UserError
 from hgpt.hardware import choose_device, enough_memory
 from hgpt.interpret.token_distances import LEGEND, LEGEND_WITH_RADII, distance_table, measure
@@ -244,7 +245,7 @@ def read_prompt(options: argparse.Namespace) -> str:
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, model: PreTrainedModel) -> list[int]:
     """The tokens of the prompt; if it is empty, end-of-text alone, which precedes every training document."""
     if prompt:
-        return tokenizer(prompt, add_special_tokens=model.config.model_type != "hgpt").input_ids
+        return encode(tokenizer, prompt, add_special_tokens=model.config.model_type != "hgpt").input_ids
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start is None:
         raise UserError("the tokenizer has no end-of-text token to start from; give a --prompt")
