@@ -243,10 +243,14 @@ def read_prompt(options: argparse.Namespace) -> str:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, model: PreTrainedModel) -> list[int]:
-    """The tokens of the prompt; if it is empty, end-of-text alone, which precedes every training document."""
+    """The tokens of the prompt; if it is empty, end-of-text alone, which precedes every training document.
+
+    A vocabulary of characters has none: its texts start at a line break, as those of nanoGPT's sample.py.
+    """
     if prompt:
         return encode(tokenizer, prompt, add_special_tokens=model.config.model_type != "hgpt").input_ids
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    start = tokenizer.get_vocab().get("\n") if start is None else start
     if start is None:
         raise UserError("the tokenizer has no end-of-text token to start from; give a --prompt")
     return [start]

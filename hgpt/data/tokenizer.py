@@ -172,12 +172,13 @@ def hf_tokenizer(
     backend = _read_backend(path)
     if backend.num_special_tokens_to_add(False):  # a template of Llama ("<s> $A") or BERT
         backend.post_processor = None
-    token = backend.id_to_token(_end_of_text(path, backend) if end_of_text is None else end_of_text)
-    special = {} if token is None else dict.fromkeys(("bos_token", "eos_token", "pad_token"), token)
-    if token is not None:
+    special = {}
+    if path.name != CHARACTERS_FILE:
+        token = backend.id_to_token(_end_of_text(path, backend) if end_of_text is None else end_of_text)
+        if token is None:
+            raise UserError(f"{path} has no token {end_of_text}, which ends the texts of its folder. Copy it again.")
+        special = {name: token for name in ("bos_token", "eos_token", "pad_token")}
         special["unk_token"] = _unknown_token(backend) or token
-    elif path.name != CHARACTERS_FILE:
-        raise UserError(f"{path} has no token {end_of_text}, the end_of_text of {path.with_name('meta.json')}.")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_max_length=model_max_length,
