@@ -190,7 +190,13 @@ def _tokenizer(recipe: Recipe, plan: Plan) -> Tokenizer:
                     bar.update(section.documents)
                 place += section.documents
 
-    return load_tokenizer(recipe.tokenizer, training_texts)
+    tokenizer = load_tokenizer(recipe.tokenizer, training_texts)
+    if tokenizer.end_of_text < 0:
+        raise UserError(
+            f"--tokenizer {recipe.tokenizer}: nanoGPT's characters have no end-of-text, with which documents end here. "
+            "Use gpt2, bpe:N or a tokenizer.json; nanoGPT's prepare.py writes data of characters, which train.py reads."
+        )
+    return tokenizer
 
 
 def _settings(recipe: Recipe, plan: Plan, tokenizer_json: Path) -> dict[str, Any]:

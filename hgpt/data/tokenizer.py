@@ -177,7 +177,7 @@ def hf_tokenizer(
         token = backend.id_to_token(_end_of_text(path, backend) if end_of_text is None else end_of_text)
         if token is None:
             raise UserError(f"{path} has no token {end_of_text}, which ends the texts of its folder. Copy it again.")
-        special = {name: token for name in ("bos_token", "eos_token", "pad_token")}
+        special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), token)
         special["unk_token"] = _unknown_token(backend) or token
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -402,8 +402,9 @@ def _from_file(spec: str) -> Tokenizer:
             )
     elif kind is None:
         raise UserError(
-            f"tokenizer {spec!r} is neither gpt2, nor bpe:N (for example bpe:2048), nor the path of a folder "
-            f"or a {TOKENIZER_FILE} on this machine."
+            f"tokenizer {spec!r} is neither gpt2, nor bpe:N (for example bpe:2048), nor the path of a folder or a "
+            f"{TOKENIZER_FILE} on this machine. Save one of the Hugging Face hub first: AutoTokenizer of transformers, "
+            f"from_pretrained({spec!r}).save_pretrained('tokenizer'); then give tokenizer."
         )
     backend = _read_backend(path)
     end_of_text = _end_of_text(path, backend)
