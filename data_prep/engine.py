@@ -158,8 +158,11 @@ def _plan(recipe: Recipe, preparation: Preparation, part: tuple[int, int] | None
         source.files, recipe.fields, skip_bad=recipe.skip_bad, refuse_empty=recipe.keep_empty
     )
     documents = sum(section.documents for section in sections)
+    if not any(section.bytes for section in sections):
+        raise UserError(f"{source.name} holds no documents. Give another source.")
     if documents < 2:
-        raise UserError(ONE_DOCUMENT if documents else f"{source.name} holds no documents. Give another source.")
+        unknown = "" if recipe.separator is None else f"--separator {recipe.separator!r} does not occur. "
+        raise UserError(unknown + ONE_DOCUMENT)
     for line in [*(f"{message} Left out." for message in left_out), *recipe.notes(documents)]:
         print(line, file=sys.stderr)
     units = plan_units(sections)

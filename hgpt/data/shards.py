@@ -518,11 +518,11 @@ def _locate(folder: Path, split: str, of_bare: np.dtype) -> tuple[DataMeta | Non
     """The content of `meta.json` (None if there is none), and the shards. `of_bare`: type of tokens without header."""
     try:
         if not folder.is_dir():
-            what = "is not a folder" if folder.exists() else "does not exist"
+            if folder.exists():
+                raise UserError(f"data folder {folder} is not a folder. {_prepare(folder)}")
             raise UserError(
-                f"data folder {folder} {what}. Prepare one{_WHERE} with: "
-                f"python -m data_prep.documents --out {folder} --tokenizer gpt2 FILES..., or, for the corpus of the "
-                f"quickstart, python -m data_prep.python_docs --out {folder}"
+                f"data folder {folder} does not exist. {_prepare(None, folder)}, or, for the corpus of the quickstart, "
+                f"python -m data_prep.python_docs --out {folder}"
             )
         present = {path.name for path in folder.iterdir()}
     except OSError as error:
@@ -535,8 +535,7 @@ def _locate(folder: Path, split: str, of_bare: np.dtype) -> tuple[DataMeta | Non
     if not others and not any(re.fullmatch(ours, name) or name in BARE for name in present):
         raise UserError(
             f"data folder {folder} holds no token shards (train_*.bin and val_*.bin, or nanoGPT's train.bin "
-            f"and val.bin). Prepare data{_WHERE} with: "
-            f"python -m data_prep.documents --out {folder} --tokenizer gpt2 FILES..."
+            f"and val.bin). {_prepare(folder) if present else _prepare(None, folder)}"
         )
     if others:
         if split not in others:
@@ -585,6 +584,11 @@ def _locate(folder: Path, split: str, of_bare: np.dtype) -> tuple[DataMeta | Non
     if damage:
         raise UserError("\n".join(damage))
     return meta, files
+
+
+def _prepare(text: Path | None, out: Path | str = "NEW_FOLDER") -> str:
+    """The advice to prepare the files in `text` into `out`, which must be new or empty."""
+    return f"Prepare data{_WHERE} with: python -m data_prep.documents --out {out} --tokenizer gpt2 {text or 'FILES...'}"
 
 
 def _shards_of_others(names: set[str]) -> dict[str, list[str]]:

@@ -394,7 +394,7 @@ def _from_file(spec: str) -> Tokenizer:
     except OSError as error:
         raise UserError(f"tokenizer {spec!r} cannot be read: {error.strerror}. Give another path.") from error
     if kind == "folder":
-        path = path / TOKENIZER_FILE
+        path = tokenizer_file(path) or path / TOKENIZER_FILE
         if not path.is_file():
             raise UserError(
                 f"tokenizer folder {spec} holds no {TOKENIZER_FILE}. If transformers can load it, write one "
