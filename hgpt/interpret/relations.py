@@ -82,7 +82,7 @@ def token_pairs(
     """The tokens of a relation's words; a pair with a word that has no token is dropped.
 
     Args:
-        encode: text → token ids, without special tokens.
+        encode: text → token ids, without special tokens. Raises UserError for text that has no tokens.
         unknown: the tokenizer's unknown token, if any; a word that contains it has no token.
     """
     words, ids = [], []
