@@ -139,9 +139,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-PROMPT_HELP = """Without a prompt the text starts at end-of-text, as documents do. One newline at the end of a file or
-of standard input is dropped. Prompt and new tokens share the model's context, and the text ends where it ends. If they
-do not fit, the last tokens of the prompt are kept: as many as leave room, but at least half of the context."""
+PROMPT_HELP = """Without a prompt the text starts at end-of-text, as documents do (of characters, at a line break). One
+newline at the end of a file or of standard input is dropped. Prompt and new tokens share the model's context, and the
+text ends where it ends. If they do not fit, the last tokens of the prompt are kept: as many as leave room, but at least
+half of the context."""
 
 
 def checked(kind: Callable[[str], Any], rule: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
