@@ -24,6 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation import BaseStreamer
 
 from hgpt import cli, decoding
+from hgpt.data.tokenizer import encode
 from hgpt.errors import UserError
 from hgpt.hardware import choose_device, enough_memory
 from hgpt.interpret.token_distances import LEGEND, LEGEND_WITH_RADII, distance_table, measure
@@ -138,9 +139,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-PROMPT_HELP = """Without a prompt the text starts at end-of-text, as documents do. One newline at the end of a file or
-of standard input is dropped. Prompt and new tokens share the model's context, and the text ends where it ends. If they
-do not fit, the last tokens of the prompt are kept: as many as leave room, but at least half of the context."""
+PROMPT_HELP = """Without a prompt the text starts at end-of-text, as documents do (of characters, at a line break). One
+newline at the end of a file or of standard input is dropped. Prompt and new tokens share the model's context, and the
+text ends where it ends. If they do not fit, the last tokens of the prompt are kept: as many as leave room, but at least
+half of the context."""
 
 
 def checked(kind: Callable[[str], Any], rule: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
@@ -242,10 +244,14 @@ def read_prompt(options: argparse.Namespace) -> str:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, model: PreTrainedModel) -> list[int]:
-    """The tokens of the prompt; if it is empty, end-of-text alone, which precedes every training document."""
+    """The tokens of the prompt; if it is empty, end-of-text alone, which precedes every training document.
+
+    A vocabulary of characters has none: its texts start at a line break, as those of nanoGPT's sample.py.
+    """
     if prompt:
-        return tokenizer(prompt, add_special_tokens=model.config.model_type != "hgpt").input_ids
+        return encode(tokenizer, prompt, add_special_tokens=model.config.model_type != "hgpt").input_ids
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    start = tokenizer.get_vocab().get("\n") if start is None else start
     if start is None:
         raise UserError("the tokenizer has no end-of-text token to start from; give a --prompt")
     return [start]

@@ -38,8 +38,8 @@ from data_prep.text_files import Fields, find_files, find_sections
 from hgpt.data.batches import TrainingBatches, epoch_permutation, num_windows
 from hgpt.data.shards import (
     HEADER_BYTES,
-    TOKEN,
     TOKENS_PER_SHARD,
+    UINT16,
     DataMeta,
     ShardRecord,
     SplitMeta,
@@ -218,7 +218,7 @@ def sparse_data_set(folder: Path, tokens: int) -> None:
             name = shard_name(split, len(records))
             with open(folder / name, "wb") as file:
                 file.write(shard_header(length))
-                file.truncate(HEADER_BYTES + length * TOKEN.itemsize)
+                file.truncate(HEADER_BYTES + length * UINT16.itemsize)
             records.append(ShardRecord(file=name, tokens=length, sha256="0" * 64))
         splits[split] = SplitMeta(tokens=count, documents=1, bytes=4 * count, shards=tuple(records))
     write_meta(folder, DataMeta(tokenizer="gpt2", vocab_size=50_257, end_of_text=50_256, splits=splits, source="zeros"))

@@ -42,7 +42,7 @@ import torch
 
 from benchmarks import head_loss, sampling, train_step
 from hgpt import cli
-from hgpt.data.shards import DataMeta, ShardWriter, SplitMeta, write_meta
+from hgpt.data.shards import DataMeta, ShardWriter, SplitMeta, token_dtype, write_meta
 from hgpt.durable import whole_file
 from hgpt.errors import UserError
 from hgpt.hardware import choose_device, device_name, installed_versions
@@ -232,8 +232,8 @@ def write_data(folder: Path, vocab: int, tokens: dict[str, int]) -> None:
     folder.mkdir()
     splits, random = {}, np.random.RandomState(0)
     for split, count in tokens.items():
-        with ShardWriter(folder, split) as writer:
-            writer.write(random.randint(vocab, size=count).astype(np.uint16))
+        with ShardWriter(folder, split, dtype=token_dtype(vocab)) as writer:
+            writer.write(random.randint(vocab, size=count))
             splits[split] = SplitMeta(tokens=count, documents=1, bytes=count, shards=writer.close())
     write_meta(
         folder,

@@ -62,7 +62,10 @@ class Documents(Recipe):
     def check_sides(self, tally: Tally, sections: Sequence[Section]) -> None:
         documents = tally.both.documents
         if documents == 0:
-            raise UserError(f"There is no text: {tally.missing} empty documents and no others. Give other files.")
+            reasons = "".join(f" {message}" for message in tally.bad[:1])
+            raise UserError(
+                f"There is no text: {tally.missing} empty documents and no others.{reasons} Give other files."
+            )
         if documents == 1:
             raise UserError(ONE_DOCUMENT)
         empty = [split for split, counts in tally.counts.items() if not counts.documents]

@@ -16,7 +16,7 @@ import numpy as np
 
 from data_prep.text_files import SECTION_BYTES, Fields, Section, read_section
 from data_prep.worker_pool import worker_pool
-from hgpt.data.shards import SPLITS, TOKEN
+from hgpt.data.shards import SPLITS, token_dtype
 from hgpt.data.tokenizer import Tokenizer
 from hgpt.errors import UserError
 
@@ -125,7 +125,7 @@ def plan_units(sections: Sequence[Section]) -> list[Unit]:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """A unit after encoding: the tokens of each split (uint16, end-of-text after each document), and its tally."""
+    """A unit after encoding: the tokens of each split, end-of-text after each document, and its tally."""
 
     tokens: dict[str, np.ndarray]
     tally: Tally
@@ -146,8 +146,9 @@ class Encoder:
 
     def __call__(self, unit: Unit) -> Encoded:
         tally = Tally()
-        end_of_text = np.array([self.tokenizer.end_of_text], dtype=TOKEN)
-        pieces: dict[str, list[np.ndarray]] = {split: [np.empty(0, dtype=TOKEN)] for split in SPLITS}
+        dtype = token_dtype(self.tokenizer.vocab_size)
+        end_of_text = np.array([self.tokenizer.end_of_text], dtype=dtype)
+        pieces: dict[str, list[np.ndarray]] = {split: [np.empty(0, dtype=dtype)] for split in SPLITS}
         for place, document in enumerate(read_documents(unit.sections, self.fields, tally.bad, self.skip_bad)):
             text, valid = ("", True) if document is None else decode_utf8(document)
             if document is None or not (self.keep_empty or text.strip()):
@@ -155,7 +156,7 @@ class Encoder:
                 continue
             split = self.split.side(unit.first + place, text)
             (tokens,) = self.tokenizer.encode_batch([text])
-            pieces[split] += [tokens.astype(TOKEN), end_of_text]
+            pieces[split] += [tokens.astype(dtype), end_of_text]
             size = len(document) if valid else len(text.encode())
             tally.counts[split].add(Counts(documents=1, tokens=tokens.size + 1, characters=len(text), bytes=size))
             tally.replaced += not valid

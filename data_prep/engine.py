@@ -45,6 +45,7 @@ from hgpt.data.shards import (
     ShardRecord,
     ShardWriter,
     read_meta,
+    token_dtype,
     write_meta,
 )
 from hgpt.data.tokenizer import TOKENIZER_FILE, TOKENIZER_PACKAGES, Tokenizer, load_tokenizer
@@ -53,7 +54,7 @@ from hgpt.errors import UserError
 from hgpt.hardware import installed_versions
 
 SAVE_SECONDS = 5.0  # between saves of the progress: a kill loses this much work and the units in the workers
-SHARD_BYTES_PER_BYTE = 0.45  # of text: a token of GPT-2 is 4.4 bytes of English, and 2 bytes in a shard
+TOKENS_PER_BYTE = 0.225  # of text: a token of GPT-2 is 4.4 bytes of English
 ONE_DOCUMENT = (
     "All the text is one document, and the split into train and val is by document. Give several files, a .jsonl file "
     "with one document per line, or name the text between the documents of a .txt file with --separator (a blank "
@@ -157,8 +158,11 @@ def _plan(recipe: Recipe, preparation: Preparation, part: tuple[int, int] | None
         source.files, recipe.fields, skip_bad=recipe.skip_bad, refuse_empty=recipe.keep_empty
     )
     documents = sum(section.documents for section in sections)
+    if not any(section.bytes for section in sections):
+        raise UserError(f"{source.name} holds no documents. Give another source.")
     if documents < 2:
-        raise UserError(ONE_DOCUMENT if documents else f"{source.name} holds no documents. Give another source.")
+        unknown = "" if recipe.separator is None else f"--separator {recipe.separator!r} does not occur. "
+        raise UserError(unknown + ONE_DOCUMENT)
     for line in [*(f"{message} Left out." for message in left_out), *recipe.notes(documents)]:
         print(line, file=sys.stderr)
     units = plan_units(sections)
@@ -189,7 +193,13 @@ def _tokenizer(recipe: Recipe, plan: Plan) -> Tokenizer:
                     bar.update(section.documents)
                 place += section.documents
 
-    return load_tokenizer(recipe.tokenizer, training_texts)
+    tokenizer = load_tokenizer(recipe.tokenizer, training_texts)
+    if tokenizer.end_of_text < 0:
+        raise UserError(
+            f"--tokenizer {recipe.tokenizer}: nanoGPT's characters have no end-of-text, with which documents end here. "
+            "Use gpt2, bpe:N or a tokenizer.json; nanoGPT's prepare.py writes data of characters, which train.py reads."
+        )
+    return tokenizer
 
 
 def _settings(recipe: Recipe, plan: Plan, tokenizer_json: Path) -> dict[str, Any]:
@@ -237,7 +247,8 @@ def _encode(
     tally = progress.tally
     if progress.units:
         print(f"resuming: {tally.rows:,} documents are encoded already", file=sys.stderr)
-    check_disk_space(preparation.out, sum(unit.bytes for unit in todo))
+    dtype = token_dtype(tokenizer.vocab_size)
+    check_disk_space(preparation.out, sum(unit.bytes for unit in todo), dtype.itemsize)
     encoder = Encoder(
         tokenizer=tokenizer,
         split=plan.split,
@@ -250,8 +261,8 @@ def _encode(
         stack.callback(bar.close)
         writers = {}
         for split in SPLITS:
-            written = progress.shards[split], progress.unfinished[split]
-            writers[split] = stack.enter_context(ShardWriter(preparation.out, split, recipe.tokens_per_shard, *written))
+            written = recipe.tokens_per_shard, progress.shards[split], progress.unfinished[split]
+            writers[split] = stack.enter_context(ShardWriter(preparation.out, split, *written, dtype))
         results = stack.enter_context(closing(encode_in_order(encoder, todo, workers)))
         saved = time.perf_counter()
         for units, encoded in enumerate(results, start=progress.units + 1):
@@ -280,9 +291,9 @@ def _save(preparation: Preparation, units: int, tally: Tally, writers: dict[str,
     )
 
 
-def check_disk_space(out: Path, text: int) -> None:
+def check_disk_space(out: Path, text: int, token_bytes: int = 2) -> None:
     """Raise UserError unless the shards of `text` bytes of text are likely to fit on the disk of `out`."""
-    needed = SHARD_BYTES_PER_BYTE * text
+    needed = TOKENS_PER_BYTE * token_bytes * text
     free = shutil.disk_usage(out).free
     if needed > free:
         raise UserError(

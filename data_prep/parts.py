@@ -16,16 +16,16 @@ from typing import Any
 from data_prep.encoding import Tally, Unit
 from data_prep.state import Preparation, Progress
 from hgpt.data.shards import (
-    HEADER_BYTES,
     META_FILE,
     PART_FILE,
     SPLITS,
-    TOKEN,
     UNFINISHED_FOLDER,
     DataMeta,
     ShardRecord,
     SplitMeta,
+    check_shard,
     shard_name,
+    token_dtype,
     write_meta,
 )
 from hgpt.data.tokenizer import TOKENIZER_FILE
@@ -163,16 +163,12 @@ def merge(out: Path, describe: Callable[[Record, Tally], dict[str, Any]]) -> lis
 
 
 def _move_shards(out: Path, split: str, parts: Sequence[Record]) -> None:
+    dtype = token_dtype(parts[0].vocab_size)
     shards = [(part_folder(out, part.part) / record.file, record) for part in parts for record in part.shards[split]]
     for number, (source, record) in enumerate(shards):
         target = out / shard_name(split, number)
         if source.exists():
-            expected = HEADER_BYTES + record.tokens * TOKEN.itemsize
-            if source.stat().st_size != expected:
-                raise UserError(
-                    f"{source} has {source.stat().st_size:,} bytes and not {expected:,}. Copy the part again from "
-                    "where it was prepared."
-                )
+            check_shard(source, record.tokens, dtype)
             os.replace(source, target)
         elif not target.exists():
             raise UserError(f"{source} is missing. Copy the part again from where it was prepared.")

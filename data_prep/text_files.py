@@ -32,7 +32,19 @@ COMPRESSED = (".gz", ".zst")
 KINDS = {".txt": ".txt", ".jsonl": ".jsonl", ".ndjson": ".jsonl", ".parquet": ".parquet", ".arrow": ".arrow"}
 BESIDE_DATA = {".md": ".txt", ".py": ".txt", ".json": ".jsonl"}
 KINDS |= BESIDE_DATA
-WANTED = f"{', '.join(KINDS)} files, text and JSON also with .gz or .zst"
+WANTED = (
+    f"Wanted: {', '.join(KINDS)} files, text and JSON also with .gz or .zst. Rename what is one of these; convert a "
+    "table to .parquet or .jsonl, and other kinds to text."
+)
+# First bytes → what is no text, whatever its name says.
+NO_TEXT = {
+    b"\x1f\x8b": "gzip's: name it .txt.gz or .jsonl.gz",
+    b"(\xb5/\xfd": "zstd's: name it .txt.zst or .jsonl.zst",
+    b"PAR1": "Parquet's: name it .parquet",
+    b"ARROW1": "Arrow's: name it .arrow",
+    b"PK\x03\x04": "a zip file's: unpack it",
+    b"%PDF-": "PDF's: convert it to text",
+}
 READ_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException)
 
 LARGEST_DOCUMENT = 64 << 20  # bytes of a text file, of a line of JSON, of a value in a Parquet file
@@ -68,16 +80,13 @@ def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
                 possible = [file for file in files if kind_of(file) is not None and file.is_file()]
                 readable = [file for file in possible if _suffix(file) not in BESIDE_DATA] or possible
                 if not readable:
-                    raise UserError(f"folder {path} holds no text to read. Wanted: {WANTED}.")
+                    raise UserError(f"folder {path} holds no text to read. {WANTED}")
                 found += readable
                 ignored += sorted(set(files) - set(readable))
             elif not path.exists():
                 raise UserError(f"{path} does not exist. Give the path of a file or a folder of text.")
             elif kind_of(path) is None:
-                raise UserError(
-                    f"{path}: its name does not say what kind of file it is. Wanted: {WANTED}; rename it if it is one "
-                    "of these."
-                )
+                raise UserError(f"{path}: its name does not say what kind of file it is. {WANTED}")
             elif not path.is_file():
                 raise UserError(f"{path} is not a file that can be read twice. Save its content in a file.")
             else:
@@ -170,6 +179,8 @@ def _for_pyarrow(path: Path) -> Any:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
+    if isinstance(error, BadDocument):
+        return error
     return UserError(f"{path} cannot be read: {error}. Is it complete? Copy it again.")
 
 
@@ -225,16 +236,11 @@ def find_sections(
             if refuse_empty and path.stat().st_size == 0:
                 raise OSError("it is empty, 0 bytes")
             if kind_of(path) not in (".parquet", ".arrow"):
+                _check_beginning(path)
                 of_file = list(_text_sections(path, fields))
                 sections += of_file
                 if kind_of(path) == ".txt" and fields.separator and sum(s.documents for s in of_file) == 1:
                     whole.append(path)
-                if _full_of_nul(path):
-                    print(
-                        f"warning: {path} is full of NUL bytes. If it is UTF-16 without a mark, convert it: iconv -f "
-                        f"UTF-16LE -t UTF-8 {path}",
-                        file=sys.stderr,
-                    )
                 continue
             schema, of_file = _table_sections(path, fields.column)
             reason = _wrong_column(schema, fields.column)
@@ -242,7 +248,7 @@ def find_sections(
                 sections += of_file
             else:
                 wrong.append(f"{path}{reason}")
-        except READ_ERRORS as error:
+        except (*READ_ERRORS, BadDocument) as error:
             message = str(_unreadable(path, error))
             if not skip_bad:
                 raise UserError(f"{message} With --skip-bad it is left out and named in the summary.") from error
@@ -386,10 +392,19 @@ def _text_sections(path: Path, fields: Fields) -> Iterator[Section]:
     reader.close()
 
 
-def _full_of_nul(path: Path) -> bool:
+def _check_beginning(path: Path) -> None:
+    """Raise BadDocument for a file that is no text by its first bytes; warn of one that is full of NUL."""
     with _open(path) as stream:
         start = stream.read(4096)
-    return start.count(0) > len(start) / 4
+    for first, advice in NO_TEXT.items():
+        if start.startswith(first):
+            raise BadDocument(f"{path} is no text; its first bytes are {advice}.")
+    if start.count(0) > len(start) / 4:
+        print(
+            f"warning: {path} is full of NUL bytes. If it is UTF-16 without a mark, convert it: iconv -f UTF-16LE "
+            f"-t UTF-8 {path}",
+            file=sys.stderr,
+        )
 
 
 def _size_of_text(path: Path) -> int:
@@ -450,26 +465,22 @@ def _text_of_line(line: bytes | None, where: str, column: str) -> bytes | BadDoc
         reason = "nested too deep"
     if reason:
         return BadDocument(
-            f"{where}: cannot be read as JSON ({reason}). Every line must be a JSON object; correct or delete the line."
+            f"{where}: cannot be read as JSON ({reason}). Every line must be a JSON object: correct or delete it, or "
+            "name the file .txt if it is plain text."
         )
+    way_out = _name_a_text(row)
     while isinstance(row, dict) and column not in row and isinstance(row.get(column.partition(".")[0]), dict):
         outer, _, column = column.partition(".")
         row = row[outer]
     if not isinstance(row, dict) or column not in row:
         keys = ", ".join(sorted(row)) or "none" if isinstance(row, dict) else ""
         found = f"an object with the keys {keys}" if keys else "another value"
-        return BadDocument(
-            f"{where}: no JSON object with a field {column!r}, but {found}. Name the field that holds the text with "
-            "--text-column."
-        )
+        return BadDocument(f"{where}: no JSON object with a field {column!r}, but {found}. {way_out}")
     text = row[column]
     if text is None:
         return None
     if not isinstance(text, str):
-        return BadDocument(
-            f"{where}: the field {column!r} must be a string, not {type(text).__name__}. Name the field that holds the "
-            "text with --text-column."
-        )
+        return BadDocument(f"{where}: the field {column!r} must be a string, not {type(text).__name__}. {way_out}")
     try:
         return text.encode(errors="surrogateescape")
     except UnicodeEncodeError:  # lone surrogates that the JSON writes as escapes
@@ -477,6 +488,22 @@ def _text_of_line(line: bytes | None, where: str, column: str) -> bytes | BadDoc
             character.encode(errors="surrogateescape" if "\udc80" <= character <= "\udcff" else "surrogatepass")
             for character in text
         )
+
+
+def _name_a_text(row: Any) -> str:
+    """The advice to name a field that holds text, with the names of those in `row`."""
+
+    def texts(value: Any, name: str) -> Iterator[str]:
+        if isinstance(value, dict) and name.count(".") < 5:
+            for key, inside in value.items():
+                yield from texts(inside, f"{name}.{key}")
+        elif isinstance(value, str):
+            yield name[1:]
+
+    names = ", ".join(islice(texts(row, ""), 20))
+    if not names:
+        return 'Nothing in it is text: write each document as {"text": "..."} on a line of a .jsonl file.'
+    return f"Name what holds the text with --text-column. Text is in: {names}."
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -509,7 +536,7 @@ def _way_to(schema: pa.Schema, column: str) -> list[str]:
 def _wrong_column(schema: pa.Schema, column: str) -> str | None:
     """Why `column` of a table holds no text, as a continuation of the file's name; None if it does."""
     names = ", ".join(schema.names) or "none"
-    way_out = f"Its columns are {names}: name the one that holds the text with --text-column."
+    way_out = f"Its columns are {names}. {_name_a_text({field.name: _example(field.type) for field in schema})}"
     first, *below = _way_to(schema, column)
     if first not in schema.names:
         return f" has no column {column!r}. {way_out}"
@@ -520,11 +547,18 @@ def _wrong_column(schema: pa.Schema, column: str) -> str | None:
         if not pa.types.is_struct(kind) or kind.get_field_index(name) < 0:
             return f" has no column {column!r}, and {first!r} holds {kind}. {way_out}"
         kind = kind.field(name).type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if kind in (pa.null(), pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary()):
+    if kind == pa.null() or _example(kind) == "":
         return None
     return f": the column {column!r} holds {kind}, not text. {way_out}"
+
+
+def _example(kind: pa.DataType) -> Any:
+    """A value of a column's type: "" for text, a dictionary for a struct, None for anything else."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_struct(kind):
+        return {field.name: _example(field.type) for field in kind}
+    return "" if kind in (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary()) else None
 
 
 def _table_sections(path: Path, column: str) -> tuple[pa.Schema, list[Section]]:

@@ -43,7 +43,7 @@ def verify_folder(folder: Path, vocab_size: int | None = None) -> list[str]:
             meta = shards.meta.splits[split]
             lines.append(f"{line}{meta.documents:>12,} documents{len(meta.shards):>5} shards")
     if damage:
-        raise UserError("\n".join([f"{folder} is damaged:", *dict.fromkeys(damage)]))
+        raise UserError("\n".join([f"{folder} is not whole:", *dict.fromkeys(damage)]))
     return [*lines, f"{folder} is whole"]
 
 

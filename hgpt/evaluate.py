@@ -37,7 +37,7 @@ from tqdm import tqdm
 from hgpt.cli import Parser, run
 from hgpt.data.baselines import bytes_per_target
 from hgpt.data.shards import TokenShards
-from hgpt.data.tokenizer import TOKENIZER_FILE
+from hgpt.data.tokenizer import TOKENIZER_FILE, encode
 from hgpt.errors import UserError
 from hgpt.hardware import choose_device, enough_memory
 from hgpt.interpret.corpus import Corpus, data_of_runs
@@ -119,9 +119,8 @@ class Reader:
     def encode(self, text: str) -> tuple[np.ndarray, int | None]:
         """The tokens of a text, without special ones, and the bytes of the first; None if there is none to know."""
         offsets = self.tokenizer.is_fast
-        found = self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=offsets
-        )
+        settings = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": offsets}
+        found = encode(self.tokenizer, text, **settings)
         ids = np.array(found.input_ids, dtype=np.int64)
         if self.tokenizer.unk_token_id != self.tokenizer.eos_token_id:
             self.unknown += int((ids == self.tokenizer.unk_token_id).sum())

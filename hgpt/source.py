@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 import hgpt  # noqa: F401  (registers the model with transformers)
 from hgpt.data.shards import TokenShards
-from hgpt.data.tokenizer import TOKENIZER_FILE, hf_tokenizer, load_tokenizer, token_ids
+from hgpt.data.tokenizer import TOKENIZER_FILE, hf_tokenizer, load_tokenizer, token_ids, tokenizer_file
 from hgpt.durable import read_json
 from hgpt.errors import UserError
 from hgpt.hardware import out_of_memory
@@ -533,10 +533,10 @@ def _naming_the_setting(init_from: str, setting: str = "model.init_from") -> Ite
 def _tokenizer_of(data: TokenShards) -> Any:
     """The tokenizer of a data folder, None if it is not known.
 
-    A folder of nanoGPT or llm.c holds no tokenizer; tokens of GPT-2's vocabulary size are taken to be GPT-2's.
+    Without a tokenizer in the folder (of nanoGPT or llm.c), tokens of GPT-2's vocabulary size are taken to be GPT-2's.
     """
-    file = data.folder / TOKENIZER_FILE
-    if file.is_file():
+    file = tokenizer_file(data.folder)
+    if file is not None:
         return hf_tokenizer(file, 1, data.end_of_text)
     if data.vocab_size != GPT2_TOKENS:
         return None

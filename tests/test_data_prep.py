@@ -84,6 +84,11 @@ def test_a_split_that_leaves_a_side_empty_says_what_helps(tmp_path, capsys):
         helps = message.split(way)[1].split()[0]
         assert len(read_back(prepared(tmp_path / side, documents, "--val-fraction", helps))[side]) == 1
     assert "All the text is one document" in refused(capsys, tmp_path, ["one"])
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").touch()
+    out = ("--out", tmp_path / "out", "--separator", "###")
+    assert "error: --separator '###' does not occur. All" in fails(capsys, main, *out, tmp_path / "a.txt")
+    assert "b.txt holds no documents" in fails(capsys, main, *out, tmp_path / "b.txt")
     assert "All the text is one document" in refused(capsys, tmp_path, ["one", " "])
     assert "There is no text: 2 empty documents" in refused(capsys, tmp_path, ["", " \n"])
     for fraction in ("1e-6", "0.999999"):
@@ -118,13 +123,13 @@ def test_bad_paths(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["<unk>", *(f"w{i}" for i in range(65_534))], "65,536 tokens does not fit the shard format"),
-        (["a"], "has no tokens for some of the text"),
+        ({"<unk>": 1, "a": 1 << 24}, "the id of token 'a' is 16777216"),
+        ({"a": 1}, "has no tokens for some of the text"),
     ],
     ids=["too large", "too small"],
 )
 def test_vocabularies_that_do_not_fit(tmp_path, capsys, words, message):
-    vocabulary = {word: number for number, word in enumerate(["<|endoftext|>", *words])}
+    vocabulary = {"<|endoftext|>": 0, **words}
     content = {"model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     assert message in refused(capsys, tmp_path, TEXTS, "--tokenizer", tmp_path)
@@ -179,6 +184,9 @@ def test_what_cannot_be_used_is_left_out_and_named_if_asked(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS) + b'{"text": 3}\n')
     arguments = ["--out", tmp_path / "out", *SMALL, tmp_path / "a.jsonl"]
     assert "a.jsonl, line 301" in fails(capsys, main, *arguments)
+    (tmp_path / "b.jsonl").write_text("plain text\nof two lines")
+    message = fails(capsys, main, *arguments[:-1], "--skip-bad", tmp_path / "b.jsonl")
+    assert "There is no text" in message and "name the file .txt if it is plain text" in message
     assert status(main, *arguments, "--skip-bad") == 0
     assert "a.jsonl, line 301" in capsys.readouterr().out
     assert "line 301" in str(read_meta(tmp_path / "out").preparation["left_out"])

@@ -4,20 +4,26 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import resource
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from data_prep import documents
+from hgpt.cli import run
 from hgpt.data.shards import (
     HEADER_BYTES,
+    UINT16,
+    UINT32,
     DataMeta,
     ShardWriter,
     SplitMeta,
     TokenShards,
     check_vocab_size,
     read_meta,
+    token_dtype,
     write_meta,
 )
 from hgpt.data.verify import verify
@@ -69,6 +75,38 @@ def test_files_are_in_the_format_of_llm_c(folder):
     assert np.array_equal(np.frombuffer(data[1024:], dtype="<u2"), TOKENS["train"][1000:])
     for record in read_meta(folder).splits["train"].shards:
         assert record.sha256 == hashlib.sha256((folder / record.file).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "header", "dtype"),
+    [(65_535, [20240520, 1], "<u2"), (65_536, [20240801, 7], "<u4"), (128_256, [20240801, 7], "<u4")],
+)
+def test_the_vocabulary_decides_the_type_of_the_tokens(tmp_path, vocab_size, header, dtype):
+    """As llm.c's dev/data/data_common.py writes GPT-2's and Llama 3's, also by a writer that was interrupted."""
+    tokens = np.random.default_rng(2).integers(0, vocab_size, 1003)
+    tokens[-1] = vocab_size - 1
+    with pytest.raises(RuntimeError), ShardWriter(tmp_path, "train", 400, dtype=token_dtype(vocab_size)) as writer:
+        writer.write(tokens[:900])
+        raise RuntimeError
+    with ShardWriter(tmp_path, "train", 400, writer.records, 50, dtype=token_dtype(vocab_size)) as writer:
+        writer.write(tokens[850:])
+        records = writer.close()
+    read = []
+    for record in records:
+        data = (tmp_path / record.file).read_bytes()
+        assert np.frombuffer(data[:1024], dtype="<i4").tolist() == [*header, record.tokens] + [0] * 253
+        read.append(np.frombuffer(data[1024:], dtype=dtype))
+    assert np.array_equal(np.concatenate(read), tokens)
+    splits = {"train": SplitMeta(tokens=1003, documents=1, bytes=9, shards=records)}
+    write_meta(tmp_path, DataMeta(tokenizer="x", vocab_size=vocab_size, end_of_text=0, splits=splits, source="y"))
+    shards = TokenShards.open(tmp_path, "train")
+    for part in (slice(0, 1003), slice(390, 810), slice(1002, 1003)):
+        assert np.array_equal(shards.read(part.start, part.stop), tokens[part])
+    other = 507 if vocab_size > 0xFFFF else 70_000
+    write_meta(tmp_path, DataMeta(tokenizer="x", vocab_size=other, end_of_text=0, splits=splits, source="y"))
+    message = f"train_000002.bin holds {np.dtype(dtype).name} tokens, and the vocabulary of its data takes "
+    with pytest.raises(UserError, match=message + token_dtype(other).name):
+        TokenShards.open(tmp_path, "train")
 
 
 def test_meta_round_trip(folder):
@@ -139,9 +177,11 @@ def test_a_writer_of_nothing_writes_nothing(tmp_path):
     assert writer.close() == () and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("tokens", [np.array([65536]), np.array([-1]), np.array([1.0]), np.array([[1]])], ids=str)
-def test_the_writer_refuses_what_is_no_uint16(tmp_path, tokens):
-    with pytest.raises(ValueError), ShardWriter(tmp_path, "train") as writer:
+@pytest.mark.parametrize("dtype", [UINT16, UINT32])
+@pytest.mark.parametrize("tokens", [[1 << 32], [-1], [1.0], [[1]]], ids=str)
+def test_the_writer_refuses_what_does_not_fit(tmp_path, tokens, dtype):
+    tokens = np.array(tokens) if dtype == UINT32 or tokens != [1 << 32] else np.array([1 << 16])
+    with pytest.raises(ValueError), ShardWriter(tmp_path, "train", dtype=dtype) as writer:
         writer.write(tokens)
 
 
@@ -176,7 +216,6 @@ def test_a_writer_that_cannot_go_on_says_so(folder):
 def nanogpt(tmp_path):
     for split, tokens in TOKENS.items():
         tokens.astype("<u2").tofile(tmp_path / f"{split}.bin")
-    (tmp_path / "meta.pkl").write_bytes(b"not a pickle, and never opened")
     return tmp_path
 
 
@@ -216,11 +255,11 @@ def test_bad_bare_nanogpt_files(nanogpt, content, message):
 # ------------------------------------------------------------------------------------- shards that others wrote
 
 
-def write_llm_c(path, tokens):
+def write_llm_c(path, tokens, llama=False):
     """As modded-nanogpt's data/fineweb.py and llm.c's dev/data/data_common.py write a shard."""
     header = np.zeros(256, dtype=np.int32)
-    header[:3] = 20240520, 1, len(tokens)
-    path.write_bytes(header.tobytes() + np.asarray(tokens).astype(np.uint16).tobytes())
+    header[:3] = (20240801, 7, len(tokens)) if llama else (20240520, 1, len(tokens))
+    path.write_bytes(header.tobytes() + np.asarray(tokens).astype(np.uint32 if llama else np.uint16).tobytes())
 
 
 def test_shards_of_modded_nanogpt_and_llm_c(tmp_path):
@@ -239,6 +278,26 @@ def test_shards_of_modded_nanogpt_and_llm_c(tmp_path):
     patch(tmp_path / "fineweb_train_000002.bin", 4, b"\x01\x00\x00\x00\x00\x00\x00\x00")
     with pytest.raises(UserError, match="its header says 0 tokens"):
         TokenShards.open(tmp_path, "train", vocab_size=VOCAB_SIZE)
+
+
+def test_shards_of_llama_3_and_of_nobody(tmp_path):
+    """uint32 by the header; without a header, by the vocabulary. Types are not mixed."""
+    tokens = {split: part + 127_000 for split, part in TOKENS.items()}
+    (tmp_path / "bare").mkdir()
+    for split, part in tokens.items():
+        write_llm_c(tmp_path / f"x_{split}_000001.bin", part, llama=True)
+        part.astype("<u4").tofile(tmp_path / "bare" / f"{split}.bin")
+    for folder in (tmp_path, tmp_path / "bare"):
+        for split, part in tokens.items():
+            shards = TokenShards.open(folder, split, vocab_size=128_256)
+            assert np.array_equal(shards.read(0, len(shards)), part)
+        verify(folder, vocab_size=128_256)
+        with pytest.raises(UserError, match=r"token 127\d\d\d at position 0 is beyond the vocabulary of 127000"):
+            verify(folder, vocab_size=127_000)
+    write_llm_c(tmp_path / "x_val_000002.bin", TOKENS["val"])
+    for split in ("train", "val"):
+        with pytest.raises(UserError, match=r"mixes shards of two types, \S+ of uint32 and x_val_000002.bin of uint16"):
+            TokenShards.open(tmp_path, split, vocab_size=128_256)
 
 
 def test_a_single_shard_of_llm_c(tmp_path):
@@ -311,6 +370,20 @@ def test_folders_that_hold_no_data(tmp_path):
             TokenShards.open(folder, "train")
 
 
+def test_the_advice_for_a_folder_of_text_can_be_followed(tmp_path, capsys):
+    """--out has to be new or empty, and the folder is the text."""
+    (tmp_path / "text").mkdir()
+    for number in range(20):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"text {number}")
+    for path in (tmp_path / "text", tmp_path / "text" / "1.txt", tmp_path / "new"):
+        with pytest.raises(UserError) as caught:
+            TokenShards.open(path, "train")
+        arguments = re.search(r"python -m data_prep\.documents (.*?)(,|$)", str(caught.value))[1]
+        arguments = arguments.replace("NEW_FOLDER", str(tmp_path / f"out_{path.name}")).replace("gpt2", "bpe:300")
+        arguments = arguments.replace("FILES...", str(tmp_path / "text")).replace("1.txt", "")
+        assert run(documents.main, [*arguments.split(), "--val-fraction", "0.3"]) == 0, arguments
+
+
 def test_missing_meta(folder):
     (folder / "meta.json").unlink()
     with pytest.raises(UserError, match=r"meta\.json is missing, so the preparation .* never finished"):
@@ -322,7 +395,7 @@ def test_missing_meta(folder):
     [
         (lambda m: m.pop("vocab_size"), "vocab_size .* is missing"),
         (lambda m: m.update(vocab_size="507"), "vocab_size .* '507'"),
-        (lambda m: m.update(vocab_size=65536), "65,536 .* 65,535"),
+        (lambda m: m.update(vocab_size=2**24 + 1), "16,777,216, not 16,777,217"),
         (lambda m: m.update(vocab_size=0), "must be at least 1"),
         (lambda m: m.update(end_of_text=507), "end_of_text .*0 to 506, not 507"),
         (lambda m: m.update(format_version=2), "format_version is 2, this version of hgpt reads 1"),
@@ -384,6 +457,6 @@ def test_token_beyond_the_vocabulary_is_found_when_read(folder):
 
 
 def test_largest_vocabulary():
-    check_vocab_size(65_535, "here")
-    with pytest.raises(UserError, match="here: a vocabulary of 65,536 tokens"):
-        check_vocab_size(65_536, "here")
+    check_vocab_size(1 << 24, "here")
+    with pytest.raises(UserError, match=r"here: the vocabulary size must be .* not 16,777,217"):
+        check_vocab_size((1 << 24) + 1, "here")

@@ -244,6 +244,25 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
         assert len(bad) == 1 and name in bad[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "advice"),
+    [
+        ("a.txt", gzip.compress(b"x"), ".txt.gz"),
+        ("a.jsonl.gz", gzip.compress(gzip.compress(LINES)), ".jsonl.gz"),  # twice
+        ("a.md", zstandard.compress(b"x"), ".txt.zst"),
+        ("a.jsonl", b"PAR1\x15", ".parquet"),
+        ("a.json", b"ARROW1\0\0", ".arrow"),
+        ("a.py", b"PK\x03\x04", "unpack"),
+        ("a.txt", b"%PDF-1.7", "convert"),
+    ],
+)
+def test_a_file_with_the_wrong_name_is_told_the_right_one(tmp_path, name, content, advice):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} is no text; .*{advice}.*--skip-bad"):
+        read(tmp_path / name)
+    assert find_sections([tmp_path / name], Fields(), skip_bad=True)[0] == []
+
+
 def test_empty_files_are_refused_where_they_mean_damage(tmp_path):
     for name in ("a.txt", "a.jsonl", "a.parquet"):
         (tmp_path / name).touch()
@@ -271,6 +290,26 @@ def test_parquet_without_the_text_column(tmp_path):
         find_sections(sorted(tmp_path.iterdir()), Fields())
     for words in ("1 of 3 files", "--text-column", "a.parquet has no column 'text'", "content", "b.parquet", "int64"):
         assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        ({"id": 1, "body": "x", "meta": {"title": "y", "tags": ["z"]}}, "Text is in: body, meta.title."),
+        ({"id": 1, "turns": [{"content": "x"}]}, 'Nothing in it is text: write each document as {"text": "..."}'),
+    ],
+)
+def test_the_fields_that_hold_text_are_named(tmp_path, row, advice):
+    """No advice to name a field where none is text."""
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    table = pa.Table.from_pylist([row])
+    pq.write_table(table, tmp_path / "a.parquet")
+    for path in sorted(tmp_path.iterdir()):
+        for column in ("text", *row, "meta.tags"):
+            if column != "body":
+                with pytest.raises(UserError) as caught:
+                    read(path, Fields(column=column))
+                assert advice in str(caught.value), column
 
 
 def test_json_is_what_the_json_library_says(tmp_path):

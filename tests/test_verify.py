@@ -108,5 +108,5 @@ def test_shards_without_a_meta(tmp_path, capsys):
 
 def test_bad_arguments(tmp_path, capsys):
     message = verified(capsys, tmp_path / "nowhere", status_=2)
-    assert "nowhere does not exist" in message and "damaged" not in message
+    assert "nowhere does not exist" in message and "whole" not in message
     assert "--decode must be at least 0" in verified(capsys, tmp_path, "--decode", -1, status_=2)

@@ -10,7 +10,7 @@ import tokenizers
 from tqdm import tqdm
 
 from hgpt.data.shards import TokenShards
-from hgpt.data.tokenizer import TOKENIZER_FILE, hf_tokenizer, token_bytes
+from hgpt.data.tokenizer import hf_tokenizer, token_bytes, tokenizer_file
 from hgpt.durable import read_json, whole_file
 from hgpt.errors import UserError
 
@@ -65,7 +65,7 @@ def _digest(shards: TokenShards) -> str:
     if shards.meta is not None:
         parts = [record.sha256 for record in shards.meta.splits[shards.split].shards]
     else:
-        parts = [f"{path.name} {tokens} {path.stat().st_mtime_ns}" for path, _, tokens in shards.files]
+        parts = [f"{file.path.name} {file.tokens} {file.path.stat().st_mtime_ns}" for file in shards.files]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -103,15 +103,15 @@ def target_counts(shards: TokenShards) -> np.ndarray:
 def bytes_per_target(shards: TokenShards, backend: tokenizers.Tokenizer | None = None) -> float | None:
     """UTF-8 bytes of a target on average; nats per token / (ln 2 · this) are bits per byte.
 
-    End-of-text has no bytes. Exact for byte-level tokens. For other tokens the mean over the whole split, whose bytes
-    are in meta.json. None if the tokenizer is not known.
+    End-of-text has no bytes. Exact for byte-level tokens and characters. For other tokens the mean over the whole
+    split, whose bytes are in meta.json. None if the tokenizer is not known.
 
     Args:
-        backend: the tokenizer of the tokens; None takes the folder's tokenizer.json.
+        backend: the tokenizer of the tokens; None takes the folder's.
     """
     if backend is None:
-        file = shards.folder / TOKENIZER_FILE
-        if not file.is_file():
+        file = tokenizer_file(shards.folder)
+        if file is None:
             return None
         backend = hf_tokenizer(file, 1, shards.end_of_text).backend_tokenizer
     table = token_bytes(backend, shards.vocab_size)

@@ -24,6 +24,16 @@ def num_windows(num_tokens: int, seq_len: int) -> int:
     return max(0, (num_tokens - 1) // seq_len)
 
 
+def check_length(shards: TokenShards, seq_len: int) -> None:
+    """Raise UserError unless the split holds a whole window."""
+    if num_windows(len(shards), seq_len) == 0:
+        lower = f", or lower data.seq_len to {len(shards) - 1}" if len(shards) > 1 else ""
+        raise UserError(
+            f"{shards.folder}: the {shards.split} split has {len(shards):,} tokens, fewer than one sequence of "
+            f"data.seq_len + 1 = {seq_len + 1}. Prepare more text, or another --val-fraction of it{lower}."
+        )
+
+
 @lru_cache(maxsize=2)  # a batch crosses at most one epoch boundary
 def epoch_permutation(seed: int, epoch: int, windows: int) -> np.ndarray:
     """The order of the windows in an epoch, a permutation of 0 … windows − 1 that depends on the arguments alone.
@@ -68,12 +78,8 @@ class TrainingBatches:
     device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
+        check_length(self.shards, self.seq_len)
         self.windows = num_windows(len(self.shards), self.seq_len)
-        if self.windows == 0:
-            raise UserError(
-                f"{self.shards.folder}: the {self.shards.split} split has {len(self.shards):,} tokens, fewer than one "
-                f"sequence of data.seq_len + 1 = {self.seq_len + 1}. Prepare more text, or lower data.seq_len."
-            )
         self.accumulation = accumulation_steps(self.global_batch, self.micro_batch, self.world_size)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[tuple[int, int], Future[tuple[Tensor, Tensor]]] | None = None

@@ -2,16 +2,16 @@
 
 A data folder, as written by `data_prep`:
 
-    train_000000.bin ...   shards in the format of llm.c: 256 int32 of header (magic 20240520, version 1,
-    val_000000.bin ...     token count), then the tokens as uint16, all little-endian
+    train_000000.bin ...   shards in the format of llm.c: 256 int32 of header (magic number, version, token
+    val_000000.bin ...     count), then the tokens, uint16 for a vocabulary of at most 65,535, else uint32
     tokenizer.json         the tokenizer, as Hugging Face's `tokenizers` reads it
     meta.json              `DataMeta`; a folder without it was never finished
     train_counts.json      how often each token occurs; made again if it is missing (hgpt/data/baselines.py)
 
-Two other kinds of folder can be read, for which the caller must state the vocabulary size, because they do not contain
-it: nanoGPT's (`train.bin` and `val.bin`, uint16 tokens without header; its `meta.pkl`, a pickle, is never opened), and
-shards of other tools with llm.c's header and the split in their names (`fineweb_train_000001.bin`,
-`tiny_shakespeare_val.bin`).
+Two other kinds of folder can be read: nanoGPT's (`train.bin` and `val.bin`, tokens without header), and shards of other
+tools with llm.c's header and the split in their names (`fineweb_train_000001.bin`, `tiny_shakespeare_val.bin`). Their
+vocabulary is that of a `tokenizer.json`, or of nanoGPT's `meta.pkl`, in the folder; without one the caller must state
+its size.
 """
 
 import hashlib
@@ -25,24 +25,32 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, TypeVar, get_args, get_origin
+from typing import Any, BinaryIO, NamedTuple, TypeVar, get_args, get_origin
 
 import numpy as np
 
-from hgpt.data.tokenizer import TOKENIZER_FILE, check_tokenizer_file, check_vocab_size
+from hgpt.data.tokenizer import (
+    CHARACTERS_FILE,
+    TOKENIZER_FILE,
+    check_tokenizer_file,
+    check_vocab_size,
+    token_ids,
+    tokenizer_file,
+)
 from hgpt.durable import partial_name, publish, read_json, sha256, sync, whole_file
 from hgpt.errors import UserError
 
-MAGIC = 20240520
-VERSION = 1
 HEADER_BYTES = 256 * 4
-TOKEN = np.dtype("<u2")
+UINT16, UINT32 = np.dtype("<u2"), np.dtype("<u4")
+# Type of the tokens → magic number and version, as llm.c's dev/data/data_common.py writes GPT-2's and Llama 3's.
+HEADERS: dict[np.dtype, tuple[int, int]] = {UINT16: (20240520, 1), UINT32: (20240801, 7)}
 SPLITS = ("train", "val")
 BARE = {f"{split}.bin" for split in SPLITS}  # of nanoGPT
 META_FILE = "meta.json"
+META_VERSION = 1
 PART_FILE = "part.json"  # in place of meta.json in a part of a preparation that several machines share
 UNFINISHED_FOLDER = ".preparation"  # in a data folder whose preparation has not finished; see data_prep/state.py
-TOKENS_PER_SHARD = 100_000_000  # 200 MB a file, as llm.c's data scripts write
+TOKENS_PER_SHARD = 100_000_000  # 200 MB of uint16 a file, as llm.c's data scripts write
 MAX_OPEN_FILES = 128
 
 Kind = TypeVar("Kind")
@@ -58,8 +66,12 @@ FORMATS = {
     b"MMIDIDX": "an index of Megatron",
     b"PAR1": "a Parquet file",
     b"\x1f\x8b": "a gzip file",
-    (20240801).to_bytes(4, "little"): "a shard of llm.c with tokens of Llama 3 (uint32)",
 }
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type of the tokens in the shards of a vocabulary."""
+    return UINT16 if vocab_size <= 0xFFFF else UINT32
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -110,7 +122,7 @@ class DataMeta:
 def write_meta(folder: str | Path, meta: DataMeta) -> None:
     """Write `meta.json` atomically. Call it last: with it the data folder counts as complete."""
     check_vocab_size(meta.vocab_size, f"tokenizer {meta.tokenizer}")
-    content = json.dumps({"format_version": VERSION, **asdict(meta)}, indent=2, ensure_ascii=False) + "\n"
+    content = json.dumps({"format_version": META_VERSION, **asdict(meta)}, indent=2, ensure_ascii=False) + "\n"
     with whole_file(Path(folder) / META_FILE) as path:
         path.write_bytes(content.encode(errors="backslashreplace"))  # names of files that are not UTF-8
 
@@ -136,9 +148,9 @@ def read_meta(folder: str | Path) -> DataMeta:
             f"{path} is missing, so the preparation of this data folder was never finished. {PREPARE_AGAIN}"
         ) from None
     origin = str(path)
-    if _entry(content, "format_version", int, origin) != VERSION:
+    if _entry(content, "format_version", int, origin) != META_VERSION:
         raise UserError(
-            f"{path}: format_version is {content['format_version']}, this version of hgpt reads {VERSION}. "
+            f"{path}: format_version is {content['format_version']}, this version of hgpt reads {META_VERSION}. "
             "Use the version of hgpt that wrote the folder, or prepare the data again."
         )
     splits = {
@@ -209,7 +221,7 @@ def shard_name(split: str, number: int) -> str:
 
 
 class ShardWriter:
-    """Writes one split as shards of `tokens_per_shard` tokens, the last one shorter.
+    """Writes one split as shards of `tokens_per_shard` tokens of type `dtype`, the last one shorter.
 
     A shard is written under a temporary name, flushed to the disk and renamed, so a file with a shard's name is
     complete. If the context ends by an exception, the temporary file stays.
@@ -225,6 +237,7 @@ class ShardWriter:
         tokens_per_shard: int = TOKENS_PER_SHARD,
         finished: Sequence[ShardRecord] = (),
         unfinished: int = 0,
+        dtype: np.dtype = UINT16,
     ) -> None:
         if tokens_per_shard < 1:
             raise UserError(f"tokens_per_shard must be at least 1, not {tokens_per_shard}.")
@@ -233,6 +246,7 @@ class ShardWriter:
         self.tokens_per_shard = tokens_per_shard
         self.records = list(finished)
         self.unfinished = unfinished
+        self.dtype = dtype
         self._file: BinaryIO | None = None
         if finished or unfinished:
             self._go_back()
@@ -254,12 +268,16 @@ class ShardWriter:
                 self._file.close()
 
     def write(self, tokens: np.ndarray) -> None:
-        """Append `tokens`, a one-dimensional integer array with values in 0..65,535."""
+        """Append `tokens`, a one-dimensional integer array with values that fit `dtype`."""
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise ValueError(f"tokens must be a 1-D integer array, not {tokens.ndim}-D of dtype {tokens.dtype}")
-        if tokens.dtype != TOKEN and tokens.size and not 0 <= tokens.min() <= tokens.max() <= 0xFFFF:
-            raise ValueError(f"tokens from {tokens.min()} to {tokens.max()} do not fit uint16")
-        tokens = np.ascontiguousarray(tokens, dtype=TOKEN)
+        if (
+            tokens.dtype != self.dtype
+            and tokens.size
+            and not 0 <= tokens.min() <= tokens.max() <= np.iinfo(self.dtype).max
+        ):
+            raise ValueError(f"tokens from {tokens.min()} to {tokens.max()} do not fit {self.dtype.name}")
+        tokens = np.ascontiguousarray(tokens, dtype=self.dtype)
         while tokens.size:
             if self._file is None:
                 self._file = open(partial_name(self._path()), "wb")  # noqa: SIM115
@@ -289,7 +307,7 @@ class ShardWriter:
     def _finish_shard(self) -> None:
         assert self._file is not None
         self._file.seek(0)
-        self._file.write(shard_header(self.unfinished))
+        self._file.write(shard_header(self.unfinished, self.dtype))
         self._file.close()
         self._file = None
         path = self._path()
@@ -301,12 +319,12 @@ class ShardWriter:
 
     def _go_back(self) -> None:
         for record in self.records:
-            check_shard(self.folder / record.file, record.tokens)
+            check_shard(self.folder / record.file, record.tokens, self.dtype)
         if self.unfinished:
             partial = partial_name(self._path())
             if self._path().exists():  # it was finished after `unfinished` was saved
                 os.replace(self._path(), partial)
-            size = HEADER_BYTES + self.unfinished * TOKEN.itemsize
+            size = HEADER_BYTES + self.unfinished * self.dtype.itemsize
             if not partial.exists() or partial.stat().st_size < size:
                 raise UserError(f"{partial} is missing or cut short. {PREPARE_AGAIN}")
             os.truncate(partial, size)
@@ -317,15 +335,24 @@ class ShardWriter:
                 path.unlink()
 
 
-def shard_header(tokens: int) -> bytes:
+def shard_header(tokens: int, dtype: np.dtype = UINT16) -> bytes:
     """The first 1024 bytes of a shard of `tokens` tokens."""
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
-    header[:3] = MAGIC, VERSION, tokens
+    header[:3] = *HEADERS[dtype], tokens
     return header.tobytes()
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Reading
+
+
+class ShardFile(NamedTuple):
+    """A shard on disk: bytes of its header, number and type of its tokens."""
+
+    path: Path
+    header: int
+    tokens: int
+    dtype: np.dtype
 
 
 class TokenShards:
@@ -339,9 +366,9 @@ class TokenShards:
     """
 
     def __init__(
-        self, folder: Path, split: str, files: list[tuple[Path, int, int]], vocab_size: int, meta: DataMeta | None
+        self, folder: Path, split: str, files: list[ShardFile], vocab_size: int, meta: DataMeta | None
     ) -> None:
-        """`files`: (path, bytes of header, tokens) of each shard, in order. Use `open`, which checks them."""
+        """`files`: the shards in order. Use `open`, which checks them."""
         self.folder = folder
         self.split = split
         self.vocab_size = vocab_size
@@ -349,28 +376,37 @@ class TokenShards:
         self.end_of_text = None if meta is None else meta.end_of_text
         self.files = files
         self._starts = [0]  # position in the stream where each shard starts, and the length of the stream
-        for _, _, tokens in files:
-            self._starts.append(self._starts[-1] + tokens)
+        for file in files:
+            self._starts.append(self._starts[-1] + file.tokens)
         self._open_files: dict[int, BinaryIO] = {}
 
     @classmethod
     def open(cls, folder: str | Path, split: str, vocab_size: int | None = None) -> "TokenShards":
         """Open a split after cheap checks: header, file size and `meta.json` of every shard must agree.
 
-        `vocab_size` is required for a folder without `meta.json` (nanoGPT's, or shards of other tools); otherwise it
-        may be None and must not differ from that of `meta.json`. Without `meta.json`, `end_of_text` and `meta` are
-        None. `verify` reads every byte. Raises UserError with the file, the rule and the way out.
+        `vocab_size` is required for a folder with neither `meta.json` nor a tokenizer; otherwise it may be None and
+        must not differ from that of `meta.json` or `meta.pkl`. Without `meta.json`, `end_of_text` and `meta` are None.
+        `verify` reads every byte. Raises UserError with the file, the rule and the way out.
         """
         folder = Path(folder)
         if vocab_size is not None:
             check_vocab_size(vocab_size, "vocab_size")
-        meta, files = _locate(folder, split)
+        beside = None if os.path.isfile(folder / META_FILE) else tokenizer_file(folder)
+        if beside is not None:
+            known = max(token_ids(beside).values()) + 1
+            if beside.name == CHARACTERS_FILE and vocab_size not in (None, known):
+                raise UserError(
+                    f"vocab_size {vocab_size} does not match {beside}, which has {known} characters. Leave the setting "
+                    f"out, or rename {CHARACTERS_FILE} if the tokens are not those characters."
+                )
+            vocab_size = vocab_size or known
+        meta, files = _locate(folder, split, token_dtype(vocab_size or 1))
         if meta is None:
             if vocab_size is None:
                 raise UserError(
                     f"{folder} has no {META_FILE} (a bare nanoGPT folder, or shards of other tools), so its vocabulary "
-                    "size is unknown: state vocab_size (50257 for GPT-2's tokenizer; the number of "
-                    "characters for a character model)."
+                    "size is unknown: state vocab_size (50257 for GPT-2's tokenizer), or put the tokenizer's "
+                    f"{TOKENIZER_FILE} (of nanoGPT's characters, {CHARACTERS_FILE}) into the folder."
                 )
         elif vocab_size is None:
             vocab_size = meta.vocab_size
@@ -398,10 +434,9 @@ class TokenShards:
         done = 0
         while done < out.size:
             first = start + done - self._starts[shard]
-            part = self._read_shard(shard, first, min(self.files[shard][2] - first, out.size - done))
+            part = self._read_shard(shard, first, min(self.files[shard].tokens - first, out.size - done))
             if part.max() >= self.vocab_size:
-                path = self.files[shard][0]
-                raise UserError(beyond_vocabulary(path, part, first, self.vocab_size))
+                raise UserError(beyond_vocabulary(self.files[shard].path, part, first, self.vocab_size))
             out[done : done + part.size] = part
             done += part.size
             shard += 1
@@ -413,8 +448,8 @@ class TokenShards:
             yield self.read(start, min(start + size, len(self)))
 
     def _read_shard(self, shard: int, first: int, count: int) -> np.ndarray:
-        """`count` tokens of shard number `shard` from token `first` on, uint16."""
-        path, header, _ = self.files[shard]
+        """`count` tokens of shard number `shard` from token `first` on, in the type of the file."""
+        path, header, _, dtype = self.files[shard]
         file = self._open_files.get(shard)
         try:
             if file is None:
@@ -423,15 +458,15 @@ class TokenShards:
                 for oldest in list(self._open_files)[: -MAX_OPEN_FILES + 1]:
                     self._open_files.pop(oldest, None)
                 file = self._open_files.setdefault(shard, open(path, "rb", buffering=0))  # noqa: SIM115
-            content = os.pread(file.fileno(), count * TOKEN.itemsize, header + first * TOKEN.itemsize)
+            content = os.pread(file.fileno(), count * dtype.itemsize, header + first * dtype.itemsize)
         except OSError as error:
             raise UserError(f"{path} cannot be read any more: {error.strerror}. Copy it again.") from error
-        if len(content) < count * TOKEN.itemsize:
+        if len(content) < count * dtype.itemsize:
             raise UserError(
                 f"{path} ends before token {first + count}: it was cut short after it was opened. Copy it again from "
                 "its origin."
             )
-        return np.frombuffer(content, dtype=TOKEN)
+        return np.frombuffer(content, dtype=dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open_files": {}}
@@ -450,7 +485,7 @@ def fingerprint(splits: Sequence[TokenShards], *, whole: bool) -> str:
     if metas:
         tokenizers = [[meta.tokenizer_sha256, meta.vocab_size, meta.end_of_text] for meta in metas]
         words.append(hashlib.sha256(json.dumps(tokenizers).encode()))
-    files = [path for shards in splits if shards.meta is None for path, _, _ in shards.files]
+    files = [file.path for shards in splits if shards.meta is None for file in shards.files]
     if files:
         words.append(hashlib.sha256())
         for path in files:
@@ -479,29 +514,28 @@ def beyond_vocabulary(path: Path, part: np.ndarray, start: int, vocab_size: int)
     )
 
 
-def _locate(folder: Path, split: str) -> tuple[DataMeta | None, list[tuple[Path, int, int]]]:
-    """The content of `meta.json` (None if there is none), and (path, bytes of header, tokens) of each shard."""
+def _locate(folder: Path, split: str, of_bare: np.dtype) -> tuple[DataMeta | None, list[ShardFile]]:
+    """The content of `meta.json` (None if there is none), and the shards. `of_bare`: type of tokens without header."""
     try:
         if not folder.is_dir():
-            what = "is not a folder" if folder.exists() else "does not exist"
+            if folder.exists():
+                raise UserError(f"data folder {folder} is not a folder. {_prepare(folder)}")
             raise UserError(
-                f"data folder {folder} {what}. Prepare one{_WHERE} with: "
-                f"python -m data_prep.documents --out {folder} --tokenizer gpt2 FILES..., or, for the corpus of the "
-                f"quickstart, python -m data_prep.python_docs --out {folder}"
+                f"data folder {folder} does not exist. {_prepare(None, folder)}, or, for the corpus of the quickstart, "
+                f"python -m data_prep.python_docs --out {folder}"
             )
         present = {path.name for path in folder.iterdir()}
     except OSError as error:
         raise UserError(f"data folder {folder} cannot be read: {error.strerror}. Change its permissions.") from error
     bare = folder / f"{split}.bin"
     if META_FILE not in present and bare.name in present:
-        return None, [_bare_shard(bare)]
+        return None, [_bare_shard(bare, of_bare)]
     ours = rf"({'|'.join(SPLITS)})_\d+\.bin|{META_FILE}|{PART_FILE}|{re.escape(UNFINISHED_FOLDER)}"
     others = {} if META_FILE in present else _shards_of_others(present)
     if not others and not any(re.fullmatch(ours, name) or name in BARE for name in present):
         raise UserError(
             f"data folder {folder} holds no token shards (train_*.bin and val_*.bin, or nanoGPT's train.bin "
-            f"and val.bin). Prepare data{_WHERE} with: "
-            f"python -m data_prep.documents --out {folder} --tokenizer gpt2 FILES..."
+            f"and val.bin). {_prepare(folder) if present else _prepare(None, folder)}"
         )
     if others:
         if split not in others:
@@ -509,7 +543,14 @@ def _locate(folder: Path, split: str) -> tuple[DataMeta | None, list[tuple[Path,
                 f"data folder {folder} holds shards of the split {' and '.join(others)} only, and none with {split!r} "
                 f"in its name (like fineweb_{split}_000000.bin). Put them beside the others."
             )
-        return None, [check_shard(folder / name, None) for name in others[split]]
+        files = [check_shard(folder / name) for names in others.values() for name in names]
+        types = {file.dtype: f"{file.path.name} of {file.dtype.name}" for file in files}
+        if len(types) > 1:
+            raise UserError(
+                f"data folder {folder} mixes shards of two types, {' and '.join(types.values())}: they come from "
+                "different tokenizers. Give the shards of each tokenizer a folder of their own."
+            )
+        return None, [file for file in files if file.path.name in others[split]]
     if META_FILE not in present and present & BARE:
         raise UserError(
             f"data folder {folder} has no {bare.name}. A nanoGPT folder has train.bin and val.bin: "
@@ -537,12 +578,17 @@ def _locate(folder: Path, split: str) -> tuple[DataMeta | None, list[tuple[Path,
     files = []
     for record in records:
         try:
-            files.append(check_shard(folder / record.file, record.tokens))
+            files.append(check_shard(folder / record.file, record.tokens, token_dtype(meta.vocab_size)))
         except UserError as error:
             damage.append(str(error))
     if damage:
         raise UserError("\n".join(damage))
     return meta, files
+
+
+def _prepare(text: Path | None, out: Path | str = "NEW_FOLDER") -> str:
+    """The advice to prepare the files in `text` into `out`, which must be new or empty."""
+    return f"Prepare data{_WHERE} with: python -m data_prep.documents --out {out} --tokenizer gpt2 {text or 'FILES...'}"
 
 
 def _shards_of_others(names: set[str]) -> dict[str, list[str]]:
@@ -558,27 +604,35 @@ def _shards_of_others(names: set[str]) -> dict[str, list[str]]:
     return found
 
 
-def check_shard(path: Path, tokens: int | None) -> tuple[Path, int, int]:
-    """Check a shard with a header; returns (path, bytes of header, tokens).
+def check_shard(path: Path, tokens: int | None = None, dtype: np.dtype | None = None) -> ShardFile:
+    """Check a shard with a header.
 
-    `tokens`: as in meta.json; None for a shard of another tool, which hgpt cannot prepare again.
+    `tokens`, `dtype`: of meta.json; None for a shard of another tool, which hgpt cannot prepare again.
     """
     way_out = f"Copy it again, or: {PREPARE_AGAIN}"
     if tokens is None:
-        way_out = "Convert it to llm.c's format of GPT-2 (uint16), or prepare its text with data_prep.documents."
+        way_out = "Convert it to llm.c's format, or prepare its text with data_prep.documents."
     size, content = _beginning(path, way_out)
     header = np.frombuffer(content[:HEADER_BYTES].ljust(12, b"\0"), dtype="<i4", count=3)
     magic, version, count = (int(value) for value in header)
-    if magic != MAGIC:
+    known = {number: (kind, latest) for kind, (number, latest) in HEADERS.items()}
+    if magic not in known:
         like = next((f", as {name} does" for start, name in FORMATS.items() if content.startswith(start)), "")
         raise UserError(
-            f"{path} is no token shard: it starts with {magic}{like}, not with the magic number {MAGIC}. {way_out}"
+            f"{path} is no token shard: it starts with {magic}{like}, not with the magic number "
+            f"{' or '.join(f'{number} ({kind.name})' for kind, (number, _) in HEADERS.items())}. {way_out}"
+        )
+    found, latest = known[magic]
+    if dtype not in (None, found):
+        raise UserError(
+            f"{path} holds {found.name} tokens, and the vocabulary of its data takes {dtype}: they belong to different "
+            f"preparations. {way_out}"
         )
     if size < HEADER_BYTES:
         raise UserError(f"{path} is truncated: {size} bytes, less than the header's {HEADER_BYTES}. {way_out}")
-    if version != VERSION:
+    if version != latest:
         raise UserError(
-            f"{path} has version {version} of the shard format, this version of hgpt reads {VERSION}. {way_out}"
+            f"{path} has version {version} of the shard format, this version of hgpt reads {latest}. {way_out}"
         )
     if count < 1:
         raise UserError(f"{path}: its header says {count} tokens; a shard holds at least one. {way_out}")
@@ -587,11 +641,11 @@ def check_shard(path: Path, tokens: int | None) -> tuple[Path, int, int]:
             f"{path}: its header says {count} tokens, {META_FILE} says {tokens}: they belong to different "
             f"preparations. {way_out}"
         )
-    expected = HEADER_BYTES + count * TOKEN.itemsize
+    expected = HEADER_BYTES + count * found.itemsize
     if size != expected:
         state = "truncated" if size < expected else "too long"
         raise UserError(f"{path} is {state}: {size} bytes, where {count} tokens take {expected}. {way_out}")
-    return path, HEADER_BYTES, count
+    return ShardFile(path, HEADER_BYTES, count, found)
 
 
 def _beginning(path: Path, way_out: str) -> tuple[int, bytes]:
@@ -608,17 +662,17 @@ def _beginning(path: Path, way_out: str) -> tuple[int, bytes]:
         raise UserError(f"{path} cannot be read: {error.strerror}. Change its permissions, or: {way_out}") from error
 
 
-def _bare_shard(path: Path) -> tuple[Path, int, int]:
-    """(path, 0, tokens) of nanoGPT's train.bin or val.bin, uint16 tokens without a header."""
+def _bare_shard(path: Path, dtype: np.dtype) -> ShardFile:
+    """nanoGPT's train.bin or val.bin, tokens without a header."""
     size, content = _beginning(path, "Copy it again from its origin.")
-    if size == 0 or size % TOKEN.itemsize:
+    if size == 0 or size % dtype.itemsize:
         raise UserError(
-            f"{path} is {'empty' if size == 0 else 'truncated'}: {size} bytes, where uint16 tokens take a "
-            "positive even number. Copy it again from its origin."
+            f"{path} is {'empty' if size == 0 else 'truncated'}: {size} bytes, where {dtype.name} tokens take a "
+            f"multiple of {dtype.itemsize}. Copy it again from its origin."
         )
-    if content.startswith(MAGIC.to_bytes(4, "little")):
+    if content.startswith(tuple(magic.to_bytes(4, "little") for magic, _ in HEADERS.values())):
         raise UserError(
             f"{path} has llm.c's header, which nanoGPT's {path.name} does not have. Shards of other tools are "
             f"recognised by a prefix: rename it to data_{path.stem}_000000.bin."
         )
-    return path, 0, size // TOKEN.itemsize
+    return ShardFile(path, 0, size // dtype.itemsize, dtype)

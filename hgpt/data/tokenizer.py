@@ -1,4 +1,4 @@
-"""Tokenizers: GPT-2's BPE, a small byte-level BPE trained on the spot, or any Hugging Face tokenizer file.
+"""Tokenizers: GPT-2's BPE, a small byte-level BPE trained on the spot, any Hugging Face tokenizer file, characters.
 
 Each is saved as a `tokenizer.json` that Hugging Face's `tokenizers` and `transformers` load. tiktoken encodes the text
 if the tokenizer is a byte-level BPE as this module makes them, also one loaded from a file: the same tokens, several
@@ -8,16 +8,20 @@ times faster.
 import hashlib
 import importlib.metadata
 import json
+import os
+import pickle
+import pickletools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
 import tokenizers
 from tiktoken.load import read_file_cached
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hgpt.durable import read_json, sha256
@@ -25,6 +29,7 @@ from hgpt.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
+CHARACTERS_FILE = "meta.pkl"  # of nanoGPT's character data
 TOKENIZER_PACKAGES = ("tiktoken", "tokenizers")  # they decide which tokens a text becomes
 
 # (file, SHA-256) as tiktoken checks them, in tiktoken_ext/openai_public.py.
@@ -40,8 +45,7 @@ LONGEST_PIECE = 4 * PIECE
 TRAINING_PIECE = PIECE >> 4
 
 SMALLEST_BPE = 257  # one token for each byte, and end-of-text
-MAX_VOCAB_SIZE = 65_535  # of the shard format, hgpt/data/shards.py
-MAX_IDS = 1 << 24  # of any tokenizer: more would be damage
+MAX_VOCAB_SIZE = 1 << 24  # more would be damage
 _BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
@@ -49,7 +53,7 @@ class Tokenizer:
     """Text to token ids and back.
 
     `name` is the spec that the user gave, `vocab_size` the largest id plus 1, `end_of_text` the id that ends a
-    document. May be pickled.
+    document, -1 if there is none. May be pickled.
     """
 
     def __init__(
@@ -157,32 +161,43 @@ def load_tokenizer(spec: str, training_texts: Callable[[], Iterable[str]] | None
 def hf_tokenizer(
     tokenizer_json: str | Path, model_max_length: int, end_of_text: int | None = None
 ) -> PreTrainedTokenizerFast:
-    """The Hugging Face tokenizer of a `tokenizer.json`, to be saved beside an exported model.
+    """The Hugging Face tokenizer of a `tokenizer.json` or `meta.pkl`, to be saved beside an exported model.
 
-    End-of-text (the id `end_of_text`; `<|endoftext|>` if None) is the bos, eos and pad token, as is usual with GPT-2,
-    and the unk token of a tokenizer that has none. Padding is on the left, so that a batch of prompts can be continued.
-    The tokenizer adds no tokens to a text, since the training data has none. Raises UserError without end-of-text.
+    End-of-text (the id `end_of_text`; if None, that of `tokenizer_config.json`, or `<|endoftext|>`) is the bos, eos and
+    pad token, as is usual with GPT-2, and the unk token of a tokenizer that has none. Characters have none of these.
+    Padding is on the left, so that a batch of prompts can be continued. The tokenizer adds no tokens to a text, since
+    the training data has none. Raises UserError without end-of-text.
     """
     path = Path(tokenizer_json)
     backend = _read_backend(path)
     if backend.num_special_tokens_to_add(False):  # a template of Llama ("<s> $A") or BERT
         backend.post_processor = None
-    token = END_OF_TEXT if end_of_text is None else backend.id_to_token(end_of_text)
-    if token is None or backend.token_to_id(token) is None:
-        raise UserError(
-            f"{path} has no end-of-text token {END_OF_TEXT if end_of_text is None else end_of_text}. State "
-            "the id of its end-of-text token (end_of_text in the data folder's meta.json)."
-        )
+    special = {}
+    if path.name != CHARACTERS_FILE:
+        token = backend.id_to_token(_end_of_text(path, backend) if end_of_text is None else end_of_text)
+        if token is None:
+            raise UserError(f"{path} has no token {end_of_text}, which ends the texts of its folder. Copy it again.")
+        special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), token)
+        special["unk_token"] = _unknown_token(backend) or token
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_max_length=model_max_length,
         padding_side="left",
-        bos_token=token,
-        eos_token=token,
-        unk_token=_unknown_token(backend) or token,
-        pad_token=token,
         clean_up_tokenization_spaces=False,
+        **special,
     )
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, **settings: bool) -> BatchEncoding:
+    """tokenizer(text, **settings). Raises UserError for text that the tokenizer has no tokens for."""
+    try:
+        return tokenizer(text, **settings)
+    except Exception as error:  # tokenizers raises plain Exception
+        unknown = "".join(sorted(set(text) - tokenizer.get_vocab().keys()))
+        raise UserError(
+            f"the tokenizer in {tokenizer.name_or_path} has no tokens for some of the text ({error}). Leave out what "
+            f"it does not know; characters that are no tokens: {unknown[:40]!r}"
+        ) from error
 
 
 def is_byte_level(backend: tokenizers.Tokenizer) -> bool:
@@ -202,11 +217,18 @@ def piece_bytes(piece: str | None) -> bytes | None:
 
 
 def token_bytes(backend: tokenizers.Tokenizer, vocab_size: int) -> np.ndarray | None:
-    """UTF-8 bytes of each token, (vocab_size,), int64, 0 for special tokens; None unless `is_byte_level`."""
+    """UTF-8 bytes of each token, (vocab_size,), int64, 0 for special tokens.
+
+    None unless `is_byte_level`, or the tokens are characters.
+    """
+    sizes = np.zeros(vocab_size, dtype=np.int64)
+    if isinstance(backend.model, models.WordLevel) and isinstance(backend.decoder, decoders.Fuse):
+        for character, token in backend.get_vocab().items():
+            sizes[token] = len(character.encode())
+        return sizes
     if not is_byte_level(backend):
         return None
     special = {token for token, added in backend.get_added_tokens_decoder().items() if added.special}
-    sizes = np.zeros(vocab_size, dtype=np.int64)
     for token in range(min(vocab_size, max(backend.get_vocab().values()) + 1)):
         if token not in special:
             piece = piece_bytes(backend.id_to_token(token))
@@ -372,7 +394,7 @@ def _from_file(spec: str) -> Tokenizer:
     except OSError as error:
         raise UserError(f"tokenizer {spec!r} cannot be read: {error.strerror}. Give another path.") from error
     if kind == "folder":
-        path = path / TOKENIZER_FILE
+        path = tokenizer_file(path) or path / TOKENIZER_FILE
         if not path.is_file():
             raise UserError(
                 f"tokenizer folder {spec} holds no {TOKENIZER_FILE}. If transformers can load it, write one "
@@ -380,39 +402,38 @@ def _from_file(spec: str) -> Tokenizer:
             )
     elif kind is None:
         raise UserError(
-            f"tokenizer {spec!r} is neither gpt2, nor bpe:N (for example bpe:2048), nor the path of a folder "
-            f"or a {TOKENIZER_FILE} on this machine."
+            f"tokenizer {spec!r} is neither gpt2, nor bpe:N (for example bpe:2048), nor the path of a folder or a "
+            f"{TOKENIZER_FILE} on this machine. Save one of the Hugging Face hub first: AutoTokenizer of transformers, "
+            f"from_pretrained({spec!r}).save_pretrained('tokenizer'); then give tokenizer."
         )
     backend = _read_backend(path)
-    token = _end_of_text_token(path)
-    end_of_text = backend.token_to_id(token)
-    if end_of_text is None:
-        raise UserError(
-            f"{path} has no token {token!r} to end a document with. Name its end-of-text token as eos_token "
-            "in "
-            f'a tokenizer_config.json beside it, for example {{"eos_token": "</s>"}}.'
-        )
+    end_of_text = _end_of_text(path, backend)
     fast = _tiktoken(str(path), backend.get_vocab()) if _is_byte_level(backend) else None
     return Tokenizer(str(path), backend, end_of_text, fast)
 
 
 def check_vocab_size(vocab_size: int, origin: str) -> None:
-    """Raise UserError unless 1 ≤ vocab_size ≤ 65,535; `origin` says where the number came from."""
-    if vocab_size > MAX_VOCAB_SIZE:
+    """Raise UserError unless 1 ≤ vocab_size ≤ MAX_VOCAB_SIZE; `origin` says where the number came from."""
+    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
         raise UserError(
-            f"{origin}: a vocabulary of {vocab_size:,} tokens does not fit the shard format, which stores "
-            f"uint16 and takes at most {MAX_VOCAB_SIZE:,}. Use a smaller tokenizer (gpt2 has 50,257) until "
-            "a uint32 version of the format exists."
+            f"{origin}: the vocabulary size must be at least 1 and at most {MAX_VOCAB_SIZE:,}, not {vocab_size:,}. "
+            "Use the number of tokens of the tokenizer (gpt2 has 50,257)."
         )
-    if vocab_size < 1:
-        raise UserError(f"{origin}: the vocabulary size must be at least 1, not {vocab_size}.")
+
+
+def tokenizer_file(folder: Path) -> Path | None:
+    """The file with the tokens of a data folder: its tokenizer.json, else nanoGPT's meta.pkl; None without them."""
+    return next((folder / name for name in (TOKENIZER_FILE, CHARACTERS_FILE) if os.path.isfile(folder / name)), None)
 
 
 def token_ids(path: Path) -> dict[str, int]:
     """Token → id of a `tokenizer.json`, read without the library, which allocates memory by the largest id.
 
-    Raises UserError if the file cannot be read, or if its ids are not distinct integers from 0 to MAX_IDS.
+    Of a `meta.pkl`, character → id. Raises UserError if the file cannot be read, or if its ids are not distinct
+    integers from 0 to MAX_VOCAB_SIZE.
     """
+    if path.name == CHARACTERS_FILE:
+        return _characters(path)
     again = "Copy it again, or write it with save_pretrained of its tokenizer."
     try:
         content = read_json(path, again)
@@ -425,8 +446,10 @@ def token_ids(path: Path) -> dict[str, int]:
         tokens = [*vocabulary.items(), *((entry["content"], entry["id"]) for entry in added)]
         owner: dict[int, str] = {}
         for token, index in tokens:
-            if type(index) is not int or not 0 <= index < MAX_IDS:
-                raise UserError(f"{path}: the id of token {token!r} is {index!r}, no integer below {MAX_IDS}. {again}")
+            if type(index) is not int or not 0 <= index < MAX_VOCAB_SIZE:
+                raise UserError(
+                    f"{path}: the id of token {token!r} is {index!r}, no integer below {MAX_VOCAB_SIZE}. {again}"
+                )
             if owner.setdefault(index, token) != token:
                 raise UserError(f"{path}: the tokens {owner[index]!r} and {token!r} have one id, {index}. {again}")
         if len(found := dict(tokens)) < max(1, len(owner)):
@@ -434,6 +457,45 @@ def token_ids(path: Path) -> dict[str, int]:
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a tokenizer's file ({type(error).__name__}: {error}). {again}") from error
     return found
+
+
+# The opcodes of a pickle that holds dictionaries, texts and numbers. None of them imports or calls anything.
+_PLAIN = re.compile(
+    "PROTO|FRAME|MARK|STOP|(EMPTY_)?DICT|SETITEMS?|(SHORT_)?(BIN)?UNICODE8?|(BIN)?INT[12]?|LONG[14]?|(BIN)?FLOAT|"
+    "MEMOIZE|(LONG_)?(BIN)?(PUT|GET)"
+)
+_LARGEST_PICKLE = 1 << 24
+
+
+def _characters(path: Path) -> dict[str, int]:
+    """Character → id of the meta.pkl that nanoGPT's prepare.py writes: {"vocab_size": V, "stoi": …, "itos": …}.
+
+    Its pickle is scanned before it is loaded, so that it cannot run code or allocate more memory than it is long.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_LARGEST_PICKLE + 1)
+        if len(content) > _LARGEST_PICKLE:
+            raise ValueError(f"it is larger than {_LARGEST_PICKLE >> 20} MiB")
+        argument: Any
+        for opcode, argument, _ in pickletools.genops(content):
+            too_large = opcode.name.endswith("PUT") and argument > len(content)  # memory is allocated by this number
+            if too_large or not _PLAIN.fullmatch(opcode.name):
+                raise ValueError(f"it holds more than dictionaries, texts and numbers: {opcode.name} {argument or ''}")
+        meta = pickle.loads(content)
+        size, stoi, itos = meta["vocab_size"], meta["stoi"], meta["itos"]
+        if not (type(stoi) is dict and all(type(c) is str and len(c) == 1 and c.encode() for c in stoi)):
+            raise ValueError("stoi must map single characters to their ids")
+        if not stoi or type(size) is not int or size != len(stoi) or sorted(stoi.values()) != list(range(size)):
+            raise ValueError(f"the {len(stoi)} ids of stoi must be 0 to vocab_size - 1, and vocab_size is {size!r}")
+        if itos != {token: character for character, token in stoi.items()}:
+            raise ValueError("itos must be the inverse of stoi")
+    except Exception as error:  # a damaged pickle raises any
+        raise UserError(
+            f"{path} is not the meta.pkl of nanoGPT's character data ({type(error).__name__}: {error}). Write it again "
+            "with nanoGPT's prepare.py. Or rename it and state data.vocab_size: the model then has no tokenizer."
+        ) from error
+    return {character: int(token) for character, token in stoi.items()}
 
 
 def check_tokenizer_file(
@@ -458,7 +520,13 @@ def check_tokenizer_file(
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
-    check_vocab_size(max(token_ids(path).values()) + 1, f"tokenizer {path}")
+    ids = token_ids(path)
+    check_vocab_size(max(ids.values()) + 1, f"tokenizer {path}")
+    if path.name == CHARACTERS_FILE:
+        backend = tokenizers.Tokenizer(models.WordLevel(ids))
+        backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+        backend.decoder = decoders.Fuse()
+        return backend
     try:
         backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -472,6 +540,20 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def _end_of_text(path: Path, backend: tokenizers.Tokenizer) -> int:
+    """The id of end-of-text; -1 for characters. Raises UserError if a tokenizer has none."""
+    if path.name == CHARACTERS_FILE:
+        return -1
+    token = _end_of_text_token(path)
+    end_of_text = backend.token_to_id(token)
+    if end_of_text is None:
+        raise UserError(
+            f"{path} has no token {token!r} to end a document with. Name its end-of-text token as eos_token in a "
+            f'tokenizer_config.json beside it, for example {{"eos_token": "</s>"}}.'
+        )
+    return end_of_text
 
 
 def _end_of_text_token(path: Path) -> str:

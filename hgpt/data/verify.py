@@ -11,11 +11,11 @@ from hgpt.data.shards import (
     META_FILE,
     PREPARE_AGAIN,
     SPLITS,
-    TOKEN,
     TokenShards,
     beyond_vocabulary,
     check_shard,
     read_meta,
+    token_dtype,
 )
 from hgpt.data.tokenizer import MAX_VOCAB_SIZE, load_tokenizer
 from hgpt.errors import UserError
@@ -56,15 +56,15 @@ def find_damage(
         documents = False
     checksums = {} if shards.meta is None else {r.file: r.sha256 for r in shards.meta.splits[split].shards}
     ends = last = 0
-    for path, header, count in shards.files:
+    for path, header, count, dtype in shards.files:
         checksum = hashlib.sha256()
         beyond = None
         with open(path, "rb") as file:
             checksum.update(file.read(header))
             for start in range(0, count, TOKENS_AT_ONCE):
-                content = file.read(min(count - start, TOKENS_AT_ONCE) * TOKEN.itemsize)
+                content = file.read(min(count - start, TOKENS_AT_ONCE) * dtype.itemsize)
                 checksum.update(content)
-                part = np.frombuffer(content, dtype=TOKEN)
+                part = np.frombuffer(content, dtype=dtype)
                 if part.max() >= shards.vocab_size and beyond is None:
                     beyond = beyond_vocabulary(path, part, start, shards.vocab_size)
                 if documents and shards.end_of_text is not None:
@@ -102,7 +102,7 @@ def _shards_that_open(folder: Path, split: str) -> TokenShards:
         return TokenShards(folder, split, [], MAX_VOCAB_SIZE, None)
     for record in records:
         with suppress(UserError):
-            files.append(check_shard(folder / record.file, record.tokens))
+            files.append(check_shard(folder / record.file, record.tokens, token_dtype(meta.vocab_size)))
     return TokenShards(folder, split, files, meta.vocab_size, meta)
 
 

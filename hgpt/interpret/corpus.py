@@ -3,15 +3,15 @@
 import os
 import tomllib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tokenizers
 
 from hgpt.data.shards import META_FILE, TokenShards
-from hgpt.data.tokenizer import MAX_VOCAB_SIZE, TOKENIZER_FILE, Tokenizer, load_tokenizer
+from hgpt.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, token_ids, tokenizer_file
 from hgpt.errors import UserError
 from hgpt.interpret.models import LoadedModel, Outline, Source
 from hgpt.interpret.positions import Window
@@ -41,9 +41,9 @@ class Corpus:
         """Open a data folder.
 
         Args:
-            vocab_sizes: candidates for the vocabulary size of a folder without meta.json. The smallest that holds
-                every token of the validation split is used.
-            tokenizer_files: further places to look for the tokenizer if the folder has no tokenizer.json.
+            vocab_sizes: candidates for the vocabulary size of a folder without meta.json and tokenizer. The smallest
+                that holds every token of the validation split is used.
+            tokenizer_files: further places to look for the tokenizer if the folder has none.
         """
         try:
             os.stat(folder)
@@ -51,14 +51,14 @@ class Corpus:
             pass  # `TokenShards` says how to prepare one
         except (OSError, ValueError) as error:  # ValueError: NUL in the name
             raise UserError(f"data folder {folder} cannot be read: {error}. Give another path") from error
-        files = [Path(folder) / TOKENIZER_FILE, *tokenizer_files]
-        file = next((file for file in files if file.is_file()), None)
+        beside = tokenizer_file(Path(folder))
+        file = beside or next((file for file in tokenizer_files if file.is_file()), None)
         tokenizer = vocabulary = None
         if file is not None:
             tokenizer = load_tokenizer(str(file))
-            vocabulary = frozenset(tokenizers.Tokenizer.from_file(str(file)).get_vocab().items())
+            vocabulary = frozenset(token_ids(file).items())
         vocab_size = None
-        if not (Path(folder) / META_FILE).is_file():
+        if beside is None and not (Path(folder) / META_FILE).is_file():
             own = [] if tokenizer is None else [tokenizer.vocab_size]
             vocab_size = _vocab_size(folder, vocab_sizes or own)
         train, val = (TokenShards.open(folder, split, vocab_size) for split in ("train", "val"))
@@ -176,10 +176,12 @@ class Corpus:
 
 def _vocab_size(folder: str, sizes: Sequence[int]) -> int | None:
     """The smallest of `sizes` that holds every token of the validation split, the largest if none does."""
-    if len(set(sizes)) < 2:
-        return next(iter(sizes), None)
-    largest = max(int(chunk.max()) for chunk in TokenShards.open(folder, "val", MAX_VOCAB_SIZE).chunks())
-    return min((size for size in sizes if size > largest), default=max(sizes))
+    for size in sorted(set(sizes))[:-1]:
+        with suppress(UserError):
+            for _ in TokenShards.open(folder, "val", size).chunks():
+                pass  # raises for a token that is not below `size`
+            return size
+    return max(sizes, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hgpt.data.tokenizer import is_byte_level, piece_bytes, token_bytes
+from hgpt.data.tokenizer import encode, is_byte_level, piece_bytes, token_bytes
 from hgpt.errors import UserError
 from hgpt.hardware import enough_memory
 from hgpt.model.harmax import squared_distances
@@ -112,7 +112,7 @@ class LoadedModel:
         return f"softmax, {'bias, ' if weighted else ''}{tied}"
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return encode(self.tokenizer, text, add_special_tokens=False).input_ids
 
     def encode_with_ends(self, text: str) -> tuple[np.ndarray, np.ndarray | None]:
         """The tokens of a text, (N,), and the byte of its UTF-8 at which each token ends, (N,).
@@ -121,7 +121,7 @@ class LoadedModel:
         """
         if not self.tokenizer.is_fast:
             return np.array(self.encode(text), dtype=np.int64), None
-        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        found = encode(self.tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
         bytes_before = np.cumsum([0, *(len(character.encode()) for character in text)])  # of each character
         ends = np.array([end for _, end in found.offset_mapping], dtype=np.int64)
         return np.array(found.input_ids, dtype=np.int64), bytes_before[ends]
@@ -183,8 +183,8 @@ class LoadedModel:
         return self.tokenizer.is_fast and is_byte_level(self.tokenizer.backend_tokenizer)
 
     def token_bytes(self) -> np.ndarray | None:
-        """UTF-8 bytes of each token, (V,), int64, 0 for special tokens; None unless the tokenizer is `byte_level`."""
-        return token_bytes(self.tokenizer.backend_tokenizer, self.vocab_size) if self.byte_level else None
+        """UTF-8 bytes of each token, (V,), int64, as `hgpt.data.tokenizer.token_bytes`."""
+        return token_bytes(self.tokenizer.backend_tokenizer, self.vocab_size) if self.tokenizer.is_fast else None
 
 
 def token_text(tokenizer: Any, token: int) -> str:

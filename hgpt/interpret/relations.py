@@ -82,7 +82,7 @@ def token_pairs(
     """The tokens of a relation's words; a pair with a word that has no token is dropped.
 
     Args:
-        encode: text → token ids, without special tokens.
+        encode: text → token ids, without special tokens. Raises UserError for text that has no tokens.
         unknown: the tokenizer's unknown token, if any; a word that contains it has no token.
     """
     words, ids = [], []
@@ -106,7 +106,10 @@ def distinct(pairs: TokenPairs) -> TokenPairs:
 
 def word_token(word: str, encode: Callable[[str], Sequence[int]], form: WordForm, unknown: int | None) -> int | None:
     """The token that represents a word, None if there is none."""
-    tokens = encode(f" {word}" if form == "single_after_space" else word)
+    try:
+        tokens = encode(f" {word}" if form == "single_after_space" else word)
+    except UserError:
+        return None
     if not len(tokens) or unknown in tokens or (form != "last" and len(tokens) > 1):
         return None
     return int(tokens[-1])

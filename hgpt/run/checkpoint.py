@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hgpt.data.shards import TokenShards, same_data
-from hgpt.data.tokenizer import hf_tokenizer
+from hgpt.data.tokenizer import hf_tokenizer, tokenizer_file
 from hgpt.durable import (
     folder_lock,
     read_json,
@@ -245,8 +245,8 @@ class Checkpoints:
         with whole_folder(target) as folder:
             save_training_state(folder, full, random_states, state)
             save_model(folder / MODEL, config, full.weights)
-            tokenizer = Path(self.config.data.path) / "tokenizer.json"
-            if tokenizer.exists():  # a bare nanoGPT folder has none
+            tokenizer = tokenizer_file(Path(self.config.data.path))
+            if tokenizer is not None:  # shards of others may have none
                 hf_tokenizer(tokenizer, config.n_positions, self.shards.end_of_text).save_pretrained(folder / MODEL)
             source = self.config.data.path if self.shards.meta is None else self.shards.meta.source
             card = model_card(

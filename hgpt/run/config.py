@@ -174,10 +174,10 @@ class DataConfig:
     """The data.
 
     Args:
-        path: a folder that data_prep wrote, a nanoGPT folder (train.bin and val.bin), or a folder of shards with
-            llm.c's header.
+        path: a folder that data_prep wrote, a nanoGPT folder (train.bin, val.bin, meta.pkl if there is one), or a
+            folder of shards with llm.c's header.
         seq_len: tokens per sequence T, and the context length of the model.
-        vocab_size: number of classes; needed where the folder has no meta.json.
+        vocab_size: number of classes; needed where the folder has neither meta.json nor a tokenizer.
         verify: at the start, check the checksums and the range of all tokens: about a second per GB.
     """
 

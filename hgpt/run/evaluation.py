@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from hgpt.data.baselines import bytes_per_target, unigram_loss
-from hgpt.data.batches import read_windows
+from hgpt.data.batches import check_length, read_windows
 from hgpt.data.shards import TokenShards
-from hgpt.errors import UserError
 from hgpt.model.heads import HarmonicHead
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.config import RunConfig
@@ -36,11 +35,7 @@ def evaluation_windows(shards: TokenShards, seq_len: int) -> int:
 
     Raises UserError when the split is shorter than one sequence.
     """
-    if len(shards) < seq_len + 1:
-        raise UserError(
-            f"{shards.folder}: the {shards.split} split has {len(shards):,} tokens, fewer than one sequence of "
-            f"data.seq_len + 1 = {seq_len + 1}. Lower data.seq_len, or prepare the data with a larger validation split."
-        )
+    check_length(shards, seq_len)
     return -(-(len(shards) - 1) // seq_len)
 
 
