@@ -6,6 +6,7 @@ from hgpt.interpret.measures import (
     calibration,
     centres,
     differences,
+    explorer,
     geometry,
     lens,
     parallelograms,
@@ -19,5 +20,6 @@ from hgpt.interpret.measures import (
 ON_TEXT = (predictions, calibration)
 RELATIONS = (parallelograms, differences, analogies, planes)
 VECTORS = (geometry, similarity, lens)
-TO_READ = (training, reading, centres)
-MEASURES = tuple(Measure.of(module) for module in (*ON_TEXT, *RELATIONS, *VECTORS, *TO_READ))
+TO_EXPLORE = (explorer, reading)
+TO_READ = (training, centres)
+MEASURES = tuple(Measure.of(module) for module in (*TO_EXPLORE, *ON_TEXT, *RELATIONS, *VECTORS, *TO_READ))
