@@ -143,7 +143,7 @@ class Reader:
             if number == 0 and before is None:
                 size = None if size is None or first is None else size - first
             ids += [tokens] if behind is None else [tokens, np.array([behind])]
-        return Stream(tokens=np.concatenate(ids), bytes=size, document=document)
+        return Stream(tokens=np.concatenate(ids) if ids else np.array([]), bytes=size, document=document)
 
     def measure(self, streams: Sequence[Stream]) -> dict[str, Any]:
         """The row of the table: `COLUMNS`, tokens, bytes and window."""
@@ -193,8 +193,6 @@ def _has_tokenizer(source: Source) -> bool:
 def streams_of_data(reader: Reader, corpus: Corpus, notes: list[str]) -> list[Stream]:
     """The validation split in the tokens of the model. Raises UserError if they cannot be known."""
     val, folder, label = corpus.val, corpus.val.folder, reader.label
-    if len(val) < 2:
-        raise UserError(f"{folder}: the val split has {len(val)} tokens, and at least 2 are needed to predict one")
     tokenizer = reader.tokenizer
     words = None if tokenizer is None else frozenset(tokenizer.get_vocab().items())
     if val.vocab_size == reader.vocab_size if words is None else corpus.has_tokens_of(words, reader.vocab_size):
@@ -216,7 +214,10 @@ def streams_of_data(reader: Reader, corpus: Corpus, notes: list[str]) -> list[St
     ends = np.flatnonzero(tokens == corpus.tokenizer.end_of_text)
     documents = [part[part != corpus.tokenizer.end_of_text] for part in np.split(tokens, ends + 1)]
     texts = [corpus.tokenizer.decode(part) for part in documents if len(part)]
-    return [reader.stream(texts, document=False)]
+    stream = reader.stream(texts, document=False)
+    if len(stream.tokens) < 2:
+        raise UserError(f"{folder}: its val split holds no token that {label} could predict; prepare a longer one")
+    return [stream]
 
 
 def streams_of_files(reader: Reader, files: Sequence[str]) -> list[Stream]:

@@ -27,7 +27,8 @@ def folder(tmp_path_factory):
     """Data of a tokenizer, and models of this tokenizer and of others."""
     folder = tmp_path_factory.mktemp("evaluate")
     own = byte_pairs(300)
-    prepare(folder / "data", own, SPLIT)
+    for name, text in (("data", SPLIT), ("blank", " \n"), ("one", "a")):
+        prepare(folder / name, own, text)
     export(folder / "harmonic", own, "harmonic", radius="learned")
     export(folder / "gpt2", own, "gpt2", context=50)
     for name, backend in {"bytes": byte_pairs(270), "words": word_pieces(200), "unigrams": unigrams(200)}.items():
@@ -142,6 +143,8 @@ def test_tokens_without_a_tokenizer(folder, tmp_path):
         ("none/x --text long.txt", "none/x"),
         ("harmonic harmonic --data data", "named twice"),
         ("harmonic --text empty.txt", "empty.txt holds no token that harmonic could predict"),
+        ("words --data blank", "blank: its val split holds no token that words could predict"),
+        ("harmonic --data one", "one: the val split has 1 tokens, and at least 2 are needed"),
         ("harmonic --text latin.txt", "latin.txt cannot be read as UTF-8"),
         ("harmonic --data bare", "harmonic predicts 300 tokens, and bare has a vocabulary of 400: with the tokenizer"),
         ("bert --text long.txt", "bert is no causal language model"),

@@ -8,7 +8,9 @@ from small_models import TEXT, bare, byte_pairs, encode, export, prepare, unigra
 from hgpt.data.tokenizer import END_OF_TEXT
 from hgpt.errors import UserError
 from hgpt.interpret.corpus import Corpus
+from hgpt.interpret.measure import Analysis
 from hgpt.interpret.models import find_sources, loaded
+from hgpt.interpret.subject import AnalysisSettings
 
 CPU = torch.device("cpu")
 
@@ -65,6 +67,17 @@ def test_text_that_takes_more_tokens_than_a_model_reads_is_cut_and_not_dropped(f
         lengths = [len(targets) for _, targets in read.windows]
         assert max(lengths) == 16 and min(lengths[:-3]) > 8  # no piece is a remnant of a few tokens
         assert max(len(targets) for _, targets in corpus.read(model, 40, 0, longest=5).windows) == 5
+
+
+@pytest.mark.parametrize("tokens", [0, 100, 4000])
+def test_the_share_of_the_split_that_is_read(folders, tokens):
+    corpus = Corpus.open(str(folders["bytes"][0]))
+    with opened(folders, "bytes") as model:
+        targets = sum(len(targets) for _, targets in corpus.read(model, 40, tokens).windows)
+    share = corpus.share(40, tokens)
+    assert share == targets / (len(corpus.val) - 1) and (share == 1) == (tokens in (0, 4000))
+    part = Analysis(settings=AnalysisSettings(), models=[], data="d", share=share).part
+    assert part == ("the whole validation text" if share == 1 else f"{100 * share:.3g} % of the validation text")
 
 
 def test_the_bytes_of_word_pieces_are_those_of_the_text_they_were_made_from(folders):

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from hgpt.interpret import report
-from hgpt.interpret.drawing import look, measure_against_loss, save_figure, swatch
+from hgpt.interpret.drawing import inline_svg, look, measure_against_loss, save_figure, swatch
 from hgpt.interpret.measure import (
     Analysis,
     Details,
@@ -27,7 +28,7 @@ from hgpt.interpret.measure import (
     paragraph,
 )
 from hgpt.interpret.measures import MEASURES, calibration
-from hgpt.interpret.measures.differences import mean_differences
+from hgpt.interpret.measures.differences import conclusions, mean_differences
 from hgpt.interpret.measures.parallelograms import BAEK2025, RelationScore, score_distributions, scores_by_relation
 from hgpt.interpret.models import Source
 from hgpt.interpret.positions import Positions, TextMeasures
@@ -117,6 +118,12 @@ def drawn(found: Analysis, *measures: str) -> dict[str, Drawing]:
     return {drawing.name: drawing for measure in shown for drawing in drawings(measure.section(found))}
 
 
+def prose(found: Analysis, name: str) -> str:
+    """The paragraphs of the section of one measure."""
+    (measure,) = (measure for measure in MEASURES if measure.name == name)
+    return " ".join(item for block in measure.section(found) if isinstance(block, Prose) for item in block.items)
+
+
 def legend(figure: Figure) -> list[str]:
     return [entry.get_text() for entry in figure.legends[0].get_texts()]
 
@@ -142,15 +149,15 @@ def test_an_interval_is_drawn_where_it_is_even_beside_its_value():
 def test_a_model_without_usable_relations_is_left_out_and_named(without):
     models = [model("rich", {BAEK2025: {"x": relation(1.0), "y": relation(2.0)}})]
     models.insert(without, model("poor", {}))
-    figures = drawn(analysis(*models), "parallelograms", "differences", "planes")
+    found = analysis(*models)
+    figures = drawn(found, "parallelograms", "differences", "planes")
     assert "variants" not in figures
     for name in ("scores_by_relation", "score_cdfs"):
         assert legend(figures[name].figure) == ["rich"]
         assert figures[name].caption.endswith("enough usable pairs: poor.")
-        assert "rich: softmax" in figures[name].source and "poor" not in figures[name].source
-    for name in ("planes_of_relations", "plane_of_the_vocabulary"):
-        assert "Not drawn: poor." in figures[name].caption
-        assert len(figures[name].figure.axes) == 2
+    assert "Not drawn: poor." in prose(found, "planes")
+    for name in ("plane_of_relation_1", "plane_of_relation_2", "plane_of_vocabulary_1"):
+        assert len(figures[name].figure.axes) == 1
     # The look belongs to the place in the report, whoever is left out.
     markers = figures["scores_by_relation"].figure.axes[0].lines[0]
     assert markers.get_color() == look(1 - without)["color"]
@@ -160,9 +167,10 @@ def test_models_that_share_no_relation():
     a, b = model("a", {BAEK2025: {"x": relation(1.0)}}), model("b", {BAEK2025: {"y": relation(1.0)}})
     c = model("c", {BAEK2025: {"x": relation(2.0), "y": relation(1.0)}})
     found = analysis(a, b, c)
-    plane = drawn(found, "planes")["planes_of_relations"]
-    assert [axes.get_title().split(" · ")[:2] for axes in plane.figure.axes] == [["x", "a"], ["x", "c"]]
-    assert "Not drawn: b." in plane.caption
+    planes = drawn(found, "planes")
+    assert [drawing.title for drawing in planes.values()] == ["x", "x"]
+    assert [axes.get_title().split(" · ")[0] for axes in planes["plane_of_relation_1"].figure.axes] == ["a", "c"]
+    assert "Not drawn: b." in prose(found, "planes")
     found.compared = {"differences": {"c": [{"variant": BAEK2025, "relation": "x", "difference": 1.0, "low": 0.0,
                                              "high": 2.0, "p": 0.5, "p_holm": 0.5}]}}  # fmt: skip
     difference = drawn(found, "differences")["variants"]
@@ -171,12 +179,69 @@ def test_models_that_share_no_relation():
     assert drawn(analysis(a, b), "differences") == {}
 
 
+def test_labels_cover_neither_one_another_nor_a_point():
+    """In a crowd; labels that are markup or formulas are drawn as they are."""
+    found = analysis(model("m", {BAEK2025: {"x": relation(1.0)}}))
+    points = 0.02 * np.random.default_rng(0).normal(size=(2, 12, 2))
+    points[:, 0] = -1, 1
+    names = (("<b>", "$x$"), *((f"first{i}", f"second{i}") for i in range(11)))
+    projections = dict.fromkeys(("relation", "vocabulary"), Projection(*points, 1.0, 0.2, 0.2))
+    found.models[0].found["planes"] = {"x": (names, projections)}
+    figure = drawn(found, "planes")["plane_of_relation_1"].figure
+    renderer, panel = FigureCanvasAgg(figure).get_renderer(), figure.axes[0]
+    texts = [text for text in panel.texts if text.get_text()]
+    boxes = [text.get_window_extent(renderer) for text in texts]
+    assert {"<b>", "$x$"} <= {text.get_text() for text in texts} and len(texts) < 16  # of 16 some have no place
+    ends = np.concatenate([line.get_xydata() for line in panel.lines])
+    for number, box in enumerate(boxes):
+        assert box.count_overlaps(boxes[:number]) == 0
+        assert box.count_contains(panel.transData.transform(ends)) == 0
+        assert panel.get_window_extent(renderer).count_contains(box.corners()) == 4
+
+
+def test_the_same_figure_is_the_same_file_and_has_ids_of_its_own_on_a_page(tmp_path):
+    figure = scores_by_relation(analysis(model("a <&", {BAEK2025: {"x": relation(1.0)}})), ["x"]).figure
+    first, second = (save_figure(figure, tmp_path, name).with_suffix(".svg") for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+    inline = [inline_svg(file, 'a "title"') for file in (first, second)]
+    patterns = ('id="(.*?)"', r'(?:href="|url\()#(.*?)[")]')
+    ids, linked = ([set(re.findall(pattern, svg)) for svg in inline] for pattern in patterns)
+    assert linked[0] and not ids[0] & ids[1] and all(a <= b for a, b in zip(linked, ids, strict=True))
+    assert inline[0].startswith('<svg role="img" aria-label="a &#34;title&#34;" viewBox="0 0 ')
+    assert ">a &lt;&amp;</text>" in inline[0] and "<style" not in inline[0]
+    assert inline[0].count("fill: #ffffff") == first.read_text().count("fill: #ffffff") - 1  # the ground
+
+
 def test_captions_of_planes_say_what_is_not_drawn():
     relations = {BAEK2025: {f"relation{i}": relation(1.0) for i in range(6)}}
     found = analysis(*(model(label, relations) for label in "abcde"))
-    caption = drawn(found, "planes")["planes_of_relations"].caption
+    caption = prose(found, "planes")
     assert "first 4 of 6 relations are drawn. Not drawn: relation4, relation5." in caption
     assert "Not drawn: d, e." in caption and "At most 8 pairs" in caption
+
+
+@pytest.mark.parametrize(
+    ("differences", "below_random", "sentence"),
+    [
+        ((0.5, -0.5, 0.5), {"first": "x", "other": "y"}, "lower in 1 relations, higher in 2, .* In 2 of these 3 .*"),
+        ((0.5, 0.5, -0.5), {"first": "", "other": "xy"}, "lower in 1 relations, higher in 2, .* In 0 of these 3 .*"),
+        ((0.5, 0.5, -0.5), {"first": "xy", "other": "z"}, "In 3 of these 3 the lower score is also below that of"),
+        ((), {"first": "xyz", "other": "xyz"}, "lower in 0 relations, higher in 0, not significantly different in 3"),
+    ],
+)
+def test_a_lower_score_says_whether_it_shows_the_relation(differences, below_random, sentence):
+    """Its lower score counts only if that model's own score is below random pairs."""
+    scores = {
+        label: {name: replace(relation(1.0), p_shuffled=0.001 if name in names else 0.5) for name in "xyz"}
+        for label, names in below_random.items()
+    }
+    found = analysis(*(model(label, {BAEK2025: scores[label]}) for label in ("first", "other")))
+    tests = [{"variant": BAEK2025, "relation": name, "difference": d, "p_holm": 0.01 if differences else 0.5}
+             for name, d in zip("xyz", differences or (1.0,) * 3, strict=True)]  # fmt: skip
+    found.compared = {"differences": {"other": tests}}
+    text = conclusions(found, found.models[1])[0]
+    assert re.search(sentence, text) and "better" not in text
+    assert ("not that they form parallelograms" in text) == bool(re.search("In [012] of", text))
 
 
 def test_variants_with_equal_differences_count_once():
@@ -190,8 +255,8 @@ def test_figures_are_signed_with_the_counts_that_were_measured():
     figures = drawn(analysis(*models, data="folder", data_source="a book"), "calibration", "lens", "geometry")
     assert "Measured on 100 (a), 80 (b) validation tokens of: a book" in figures["reliability"].source
     assert "60 sampled validation positions of: a book" in figures["layers"].source
-    assert "c: softmax" not in figures["layers"].source
-    assert "c: softmax" in figures["explained_variance"].source
+    assert legend(figures["layers"].figure) == ["a", "b"]
+    assert legend(figures["explained_variance"].figure) == ["a", "b", "c"]
     assert "hidden states" not in drawn(analysis(model("c", {})), "geometry")["explained_variance"].source
     longer = drawn(analysis(model("a", {}, text=text(4000, 900)), data_source="a book"), "lens")
     assert "512 sampled validation positions" in longer["layers"].source
@@ -241,6 +306,7 @@ def test_a_new_measure_is_one_entry(monkeypatch):
     new = Measure(
         name="answer",
         title="The <answer>",
+        group="mine",
         rows=lambda model: {"answer": model.found["answer"], "quality": {"answer": np.float32(0.5)}},
         section=lambda found: [
             Prose(items=["one", "<two>"]),
@@ -254,7 +320,7 @@ def test_a_new_measure_is_one_entry(monkeypatch):
     found = analysis(first)
     (entry,) = report._plain(report.to_json(found))["models"]
     assert entry["answer"] == {"value": 42.0, "low": 41.0, "high": None} and entry["quality"] == {"answer": 0.5}
-    assert report.summary([first])[-1] == ("the answer ↑", [first.found["answer"]])
+    assert report.summary(found)["mine"] == [("the answer\N{NO-BREAK SPACE}↑", [first.found["answer"]])]
     assert report.readability(first)["answer"] == 42.0
     page = report.page(found, report.page_sections(found), defaultdict(str))
     assert '<section id="answer"><h2>The &lt;answer&gt;</h2>' in page and '<a href="#answer">' in page

@@ -1,9 +1,11 @@
 """The command from end to end on small models (harmonic, softmax, GPT-2): what it writes, what it refuses."""
 
+import filecmp
 import json
 import pydoc_data.topics
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -27,7 +29,7 @@ from hgpt.interpret import __main__ as command
 from hgpt.interpret.drawing import swatch
 from hgpt.interpret.measures import centres, explorer, parallelograms, predictions, reading
 from hgpt.interpret.measures.differences import comparisons, relations_without_power
-from hgpt.interpret.measures.parallelograms import BAEK2025, VARIANTS
+from hgpt.interpret.measures.parallelograms import BAEK2025, OF_CENTRES, VARIANTS
 from hgpt.interpret.models import find_sources, loaded
 from hgpt.interpret.report import READABILITY, analyse, page, page_sections, readability, restricted, write_report
 from hgpt.interpret.subject import AnalysisSettings
@@ -42,8 +44,8 @@ TEXT = pydoc_data.topics.topics["with"] + pydoc_data.topics.topics["while"]
 VAL = TEXT[:1000]
 TOKENS = len(encode(byte_pairs(VOCAB), VAL)) - 1
 WORDS = ["the", "with", "while", "item", "value", "class", "name", "suite", "test", "list"]
-FIGURES = {"frequency_bands", "reliability", "scores_by_relation", "score_cdfs", "variants", "planes_of_relations",
-           "plane_of_the_vocabulary", "explained_variance", "cka", "layers", "over_training"}  # fmt: skip
+FIGURES = {"frequency_bands", "reliability", "scores_by_relation", "score_cdfs", "variants", "plane_of_relation_1",
+           "plane_of_vocabulary_1", "explained_variance", "cka", "layers", "over_training"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -95,17 +97,21 @@ def results(report) -> dict:
 
 
 class Page(HTMLParser):
-    """Tags that are open at the end, and every address in the page."""
+    """Tags that are open at the end, every address and every id in the page."""
 
     VOID = ("meta", "img", "br", "input", "link")
 
     def __init__(self) -> None:
         super().__init__()
-        self.open, self.addresses, self.tags = [], [], []
+        self.open, self.addresses, self.tags, self.ids = [], [], [], []
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.addresses += [value for name, value in attrs if name in ("src", "href")]
+        self.ids += [value for name, value in attrs if name == "id"]
+        for name, value in attrs:
+            self.addresses += (
+                [value] if name in ("src", "href", "xlink:href") else re.findall(r"url\((.*?)\)", value or "")
+            )
         if tag not in self.VOID:
             self.open.append(tag)
 
@@ -118,14 +124,17 @@ def test_the_page_is_whole_and_fetches_nothing(text, report):
     page.feed(text)
     assert page.open == []
     for address in page.addresses:
-        assert address.startswith(("data:image/png;base64,", "#")) or (report / address).is_file(), address[:60]
-    assert not re.search(r"https?://|@import|url\(", re.sub(r"data:image/png;base64,[^\"]*", "", text))
+        inside = address.removeprefix("#") in page.ids or address.startswith("data:image/png;base64,")
+        assert inside or (report / address).is_file(), address[:60]
+    assert len(set(page.ids)) == len(page.ids)
+    assert not re.search(r"https?://|@import|url\([^#]", re.sub(r"data:image/png;base64,[^\"]*", "", text))
     assert "nan" not in re.sub(r"<script.*?</script>|base64,[^\"]*", "", text, flags=re.DOTALL).split()
     assert '<meta name="viewport"' in text and "@media print" in text
     # The summary comes before everything else, and figures have a text for those who do not see them.
     places = [text.index(part) for part in ('id="summary"', 'id="explorer"', 'id="reading"', "<figure", 'id="method"')]
     assert places == sorted(places)
-    assert text.count("<img alt=") == page.tags.count("img") > 8
+    assert text.count('<svg role="img" aria-label=') == page.tags.count("figure") == len(FIGURES)
+    assert re.search("<text[^>]*>accuracy</text>", text)  # letters, not outlines of letters
     # The scripts take the swatches and labels from the list.
     items = re.findall(r"<li>(<span.*?</span>)<b>(.*?)</b>", text)
     assert items == [(swatch(i), label) for i, label in enumerate(LABELS)]
@@ -187,15 +196,46 @@ def test_what_the_page_reads_is_in_its_data(text, results):
     assert np.isnan(losses).sum() == results["data"]["windows"]
 
 
-def test_captions_say_what_is_signed_in_the_pixels(text):
-    sources = dict(re.findall(r'<figure id="(\w+)">.*?<p class="source">(.*?)</p>', text, re.DOTALL))
-    assert sources.keys() == FIGURES
-    for label, head in (("harmonic", "harmonic (euclidean)"), ("softmax", "softmax, tied"), ("gpt2", "softmax, tied")):
-        assert f"{label}: {head}" in sources["reliability"]
-    assert "foreign: softmax" not in sources["cka"]  # its tokens are others
-    assert re.search(rf"Measured on {TOKENS:,} \(harmonic, softmax, gpt2\), \d+ \(foreign\) validation tokens", text)
-    for name in ("planes_of_relations", "plane_of_the_vocabulary"):
-        assert "Relations: /" in sources[name]
+def test_captions_are_on_the_page_once_and_say_what_was_measured(text):
+    figures = re.findall(r'<figure id="(\w+)">(.*?)</figure>', text, re.DOTALL)
+    sources = {name: found[1] for name, figure in figures if (found := re.search('"source">(.*?)</p>', figure))}
+    assert sources.keys() | {"plane_of_relation_1", "plane_of_vocabulary_1"} == FIGURES
+    counts = rf"{TOKENS:,} \(harmonic, softmax, gpt2\), \d+ \(foreign\)"
+    assert re.search(f"Measured on {counts} validation tokens", sources["reliability"])
+    assert re.search(rf"Measured on the whole validation text \({counts} tokens in \d+", text)
+    assert "On the whole validation text</th>" in text
+    assert "Relations: /" in text[text.index('<section id="planes"') : text.index('id="plane_of_relation_1"')]
+    assert all(text.count(source) == 1 for name, source in sources.items() if name in ("cka", "layers"))
+
+
+def rows_of(text: str) -> dict[str, list[str]]:
+    """Heading of each row of the tables → its cells."""
+    rows = re.findall(r"<tr><th>(.*?)</th>(.*?)</tr>", text)
+    return {name.strip("\N{NO-BREAK SPACE}↓↑"): re.findall("<td.*?> *(.*?)</td>", cells) for name, cells in rows}
+
+
+def test_a_number_that_repeats_another_row_is_a_word(text, results):
+    rows = rows_of(text)
+    for name in ("offset consistency, centres", f"parallelogram score, {OF_CENTRES}"):
+        assert rows[name][0][0].isdigit() or rows[name][0][0] == "-"
+        assert rows[name][1:] == ["tied"] * 3
+    assert rows["centres"][2:4] == ["tied", "–"]  # in the table of variants
+    assert all(model["words"]["centres"] == model["words"]["input"] for model in results["models"][1:])
+    assert rows["accuracy of the nearest centre"][0] == "= accuracy" != rows["accuracy of the nearest centre"][1]
+    headings = re.findall('<tr class="group"><th colspan="5">(.*?)</th>', text)
+    assert headings == ["On the whole validation text", "Relations between words", "Vectors", "Training"]
+
+
+def test_planes_name_the_tokens_at_their_points(text):
+    """Not the words, of which most have several tokens."""
+    backend = byte_pairs(VOCAB)
+    pairs = [(word, word + "s") for word in WORDS]
+    last = {backend.decode([encode(backend, word)[-1]]).replace(" ", "␣") for pair in pairs for word in pair}
+    for name in ("relation", "vocabulary"):
+        figure = re.search(f'<figure id="plane_of_{name}_1">.*?</figure>', text, re.DOTALL)[0]
+        shown = set(re.findall(r"<text[^>]*>([^<>]*[a-z][^<>]*)</text>", figure))
+        labels = {label for label in shown if not re.search("component|pairs|variance|vocabulary's|relation's", label)}
+        assert labels and labels <= last, labels - last
 
 
 def test_pairs_that_are_used(text):
@@ -253,13 +293,13 @@ def test_results(results, places):
 
 def test_energy_up_to_the_step_of_the_model_and_where_it_was_measured(text, results):
     assert [(model["energy"] or {}).get("step") for model in results["models"]] == [20, None, None, None]
-    rows = {name.strip(" ↓↑"): cells for name, cells in re.findall(r"<tr><th>(.*?)</th>(.*?)</tr>", text)}
+    rows = rows_of(text)
     for name, first in (
         ("energy of the training, kWh", "0.0002"),
         ("training tokens per joule", "81.2"),
         ("emissions of the training, kg CO2eq", "7e-06"),
     ):
-        assert re.findall("<td.*?>(.*?)</td>", rows[name]) == [first, "–", "–", "–"]
+        assert rows[name] == [first, "–", "–", "–"]
     assert text.count("Energy of ") == 1 and re.search("Energy of harmonic, .*: CPU measured by a test", text)
 
 
@@ -289,23 +329,34 @@ def test_the_same_command_gives_the_same_numbers(places, results):
     assert len(alone.models) == 1 and not any(alone.compared.values())
 
 
-def test_a_model_alone_and_without_text(places, tmp_path, capsys):
+def test_a_model_alone_and_without_text_in_place_of_another_report(places, report, tmp_path, capsys):
+    shutil.copytree(report, tmp_path / "out")
+    stranger = tmp_path / "out" / "figures" / "of_a_stranger.png"
+    stranger.write_bytes(b"mine")
     options = ["--relations", str(places["relations"]), "--out", str(tmp_path / "out"), "--bootstrap", "100"]
-    assert main([str(places["softmax"]), *options]) == 0
+    assert main([str(places["softmax"]), *options]) == 2
+    error = capsys.readouterr().err
+    assert "out holds a report" in error and "--overwrite" in error
+    assert filecmp.cmp(report / "index.html", tmp_path / "out" / "index.html")
+    assert main([str(places["softmax"]), *options, "--overwrite"]) == 0
     captured = capsys.readouterr()
+    names = {path.stem for path in (tmp_path / "out" / "figures").iterdir()} - {stranger.stem}
+    assert names == set(json.loads((tmp_path / "out" / "results.json").read_text())["figures"]) < FIGURES
+    assert stranger.read_bytes() == b"mine"
     assert "nothing was measured on text" in captured.err
     assert captured.out.startswith(f"{tmp_path}/out/index.html")
-    assert not (tmp_path / "out" / "figures" / "reliability.png").exists()
-    assert (tmp_path / "out" / "figures" / "scores_by_relation.png").exists()
-    page = Page()
-    page.feed((tmp_path / "out" / "index.html").read_text(encoding="utf-8"))
+    page, text = Page(), (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    page.feed(text)
     assert page.open == []
+    # The model is tied: nothing about its centres is listed twice.
+    assert "input embedding, also centres (tied)" in text
+    assert not {"offset consistency, centres", "centres", OF_CENTRES} & rows_of(text).keys()
 
 
 def test_a_text_and_words_of_ones_own(places, tmp_path):
     (tmp_path / "text.txt").write_text(own := VAL[:200])  # several times the context
     few = {"relations": str(places["relations"]), "bootstrap": 100}
-    settings = AnalysisSettings(text=str(tmp_path / "text.txt"), words=("with", " the"), **few)
+    settings = AnalysisSettings(text=str(tmp_path / "text.txt"), words=("with", " the", "Zebra"), **few)
     analysis = analyse([str(places["softmax"])], settings)  # without data
     found = analysis.models[0]
     tokens = encode(byte_pairs(VOCAB), own)
@@ -314,6 +365,8 @@ def test_a_text_and_words_of_ones_own(places, tmp_path):
     with loaded(find_sources([str(places["softmax"])])[0], CPU) as model:  # the last piece is a whole context
         last = reading.read_text(model, tokens[-CONTEXT - 1 : -1], tokens[-CONTEXT:], reading.NEAREST)[-1]
     assert len(seen) == len(tokens) - 1 and seen[-1] == last
+    (note,) = (note for note in analysis.notes if "--words" in note)
+    assert f"--words Zebra is {len(encode(byte_pairs(VOCAB), 'Zebra'))} tokens in the vocabulary of 320: Z · " in note
     assert centres.result_of(found)[0]["token"] in "with"
     text = page(analysis, page_sections(analysis), defaultdict(str))
     assert "the last token of each of --words" in text
@@ -382,14 +435,39 @@ def test_sources(places):
         (["--relations", "/nowhere"], "--relations /nowhere: there is no such folder"),
         (["--frobnicate"], "there is no option --frobnicate .*--help lists every option"),
         (["--out", __file__], "is a file; name a folder"),
+        (["--out", "site", "--overwrite"], "site holds an index.html or a results.json that is not of a report"),
     ],
 )
-def test_wrong_options_are_one_line_with_status_2(places, tmp_path, capsys, options, message):
+def test_wrong_options_are_one_line_with_status_2(places, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text("of a stranger")
     assert main([str(places["softmax"]), "--out", str(tmp_path / "x"), *options]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
     assert "Traceback" not in error
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_the_page_on_a_telephone_and_on_paper(browser, report):
+    """What is wider than the screen says so, and what is not divided between pages leaves little of a page empty."""
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    page.goto((report / "index.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    for figure in page.locator("figure:visible .scroll").all():
+        wider = figure.evaluate("box => box.scrollWidth > box.clientWidth")
+        assert wider == ("wider" in figure.evaluate("box => getComputedStyle(box, '::before').content"))
+    assert not page.locator(".print").first.is_visible()
+    page.set_viewport_size({"width": 688, "height": 1017})  # A4 without the margins of the page
+    page.emulate_media(media="print")
+    page.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true; })")
+    assert "open index.html in a browser" in page.locator(".print").first.inner_text()
+    heights = page.evaluate("""[...document.querySelectorAll("body *")]
+        .filter(one => getComputedStyle(one).breakInside == "avoid" && !one.closest("svg *"))
+        .map(one => one.getBoundingClientRect().height)""")
+    assert len(heights) > 100 and max(heights) < 0.4 * 1017
+    page.close()
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import docstring_parser
 
 from hgpt.cli import Parser, run
 from hgpt.errors import UserError
-from hgpt.interpret.report import PAGE, analyse, write_report
+from hgpt.interpret.report import PAGE, analyse, earlier_figures, write_report
 from hgpt.interpret.subject import AnalysisSettings
 from hgpt.model.distances import load_distances
 
@@ -44,6 +44,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             help=f"{about.description}{shown}",
         )
     add("--distance-file", metavar="FILE", help="a Python file that registers a model's own distance; it is executed")
+    add("--overwrite", action="store_true", help="replace the report in the folder, if it holds one")
     add("--final-only", action="store_true", help="do not measure the earlier checkpoints in run folders")
     return parser.parse_args(argv)
 
@@ -61,13 +62,14 @@ def main(argv: Sequence[str]) -> str:
     settings = AnalysisSettings(**{field.name: getattr(options, field.name) for field in fields(AnalysisSettings)})
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
+    if earlier_figures(out) is not None and not options.overwrite:
+        raise UserError(f"--out {out} holds a report: name another folder, or replace the report with --overwrite")
     analysis = analyse(options.models, settings, checkpoints=not options.final_only)
     write_report(analysis, out)
     for note in analysis.notes:
         print(f"note: {note}", file=sys.stderr)
-    for model in analysis.models:
-        for entry in model.skipped:
-            print(f"skipped: {model.label}: {entry}", file=sys.stderr)
+    for entry, labels in analysis.skipped.items():
+        print(f"skipped: {labels}: {entry}", file=sys.stderr)
     return f"{options.out.rstrip('/')}/{PAGE} ({time.perf_counter() - start:.0f} s)"
 
 

@@ -62,6 +62,8 @@ class Corpus:
             own = [] if tokenizer is None else [tokenizer.vocab_size]
             vocab_size = _vocab_size(folder, vocab_sizes or own)
         train, val = (TokenShards.open(folder, split, vocab_size) for split in ("train", "val"))
+        if len(val) < 2:
+            raise UserError(f"{folder}: the val split has {len(val)} tokens, and at least 2 are needed to predict one")
         return cls(train, val, tokenizer, vocabulary, source=folder if val.meta is None else val.meta.source)
 
     def read(self, model: LoadedModel, seq_len: int, tokens: int, longest: int | None = None) -> Passages:
@@ -90,12 +92,20 @@ class Corpus:
                 sizes.append(None if ends is None else int(ends[last] - ends[first]))
         return Passages(windows, self._text_bytes(model, windows, sizes))
 
-    def _parts(self, seq_len: int, tokens: int) -> Iterator[np.ndarray]:
-        """The seq_len + 1 tokens of each window; the last token of a window is the first of the next."""
+    def share(self, seq_len: int, tokens: int) -> float:
+        """The share of the validation split's targets that `read` reads."""
+        targets = len(self.val) - 1
+        return sum(min(seq_len, targets - start) for start in self._starts(seq_len, tokens)) / targets
+
+    def _starts(self, seq_len: int, tokens: int) -> list[int]:
+        """The first token of each window."""
         every = -(-(len(self.val) - 1) // seq_len)
         count = every if tokens == 0 else min(every, max(1, tokens // seq_len))
-        for window in sorted({int(i * every / count) for i in range(count)}):
-            start = window * seq_len
+        return [seq_len * window for window in sorted({int(i * every / count) for i in range(count)})]
+
+    def _parts(self, seq_len: int, tokens: int) -> Iterator[np.ndarray]:
+        """The seq_len + 1 tokens of each window; the last token of a window is the first of the next."""
+        for start in self._starts(seq_len, tokens):
             yield self.val.read(start, min(start + seq_len + 1, len(self.val)))
 
     def _reencode(self, model: LoadedModel, part: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -182,6 +192,11 @@ class Text:
     sample: int  # positions whose hidden states are kept
     longest: dict[str, int]  # label of a model → tokens that it reads at a time if it has another tokenizer
     trained: frozenset[str]  # labels of the models that were trained on this data
+
+    @property
+    def share(self) -> float:
+        """The share of the validation split that is read."""
+        return self.corpus.share(self.seq_len, self.tokens)
 
 
 def data_settings(source: Source) -> dict[str, Any]:

@@ -1,5 +1,7 @@
-"""The style of all figures: one look per model, legends, intervals, and a line that says what was measured."""
+"""The style of all figures: one look per model, legends, intervals, labels that do not overlap, files."""
 
+import itertools
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,7 +11,9 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from hgpt.interpret.measure import Drawing, ModelResult
 from hgpt.interpret.statistics import Estimate
@@ -22,6 +26,7 @@ MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚
 WIDTH = 8.0  # inches
 DPI = 120
 GREY = "0.45"
+DIRECTIONS = ((0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1))  # of a label from its point
 
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -30,6 +35,8 @@ STYLE: dict[Any, Any] = {
     "axes.titlesize": 9,
     "legend.frameon": False,
     "svg.hashsalt": "hgpt",  # the same report gives the same file
+    "svg.fonttype": "none",  # text stays text: sharp, and it can be selected
+    "axes.facecolor": "none",  # the ground is the figure's, which `inline_svg` takes away
     "figure.dpi": DPI,
 }
 
@@ -65,7 +72,7 @@ def headings(models: Sequence[ModelResult]) -> list[Markup]:
 
 
 def new_figure(rows: int = 1, columns: int = 1, height: float = 3.4, **options: Any) -> tuple[Figure, np.ndarray]:
-    """A figure and its panels, (rows, columns); `height` includes a line of legend and two lines below."""
+    """A figure and its panels, (rows, columns); `height` includes a line of legend."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
@@ -94,21 +101,17 @@ def finished(
     title: str,
     *,
     caption: str,
-    models: Sequence[ModelResult],
     source: str,
     remarks: Iterable[str] = (),
 ) -> Drawing:
-    """The figure with its legend above it and, below it, the models, steps, tokens and data that it shows.
+    """The figure with its legend above it. The page alone has the title and the captions.
 
     Args:
-        models: those in the figure.
         source: what was measured.
         remarks: sentences about what the figure leaves out, for the end of the caption.
     """
     legend(figure)
-    origin = f"{'; '.join(model.provenance for model in models)}. {source}"
-    write_below(figure, origin)
-    return Drawing(name=name, title=title, caption=" ".join([caption, *remarks]), source=origin, figure=figure)
+    return Drawing(name=name, title=title, caption=" ".join([caption, *remarks]), source=source, figure=figure)
 
 
 def legend(figure: Figure) -> None:
@@ -180,14 +183,59 @@ def listed(sentence: str, labels: Sequence[str]) -> list[str]:
     return [f"{sentence}: {', '.join(labels)}."] if labels else []
 
 
+def write_labels(panel: Axes, pairs: np.ndarray, labels: Sequence[tuple[str, str]]) -> None:
+    """Label both ends of each line, (pairs, 2, 2), the second in bold; a label without a place of its own is left out.
+
+    A label covers no point and no other label, and crosses few lines. A point of several lines is labelled once. The
+    layout of the figure must be final.
+    """
+    figure = panel.get_figure(root=True)
+    assert figure is not None
+    renderer, unit = FigureCanvasAgg(figure).get_renderer(), figure.dpi / 72  # pixels of a point
+    ends = {(*end, label, side): end for line, names in zip(pairs, labels, strict=True)
+            for side, (end, label) in enumerate(zip(line, names, strict=True))}  # fmt: skip
+    crossed = panel.transData.transform(np.linspace(pairs[:, 0], pairs[:, 1], 25).reshape(-1, 2))
+    room, taken = panel.get_window_extent(renderer), []
+    for x, y in panel.transData.transform(pairs.reshape(-1, 2)):
+        taken.append(Bbox.from_bounds(x - 2 * unit, y - 2 * unit, 4 * unit, 4 * unit))
+    for (*_, label, side), end in ends.items():
+        text = panel.annotate(label, end, (0, 0), textcoords="offset points", fontsize=6.5, parse_math=False,
+                              ha="left", va="bottom", weight=("normal", "bold")[side])  # fmt: skip
+        width, height = text.get_window_extent(renderer).size
+        x, y = panel.transData.transform(end)
+        places = []
+        for gap, (across, up) in itertools.product((3 * unit, 6 * unit), DIRECTIONS):
+            left, low = x + across * (width / 2 + gap) - width / 2, y + up * (height / 2 + gap) - height / 2
+            places.append(Bbox.from_bounds(left, low, width, height))
+        free = [p for p in places if room.count_contains(p.corners()) == 4 and not p.count_overlaps(taken)]
+        if not free:
+            text.remove()
+            continue
+        best = min(free, key=lambda place: place.count_contains(crossed))
+        text.set_position(((best.x0 - x) / unit, (best.y0 - y) / unit))
+        taken.append(best)
+
+
 def save_figure(figure: Figure, folder: Path, name: str) -> Path:
     """Write NAME.png and NAME.svg into `folder`; returns the PNG."""
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure.savefig(folder / f"{name}.png", dpi=DPI)
         figure.set_layout_engine("none")  # keep the layout: computing it again takes most of the time
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        figure.savefig(folder / f"{name}.svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return folder / f"{name}.png"
+
+
+def inline_svg(file: Path, title: str) -> Markup:
+    """A figure's SVG as part of a page: as wide as its place, transparent, each id after the name of the figure."""
+    whole = file.read_text(encoding="utf-8")
+    whole = whole[whole.index("<svg") :].replace("fill: #ffffff", "fill: none", 1)  # the first is the figure's ground
+    head, body = re.sub("<style.*?</style>", "", whole, flags=re.DOTALL).split(">", 1)  # it would style the page
+    own_ids = re.compile(r'(\bid="|href="#|url\(#)')
+    body = re.sub("<[^>]+>", lambda tag: own_ids.sub(rf"\g<1>{file.stem}-", tag[0]), body)
+    size = re.search('viewBox="[^"]*"', head)
+    assert size is not None
+    return Markup('<svg role="img" aria-label="{}" {}>{}').format(title, Markup(size[0]), Markup(body))
 
 
 def measure_against_loss(rows: Sequence[dict[str, Any]], measures: dict[str, str], source: str) -> Figure:

@@ -44,13 +44,13 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """A figure; `name` is its file name, `source` says which models and data it shows."""
+    """A figure; `name` is its file name, `source` says what was measured. Its file has no title and no caption."""
 
     kind: ClassVar[str] = "drawing"
     name: str
     title: str
-    caption: str
-    source: str
+    caption: str = ""
+    source: str = ""
     figure: Figure
 
 
@@ -113,12 +113,6 @@ class ModelResult:
     def label(self) -> str:
         return self.source.label
 
-    @property
-    def provenance(self) -> str:
-        step = "" if self.source.step is None else f", step {self.source.step:,}"
-        seen = "" if self.source.tokens_seen is None else f", {self.source.tokens_seen / 1e6:.3g} M tokens seen"
-        return f"{self.label}: {self.description}{step}{seen}"
-
 
 @dataclass(kw_only=True)
 class Analysis:
@@ -131,6 +125,7 @@ class Analysis:
     curves: "Sequence[Curve]" = ()  # of all measures
     data: str | None = None
     data_source: str | None = None
+    share: float = 1.0  # of the validation text that was read
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -139,11 +134,29 @@ class Analysis:
         return next((len(model.text.positions.loss) for model in self.models if model.text is not None), 0)
 
     @property
-    def measured_on(self) -> str:
+    def part(self) -> str:
+        """Which part of the validation text was read."""
         if self.data is None:
             return "no text"
+        return f"{'the whole' if self.share == 1 else f'{min(100 * self.share, 99.9):.3g} % of the'} validation text"
+
+    @property
+    def measured_on(self) -> str:
+        if self.data is None:
+            return self.part
         windows = {model.label: model.text.windows for model in self.models if model.text is not None}
-        return f"{tokens_text(self.models)} validation tokens in {counts_text(windows)} windows of {self.data_source}"
+        spread = "" if self.share == 1 else ", evenly spread"
+        read = f"{tokens_text(self.models)} tokens in {counts_text(windows)} windows{spread}"
+        return f"{self.part} ({read}) of {self.data_source}"
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Each score that was not computed, and why → the labels of the models."""
+        labels: dict[str, list[str]] = {}
+        for model in self.models:
+            for entry in model.skipped:
+                labels.setdefault(entry, []).append(model.label)
+        return {entry: ", ".join(named) for entry, named in labels.items()}
 
     @property
     def resampled(self) -> str:
@@ -178,6 +191,11 @@ def counts_text(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} ({', '.join(named)})" for count, named in labels.items())
 
 
+def tied(model: ModelResult) -> str:
+    """What stands in place of a measure of the centres that is listed for the input embedding, which is the same."""
+    return "tied" if model.tied else ""
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Measures
 
@@ -191,6 +209,8 @@ class Quantity:
     better: str = ""  # "lower", "higher", or "" if neither is
     key: str = ""  # its column in readability.csv of hgpt.compare; "": no column
     axis: str = ""  # its name in the figure of hgpt.compare; "": the label
+    # What its row says of a model whose value is that of another row; "" if it is not
+    repeats: Callable[[ModelResult], str] = lambda model: ""
 
 
 @dataclass(frozen=True)
@@ -208,6 +228,7 @@ class Measure:
     """A file in `measures/`. Its constants TITLE, QUANTITIES and CURVES and its functions are the other attributes."""
 
     name: str  # key in `ModelResult.found` and `Analysis.compared`, and anchor of the section
+    group: str = ""  # heading of its rows in the summary; "{part}" is `Analysis.part`
     title: str = ""
     # The result for a model in memory, None if there is none
     compute: Callable[[Subject], Any] = lambda subject: None
@@ -225,8 +246,8 @@ class Measure:
     curves: tuple[Curve, ...] = ()
 
     @classmethod
-    def of(cls, module: ModuleType) -> "Measure":
+    def of(cls, module: ModuleType, group: str) -> "Measure":
         """The measure in a module of `measures/`."""
         own = {field.name: vars(module)[name] for field in fields(cls) for name in (field.name, field.name.upper())
                if name in vars(module)}  # fmt: skip
-        return cls(name=module.__name__.rpartition(".")[2], **own)
+        return cls(name=module.__name__.rpartition(".")[2], group=group, **own)

@@ -1,8 +1,7 @@
 """A report: every measure of every model as one self-contained page, as JSON, and as figures in PNG and SVG."""
 
-import base64
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -15,9 +14,10 @@ import torch
 from markupsafe import Markup
 from tqdm import tqdm
 
+from hgpt.durable import read_json
 from hgpt.errors import UserError
 from hgpt.interpret.corpus import data_of_runs, open_text
-from hgpt.interpret.drawing import STYLE, headings, save_figure, swatch
+from hgpt.interpret.drawing import STYLE, headings, inline_svg, save_figure, swatch
 from hgpt.interpret.measure import Analysis, Block, Cell, Details, Drawing, Html, ModelResult, Quantity
 from hgpt.interpret.measures import MEASURES
 from hgpt.interpret.models import LoadedModel, find_sources, loaded, outlines, run_checkpoints
@@ -28,7 +28,7 @@ from hgpt.interpret.subject import HIDDEN_SAMPLE, AnalysisSettings, Subject, Tas
 PAGE, RESULTS, FIGURE_FOLDER = "index.html", "results.json", "figures"
 STYLES = ("style.css", "explorer.css")
 SCRIPTS = ("data.js", "tokens.js", "map.js", "explorer.js", "reading.js")  # a later one uses earlier ones
-ARROWS = {"lower": " ↓", "higher": " ↑", "": ""}
+ARROWS = {"lower": "\N{NO-BREAK SPACE}↓", "higher": "\N{NO-BREAK SPACE}↑", "": ""}
 Section = tuple[str, str, Sequence[Block]]  # name, title, blocks
 
 
@@ -55,6 +55,7 @@ def analyse(paths: list[str], settings: AnalysisSettings, *, checkpoints: bool =
         curves=[curve for measure in MEASURES for curve in measure.curves],
         data=None if text is None else str(text.corpus.val.folder),
         data_source=None if text is None else text.corpus.source,
+        share=1.0 if text is None else text.share,
         notes=notes,
     )
     task = Task(settings=settings, relations=relations, text=text)
@@ -81,7 +82,7 @@ def _measured(
             result.found[measure.name] = found
     result.text = None if subject.read is None else subject.read.measures
     result.skipped = subject.skipped
-    notes += subject.notes
+    notes += [note for note in subject.notes if note not in notes]
     return result, subject.read is not None and subject.read.fits
 
 
@@ -143,17 +144,38 @@ def readability(model: ModelResult) -> dict[str, float | None]:
     return {key: value.value if isinstance(value, Estimate) else value for key, value in values.items()}
 
 
+def earlier_figures(folder: Path) -> list[str] | None:
+    """The names of the figures of the report in `folder`; None without a report. Raises UserError for other files."""
+    if not any((folder / name).exists() for name in (PAGE, RESULTS)):
+        return None
+    way_out = f"{folder} holds an {PAGE} or a {RESULTS} that is not of a report: choose another folder."
+    try:
+        found = read_json(folder / RESULTS, way_out)
+        if isinstance(found, dict) and {"settings", "models"} <= found.keys():
+            return [Path(str(name)).name for name in found.get("figures") or ()]
+    except FileNotFoundError:
+        pass
+    raise UserError(way_out)
+
+
 def write_report(analysis: Analysis, folder: Path) -> Path:
-    """Write index.html, results.json and figures/ into `folder`; returns the page."""
+    """Write index.html, results.json and figures/ into `folder`; returns the page.
+
+    Figures of an earlier report in the folder that this one does not have are deleted.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        results = json.dumps(_plain(to_json(analysis)), indent=1, ensure_ascii=False)
-        (folder / RESULTS).write_text(results, encoding="utf-8")
+        earlier = earlier_figures(folder) or []
         sections = page_sections(analysis)
         images = {}
         for drawing in drawings(block for _, _, blocks in sections for block in blocks):
-            image = save_figure(drawing.figure, folder / FIGURE_FOLDER, drawing.name).read_bytes()
-            images[drawing.name] = base64.b64encode(image).decode()
+            file = save_figure(drawing.figure, folder / FIGURE_FOLDER, drawing.name)
+            images[drawing.name] = inline_svg(file.with_suffix(".svg"), drawing.title)
+        for name in earlier:
+            for kind in ("png", "svg") if name not in images else ():
+                (folder / FIGURE_FOLDER / f"{name}.{kind}").unlink(missing_ok=True)
+        results = json.dumps(_plain(to_json(analysis) | {"figures": list(images)}), indent=1, ensure_ascii=False)
+        (folder / RESULTS).write_text(results, encoding="utf-8")
         (folder / PAGE).write_text(page(analysis, sections, images), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out {folder} cannot be written: {error}; choose another folder") from error
@@ -216,8 +238,8 @@ def drawings(blocks: Iterable[Block]) -> list[Drawing]:
     return found
 
 
-def page(analysis: Analysis, sections: Sequence[Section], images: dict[str, str]) -> str:
-    """The page; it contains style, script, data and images (name → base64)."""
+def page(analysis: Analysis, sections: Sequence[Section], images: Mapping[str, str]) -> str:
+    """The page; it contains style, script, data and images (name → SVG)."""
     folder = resources.files("hgpt.interpret") / "page"
     text = {name: (folder / name).read_text(encoding="utf-8") for name in ("report.html", *STYLES, *SCRIPTS)}
     environment = jinja2.Environment(
@@ -237,15 +259,22 @@ def page(analysis: Analysis, sections: Sequence[Section], images: dict[str, str]
         headings=headings(analysis.models),
         swatch=swatch,
         fragment=fragment,
-        summary=summary(analysis.models),
+        summary=summary(analysis),
         settings=", ".join(f"{key} = {value}" for key, value in asdict(analysis.settings).items()),
+        page=PAGE,
         results=RESULTS,
         figures=FIGURE_FOLDER,
     )
 
 
-def summary(models: Sequence[ModelResult]) -> list[tuple[str, list[Cell]]]:
-    """A row per quantity that is known of at least one model."""
-    quantities = [quantity for measure in MEASURES for quantity in measure.quantities if quantity.label]
-    rows = [(q.label + ARROWS[q.better], [q.value(model) for model in models]) for q in quantities]
-    return [(label, cells) for label, cells in rows if any(cell is not None for cell in cells)]
+def summary(analysis: Analysis) -> dict[str, list[tuple[str, list[Cell]]]]:
+    """Heading → a row per quantity that is known of at least one model, and is not that of another row for all."""
+    groups: dict[str, list[tuple[str, list[Cell]]]] = {}
+    for measure in MEASURES:
+        for quantity in measure.quantities:
+            found = [(quantity.repeats(model), quantity.value(model)) for model in analysis.models]
+            if quantity.label and any(value is not None and not repeated for repeated, value in found):
+                cells = [repeated or value for repeated, value in found]
+                row = (quantity.label + ARROWS[quantity.better], cells)
+                groups.setdefault(measure.group.format(part=analysis.part), []).append(row)
+    return groups

@@ -17,9 +17,12 @@ from hgpt.interpret.measures import (
     training,
 )
 
-ON_TEXT = (predictions, calibration)
-RELATIONS = (parallelograms, differences, analogies, planes)
-VECTORS = (geometry, similarity, lens)
-TO_EXPLORE = (explorer, reading)
-TO_READ = (training, centres)
-MEASURES = tuple(Measure.of(module) for module in (*TO_EXPLORE, *ON_TEXT, *RELATIONS, *VECTORS, *TO_READ))
+GROUPS = {
+    "To explore": (explorer, reading),
+    "On {part}": (predictions, calibration),
+    "Relations between words": (parallelograms, differences, analogies, planes),
+    "Vectors": (geometry, similarity, lens),
+    "Training": (training,),
+    "To read": (centres,),
+}
+MEASURES = tuple(Measure.of(module, group) for group, modules in GROUPS.items() for module in modules)

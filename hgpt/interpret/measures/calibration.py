@@ -150,7 +150,6 @@ def section(analysis: Analysis) -> list[Block]:
             caption="Accuracy against confidence in 15 bins of equal width. A calibrated model lies on the diagonal. "
             "Bars: Wilson's 95 % interval for independent positions. Positions of one window are dependent, so the "
             "bars are too short; the interval of the ECE accounts for that by resampling windows.",
-            models=shown,
             source=f"Measured on {tokens_text(shown)} validation tokens of: {analysis.data_source}. ECE "
             f"with 95 % interval over windows, {analysis.resampled}.",
         )

@@ -96,6 +96,12 @@ def _chosen_tokens(subject: Subject) -> list[int]:
         tokens = [(word, model.encode(word)) for word in words]
         if empty := [word for word, ids in tokens if not ids]:
             raise UserError(f"--words {empty[0]!r} has no token; leave it out")
+        subject.notes += [
+            f"--words {word} is {len(ids)} tokens in the vocabulary of {model.vocab_size:,}: "
+            f"{' · '.join(map(model.token_text, ids))}. The last one is shown."
+            for word, ids in tokens
+            if len(ids) > 1
+        ]
         return list(dict.fromkeys(ids[-1] for _, ids in tokens))
     if subject.read is None:
         return []

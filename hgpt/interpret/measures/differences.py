@@ -7,7 +7,15 @@ import numpy as np
 
 from hgpt.interpret.drawing import GREY, finished, headings, listed, rows_of_intervals
 from hgpt.interpret.measure import Analysis, Block, Cell, Drawing, ModelResult, Prose, Table, bold, paragraph
-from hgpt.interpret.measures.parallelograms import BAEK2025, Scores, baek2025_scores, result_of, without_power
+from hgpt.interpret.measures.parallelograms import (
+    BAEK2025,
+    Scores,
+    baek2025_scores,
+    below_random,
+    result_of,
+    variants_of,
+    without_power,
+)
 from hgpt.interpret.statistics import (
     SIGNIFICANT,
     Estimate,
@@ -113,20 +121,32 @@ def conclusions(analysis: Analysis, other: ModelResult) -> list[str]:
         if other.vocabulary != first.vocabulary:
             why = "their tokenizers differ"
         return [names + f": no test compares their parallelograms, since {why}."]
-    significant = [test["difference"] for test in tests if test["p_holm"] < SIGNIFICANT]
-    better, worse = sum(d < 0 for d in significant), sum(d > 0 for d in significant)
+    significant = [test for test in tests if test["p_holm"] < SIGNIFICANT]
+    lower_score = [(other if test["difference"] < 0 else first, test["relation"]) for test in significant]
+    below, above = (sum(model is each for model, _ in lower_score) for each in (other, first))
+    shown = sum(name in below_random(model) for model, name in lower_score)
     means = mean_differences(comparisons(analysis, other))
     lower, higher = sum(mean < 0 for mean in means), sum(mean > 0 for mean in means)
     return [
-        names
-        + f", score {BAEK2025}: lower (better) in {better} relations, higher in {worse}, not significantly different "
-        f"in {len(tests) - better - worse} (paired permutation test over disjoint pairs of pairs, Holm's correction "
-        f"for {len(tests)} relations).{without_power(relations_without_power(tests, other), len(tests))}",
+        names + f", score {BAEK2025}: lower in {below} relations, higher in {above}, not significantly different in "
+        f"{len(tests) - len(significant)} (paired permutation test over disjoint pairs of pairs, Holm's correction for "
+        f"{len(tests)} relations).{_meaning(len(significant), shown)}"
+        f"{without_power(relations_without_power(tests, other), len(tests))}",
         names
         + f": the mean difference over relations is below 0 under {lower} and above 0 under {higher} of {len(means)} "
         "variants of the score with different values. The variants are dependent: this is a check of robustness, not a "
         "test.",
     ]
+
+
+def _meaning(different: int, shown: int) -> str:
+    """What the significant differences say, of which `shown` have a lower score that is also below random pairs."""
+    if not different:
+        return ""
+    text = f" In {shown} of these {different} the lower score is also below that of the same words paired at random."
+    if shown < different:
+        text += " Where it is not, it shows where the words lie, not that they form parallelograms."
+    return text
 
 
 def _tests_table(analysis: Analysis, tested: Sequence[ModelResult]) -> list[Block]:
@@ -148,7 +168,7 @@ def _tests_table(analysis: Analysis, tested: Sequence[ModelResult]) -> list[Bloc
             cells += [difference, bold(p) if test["p_holm"] < SIGNIFICANT else p]
     return [
         paragraph(
-            f"Differences of the score {BAEK2025}; below 0 is better than {first.label}. The permutation test "
+            f"Differences of the score {BAEK2025}; below 0: lower than that of {first.label}. The permutation test "
             "exchanges the models in disjoint pairs of pairs, which are independent. Holm's correction is for the "
             f"number of relations. Bold: p < {SIGNIFICANT:.2f} after correction. results.json has the tests under all "
             "variants."
@@ -172,11 +192,15 @@ def variants(analysis: Analysis) -> Drawing | None:
             points.append((index, other, differences))
     if not points:
         return None
-    names = [name for name in result_of(first) if any(name in differences for _, _, differences in points)]
-    series = [(index, f"{other.label} minus {first.label}", found) for index, other, found in points]
+    known = [name for name in result_of(first) if any(name in differences for _, _, differences in points)]
+    names = [name for name in variants_of([first, *(other for _, other, _ in points)]) if name in known]
+    series = [
+        (index, f"{other.label} minus {first.label}", {name: found[name] for name in names if name in found})
+        for index, other, found in points
+    ]
     figure, panel, _ = rows_of_intervals(names, series)
     panel.axvline(0, color=GREY, linewidth=1)
-    panel.set_xlabel(f"difference of the mean score (below 0: better than {first.label})")
+    panel.set_xlabel(f"difference of the mean score (below 0: lower than {first.label})")
     shown = [other for _, other, _ in points]
     left_out = [model.label for model in analysis.models[1:] if model not in shown]
     return finished(
@@ -185,9 +209,8 @@ def variants(analysis: Analysis) -> Drawing | None:
         "Differences under each variant of the score",
         caption="The mean difference over relations, with intervals over pairs. If the sign depends on the plane, the "
         "scale or the tokens, the difference is an effect of the method. Variants have different scales: compare "
-        "signs and intervals, not lengths. Variants with equal values, such as input embedding and centres of tied "
-        "models, are one.",
-        models=[first, *shown],
+        "signs and intervals, not lengths. If all models have tied embeddings, variants of the centres are left out, "
+        "since they have the values of the input embedding.",
         source=f"Relations: {analysis.relations}. Input embedding unless the variant names the centres. Intervals: 95 "
         f"%, {analysis.resampled} of the pairs.",
         remarks=listed(f"Left out, with no relation that can be compared with {first.label}", left_out),

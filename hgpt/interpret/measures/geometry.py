@@ -116,6 +116,9 @@ def checkpoint(subject: Subject) -> dict[str, float]:
 
 def section(analysis: Analysis) -> list[Block]:
     sets = {name: title for name, title in SETS.items() if any(result_of(model, name) for model in analysis.models)}
+    if all(model.tied for model in analysis.models):  # one and the same matrix
+        sets["input"] += ", also centres (tied)"
+        del sets["centres"]
     figure, axes = new_figure(1, len(sets), height=3.3, sharey=True)
     for panel, (name, title) in zip(axes[0], sets.items(), strict=True):
         for index, model in enumerate(analysis.models):
@@ -138,7 +141,6 @@ def section(analysis: Analysis) -> list[Block]:
             "Explained variance",
             caption="The share of the variance in the first principal components. A curve that rises early shows that "
             "the vectors use few directions.",
-            models=analysis.models,
             source=f"Principal components of all rows{hidden if 'hidden' in sets else ''}.",
         ),
     ]

@@ -87,7 +87,6 @@ def section(analysis: Analysis) -> list[Block]:
             "Logit lens with distances",
             caption="The final norm and the head read the output of each block. Bars: 95 % intervals of the mean for "
             "independent positions; the accuracy has none.",
-            models=shown,
             source=f"On {states_text(shown, LENS_POSITIONS)} sampled validation positions of: {analysis.data_source}. "
             "Distances by the metric of a harmonic head, Euclidean for softmax.",
         )

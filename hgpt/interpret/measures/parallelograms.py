@@ -34,6 +34,7 @@ from hgpt.interpret.measure import (
     Table,
     bold,
     paragraph,
+    tied,
 )
 from hgpt.interpret.relations import SMALLEST_RELATION, TokenPairs, WordForm, distinct
 from hgpt.interpret.statistics import SIGNIFICANT, Estimate, estimate, mean_estimate, smallest_shuffle_p
@@ -92,6 +93,11 @@ Scores = dict[str, RelationScore]  # relation → score
 def result_of(model: ModelResult) -> dict[str, Scores]:
     """Variant → relation → score."""
     return model.found.get("parallelograms", {})
+
+
+def variants_of(models: Sequence[ModelResult]) -> list[str]:
+    """Those of `VARIANTS` without repetition: the centres of models that are all tied are their input embedding."""
+    return [name for name, s in VARIANTS.items() if s.vectors == "input" or not all(model.tied for model in models)]
 
 
 def baek2025_scores(model: ModelResult) -> Scores:
@@ -268,6 +274,12 @@ def section(analysis: Analysis) -> list[Block]:
     return [explanation, findings(analysis), *figures, _every_variant(analysis), _pairs_used(analysis)]
 
 
+def below_random(model: ModelResult) -> set[str]:
+    """The relations whose baek2025 score is significantly below that of random pairs, with Bonferroni's correction."""
+    results = baek2025_scores(model)
+    return {name for name, result in results.items() if result.p_shuffled < SIGNIFICANT / len(results)}
+
+
 def findings(analysis: Analysis) -> Prose:
     """Sentences on each model's scores and on their limits."""
     items: list[str] = []
@@ -280,8 +292,7 @@ def findings(analysis: Analysis) -> Prose:
                 "in no figure of relations."
             )
             continue
-        level = SIGNIFICANT / len(results)
-        lower = sum(result.p_shuffled < level for result in results.values())
+        level, lower = SIGNIFICANT / len(results), len(below_random(model))
         powerless = [name for name, r in results.items() if smallest_shuffle_p(r.pairs, SHUFFLES) >= level]
         items.append(
             bold(model.label)
@@ -314,15 +325,20 @@ def _every_variant(analysis: Analysis) -> Details:
     head: list[str] = ["variant"]
     for heading in drawing.headings(analysis.models):
         head += [heading + ": score", "plane's variance"]
-    rows: list[tuple[str, list[Cell]]] = [(name, []) for name in VARIANTS]
+    rows: list[tuple[str, list[Cell]]] = [(name, []) for name in variants_of(analysis.models)]
     for name, cells in rows:
-        for results in (result_of(model).get(name) for model in analysis.models):
-            share = np.mean([result.plane_variance for result in results.values()]) if results else 0
-            cells += [mean_over_relations(results), f"{share:.1%}"] if results else [None, None]
+        for model in analysis.models:
+            results = result_of(model).get(name)
+            if VARIANTS[name].vectors == "centres" and model.tied:
+                cells += [tied(model), None]
+            else:
+                share = np.mean([result.plane_variance for result in results.values()]) if results else 0
+                cells += [mean_over_relations(results), f"{share:.1%}"] if results else [None, None]
     explanation = paragraph(
         "Score of a parallelogram a : b = c : d: ‖E(a) + E(d) − E(b) − E(c)‖² divided by the scale; 0 is perfect. The "
         "mean is over all pairs of pairs of a relation; the interval comes from resampling pairs. Each variant "
-        f"differs from {BAEK2025} in what its name says; distinct: each pair of tokens is used once."
+        f"differs from {BAEK2025} in what its name says; distinct: each pair of tokens is used once. The centres of "
+        "tied embeddings are the input embedding and are not listed again."
     )
     return Details(title="All variants of the score", blocks=[explanation, Table(head=head, rows=rows, digits=2)])
 
@@ -369,7 +385,6 @@ def scores_by_relation(analysis: Analysis, names: Sequence[str]) -> Drawing:
         "Parallelogram score of each relation",
         caption="Lower is better. The bars | are the scores of the same words paired at random. A low score that is "
         "not below its bar shows where the words lie, not that they form parallelograms.",
-        models=[model for _, model in models],
         source=f"Score {BAEK2025}: first 2 components of the vocabulary. Relations: {analysis.relations}. "
         f"Input embedding. Intervals: 95 %, {analysis.resampled} of the pairs.",
         remarks=_without_score(analysis),
@@ -398,7 +413,6 @@ def score_distributions(analysis: Analysis, names: Sequence[str]) -> Drawing:
         caption=f"The share of {SAMPLED_SCORES:,} random pairs of pairs (drawn with replacement) with a score below "
         f"the value on the axis. Curves further left are better. At most {beyond:.2%} of a curve lies beyond the end "
         f"of the axis, {SCORE_AXIS:g}.",
-        models=[model for _, model in models],
         source=f"Score {BAEK2025}. Relations: {analysis.relations}. Input embedding.",
         remarks=_without_score(analysis),
     )
@@ -419,8 +433,8 @@ QUANTITIES = (
              "preset_relative"),
     Quantity(f"parallelogram score, {OWN_SCALE}", _number(OWN_SCALE, MEAN), "lower", "own_scale_score"),
     Quantity(f"parallelogram score, {OWN_SCALE}, over that of random pairs", _number(OWN_SCALE, RELATIVE), "lower"),
-    Quantity(f"parallelogram score, {OF_CENTRES}", _number(OF_CENTRES, MEAN), "lower"),
+    Quantity(f"parallelogram score, {OF_CENTRES}", _number(OF_CENTRES, MEAN), "lower", repeats=tied),
     Quantity(f"parallelogram score, {OF_CENTRES}, over that of random pairs", _number(OF_CENTRES, RELATIVE), "lower",
-             "own_scale_relative_centres"),
+             "own_scale_relative_centres", repeats=tied),
 )  # fmt: skip
 CURVES = (Curve("parallelogram_score", f"parallelogram score ({BAEK2025}), mean over relations"),)

@@ -105,7 +105,6 @@ def section(analysis: Analysis) -> list[Block]:
         "frequency_bands",
         "By frequency of the target",
         caption="Targets grouped by their frequency rank in the training data, the most frequent on the left.",
-        models=shown,
         source=f"Measured on {tokens_text(shown)} validation tokens of: {analysis.data_source}. 95 % "
         f"intervals, {analysis.resampled} of windows.",
     )
@@ -120,15 +119,22 @@ def rows(model: ModelResult) -> dict[str, Any]:
     return result_of(model)
 
 
+def _nearest_is_predicted(model: ModelResult) -> str:
+    """Of a harmonic head without radii, whose nearest centre is that of the most probable token."""
+    found = result_of(model)["quality"]
+    same = model.harmonic and found.get("nearest_accuracy") == found.get("accuracy")
+    return "= accuracy" if same else ""
+
+
 OVER_MEDIAN = "distance to the target over the median distance"
 _ratio = _mean("target_ratio")
 QUANTITIES = (
-    Quantity("validation loss, nats per token, unsmoothed", _mean("loss"), "lower"),
+    Quantity("loss, nats per token, unsmoothed", _mean("loss"), "lower"),
     Quantity("bits per byte", _mean("bits_per_byte"), "lower"),
     Quantity("accuracy", _mean("accuracy"), "higher"),
     Quantity("top-5 accuracy", _mean("top5"), "higher"),
     Quantity("entropy of predictions, nats", _mean("entropy")),
-    Quantity("accuracy of the nearest centre", _mean("nearest_accuracy"), "higher"),
+    Quantity("accuracy of the nearest centre", _mean("nearest_accuracy"), "higher", repeats=_nearest_is_predicted),
     Quantity("margin log(d of the nearest other centre / d of the target)", _mean("log_margin"), "higher"),
     Quantity(OVER_MEDIAN, _ratio, "lower"),
     Quantity("", lambda model: _ratio(model) if model.harmonic else None, "lower", "target_ratio", OVER_MEDIAN),

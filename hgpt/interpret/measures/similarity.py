@@ -62,7 +62,7 @@ def section(analysis: Analysis) -> list[Block]:
     first = analysis.models[0]
     figure, axes = grid(len(found), 3, row_height=2.9, extra=0.8)
     for panel, (label, table) in zip(axes.flat, found.items(), strict=False):
-        image = panel.imshow(table, vmin=0, vmax=1, cmap="cividis", origin="lower", aspect="auto")
+        image = panel.pcolormesh(*map(range, table.T.shape), table, vmin=0, vmax=1, cmap="cividis", shading="nearest")
         panel.set(xlabel=f"{label}: block", ylabel=f"{first.label}: block")
         for axis in (panel.xaxis, panel.yaxis):
             axis.label.set_fontsize(7)
@@ -80,7 +80,6 @@ def section(analysis: Analysis) -> list[Block]:
             "Debiased CKA, block by block",
             caption="Debiased linear CKA between the layers of the first model and of each other model on the same "
             "text: 1 for representations that are equal up to rotation and scale, 0 for unrelated ones.",
-            models=models,
             source=f"On {states_text(models)} sampled validation positions of: {analysis.data_source}.",
         )
     ]

@@ -63,7 +63,6 @@ def section(analysis: Analysis) -> list[Block]:
             f"eval.diagnostic_windows windows (16 unless set), for checkpoints over about {CHECKPOINT_TOKENS:,} tokens "
             f"in windows of at most {CHECKPOINT_WINDOW} (norms: {CHECKPOINT_SAMPLE} of the tokens). The other figures "
             "of this page use other text. For the loss over training see python -m hgpt.runs.",
-            models=[analysis.models[i] for i in sorted({index for _, several in known for index in several})],
             source="From metrics.jsonl and the checkpoints in each run folder.",
         )
         blocks.append(drawing)
