@@ -7,7 +7,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # matrix products that are the same every time
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,3 +42,16 @@ def _seed() -> None:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The data folder of small runs."""
     return write_data(tmp_path_factory.mktemp("data") / "markov", markov_tokens(20_000, 0), markov_tokens(1_000, 1))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, for pages; a test that needs it is slow, and skipped where there is none."""
+    api = pytest.importorskip("playwright.sync_api", reason='needs playwright: pip install -e ".[dev]"')
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("needs chromium, as Debian's package of that name installs it")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()

@@ -1,5 +1,6 @@
 """Small exported models, tokenizers that are not over bytes, and data folders, for tests of hgpt.interpret."""
 
+import base64
 import json
 import pydoc_data.topics
 from collections.abc import Sequence
@@ -77,6 +78,14 @@ def export(
     special = {"eos_token": END_OF_TEXT} | ({"unk_token": UNKNOWN} if UNKNOWN in backend.get_vocab() else {})
     PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
     return folder
+
+
+def unpack(packed: dict) -> np.ndarray:
+    """An array of hgpt.interpret.packing: its steps, or floats."""
+    steps = np.frombuffer(base64.b64decode(packed["data"]), dtype=f"<u{packed['bits'] // 8}")
+    if "low" not in packed:
+        return steps
+    return np.where(steps == 65535, np.nan, packed["low"] + steps / 65534 * (packed["high"] - packed["low"]))
 
 
 def encode(backend: tokenizers.Tokenizer, text: str) -> np.ndarray:

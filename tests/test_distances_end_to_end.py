@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from processes import run as launch
@@ -141,15 +142,16 @@ def test_reading_uses_the_heads_metric(run: Callable, case: str) -> None:
     with loaded(source, torch.device("cpu")) as model:
         assert model.description.startswith(f"harmonic ({model.model.config.distance}), n = ")
         centre = torch.from_numpy(model.centre_rows()[7:8]).double()
-        neighbours = centres.neighbours(model, 7, 3)
+        near, distances = centres.nearest_centres(model, np.array([7]), 3)
         by_metric = model.model.lm_head.double().distances(centre)[0].detach()
         by_metric[7] = torch.inf
         model.model.float()
         nearest = by_metric.topk(3, largest=False)
-        assert [text for text, _ in neighbours] == [model.token_text(int(token)) for token in nearest.indices]
-        assert [d for _, d in neighbours] == pytest.approx(nearest.values.tolist(), rel=2e-2)
+        assert near[0].tolist() == nearest.indices.tolist()
+        assert distances[0] == pytest.approx(nearest.values.numpy(), rel=2e-2)
         x = model.hidden_states(torch.arange(10)[None])[-1][0].clone()
-        index, ratio = centres.nearest_contexts(model, x.numpy(), 7, 1)[0]
+        indices, ratios = centres.nearest_contexts(model, x.numpy(), np.array([7]), 1)
+        index, ratio = indices[0, 0], ratios[0, 0]
         with torch.inference_mode():
             d = model.model.lm_head.distances(x)
         assert index == int(d[:, 7].argmin())

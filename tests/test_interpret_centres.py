@@ -5,7 +5,7 @@ import pytest
 import torch
 from small_models import TEXT, byte_pairs, export
 
-from hgpt.interpret.measures.centres import nearest_contexts, neighbours
+from hgpt.interpret.measures.centres import nearest_centres, nearest_contexts
 from hgpt.interpret.measures.reading import read_text
 from hgpt.interpret.models import find_sources, loaded
 
@@ -64,8 +64,9 @@ def test_contexts_that_are_nearest_to_a_centre(model, monkeypatch):
     states = np.random.default_rng(0).normal(size=(30, 32)).astype(np.float32) * np.linspace(0.2, 3, 30)[:, None]
     states = states.astype(np.float32)
     log_p, d = exact(model, states)
-    for token in (5, 290):
-        found = nearest_contexts(model, states, token, 6)
+    tokens = np.array([5, 290])
+    for token, *nearest in zip(tokens, *nearest_contexts(model, states, tokens, 6), strict=True):
+        found = list(zip(*(values.tolist() for values in nearest), strict=True))
         if d is None:
             logits = states.astype(np.float64) @ model.centre_rows()[token].astype(np.float64)
             assert [index for index, _ in found] == np.argsort(-logits)[:6].tolist()
@@ -80,13 +81,16 @@ def test_contexts_that_are_nearest_to_a_centre(model, monkeypatch):
             )
 
 
-def test_neighbours_of_a_centre(model):
+def test_neighbours_of_centres(model, monkeypatch):
+    monkeypatch.setattr("hgpt.interpret.measures.centres.CHUNK", 7)
     w = model.centre_rows().astype(np.float64)
+    tokens = np.arange(0, VOCAB, 20)
     if model.harmonic:
-        distances = np.linalg.norm(w - w[7], axis=1)
+        distances = np.linalg.norm(w[tokens, None] - w, axis=-1)
     else:
-        distances = 1 - w @ w[7] / np.linalg.norm(w, axis=1) / np.linalg.norm(w[7])
-    expected = [token for token in np.argsort(distances) if token != 7][:K]
-    found = neighbours(model, 7, K)
-    assert [text for text, _ in found] == [model.token_text(int(token)) for token in expected]
-    assert [value for _, value in found] == pytest.approx(distances[expected].tolist(), rel=1e-3, abs=1e-5)
+        length = np.linalg.norm(w, axis=1)
+        distances = 1 - w[tokens] @ w.T / (length[tokens, None] * length)
+    distances[np.arange(len(tokens)), tokens] = np.inf
+    found, values = nearest_centres(model, tokens, K)
+    assert found.tolist() == distances.argsort(1)[:, :K].tolist()
+    assert values == pytest.approx(np.sort(distances)[:, :K], rel=1e-3, abs=1e-5)

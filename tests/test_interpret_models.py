@@ -118,3 +118,5 @@ def test_the_text_of_each_token(model):
     assert "�" not in "".join(texts.values())
     if model.byte_level:
         assert (texts["Ġthe"], texts["Ã"]) == (" the", r"\xc3")
+    elif "▁the" in texts:
+        assert (texts["▁the"], texts["▁"], texts["s"]) == (" the", " ", "s")

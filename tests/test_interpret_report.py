@@ -19,7 +19,7 @@ import pytest
 import tokenizers
 import torch
 from matplotlib.image import imread
-from small_models import byte_pairs, encode, export, prepare, relation_set, run_of
+from small_models import byte_pairs, encode, export, prepare, relation_set, run_of, unpack
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hgpt.cli import run
@@ -27,7 +27,7 @@ from hgpt.data.tokenizer import hf_tokenizer, load_tokenizer
 from hgpt.errors import UserError
 from hgpt.interpret import __main__ as command
 from hgpt.interpret.drawing import swatch
-from hgpt.interpret.measures import centres, parallelograms, predictions, reading
+from hgpt.interpret.measures import centres, explorer, parallelograms, predictions, reading
 from hgpt.interpret.measures.differences import comparisons, relations_without_power
 from hgpt.interpret.measures.parallelograms import BAEK2025, OF_CENTRES, VARIANTS
 from hgpt.interpret.models import find_sources, loaded
@@ -131,10 +131,11 @@ def test_the_page_is_whole_and_fetches_nothing(text, report):
     assert "nan" not in re.sub(r"<script.*?</script>|base64,[^\"]*", "", text, flags=re.DOTALL).split()
     assert '<meta name="viewport"' in text and "@media print" in text
     # The summary comes before everything else, and figures have a text for those who do not see them.
-    assert text.index('id="summary"') < text.index("<figure") < text.index('id="reading"') < text.index('id="method"')
+    places = [text.index(part) for part in ('id="summary"', 'id="explorer"', 'id="reading"', "<figure", 'id="method"')]
+    assert places == sorted(places)
     assert text.count('<svg role="img" aria-label=') == page.tags.count("figure") == len(FIGURES)
     assert re.search("<text[^>]*>accuracy</text>", text)  # letters, not outlines of letters
-    # browser.js takes the swatches from the list.
+    # The scripts take the swatches and labels from the list.
     items = re.findall(r"<li>(<span.*?</span>)<b>(.*?)</b>", text)
     assert items == [(swatch(i), label) for i, label in enumerate(LABELS)]
     assert text.count('<ul id="models">') == 1 and '"#models .swatch"' in text
@@ -154,25 +155,45 @@ def test_figures_are_written_and_signed(report):
         assert pixels[:, [0, -1], :3].min() > 0.9 and pixels[[0, -1], :, :3].min() > 0.9, name
 
 
-def test_the_text_browser_holds_every_position(text):
-    groups = json.loads(re.search(r'id="readings">(.*?)</script>', text, re.DOTALL)[1])
-    assert [[m["label"] for m in g["models"]] for g in groups] == [["harmonic", "softmax", "gpt2"], ["foreign"]]
-    for number, group in enumerate(groups):
-        for model in group["models"]:
-            assert len(model["reading"]) == len(group["tokens"])
-            for seen in model["reading"]:
-                assert 0 < seen["p"] <= 1
-                assert (seen["ratio"] is None) == (model["label"] != "harmonic")
-                assert seen["ratio"] is None or (seen["ratio"] >= 1 and seen["nearest"][0][2] == pytest.approx(1))
-                assert seen["rank"] > 1 or seen["nearest"][0][0] == seen["token"]
-        labels = [model["label"] for model in group["models"]]
-        assert [model["number"] for model in group["models"]] == [LABELS.index(label) for label in labels]
-        # Each panel is in one block with its own text, beside which alone it stays in sight.
-        block = text.split('<div class="reading">')[number + 1]
-        assert f'id="text-{number}"' in block and f'id="panel-{number}"' in block
-        assert f"probability under {labels[0]}" in block
-    spans = re.findall(r'data-position="(\d+)"', text)
-    assert len(spans) == sum(len(group["tokens"]) for group in groups)
+def data_of(text: str, name: str):
+    return json.loads(re.search(rf'id="{name}">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def test_the_reader_holds_every_position(text, results):
+    readings = data_of(text, "reading-data")
+    tokens = ["".join(seen["token"] for seen in found["seen"]) for found in readings]
+    assert tokens[0] == tokens[1] == tokens[2] != tokens[3]  # read with another tokenizer, in fewer tokens at a time
+    for label, found, model in zip(LABELS, readings, results["models"], strict=True):
+        assert (found["before"] + tokens[LABELS.index(label)])[:40] == VAL[:40]
+        assert len(found["seen"]) == len(model["reading"])
+        for seen in found["seen"]:
+            assert 0 < seen["p"] <= 1
+            assert (seen["ratio"] is None) == (label != "harmonic")
+            assert seen["ratio"] is None or (seen["ratio"] >= 1 and seen["nearest"][0][2] == pytest.approx(1))
+            assert seen["rank"] > 1 or seen["nearest"][0][0] == seen["token"]
+
+
+def test_what_the_page_reads_is_in_its_data(text, results):
+    """Each key that a script takes from the data is there for every model, and the scripts name each key."""
+    data, scripts = data_of(text, "explorer-data"), text[text.rindex("<script>") :]
+    assert data.keys() == {"models", "vocabularies", "pins"}
+    assert [model["vocabulary"] for model in data["models"]] == [0, 0, 0, 1]
+    for entry, names in ((data["models"], "model"), (data["vocabularies"], "vocabulary")):
+        keys = set(entry[0])
+        assert all(set(one) == keys for one in entry)
+        assert all(re.search(rf"\b{key}\b", scripts) for key in keys), names
+    used = set(re.findall(r"(?:numbers|integers|nearest)\((?:model|vocabulary)\.(\w+)", scripts))
+    assert used >= {"length", "tokens", "neighbours", "contexts", "counts"}
+    assert used <= set(data["models"][0]) | set(data["vocabularies"][0])
+    harmonic, _, _, foreign = data["models"]
+    assert (harmonic["harmonic"], foreign["harmonic"]) == (True, False)
+    texts = data["vocabularies"][1]["texts"]
+    assert len(texts) == 290 and len(data["vocabularies"][0]["texts"]) == VOCAB
+    assert len(unpack(foreign["neighbours"]["items"])) == 290 * explorer.NEIGHBOURS
+    # The text in the model's tokens. A piece of it, here a window, begins with a token that was not predicted.
+    ids, losses = unpack(harmonic["text"]["ids"]), unpack(harmonic["text"]["losses"])
+    assert ids[~np.isnan(losses)].tolist() == encode(byte_pairs(VOCAB), VAL)[1:].tolist()
+    assert np.isnan(losses).sum() == results["data"]["windows"]
 
 
 def test_captions_are_on_the_page_once_and_say_what_was_measured(text):
@@ -333,12 +354,17 @@ def test_a_model_alone_and_without_text_in_place_of_another_report(places, repor
 
 
 def test_a_text_and_words_of_ones_own(places, tmp_path):
-    (tmp_path / "text.txt").write_text("The with statement, while it lasts.")
+    (tmp_path / "text.txt").write_text(own := VAL[:200])  # several times the context
     few = {"relations": str(places["relations"]), "bootstrap": 100}
     settings = AnalysisSettings(text=str(tmp_path / "text.txt"), words=("with", " the", "Zebra"), **few)
     analysis = analyse([str(places["softmax"])], settings)  # without data
     found = analysis.models[0]
-    assert "".join(seen.token for seen in reading.result_of(found)) in "The with statement, while it lasts."
+    tokens = encode(byte_pairs(VOCAB), own)
+    seen = reading.result_of(found)
+    assert len(tokens) > 2 * CONTEXT and "".join(each.token for each in seen) == own[-sum(len(s.token) for s in seen) :]
+    with loaded(find_sources([str(places["softmax"])])[0], CPU) as model:  # the last piece is a whole context
+        last = reading.read_text(model, tokens[-CONTEXT - 1 : -1], tokens[-CONTEXT:], reading.NEAREST)[-1]
+    assert len(seen) == len(tokens) - 1 and seen[-1] == last
     (note,) = (note for note in analysis.notes if "--words" in note)
     assert f"--words Zebra is {len(encode(byte_pairs(VOCAB), 'Zebra'))} tokens in the vocabulary of 320: Z · " in note
     assert centres.result_of(found)[0]["token"] in "with"
@@ -424,30 +450,24 @@ def test_wrong_options_are_one_line_with_status_2(places, tmp_path, monkeypatch,
 
 
 @pytest.mark.slow
-def test_the_page_on_a_telephone_and_on_paper(report):
+def test_the_page_on_a_telephone_and_on_paper(browser, report):
     """What is wider than the screen says so, and what is not divided between pages leaves little of a page empty."""
-    api = pytest.importorskip("playwright.sync_api", reason='needs playwright: pip install -e ".[dev]"')
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("needs chromium, as Debian's package of that name installs it")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": 390, "height": 900})
-        page.goto((report / "index.html").as_uri())
-        assert page.evaluate("document.documentElement.scrollWidth") == 390
-        for figure in page.locator("figure:visible .scroll").all():
-            wider = figure.evaluate("box => box.scrollWidth > box.clientWidth")
-            assert wider == ("wider" in figure.evaluate("box => getComputedStyle(box, '::before').content"))
-        assert not page.locator(".print").first.is_visible()
-        page.set_viewport_size({"width": 688, "height": 1017})  # A4 without the margins of the page
-        page.emulate_media(media="print")
-        page.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true; })")
-        assert "open index.html in a browser" in page.locator(".print").first.inner_text()
-        heights = page.evaluate("""[...document.querySelectorAll("body *")]
-            .filter(one => getComputedStyle(one).breakInside == "avoid" && !one.closest("svg *"))
-            .map(one => one.getBoundingClientRect().height)""")
-        assert len(heights) > 100 and max(heights) < 0.4 * 1017
-        browser.close()
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    page.goto((report / "index.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    for figure in page.locator("figure:visible .scroll").all():
+        wider = figure.evaluate("box => box.scrollWidth > box.clientWidth")
+        assert wider == ("wider" in figure.evaluate("box => getComputedStyle(box, '::before').content"))
+    assert not page.locator(".print").first.is_visible()
+    page.set_viewport_size({"width": 688, "height": 1017})  # A4 without the margins of the page
+    page.emulate_media(media="print")
+    page.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true; })")
+    assert "open index.html in a browser" in page.locator(".print").first.inner_text()
+    heights = page.evaluate("""[...document.querySelectorAll("body *")]
+        .filter(one => getComputedStyle(one).breakInside == "avoid" && !one.closest("svg *"))
+        .map(one => one.getBoundingClientRect().height)""")
+    assert len(heights) > 100 and max(heights) < 0.4 * 1017
+    page.close()
 
 
 @pytest.mark.slow

@@ -167,12 +167,13 @@ class LoadedModel:
         return 0.5 * squared_distances(x.to(w.dtype), w).log().float()
 
     @torch.inference_mode()
-    def distances_from_centre(self, token: int) -> Tensor:
-        """From one centre to all, (V,): d by the metric of a harmonic head, 1 − cosine for a softmax head."""
+    def distances_from_centres(self, tokens: Tensor) -> Tensor:
+        """From the centres of tokens (T,) to all, (T, V): d by a harmonic head's metric, 1 − cosine for softmax."""
         w = self._head.weight[: self.vocab_size].float()
         if self.harmonic:
-            return self._head.distances(w[token : token + 1])[0]
-        return 1 - torch.nn.functional.cosine_similarity(w, w[token : token + 1], dim=-1)
+            return self._head.distances(w[tokens])[:, : self.vocab_size]
+        w = torch.nn.functional.normalize(w)
+        return 1 - w[tokens] @ w.T
 
     def token_text(self, token: int) -> str:
         return token_text(self.tokenizer, token)
@@ -189,10 +190,11 @@ class LoadedModel:
 
 def token_text(tokenizer: Any, token: int) -> str:
     r"""The text of a token; bytes that are not a whole character are written as \xe2."""
-    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
-    if "\ufffd" in text and (piece := piece_bytes(tokenizer.convert_ids_to_tokens(token))) is not None:
+    text, name = tokenizer.decode([token], clean_up_tokenization_spaces=False), tokenizer.convert_ids_to_tokens(token)
+    if "\ufffd" in text and (piece := piece_bytes(name)) is not None:
         return piece.decode("utf-8", "backslashreplace")
-    return text
+    # SentencePiece takes the space from the first word of a text.
+    return f" {text}" if (name or "").startswith("▁") and not text.startswith(" ") else text
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from hgpt.interpret.measures import (
     calibration,
     centres,
     differences,
+    explorer,
     geometry,
     lens,
     parallelograms,
@@ -17,10 +18,11 @@ from hgpt.interpret.measures import (
 )
 
 GROUPS = {
+    "To explore": (explorer, reading),
     "On {part}": (predictions, calibration),
     "Relations between words": (parallelograms, differences, analogies, planes),
     "Vectors": (geometry, similarity, lens),
     "Training": (training,),
-    "To read": (reading, centres),
+    "To read": (centres,),
 }
 MEASURES = tuple(Measure.of(module, group) for group, modules in GROUPS.items() for module in modules)

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from markupsafe import Markup
+from torch import Tensor
 
 from hgpt.errors import UserError
 from hgpt.interpret.measure import Analysis, Block, Details, ModelResult, Table, bold, paragraph, states_text
@@ -23,49 +24,68 @@ def result_of(model: ModelResult) -> list[dict[str, Any]]:
     return model.found.get("centres") or []
 
 
-def neighbours(loaded: LoadedModel, token: int, k: int) -> list[tuple[str, float]]:
-    """The `k` centres nearest to the centre of `token`, without itself, and their distances.
+@torch.inference_mode()
+def nearest_centres(loaded: LoadedModel, tokens: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` centres nearest to the centre of each of `tokens`, without itself: tokens and distances, (T, k) each.
 
     By the metric of a harmonic head. By 1 − cosine for a softmax head, whose rows vary in length with the frequency of
     the token.
     """
-    values, tokens = loaded.distances_from_centre(token).topk(min(k + 1, loaded.vocab_size), largest=False)
-    found = zip(tokens.tolist(), values.tolist(), strict=True)
-    return [(loaded.token_text(other), distance) for other, distance in found if other != token][:k]
+    found = []
+    for part in torch.from_numpy(tokens).to(loaded.device).split(CHUNK):
+        distances = loaded.distances_from_centres(part).scatter(1, part[:, None], float("inf"))
+        found.append(distances.topk(min(k, loaded.vocab_size - 1), largest=False))
+    values, others = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
+    return others, values
 
 
 @torch.inference_mode()
-def nearest_contexts(loaded: LoadedModel, states: np.ndarray, token: int, k: int) -> list[tuple[int, float]]:
-    """The `k` of the hidden states (S, D) that are nearest to the centre of `token`: index and d / d_min.
+def nearest_contexts(
+    loaded: LoadedModel, states: np.ndarray, tokens: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` of the hidden states (S, D) nearest to the centre of each of `tokens`: indices and d / d_min.
 
-    For a softmax head the `k` states with the largest logit of the token: index and probability.
+    (T, k) each. For a softmax head the `k` states with the largest logit of the token, and its probability.
     """
-    scores, shown = [], []
+    chosen = torch.from_numpy(tokens).to(loaded.device)
+    best: tuple[Tensor, ...] = ()  # scores, values and indices of the best states so far, (k, T) each
     for start in range(0, len(states), CHUNK):
         x = torch.from_numpy(states[start : start + CHUNK]).to(loaded.device)
         logits = loaded.logits(x)
         if loaded.exponent is None:
-            scores.append(-logits[:, token])
-            shown.append(logits.log_softmax(-1)[:, token].exp())
+            scores, values = -logits[:, chosen], logits.log_softmax(-1)[:, chosen].exp()
         else:
             log_d = loaded.log_distances(x, logits)
-            scores.append(log_d[:, token])  # the scale counts, so the nearest of all states
-            shown.append(torch.exp(log_d[:, token] - log_d.amin(-1)))
-    values = torch.cat(shown)
-    order = torch.cat(scores).argsort()[:k]
-    return [(int(index), float(values[index])) for index in order]
+            scores = log_d[:, chosen]  # the scale counts, so the nearest of all states
+            values = torch.exp(scores - log_d.amin(-1, keepdim=True))
+        index = torch.arange(start, start + len(x), device=loaded.device)[:, None].expand_as(scores)
+        parts: tuple[Tensor, ...] = (scores, values, index)
+        if best:
+            parts = tuple(torch.cat(pair) for pair in zip(best, parts, strict=True))
+        order = parts[0].argsort(dim=0, stable=True)[:k]
+        best = tuple(part.gather(0, order) for part in parts)
+    return best[2].T.cpu().numpy(), best[1].T.cpu().numpy()
 
 
 def compute(subject: Subject) -> list[dict[str, Any]]:
-    model, read, found = subject.model, subject.read, []
-    for token in _chosen_tokens(subject):
-        contexts = []
-        if read is not None:
-            at, states = read.measures.sample_at, read.measures.sample[-1]
-            nearest = nearest_contexts(model, states, token, CONTEXTS)
-            contexts = [_context_at(model, read, int(at[index]), value) for index, value in nearest]
-        near = neighbours(model, token, NEIGHBOURS)
-        found.append({"token": model.token_text(token), "neighbours": near, "contexts": contexts})
+    model, read = subject.model, subject.read
+    chosen = np.array(_chosen_tokens(subject), dtype=np.int64)
+    if not len(chosen):
+        return []
+    found: list[dict[str, Any]] = [
+        {
+            "token": model.token_text(int(token)),
+            "neighbours": [(model.token_text(int(other)), float(d)) for other, d in zip(*near, strict=True)],
+            "contexts": [],
+        }
+        for token, *near in zip(chosen, *nearest_centres(model, chosen, NEIGHBOURS), strict=True)
+    ]
+    if read is not None:
+        nearest = nearest_contexts(model, read.measures.sample[-1], chosen, CONTEXTS)
+        for word, indices, values in zip(found, *nearest, strict=True):
+            at = read.measures.sample_at[indices].tolist()
+            pairs = zip(at, values.tolist(), strict=True)
+            word["contexts"] = [_context_at(model, read, *pair) for pair in pairs]
     return found
 
 

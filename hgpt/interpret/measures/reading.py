@@ -17,6 +17,7 @@ from hgpt.interpret.subject import Subject
 TITLE = "Text browser"
 NEAREST = 5
 POSITIONS = 160
+OWN_POSITIONS = 512  # of a text of the reader's own
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,17 @@ class Reading:
     nearest: tuple[tuple[str, float, float | None], ...]
 
 
+@dataclass(frozen=True)
+class Text:
+    """A text as a model read it: what came before the first target, and a reading for each target."""
+
+    before: str
+    seen: list[Reading]
+
+
 def result_of(model: ModelResult) -> list[Reading]:
-    return model.found.get("reading") or []
+    found = model.found.get("reading")
+    return found.seen if found else []
 
 
 @torch.inference_mode()
@@ -69,9 +79,18 @@ def _ratios(loaded: LoadedModel, x: Tensor, logits: Tensor) -> Tensor | None:
     return torch.exp(log_d - log_d.min())
 
 
-def compute(subject: Subject) -> list[Reading] | None:
+def compute(subject: Subject) -> Text | None:
     passage = _passage(subject)
-    return None if passage is None else read_text(subject.model, *passage, NEAREST)
+    if passage is None:
+        return None
+    inputs, targets = passage
+    seen: list[Reading] = []
+    context = subject.model.context
+    while len(seen) < len(inputs):  # in pieces, each with at least half a context before its first new target
+        start = max(0, min(len(seen) - context // 2, len(inputs) - context))
+        part = slice(start, start + context)
+        seen += read_text(subject.model, inputs[part], targets[part], NEAREST)[len(seen) - start :]
+    return Text(subject.model.token_text(int(inputs[0])), seen)
 
 
 def _passage(subject: Subject) -> tuple[np.ndarray, np.ndarray] | None:
@@ -82,7 +101,7 @@ def _passage(subject: Subject) -> tuple[np.ndarray, np.ndarray] | None:
             text = Path(file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--text {file} cannot be read as UTF-8: {error}") from error
-        tokens = np.array(subject.model.encode(text)[: longest + 1], dtype=np.int64)
+        tokens = np.array(subject.model.encode(text)[: OWN_POSITIONS + 1], dtype=np.int64)
         if len(tokens) < 2:
             raise UserError(f"--text {file} has {len(tokens)} tokens, but at least 2 are needed to predict one")
         return tokens[:-1], tokens[1:]
@@ -92,53 +111,46 @@ def _passage(subject: Subject) -> tuple[np.ndarray, np.ndarray] | None:
     return inputs[:longest], targets[:longest]
 
 
-# The panel stays at the bottom of the window while its own text is visible.
 TEMPLATE = """
-{% for group in groups %}
-<div class="reading">
-<p class="quiet">The darker a token, the higher its probability under {{ group.models[0].label }}
-{%- if groups|length > 1 %}. Tokens of {{ group.models|map(attribute="label")|join(", ") }}{% endif %}.</p>
-<div class="text" id="text-{{ loop.index0 }}">
-{%- for seen in group.models[0].reading -%}
-<span tabindex="0" data-position="{{ loop.index0 }}" style="background:rgba(86,180,233,{{ "%.2f"|format(seen.p) }})">
-{{- seen.token }}</span>
-{%- endfor -%}
+<div class="controls">
+<label>text as read by <select class="pick" data-side="a"></select></label>
+<label>beside it <select class="pick" data-side="b"></select></label>
+<label>colour <select id="quantity"></select></label>
+<label>scale <select id="text-scale"></select></label>
 </div>
-<div class="panel" id="panel-{{ loop.index0 }}"></div>
-</div>
-{% endfor %}
-<script type="application/json" id="readings">{{ groups|tojson }}</script>
+<p class="legend quiet" id="text-legend"></p>
+<div class="sides"><div class="side" data-side="a"></div><div class="side" data-side="b"></div></div>
+<script type="application/json" id="reading-data">{{ readings|tojson }}</script>
 """
 
 
-def reading_groups(models: Sequence[ModelResult]) -> list[dict[str, Any]]:
-    """Models that read the same tokens together, [{"tokens", "models": [{"label", "number", "reading"}]}].
+def page_data(models: Sequence[ModelResult]) -> list[dict[str, Any] | None]:
+    """Of each model the text before its first target and its readings, with 4 digits; None if it read nothing."""
+    return [_rounded(asdict(found)) if (found := model.found.get("reading")) else None for model in models]
 
-    `number` is the model's place in the report.
-    """
-    groups: dict[tuple[str, ...], dict[str, Any]] = {}
-    for number, model in enumerate(models):
-        if found := result_of(model):
-            tokens = tuple(reading.token for reading in found)
-            group = groups.setdefault(tokens, {"tokens": list(tokens), "models": []})
-            reading = [asdict(seen) for seen in found]
-            group["models"].append({"label": model.label, "number": number, "reading": reading})
-    return list(groups.values())
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(entry) for entry in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def section(analysis: Analysis) -> list[Block]:
-    groups = reading_groups(analysis.models)
-    if not groups:
+    readings = page_data(analysis.models)
+    if not any(readings):
         return []
-    source = analysis.settings.text or "the start of the first window of validation text"
+    own = analysis.settings.text
+    source = f"{own}, at most {OWN_POSITIONS} tokens" if own else "the start of the first window of validation text"
     return [
         paragraph(
-            "Point at a token, tap it or reach it with Tab: what each model thought before it came, the most probable "
-            "tokens first. Of a harmonic head these are the nearest centres (with radii ρ, those with the smallest "
-            "d / ρ), with d / d_min; the list of a softmax head is by probability alone."
+            "Point at a token or move with the arrow keys: what each model predicted before the token came, the most "
+            "probable tokens first. A click keeps the token. Of a harmonic head these are the nearest centres (with "
+            "radii ρ, those with the smallest d / ρ), with d / d_min; a softmax head's list is by probability alone."
         ),
         paragraph(f"Text: {source}.", quiet=True),
-        Html(template=TEMPLATE, values={"groups": groups}),
+        Html(template=TEMPLATE, values={"readings": readings}),
     ]
 
 
