@@ -29,11 +29,11 @@ from hgpt.run.config import RunConfig
 from hgpt.run.energy import check_country
 from hgpt.run.engines import Engine, weights_fingerprint
 from hgpt.run.evaluation import Evaluation, Validation
-from hgpt.run.optim import build_optimizer, learning_rate, set_learning_rate
+from hgpt.run.optim import build_optimizer, learning_rate, set_learning_rate, training_loss
 from hgpt.run.report import Recent, Report, Speed
 from hgpt.run.settings import load_run_config
 from hgpt.run.stop import LastingOutput, StopSignals, Watchdog, explain
-from hgpt.source import check_tokenizer, initialize_from, initialize_radii, new_model, shape_of
+from hgpt.source import check_tokenizer, initialize_from, initialize_radii, load_teacher, new_model, shape_of
 
 
 def main(config: RunConfig) -> dict[str, float]:
@@ -69,6 +69,7 @@ def run(config: RunConfig, engine: Engine, watchdog: Watchdog, signals: StopSign
     engine.together(lambda: verify(path, vocab_size) if verifying else None)
     data = engine.together(lambda: fingerprint(splits, whole=verifying))
     engine.compare({f"the data in {path}": data}, same_data)
+    engine.learn_from(engine.together(lambda: load_teacher(config, train_shards)))  # train.distill_from
 
     # ------------------------------------------------------------------------------------------------------------
     # The run folder: a new one, or one to resume. Nothing is written yet.
@@ -80,20 +81,18 @@ def run(config: RunConfig, engine: Engine, watchdog: Watchdog, signals: StopSign
     # Model and optimiser. Every process draws the same initial weights; dropout then differs between processes.
     watchdog.beat(0, "building the model")
     set_seed(config.train.seed)
-    log_p = None
-    if resumed is None and config.model.head.radius == "learned" and config.model.head.radius_init != "zero":
-        log_p = engine.from_main(lambda: unigram_log_p(train_shards))
+    new_radii = resumed is None and config.model.head.radius == "learned" and config.model.head.radius_init != "zero"
+    log_p = engine.from_main(lambda: unigram_log_p(train_shards)) if new_radii else None
     model = engine.together(lambda: build_model(config, train_shards, resumed, log_p, engine))
     if config.model.init_from is not None and resumed is None and engine.world_size > 1:
         engine.compare({f"the weights of model.init_from = {config.model.init_from}": weights_fingerprint(model)})
     set_seed(config.train.seed, device_specific=True)
     model.to(engine.device)
     optimizer = build_optimizer(model, config.optim)
-    states = {}
-    if resumed is not None:
-        states = engine.together(lambda: resumed.load_optimizer(model, optimizer))
-        if not engine.together(lambda: resumed.load_random_state(engine.rank)) and config.model.dropout > 0:
-            engine.say("the checkpoint has no random state for this process: dropout draws other random numbers")
+    states = {} if resumed is None else engine.together(lambda: resumed.load_optimizer(model, optimizer))
+    random_state = resumed is None or engine.together(lambda: resumed.load_random_state(engine.rank))
+    if not random_state and config.model.dropout > 0:
+        engine.say("the checkpoint has no random state for this process: dropout draws other random numbers")
     model, optimizer = engine.prepare(model, optimizer, states)
     model.train()
 
@@ -119,6 +118,7 @@ def build_model(
     model_config = config.model.to_hf(
         vocab_size=shards.vocab_size, seq_len=config.data.seq_len, end_of_text=shards.end_of_text
     )
+    model_config.exponent *= config.train.exponent_factor(0 if resumed is None else resumed.state.step)
     if resumed is not None:
         model = resumed.load_model(model_config)
     else:
@@ -150,6 +150,7 @@ def loop(
         signals.training = True
         # One pass more than there are steps: the last pass only evaluates and saves.
         while True:
+            engine.set_exponent(step)
             last = step >= config.train.steps
             evaluating = last or step % config.eval.every == 0
             saving = checkpoints.due(step, last=last, stopping=signals.seen > 0)
@@ -205,7 +206,7 @@ def optimizer_step(
             inputs, targets = batches(step, micro_step)
         with engine.accumulate(model):
             with report.phase("forward"):
-                loss = model(inputs, shift_labels=targets, use_cache=False).loss
+                loss = training_loss(model, inputs, targets, engine)
             with report.phase("backward"):
                 engine.backward(loss)  # divides by the number of micro-batches
             step_loss += loss.detach() / batches.accumulation

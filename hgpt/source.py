@@ -22,7 +22,7 @@ import psutil
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hgpt  # noqa: F401  (registers the model with transformers)
 from hgpt.data.shards import TokenShards
@@ -31,9 +31,10 @@ from hgpt.durable import read_json
 from hgpt.errors import UserError
 from hgpt.hardware import out_of_memory
 from hgpt.model.configuration_hgpt import HGPTConfig
-from hgpt.model.harmonized import Backbone, PassThrough, auto_class, check_backbone, model_class
+from hgpt.model.harmonized import Backbone, HarmonizedConfig, PassThrough, auto_class, check_backbone, model_class
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.checkpoint import CHECKPOINTS, LATEST, MANIFEST, MODEL, STATE, checkpoint_step, damage, latest_checkpoint
+from hgpt.run.config import RunConfig
 
 GPT2_KINDS = ("gpt2", HGPTConfig.model_type)  # the values of model_type that share GPT-2's blocks and their names
 GPT2_TOKENS = 50_257
@@ -240,11 +241,47 @@ _HEAD_SETTINGS = (*_HARMONIC_SETTINGS, "radius")
 _TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # three names of one function
 _TOKENS, _HEAD, _POSITIONS = "transformer.wte.weight", "lm_head.weight", "transformer.wpe.weight"
 _EXPONENT, _LOG_WEIGHT, _METRIC = "lm_head.log_exponent", "lm_head.log_weight", "lm_head.metric."
+_BACKBONE = "transformer.model."  # before the names of a backbone's weights
 _MOST_PADDING = 127  # rows that an embedding may have beyond the vocabulary: it is padded to multiples of up to 128
 # GPT-2's Conv1D stores (in, out) where nn.Linear stores (out, in).
 _CONV1D = re.compile(r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
 # Causal masks, which are buffers in older checkpoints; prefixes that torch.compile and DDP add to names.
 _MASKS, _PREFIXES = re.compile(r"\.attn\.(bias|masked_bias)$"), re.compile(r"^(_orig_mod\.|module\.)+")
+
+
+def check_teacher(name: str, data: TokenShards, seq_len: int) -> tuple[Source, str]:
+    """Whether the model of train.distill_from predicts the tokens of `data`, over `seq_len` of them.
+
+    Returns:
+        Its place, and a line for the user on its tokenizer, as `check_tokenizer`.
+
+    Raises:
+        UserError: there is no such model, it is no causal language model, its vocabulary or tokenizer is another one,
+            or its context is shorter.
+    """
+    try:
+        source = find_source(name)
+        config = source.load_config()
+        vocab_size, own = getattr(config, "vocab_size", 0), config.model_type == HGPTConfig.model_type
+        length = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if auto_class(config) is not AutoModelForCausalLM:
+            raise UserError(f"it is a masked language model ({config.model_type}): name a causal one")
+        # Other models than hgpt's count rows of padding in vocab_size.
+        if vocab_size < data.vocab_size or (own and vocab_size != data.vocab_size):
+            raise UserError(f"its vocab_size is {vocab_size}, and {data.folder} has {data.vocab_size} tokens")
+        if length is not None and length < seq_len:
+            raise UserError(f"its context has {length} tokens, and data.seq_len is {seq_len}: lower data.seq_len")
+    except UserError as error:
+        raise UserError(f"train.distill_from = {name}: {error}") from error
+    return source, check_tokenizer(name, data, "train.distill_from")
+
+
+def load_teacher(config: RunConfig, data: TokenShards) -> Any:
+    """The model of train.distill_from in float32, on the CPU; None if the loss has no part for it. Raises UserError."""
+    name = config.train.distill_from
+    if name is None or config.train.distill_weight == 0:
+        return None
+    return check_teacher(name, data, config.data.seq_len)[0].load_model(torch.float32)
 
 
 def shape_of(init_from: str, resume: str = "never", run_folder: Path | None = None) -> dict[str, int]:
@@ -310,7 +347,7 @@ def initialize_from(model: HGPTForCausalLM, init_from: str) -> list[str]:
 
     Args:
         model: a new model; parameters that `init_from` does not contain keep their initial values.
-        init_from: a name as `find_source` takes it, of a GPT-2 or an hgpt model, or nanoGPT's ckpt.pt.
+        init_from: a name as `find_source` takes it, of a GPT-2 or a model with a head of hgpt, or nanoGPT's ckpt.pt.
 
     Returns:
         Lines for the user: the origin of the weights; the parameters that only the model or only `init_from` has; the
@@ -325,17 +362,22 @@ def initialize_from(model: HGPTForCausalLM, init_from: str) -> list[str]:
         with _naming_the_setting(init_from):
             found = _gpt2(find_source(init_from))
     config = model.config
+    if any(name.startswith(_BACKBONE) for name in found.weights) != isinstance(config, HarmonizedConfig):
+        raise UserError(
+            f"model.init_from = {init_from}: set model.backbone to the same folder if hgpt.convert made it; otherwise "
+            "model.backbone must not be set"
+        )
     wrong = [
-        f"model.{name} = {value} (it is {getattr(config, name)})"
+        f"model.{name} = {value} (it is {_shape(config)[name]})"
         for name, value in found.shape.items()
-        if getattr(config, name) != value
+        if _shape(config)[name] != value
     ]
     if wrong:
         raise UserError(f"model.init_from = {init_from} has another shape than the model: set {', '.join(wrong)}")
     weights, parameters = dict(found.weights), dict(model.named_parameters())
     notes = [f"weights of {found.what}", *_differences(found, config)]
-    if _HEAD in parameters and _TOKENS in weights:
-        weights.setdefault(_HEAD, weights[_TOKENS])
+    if _HEAD in parameters:
+        weights = {_HEAD: weights[_TOKENS]} | weights if _TOKENS in weights else weights
     elif _HEAD in weights:  # the model is tied: its only name for these rows is the embedding's
         head = weights.pop(_HEAD)
         if not torch.equal(head, weights.get(_TOKENS, head)):
@@ -356,6 +398,8 @@ def initialize_from(model: HGPTForCausalLM, init_from: str) -> list[str]:
             f"model.init_from = {init_from}: these parameters do not fit\n  " + "\n  ".join(unfit) + "\nUse data "
             "with the checkpoint's tokenizer, and a data.seq_len no longer than its context."
         )
+    if other := sorted(name for name in parameters.keys() ^ weights.keys() if name.startswith(_BACKBONE)):
+        raise UserError(f"model.init_from = {init_from} has another backbone than model.backbone: {', '.join(other)}")
     with torch.no_grad():
         for name in shared:
             rows = min(len(weights[name]), len(parameters[name]))
@@ -414,7 +458,7 @@ class _Weights:
 
 
 def _gpt2(source: Source) -> _Weights:
-    """The weights of a GPT-2 of transformers or of an hgpt model."""
+    """The weights of a GPT-2 of transformers, or of a model with a head of hgpt."""
     config = _gpt2_config(source)
     weights = source.load_model(torch.float32).state_dict()
     behaviour = {"bias": True, "head": "softmax", "radius": "none", "final_norm": "layer_norm"}
@@ -432,9 +476,9 @@ def _gpt2(source: Source) -> _Weights:
 
 
 def _gpt2_config(source: Source) -> Any:
-    """The configuration of a GPT-2 or hgpt model. Raises UserError for another kind of model."""
+    """The configuration of a GPT-2, or of a model with a head of hgpt. Raises UserError for another kind of model."""
     config = source.load_config()
-    if config.model_type not in GPT2_KINDS:
+    if config.model_type not in (*GPT2_KINDS, HarmonizedConfig.model_type):
         raise UserError(f"{source.folder} is a {config.model_type} model; it must be a gpt2 or an hgpt")
     return config
 
@@ -479,7 +523,7 @@ def _nanogpt(path: Path) -> _Weights:
 
 
 def _shape(config: Any) -> dict[str, int]:
-    return {name: getattr(config, name) for name in _SHAPE}
+    return {name: getattr(config, name) for name in _SHAPE} | {"n_embd": getattr(config, "trunk_width", config.n_embd)}
 
 
 def _clean(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -119,7 +119,7 @@ class HGPTConfig(PreTrainedConfig):
             raise InvalidSetting("distance_options" if known else "distance", str(error)) from error
         self.distance_options = distance.options
         try:
-            self.exponent = resolve_exponent(self.exponent, self.n_embd)
+            self.exponent = resolve_exponent(self.exponent, self.trunk_width)
         except ValueError as error:
             raise InvalidSetting("exponent", str(error)) from error
         super().__post_init__(**kwargs)
@@ -155,6 +155,11 @@ class HGPTConfig(PreTrainedConfig):
     def trunk_in_words(self) -> str:
         """What stands before the head."""
         return "GPT-2"
+
+    @property
+    def trunk_width(self) -> int:
+        """D of the hidden states, and of "sqrt_dim"."""
+        return self.n_embd
 
     @property
     def padded_vocab_size(self) -> int:

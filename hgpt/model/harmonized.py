@@ -70,6 +70,9 @@ class HarmonizedConfig(HGPTConfig):
         super()._check_ranges()
         if self.task not in TASKS:
             raise InvalidSetting("task", f"task must be one of {', '.join(TASKS)}; got {self.task!r}")
+        for name, needed in (("tie_word_embeddings", False), ("radius", "learned")):
+            if self.lift and getattr(self, name) != needed:
+                raise InvalidSetting(name, f"a lifted head needs {name} = {needed!r}; got {getattr(self, name)!r}")
         if self.vocab_size > self.padded_vocab_size:
             raise InvalidSetting(
                 "vocab_size", f"vocab_size = {self.vocab_size} exceeds the backbone's {self.padded_vocab_size} rows"
@@ -83,6 +86,10 @@ class HarmonizedConfig(HGPTConfig):
     @property
     def trunk_in_words(self) -> str:
         return f"{self.backbone.model_type} backbone"
+
+    @property
+    def trunk_width(self) -> int:
+        return self.get_text_config().hidden_size
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
         """The backbone's, from which transformers makes caches."""

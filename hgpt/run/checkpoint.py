@@ -64,7 +64,7 @@ STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 RANDOM_STATE = "rng_{:05d}.safetensors"
 # Fields of HGPTConfig by which a checkpoint's model must be that of the run.
-COMPARED = {*MODEL_SETTINGS, *HEAD_SETTINGS, "head", "vocab_size", "n_positions", "backbone"}
+COMPARED = {*MODEL_SETTINGS, *HEAD_SETTINGS, "head", "vocab_size", "n_positions", "backbone", "lift"}
 ESSENTIAL = {STATE, OPTIMIZER, f"{MODEL}/config.json"}  # every checkpoint has these, and weights
 
 
@@ -74,7 +74,8 @@ class TrainState:
 
     `step` counts finished optimiser steps, `tokens` their training tokens; `validation_loss` was measured at
     `validation_step`. `settings` are the resolved settings by dotted name; `data` identifies the token shards
-    (`hgpt.data.shards.fingerprint`). Raises UserError for a value of another type or out of range.
+    (`hgpt.data.shards.fingerprint`), `teacher` the model of train.distill_from (`Engine.learn_from`). Raises UserError
+    for a value of another type or out of range.
     """
 
     step: int
@@ -84,6 +85,7 @@ class TrainState:
     settings: dict[str, Any]
     data: str
     world_size: int
+    teacher: str | None = None
     packages: dict[str, str] = field(default_factory=package_versions)
 
     def __post_init__(self) -> None:
@@ -93,6 +95,7 @@ class TrainState:
             "validation_loss": loss is None or (type(loss) in (int, float) and abs(loss) < float("inf")),
             "validation_step": at is None or _is_count(at),
             "data": isinstance(self.data, str),
+            "teacher": self.teacher is None or isinstance(self.teacher, str),
             **{name: isinstance(getattr(self, name), dict) for name in ("settings", "packages")},
         }
         if wrong := [name for name, holds in right.items() if not holds]:
@@ -131,8 +134,8 @@ class Checkpoints:
 
         The main process chooses and verifies it. The others compare the manifest that they see, and the first process
         of each node verifies the files. All raise UserError if a run folder would be overwritten, if the checkpoint is
-        damaged, differs between processes or was trained on other data, if a setting differs that must not, and if
-        train.steps is less than the checkpoint's step.
+        damaged, differs between processes or was trained on other data or by another teacher, if a setting differs that
+        must not, and if train.steps is less than the checkpoint's step.
         """
         engine = self.engine
         path = engine.from_main(lambda: find_checkpoint(self.config, engine.say))
@@ -157,6 +160,12 @@ class Checkpoints:
             raise UserError(
                 f"cannot resume {path}: the data in {self.config.data.path} is not the data it was trained on (the "
                 "checksums of the shards differ). Point data.path at that data, or give the run another name."
+            )
+        teacher = self.engine.teacher_fingerprint
+        if None not in (teacher, found.state.teacher) and teacher != found.state.teacher:
+            raise UserError(
+                f"cannot resume {path}: train.distill_from = {self.config.train.distill_from} has changed: it is "
+                f"{teacher} and was {found.state.teacher}. Name that teacher, or give the run another name."
             )
         if found.state.step > steps:
             raise UserError(
@@ -218,6 +227,7 @@ class Checkpoints:
                 settings=settings(self.config),
                 data=self.data,
                 world_size=self.engine.world_size,
+                teacher=self.engine.teacher_fingerprint,
             )
             self._writer.submit(lambda: self._write(full, random_states, state))
 
@@ -241,7 +251,7 @@ class Checkpoints:
         self, run_folder: Path, full: FullState, random_states: list[dict[str, Tensor]], state: TrainState
     ) -> None:
         """Write the checkpoint folder, point `latest` at it, and delete old checkpoints."""
-        config, target = self.engine.model_config, checkpoint_folder(run_folder, state.step)
+        config, target = full.config, checkpoint_folder(run_folder, state.step)
         with whole_folder(target) as folder:
             save_training_state(folder, full, random_states, state)
             save_model(folder / MODEL, config, full.weights)

@@ -106,7 +106,8 @@ class ModelConfig(_fields_of_hgpt_config(MODEL)):  # type: ignore[misc]  # a bas
         init_from: initial weights: a Hugging Face GPT-2 (folder or id), an hgpt model folder, or a nanoGPT checkpoint
             (.pt file). Random if not set.
         backbone: a config.json of transformers, or a folder that holds one: train this causal language model (Llama,
-            Qwen, …), with a head of ours, instead of our GPT-2. Its blocks are as the file says.
+            Qwen, …), with a head of ours, instead of our GPT-2. Its blocks are as the file says. The folder may be one
+            that hgpt.convert or `harmonize` made; init_from, of the same folder, loads its weights.
     """
 
     init_from: str | None = None
@@ -121,11 +122,15 @@ class ModelConfig(_fields_of_hgpt_config(MODEL)):  # type: ignore[misc]  # a bas
                     model_class(config)(config)
             except InvalidSetting as error:
                 raise UserError(f"model.backbone = {self.backbone}: {error}") from error
-            if self.init_from is not None:
-                raise UserError("model.init_from is for hgpt's GPT-2, and model.backbone is set: remove one of them")
+            if self.init_from is not None and read_backbone(self.backbone)["model_type"] != HarmonizedConfig.model_type:
+                raise UserError(
+                    f"model.init_from = {self.init_from}: with model.backbone = {self.backbone}, which has no head of "
+                    "hgpt, weights cannot be loaded: remove one of them, or make both a folder of hgpt.convert"
+                )
             known = {entry.name: entry.default for entry in fields(HGPTConfig)}
             for name in set(MODEL) - {"tie_word_embeddings"}:
-                if (value := getattr(self, name)) not in (known[name], getattr(config, name)):
+                inner = getattr(config.get_text_config(), name, None)  # a lift adds 1 to n_embd
+                if (value := getattr(self, name)) not in (known[name], getattr(config, name), inner):
                     raise UserError(
                         f"model.{name} = {value!r} has no effect with model.backbone = {self.backbone}: remove it, and "
                         "change the backbone's file"
@@ -141,13 +146,20 @@ class ModelConfig(_fields_of_hgpt_config(MODEL)):  # type: ignore[misc]  # a bas
             if self.backbone is None:
                 values |= {name: getattr(self, name) for name in MODEL} | {"n_positions": seq_len}
                 return HGPTConfig(**{name: value for name, value in values.items() if value is not None})
-            rows = HGPTConfig(vocab_size=vocab_size).padded_vocab_size
-            ends: dict[str, Any] = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-            # No pad_token_id: nn.Embedding would never train its row.
-            ends |= {"pad_token_id": None, "vocab_size": rows, "max_position_embeddings": seq_len}
-            backbone = read_backbone(self.backbone) | ends
+            backbone = read_backbone(self.backbone)
+            if backbone["model_type"] == HarmonizedConfig.model_type:  # rows and positions are as it learned them
+                values |= {name: backbone[name] for name in ("lift", "head_version") if name in backbone}
+                backbone = backbone["backbone"]
+            else:
+                rows = HGPTConfig(vocab_size=vocab_size).padded_vocab_size
+                backbone |= {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+                backbone |= {"vocab_size": rows, "max_position_embeddings": seq_len}
+            backbone |= {"pad_token_id": None}  # otherwise nn.Embedding would never train its row
             values |= {"tie_word_embeddings": self.tie_word_embeddings, "backbone": backbone}
-            return HarmonizedConfig(**{name: value for name, value in values.items() if value is not None})
+            config = HarmonizedConfig(**{name: value for name, value in values.items() if value is not None})
+            if seq_len > config.n_positions:
+                raise InvalidSetting("backbone", f"data.seq_len = {seq_len} exceeds its {config.n_positions} positions")
+            return config
         except InvalidSetting as error:
             section = "model.head" if error.setting in HEAD else "model"
             named = f"{section}.{error.setting}" + (f" = {self.backbone}" if error.setting == "backbone" else "")
@@ -164,8 +176,11 @@ def read_backbone(path: str) -> dict[str, Any]:
         raise UserError(f"model.backbone = {path}: there is no such file. {way_out}") from error
     if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
         raise UserError(f"model.backbone = {path}: it says no model_type. {way_out}")
-    if found["model_type"] in (HGPTConfig.model_type, HarmonizedConfig.model_type):
-        raise UserError(f"model.backbone = {path}: it has a head of hgpt already. {way_out}")
+    harmonized = found["model_type"] == HarmonizedConfig.model_type
+    if found["model_type"] == HGPTConfig.model_type or (harmonized and not isinstance(found.get("backbone"), dict)):
+        raise UserError(
+            f"model.backbone = {path}: a model of hgpt is no backbone, unless hgpt.convert made it. {way_out}"
+        )
     return found
 
 
@@ -205,6 +220,13 @@ class TrainConfig:
         activation_checkpointing: keep only the inputs of blocks and recompute the rest in the backward pass.
         label_smoothing: ε of the training loss −Σ_i q_i log p_i with q_i = (1 − ε) 1[i = target] + ε / vocab_size.
             Logged training losses contain it, validation losses do not.
+        distill_from: a teacher, i.e. a run, checkpoint, exported model or id on the Hugging Face hub, with the
+            tokenizer of the data. The training loss is then (1 − w) · cross-entropy + w · T² · KL(teacher ‖ model),
+            where logits of both are divided by T in the KL. Validation losses do not contain it.
+        distill_weight: w of the KL.
+        distill_temperature: T of the KL.
+        exponent_start: n at the first step, as a multiple of model.head.exponent.
+        exponent_steps: steps in which n goes from exponent_start to model.head.exponent, by the same factor in each.
         skip_non_finite: number of steps with a non-finite gradient that are skipped before the run stops; 0 stops at
             the first. non_finite.jsonl lists the data of these steps. Not with DeepSpeed and FSDP2.
         hang_timeout: seconds without progress after which a process ends and names the processes that it waits for.
@@ -219,6 +241,11 @@ class TrainConfig:
     compile: bool = False
     activation_checkpointing: bool = False
     label_smoothing: float = 0.0
+    distill_from: str | None = None
+    distill_weight: float = 0.5
+    distill_temperature: float = 1.0
+    exponent_start: float = 1.0
+    exponent_steps: int = 0
     skip_non_finite: int = 0
     hang_timeout: float = 1800.0
 
@@ -226,10 +253,26 @@ class TrainConfig:
         _require("train", self, "steps", lambda value: value >= 1, "be at least 1")
         _require("train", self, "global_batch micro_batch", lambda value: 1 <= value <= MOST, f"be 1 to {MOST:,}")
         _require("train", self, "label_smoothing", lambda value: 0 <= value < 1, "lie in [0, 1)")
+        _require("train", self, "distill_weight", lambda value: 0 <= value <= 1, "lie in [0, 1]")
+        _require("train", self, "distill_temperature exponent_start", _positive, "be a positive number")
+        _require("train", self, "exponent_steps", lambda value: 0 <= value <= self.steps, "be 0 to train.steps")
+        for name in ("distill_weight", "distill_temperature"):
+            if self.distill_from is None and (value := getattr(self, name)) != getattr(TrainConfig, name):
+                raise UserError(f"train.{name} = {value} has no effect without train.distill_from: remove it")
+        if (self.exponent_start != 1) != (self.exponent_steps > 0):
+            raise UserError(
+                f"train.exponent_start = {self.exponent_start} and train.exponent_steps = {self.exponent_steps}: n "
+                "changes only if the first is not 1 and the second is more than 0; set both, or neither"
+            )
         _require("train", self, "skip_non_finite", lambda value: value >= 0, "be 0 (none) or more steps")
         _require("train", self, "hang_timeout", lambda value: 1 <= value <= YEAR, "be 1 second to a year, 31,536,000 s")
         # NumPy's generators take 32 bits, and each process adds its rank.
         _require("train", self, "seed", lambda value: 0 <= value < 2**31, "lie between 0 and 2^31 - 1")
+
+    def exponent_factor(self, step: int) -> float:
+        """n / model.head.exponent after `step` steps: exponent_start at 0, 1 from exponent_steps on."""
+        left = 1 - step / self.exponent_steps if step < self.exponent_steps else 0.0
+        return self.exponent_start**left
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,6 +444,9 @@ class RunConfig:
                 "lower the one or raise the other"
             )
         model = self.model.to_hf(vocab_size=1, seq_len=1)
+        if self.train.exponent_steps and (model.head == "softmax" or model.learn_exponent):
+            why = "a softmax head has no exponent" if model.head == "softmax" else "n is learned"
+            raise UserError(f"train.exponent_steps = {self.train.exponent_steps} has no effect, as {why}: remove it")
         with torch.device("meta"):
             distance = make_distance(model.distance, model.n_embd, **model.distance_options)
         head = f'model.head.distance = "{model.distance}"'

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,8 +56,12 @@ OptimizerState = dict[str, dict[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class FullState:
-    """Whole float32 tensors on the CPU, by parameter name; a tied weight is listed under its first name only."""
+    """The configuration of the model, and whole float32 tensors on the CPU, by parameter name.
 
+    A tied weight is listed under its first name only.
+    """
+
+    config: HGPTConfig
     weights: dict[str, Tensor]
     optimizer: OptimizerState
 
@@ -69,10 +74,13 @@ class Engine:
     Attributes:
         rank, world_size, is_main, device: of this process.
         model_config, num_parameters: of the model; known after `prepare`.
+        teacher, teacher_fingerprint: the model of train.distill_from and what identifies it; None without one.
     """
 
     model_config: HGPTConfig
     num_parameters: int
+    teacher: nn.Module | None = None
+    teacher_fingerprint: str | None = None
 
     def __init__(self, config: RunConfig, accelerator: Accelerator) -> None:
         self.config = config
@@ -227,6 +235,29 @@ class Engine:
                 self.optimizer.state[parameter] = state
         return prepared, self.optimizer
 
+    def learn_from(self, teacher: Any) -> None:
+        """Take the model of train.distill_from, which is neither trained nor saved; None without one. Collective.
+
+        Raises UserError if processes have different ones.
+        """
+        if teacher is not None:
+            head = getattr(teacher.config, "head_in_words", teacher.config.model_type)  # n is no weight
+            self.teacher_fingerprint = f"{head}, SHA-256 of the weights {weights_fingerprint(teacher)}"
+            self.teacher = teacher.eval().requires_grad_(False).to(self.device)
+        self.compare({"the model of train.distill_from": self.teacher_fingerprint})
+
+    def set_exponent(self, step: int) -> None:
+        """Give the head, and the configuration that is saved, the n of `step`, see train.exponent_start."""
+        if self.config.train.exponent_steps:
+            n = self._last_exponent * self.config.train.exponent_factor(step)
+            self.plain_model.lm_head.initial_exponent = self.plain_model.config.exponent = (
+                self.model_config.exponent
+            ) = n
+
+    @cached_property
+    def _last_exponent(self) -> float:
+        return float(self.config.model.to_hf(vocab_size=1, seq_len=1).exponent)
+
     def accumulate(self, model: nn.Module) -> AbstractContextManager:
         """Context of one micro-batch: gradients are reduced over the processes only in the last one of a step."""
         return self.accelerator.accumulate(model)
@@ -257,7 +288,7 @@ class Engine:
         engine = self.accelerator.distributed_type
         if not self.is_main and engine not in (DistributedType.DEEPSPEED, DistributedType.FSDP):
             return None  # nothing is sharded: the main process has all
-        full = FullState(weights={}, optimizer={})
+        full = FullState(config=copy.deepcopy(self.model_config), weights={}, optimizer={})
         for name, parameter in self.plain_model.named_parameters():  # gather one at a time on the device
             if engine == DistributedType.DEEPSPEED:
                 weight, state = _gather_zero(parameter, self.optimizer.optimizer)

@@ -1,18 +1,42 @@
-"""AdamW, or Muon for the blocks' matrices, and the learning rate as a pure function of the step."""
+"""The training loss; AdamW, or Muon for the blocks' matrices; the learning rate as a pure function of the step."""
 
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hgpt.errors import UserError
 from hgpt.model.heads import HarmonicHead
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.config import OptimConfig
+from hgpt.run.engines import Engine
 
 MUON_MOMENTUM = 0.95  # Nesterov
 DECAY_FRACTION = 0.2  # of all steps, at the end of the trapezoidal schedule
+
+
+def training_loss(model: nn.Module, inputs: Tensor, targets: Tensor, engine: Engine) -> Tensor:
+    """The loss of a micro-batch, (), with its graph; `inputs` and `targets` (B, T), where targets of -100 do not count.
+
+    −log p_target, or with a teacher, w = train.distill_weight and T = train.distill_temperature
+
+        (1 − w) · (−log p_target) + w · T² · KL(softmax(teacher's logits / T) ‖ softmax(logits / T))
+
+    Both are means over the positions that count. The KL needs the logits of both models, (B, T, V), in memory.
+    """
+    if engine.teacher is None:
+        return model(inputs, shift_labels=targets, use_cache=False).loss
+    output = model(inputs, shift_labels=targets, use_cache=False, loss_only=False)
+    # Not Accelerate's autocast, which does nothing under DeepSpeed.
+    mixed = torch.autocast(inputs.device.type, torch.bfloat16, enabled=engine.precision == "bf16")
+    with torch.no_grad(), mixed:
+        taught = engine.teacher(input_ids=inputs, use_cache=False).logits[..., : output.logits.shape[-1]]  # no padding
+    w, t, counted = engine.config.train.distill_weight, engine.config.train.distill_temperature, targets != -100
+    log_p, log_q = ((logits.float() / t).log_softmax(-1) for logits in (taught, output.logits))
+    kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).where(counted, 0).sum()
+    return (1 - w) * output.loss + w * t**2 * kl / counted.sum().clamp_min(1)
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
