@@ -204,6 +204,7 @@ def test_fewer_steps_than_a_files_warm_up_lower_it(file, capsys):
 REFUSED_VALUES = """
 train.steps= name= name=. name=.. name=a/b name=/a name=a/ data.seq_len=0 data.vocab_size=0 train.steps=-5
 train.global_batch=0 train.micro_batch=0 train.label_smoothing=1 train.label_smoothing=-0.1 train.skip_non_finite=-1
+train.distill_weight=1.5 train.distill_temperature=0 train.exponent_start=0 train.exponent_steps=-1
 train.hang_timeout=0 train.seed=-1 train.seed=2147483648 optim.lr=0 optim.eps=0 optim.centre_lr_multiplier=-1
 optim.final_norm_lr_multiplier=0 optim.metric_lr_multiplier=0 optim.min_lr=-1 optim.weight_decay=-1 optim.grad_clip=-1
 optim.warmup_steps=-1 eval.every=0 eval.micro_batch=0 eval.diagnostic_windows=0 checkpoint.every=0
@@ -283,6 +284,13 @@ REFUSED = [(setting,) for setting in REFUSED_VALUES.split()] + [
     (f"{OPTIONS}.scale=2 {SOFTMAX}", "no effect"),
     (f"model.head.p=3 {SOFTMAX}", OPTIONS, "no effect"),
     ("optim.metric_lr_multiplier=2", "no effect"),
+    ("train.distill_weight=0.1", "no effect without train.distill_from"),
+    ("train.distill_temperature=2", "no effect without train.distill_from"),
+    ("train.exponent_start=4", "train.exponent_steps = 0"),
+    ("train.exponent_steps=4", "train.exponent_start = 1.0"),
+    ("train.exponent_steps=101 train.exponent_start=4", "0 to train.steps"),
+    (f"train.exponent_steps=4 train.exponent_start=4 {SOFTMAX}", "softmax head has no exponent"),
+    ("train.exponent_steps=4 train.exponent_start=4 model.head.learn_exponent=true", "n is learned"),
     (f"optim.metric_lr_multiplier=2 {SOFTMAX}", "no effect"),
     # Gone.
     ("model.initializer_range=0.1", "0.02"),

@@ -1,0 +1,89 @@
+"""How many tokens a harmonic head needs on a trained softmax model's trunk, until its loss is near that of softmax.
+
+    python -m benchmarks.distillation --teacher runs/quickstart_softmax --out comparisons/distillation
+
+Trains each arm of `ARMS` for the same steps, on the same tokens, at one constant learning rate, from the weights of a
+finished run of configs/quickstart_softmax.toml; "softmax" is that model, trained further. n = 4√D at the end. Prints
+the validation loss minus that of softmax after the same tokens, and the tokens after which it is at most GAP for good.
+Arms that are finished are not trained again. RESULTS.md has the figures.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hgpt.history import records
+
+GAP = 0.01  # nats per token
+CONFIGS = Path(__file__).parent.parent / "configs"
+HARMONIC = "--model.head.exponent=4*sqrt_dim --model.head.radius=learned --model.tie_word_embeddings=false"
+LIFTED = HARMONIC + " --model.init_from={out}/lift{multiple} --model.backbone={out}/lift{multiple}"
+FALLING = LIFTED.replace("{multiple}", "16") + " --train.exponent_start=4 --train.exponent_steps={third}"
+DISTILLED = " --train.distill_from={teacher} --train.distill_weight={weight}"
+ARMS = {
+    "softmax": "--model.init_from={teacher}",
+    "no lift": HARMONIC + " --model.init_from={teacher}",
+    "no lift, distilled": HARMONIC + " --model.init_from={teacher}" + DISTILLED,
+    "lift at 4√D": LIFTED.replace("{multiple}", "4"),
+    "lift at 4√D, distilled": LIFTED.replace("{multiple}", "4") + DISTILLED,
+    "lift at 16√D, n falls": FALLING,
+    "lift at 16√D, n falls, distilled": FALLING + DISTILLED,
+}
+
+
+def call(*words: object) -> None:
+    """Run python with these words."""
+    result = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"{' '.join(map(str, words))}\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
+
+
+def losses(arm: str, options: argparse.Namespace) -> dict[int, float]:
+    """Validation loss by step of an arm, which is trained unless it is finished."""
+    run = options.out / "".join(letter if letter.isalnum() else "_" for letter in arm)
+    found = {record["step"]: record["loss"] for record in records(run, "eval")}
+    if options.steps not in found:
+        chosen = ARMS[arm].format(**vars(options), third=options.steps // 3)
+        config = CONFIGS / ("quickstart_softmax.toml" if arm == "softmax" else "quickstart.toml")
+        shared = (
+            f"--name={run.name} --runs_dir={options.out} --resume=auto --data.path={options.data} --train.seed=1 "
+            f"--train.steps={options.steps} --eval.every={options.every} --eval.unigram_baseline=false "
+            f"--checkpoint.every={options.steps} --optim.lr={options.lr} --optim.schedule=constant "
+            f"--optim.warmup_steps={options.steps // 15}"
+        )
+        call(CONFIGS.parent / "train.py", "--config", config, *shared.split(), *chosen.split())
+    return {record["step"]: record["loss"] for record in records(run, "eval")}
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True, help="a finished run of configs/quickstart_softmax.toml")
+    parser.add_argument("--data", default="data/python_docs")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--every", type=int, default=30, help="steps between evaluations (default: %(default)s)")
+    parser.add_argument("--lr", default="1e-3")
+    parser.add_argument("--weight", default="0.5", help="train.distill_weight (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    for multiple in (4, 16):
+        if not (folder := options.out / f"lift{multiple}").exists():
+            where = ("--exponent", f"{multiple}*sqrt_dim", "--data", options.data, "--out", folder)
+            call("-m", "hgpt.convert", options.teacher, *where)
+    curves = {arm: losses(arm, options) for arm in ARMS}
+    softmax, tokens = curves["softmax"], 2048  # a step
+    shown = [step for step in softmax if step % (options.steps // 5) == 0]
+    print("| " + " | ".join(["tokens", *(f"{step * tokens:,}" for step in shown), f"gap ≤ {GAP} from"]) + " |")
+    print("| --- |" + " ---: |" * (len(shown) + 1))
+    print("| softmax, loss | " + " | ".join(f"{softmax[step]:.4f}" for step in shown) + " | |")
+    for arm, curve in list(curves.items())[1:]:
+        gaps = {step: loss - softmax[step] for step, loss in curve.items()}
+        wide = [step for step, gap in gaps.items() if gap > GAP]
+        near = next((step for step in gaps if not wide or step > max(wide)), None)
+        cells = [f"{gaps[step]:+.4f}" for step in shown]
+        print(f"| {arm} | " + " | ".join([*cells, "–" if near is None else f"{near * tokens:,}"]) + " |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
