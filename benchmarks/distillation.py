@@ -24,12 +24,12 @@ FALLING = LIFTED.replace("{multiple}", "16") + " --train.exponent_start=4 --trai
 DISTILLED = " --train.distill_from={teacher} --train.distill_weight={weight}"
 ARMS = {
     "softmax": "--model.init_from={teacher}",
-    "no lift": HARMONIC + " --model.init_from={teacher}",
-    "no lift, distilled": HARMONIC + " --model.init_from={teacher}" + DISTILLED,
-    "lift at 4√D": LIFTED.replace("{multiple}", "4"),
     "lift at 4√D, distilled": LIFTED.replace("{multiple}", "4") + DISTILLED,
-    "lift at 16√D, n falls": FALLING,
+    "lift at 4√D": LIFTED.replace("{multiple}", "4"),
+    "no lift": HARMONIC + " --model.init_from={teacher}",
     "lift at 16√D, n falls, distilled": FALLING + DISTILLED,
+    "lift at 16√D, n falls": FALLING,
+    "no lift, distilled": HARMONIC + " --model.init_from={teacher}" + DISTILLED,
 }
 
 
@@ -62,8 +62,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--teacher", required=True, help="a finished run of configs/quickstart_softmax.toml")
     parser.add_argument("--data", default="data/python_docs")
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--every", type=int, default=30, help="steps between evaluations (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--every", type=int, default=20, help="steps between evaluations (default: %(default)s)")
     parser.add_argument("--lr", default="1e-3")
     parser.add_argument("--weight", default="0.5", help="train.distill_weight (default: %(default)s)")
     options = parser.parse_args(arguments)

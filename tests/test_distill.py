@@ -1,6 +1,8 @@
 """train.distill_from and train.exponent_start: the loss, runs that resume, engines, and what is refused."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -54,8 +56,8 @@ def test_the_loss_and_its_gradient_against_float64(w, temperature, precision):
     expected = (1 - w) * F.cross_entropy(logits, targets[kept]) + w * temperature**2 * kl
     expected.backward()
     tolerance = 1e-5 if precision == "fp32" else 2e-2
-    assert float(kl) > 0.1
-    assert float(loss) == pytest.approx(float(expected), rel=tolerance)
+    assert kl.item() > 0.1
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
     for parameter, grad in zip(student.parameters(), found, strict=True):
         assert float((grad - parameter.grad).norm()) < 5 * tolerance * float(parameter.grad.norm()) + 1e-6
     assert all(parameter.grad is None for parameter in taught.parameters())
@@ -75,7 +77,7 @@ def test_weight_0_is_the_plain_run_to_the_bit(data, tmp_path, teacher):
 def lifted(data, teacher, tmp_path_factory):
     """A function: the configuration of a run from the converted teacher, which it teaches, while n falls."""
     folder = str(tmp_path_factory.mktemp("lift") / "lift")
-    convert.main([teacher, "--data", str(data), "--exponent", "16*sqrt_dim", "--out", folder])
+    convert.main([teacher, "--data", str(data), "--exponent", "16*sqrt_dim", "--out", folder, "--positions", "256"])
 
     def config(runs, name="run", **changes):
         model = {"backbone": folder, "init_from": folder, "head": LIFTED, "tie_word_embeddings": False, "dropout": 0.0}
@@ -97,10 +99,10 @@ def test_a_run_from_a_lift_resumes_exactly_while_n_falls(data, tmp_path, teacher
     saved = [hgpt.load(config.run_folder / f"checkpoints/step_000000{step}/model") for step in (3, 6)]
     for step, model, exponent in zip((0, 3, 6), (begun, *saved), (4 * n, 4**0.25 * n, n), strict=True):
         assert model.config.exponent == pytest.approx(exponent, rel=1e-9)
-        inputs, targets = read_windows(shards, range(62), 16)
+        inputs, targets = read_windows(shards, range(63), 16)
         logits = model.eval().double()(inputs).logits
         own = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        assert seen[step] == pytest.approx(float(own), abs=2e-4)  # the split's last, shorter window is left out
+        assert seen[step] == pytest.approx(own.item(), abs=1e-5)
     assert config.train.exponent_factor(2) == pytest.approx(2)
     names = load_file(config.run_folder / "latest/model/model.safetensors").keys()
     assert len(names) == len(list(model.parameters()))  # nothing of the teacher
@@ -117,13 +119,17 @@ def test_a_run_from_a_lift_resumes_exactly_while_n_falls(data, tmp_path, teacher
 @pytest.mark.parametrize("engine", ["ddp", *(pytest.param(e, marks=pytest.mark.slow) for e in ("zero2", "zero3"))])
 def test_two_processes_learn_what_one_does(tmp_path, lifted, engine):
     alone, together = lifted(tmp_path, "alone"), lifted(tmp_path, "together", micro_batch=2)
+    values = json.loads(Path(alone.model.backbone, "config.json").read_text())
+    values["backbone"]["dropout"] = 0.0  # which differs between processes
+    (tmp_path / "backbone.json").write_text(json.dumps(values))
+    model = replace(alone.model, backbone=str(tmp_path / "backbone.json"))
+    alone, together = replace(alone, model=model), replace(together, model=model)
     train.main(alone)
     run(together, 2, engine)
     curves = [[[r["loss"], r["grad_norm"]] for r in records(c.run_folder, "train")] for c in (alone, together)]
-    np.testing.assert_allclose(*curves, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(
-        *[[r["loss"] for r in records(c.run_folder, "eval")] for c in (alone, together)], atol=1e-4
-    )
+    np.testing.assert_allclose(*curves, rtol=0, atol=1e-5)
+    evaluations = [[r["loss"] for r in records(c.run_folder, "eval")] for c in (alone, together)]
+    np.testing.assert_allclose(*evaluations, atol=1e-5)
 
 
 @pytest.mark.parametrize(
