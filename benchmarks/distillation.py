@@ -62,8 +62,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--teacher", required=True, help="a finished run of configs/quickstart_softmax.toml")
     parser.add_argument("--data", default="data/python_docs")
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--every", type=int, default=20, help="steps between evaluations (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--every", type=int, default=25, help="steps between evaluations (default: %(default)s)")
     parser.add_argument("--lr", default="1e-3")
     parser.add_argument("--weight", default="0.5", help="train.distill_weight (default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -73,15 +73,14 @@ def main(arguments: Sequence[str]) -> None:
             call("-m", "hgpt.convert", options.teacher, *where)
     curves = {arm: losses(arm, options) for arm in ARMS}
     softmax, tokens = curves["softmax"], 2048  # a step
-    shown = [step for step in softmax if step % (options.steps // 5) == 0]
-    print("| " + " | ".join(["tokens", *(f"{step * tokens:,}" for step in shown), f"gap ≤ {GAP} from"]) + " |")
-    print("| --- |" + " ---: |" * (len(shown) + 1))
-    print("| softmax, loss | " + " | ".join(f"{softmax[step]:.4f}" for step in shown) + " | |")
+    print("| " + " | ".join(["tokens", *(f"{step * tokens:,}" for step in softmax), f"gap ≤ {GAP} from"]) + " |")
+    print("| --- |" + " ---: |" * (len(softmax) + 1))
+    print("| softmax, loss | " + " | ".join(f"{loss:.4f}" for loss in softmax.values()) + " | |")
     for arm, curve in list(curves.items())[1:]:
         gaps = {step: loss - softmax[step] for step, loss in curve.items()}
         wide = [step for step, gap in gaps.items() if gap > GAP]
         near = next((step for step in gaps if not wide or step > max(wide)), None)
-        cells = [f"{gaps[step]:+.4f}" for step in shown]
+        cells = [f"{gap:+.4f}" for gap in gaps.values()]
         print(f"| {arm} | " + " | ".join([*cells, "–" if near is None else f"{near * tokens:,}"]) + " |")
 
 

@@ -36,6 +36,7 @@ from hgpt.durable import whole_folder
 from hgpt.errors import UserError
 from hgpt.model.harmax import resolve_exponent, squared_distances
 from hgpt.model.harmonized import Backbone, HarmonizedForCausalLM, check_backbone, harmonize, output_embedding
+from hgpt.run.model_card import model_card
 from hgpt.source import check_tokenizer, find_source
 
 MULTIPLES = (1, 2, 4, 8, 16)  # of the exponent, in the table
@@ -243,10 +244,17 @@ def main(arguments: Sequence[str]) -> str:
     balanced = balance(softmax)
     lifts = [best_lift(softmax, balanced, multiple * n) for multiple in MULTIPLES]
     table = report(softmax, lifts, h, targets if causal else None)
+    kl, same, loss = compare(softmax, lifts[0], h, targets)
+    facts = {"converted from": options.model, "data": val.meta.source if val.meta else options.data}
+    facts |= {f"KL from it, {len(h):,} positions of validation": f"{kl:.5f} nats", "top-1 agreement": f"{same:.2%}"}
+    facts |= {"loss there": f"{loss:.4f} nats per token"} if causal else {}
     whole = lifted_model(model, lifts[0])
+    weights = dict(whole.named_parameters())
     with whole_folder(Path(options.out)) as folder:
         whole.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        card = model_card(whole.config, weights, name=Path(options.out).name, facts=facts, made="made by hgpt.convert")
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return f"{table}\n\n{options.out} has the model with n = {n:.4g}"
 
 

@@ -101,6 +101,10 @@ def test_the_command_prints_a_table_and_saves_the_model(places, tmp_path):
     divergences = [float(row[2]) for row in rows]
     assert divergences == sorted(divergences, reverse=True) and divergences[-1] < 1e-4
     assert float(rows[0][0]) == pytest.approx(4 * 32**0.5, rel=1e-3)
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert "A gpt2 backbone with a harmonic head, made by hgpt.convert" in card and "width 32" in card
+    assert f"| converted from | {places / 'gpt2'} |" in card and f"of validation | {rows[0][2]} nats |" in card
+    assert f"| top-1 agreement | {rows[0][3]} |" in card and "x = L h + b has one coordinate more" in card
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
     before = AutoModelForCausalLM.from_pretrained(places / "gpt2")
     ids = torch.arange(40, 60)[None]

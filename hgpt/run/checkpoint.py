@@ -259,15 +259,14 @@ class Checkpoints:
             if tokenizer is not None:  # shards of others may have none
                 hf_tokenizer(tokenizer, config.n_positions, self.shards.end_of_text).save_pretrained(folder / MODEL)
             source = self.config.data.path if self.shards.meta is None else self.shards.meta.source
-            card = model_card(
-                config,
-                full.weights,
-                name=self.config.name,
-                data=source,
-                steps=state.step,
-                tokens=state.tokens,
-                validation=state.validation,
-            )
+            facts = {"data": source, "training tokens": f"{state.tokens:,} in {state.step:,} steps"}
+            if (teacher := self.config.train.distill_from) is not None:
+                facts["distilled from"] = teacher
+            facts["validation loss"] = "not measured"
+            if state.validation is not None:
+                loss, at = state.validation.loss, state.validation.step
+                facts["validation loss"] = f"{loss:.4f} nats per token, unsmoothed, at step {at:,}"
+            card = model_card(config, full.weights, name=self.config.name, facts=facts)
             (folder / MODEL / "README.md").write_text(card, encoding="utf-8")
             write_manifest(folder)
         point_latest(run_folder, target)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from hgpt.model.configuration_hgpt import HGPTConfig
 from hgpt.model.distances import make_distance
-from hgpt.run.evaluation import Validation
 
 _HARMONIC = """\
 The unembedding is a harmonic distance layer (Baek et al., arXiv:2502.01628): with the hidden state x and a centre
@@ -31,6 +30,10 @@ top-k, top-p, beam search and cross-entropy work on them unchanged. `model.lm_he
 d_i / d_min, and `model.lm_head.radii` ρ_i.
 """
 
+_LIFT = """
+x = L h + b has one coordinate more than h, the hidden state of the trunk (`hgpt.convert`).
+"""
+
 _DISTANCE = "d(x, w_i) by the distance `{name}`{options} of hgpt: {formula}"
 
 _SOFTMAX = """\
@@ -50,7 +53,7 @@ does): it would silently compute {wrong}.
 _TEMPLATE = """\
 ---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 tags:
 - hgpt
 - {config.head}
@@ -58,25 +61,23 @@ tags:
 
 # {name}
 
-A {config.trunk_in_words} with a {config.head} head, trained with hgpt: {parameters:,} parameters,
-{config.n_layer} blocks, width {config.n_embd}, {config.n_head} attention heads, context {config.n_positions},
+A {config.trunk_in_words} with a {config.head} head, {made}: {parameters:,} parameters,
+{config.n_layer} blocks, width {config.trunk_width}, {config.n_head} attention heads, context {config.n_positions},
 vocabulary {config.vocab_size:,}.
 
 {description}
 | | |
 | --- | --- |
-| data | {data} |
-| training tokens | {tokens:,} in {steps:,} steps |
-| validation loss | {loss} |
+{rows}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
 # trust_remote_code=True runs the model's code in the folder. With hgpt installed, `import hgpt` does instead.
-model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)
+model = {auto}.from_pretrained("this folder", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)
 inputs = tokenizer("The", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=True)[0]))
+print(tokenizer.decode({output}))
 ```
 {warning}"""
 
@@ -86,31 +87,30 @@ def model_card(
     weights: Mapping[str, Tensor],
     *,
     name: str,
-    data: str,
-    steps: int,
-    tokens: int,
-    validation: Validation | None,
+    facts: Mapping[str, str],
+    made: str = "trained with hgpt",
 ) -> str:
-    """Markdown: what the model is, its data and loss, how to load it, and how not to serve it.
+    """Markdown: what the model is, where it comes from, how to load it, and how not to serve it.
 
     Args:
         weights: the model's parameters by name, for their number and a learned exponent.
-        validation: the last evaluation.
+        facts: a table of two columns: data, validation loss, …
     """
+    masked = getattr(config, "task", None) == "masked_lm"
     harmonic, learned = config.head == "harmonic", config.radius == "learned"
     wrong = "dot products where this model needs distances" if harmonic else "logits without the bias"
-    loss = "not measured"
-    if validation is not None:
-        loss = f"{validation.loss:.4f} nats per token, unsmoothed, at step {validation.step:,}"
     return _TEMPLATE.format(
         config=config,
         name=name,
         parameters=sum(weight.numel() for weight in weights.values()),
         description=_harmonic(config, weights) if harmonic else _BIAS if learned else _SOFTMAX,
-        data=data,
-        tokens=tokens,
-        steps=steps,
-        loss=loss,
+        made=made,
+        rows="\n".join(f"| {fact} | {value} |" for fact, value in facts.items()),
+        task="fill-mask" if masked else "text-generation",
+        auto="AutoModelForMaskedLM" if masked else "AutoModelForCausalLM",
+        output="model(**inputs).logits[0].argmax(-1)"
+        if masked
+        else "model.generate(**inputs, max_new_tokens=50, do_sample=True)[0]",
         warning=f"\n{_WARNING.format(wrong=wrong)}" if harmonic or learned else "",
     )
 
@@ -124,7 +124,8 @@ def _harmonic(config: HGPTConfig, weights: Mapping[str, Tensor]) -> str:
         formula = (inspect.getdoc(metric) or "").partition("\n")[0]  # the docstring's first line is its formula
         distance = _DISTANCE.format(name=config.distance, options=options and f" ({options})", formula=formula)
     learned = weights.get("lm_head.log_exponent")
-    return (_RADII if config.radius == "learned" else _HARMONIC).format(
+    text = (_RADII if config.radius == "learned" else _HARMONIC) + (_LIFT if getattr(config, "lift", False) else "")
+    return text.format(
         distance=distance,
         exponent=config.exponent if learned is None else float(learned.exp()),
         learned="" if learned is None else f" (learned, from {config.exponent:g})",
