@@ -6,15 +6,17 @@ import shutil
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from full_disk import file_size_limit
-from processes import ENGINES, finish, free_port, in_group, run, start
+from processes import ENGINES, engine_environment, finish, free_port, in_group, run, start
 from safetensors.torch import load_file
 from small_run import HARMONIC as WITHOUT_RADII
 from small_run import SOFTMAX, assert_same_checkpoint, losses, make_config, records, set_back
@@ -25,6 +27,7 @@ from transformers import AutoModelForCausalLM
 import train
 from hgpt.errors import UserError
 from hgpt.model.configuration_hgpt import HGPTConfig
+from hgpt.model.harmonized import HarmonizedConfig, model_class
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run import engines
 from hgpt.run.checkpoint import checkpoint_step, checkpoints, damage
@@ -416,15 +419,21 @@ def test_a_disk_that_fills_up_while_training_goes_on(data, tmp_path):
     assert losses(config.run_folder) == losses(whole.run_folder)
 
 
-def test_fsdp2_pieces_are_collected_and_handed_out(tmp_path):
+@pytest.mark.parametrize("backbone", [None, "llama"])
+def test_fsdp2_pieces_are_collected_and_handed_out(tmp_path, backbone):
     """What Accelerate does on GPUs, done by hand in two processes: sharded by fully_shard, steps, and back."""
-    codes = in_group(_fsdp2, 2, tmp_path)
+    codes = in_group(partial(_fsdp2, backbone), 2, tmp_path)
     assert codes == [0, 0], (tmp_path / "log.0").read_text()[-3000:]
 
 
-def _fsdp2(folder: Path) -> None:
+def _fsdp2(backbone: str | None, folder: Path) -> None:
     free = {"radius": "learned", "final_norm": "none"}
     config = HGPTConfig(vocab_size=61, n_positions=8, n_layer=2, n_head=2, n_embd=10, exponent=5.0, **free)
+    if backbone is not None:
+        shape = {"hidden_size": 12, "intermediate_size": 10, "num_hidden_layers": 2, "num_attention_heads": 2}
+        shape |= {"model_type": backbone, "vocab_size": 64, "num_key_value_heads": 1, "tie_word_embeddings": True}
+        config = HarmonizedConfig(backbone=shape, vocab_size=61, exponent=5.0, radius="learned")
+    os.environ.update(engine_environment("fsdp2"))  # what configs/accelerate/fsdp2.yaml says
     mesh = init_device_mesh("cpu", (2,))
     rank = torch.distributed.get_rank()
     accelerator = SimpleNamespace(
@@ -445,11 +454,14 @@ def _fsdp2(folder: Path) -> None:
 
     def build(weights=None, *, pieces: bool = True):
         torch.manual_seed(0)
-        model = HGPTForCausalLM(config)
+        model = model_class(config)(config)
         if weights is not None:
             model.load_state_dict(weights, strict=False)
         if pieces:
-            for block in model.transformer.h:
+            split = fsdp2_prepare_auto_wrap_policy(FullyShardedDataParallelPlugin(), model)
+            blocks = [module for module in model.modules() if split(module)]
+            assert blocks == list(model.transformer.h)
+            for block in blocks:
                 fully_shard(block, mesh=mesh)
             fully_shard(model, mesh=mesh)
         return model, build_optimizer(model, OptimConfig(lr=1e-2))
@@ -472,7 +484,7 @@ def _fsdp2(folder: Path) -> None:
     again, optimizer_again = build(full.weights)
     Engine(None, accelerator).prepare(again, optimizer_again, full.optimizer)
     with whole(again.lm_head.weight) as centres:
-        assert torch.equal(centres, full.weights["transformer.wte.weight"])
+        assert torch.equal(centres, full.weights[again._tied_weights_keys["lm_head.weight"]])
     steps(model, optimizer, 1)
     steps(again, optimizer_again, 1)
     for ours, theirs in zip(again.parameters(), model.parameters(), strict=True):

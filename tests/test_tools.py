@@ -38,18 +38,44 @@ def test_lora(targets: list[str] | str, tmp_path: Path) -> None:
     torch.testing.assert_close(merged(ids).logits, again(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_new_tokens_alone_are_trained() -> None:
-    """Where the head is not tied; PEFT computes tied heads as linear layers, and refuses those of other kinds."""
+def test_new_tokens_and_their_centres_alone_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the lines of docs/tools.md; without them PEFT computes heads as linear layers, and refuses other kinds."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["c_attn"], trainable_token_indices={"wte": [3, 5]})
-    model = tiny_model(tie_word_embeddings=False)
-    before = model.transformer.wte.weight.detach().clone()
-    tuned = peft.get_peft_model(model, config)
-    trained(tuned)
-    after = tuned.merge_and_unload().transformer.wte.weight.detach()
-    assert (after != before).any(-1).nonzero().flatten().tolist() == [3, 5]
+    from peft.utils.other import TrainableTokensWrapper
+
+    page = (Path(__file__).parent.parent / "docs" / "tools.md").read_text(encoding="utf-8")
+    default, lines = (
+        block.split("```")[0] for block in page.split("```python\n")[1:] if "peft" in block.split("```")[0]
+    )
+    monkeypatch.setattr(TrainableTokensWrapper, "_forward_wrapped", TrainableTokensWrapper._forward_wrapped)
+    monkeypatch.setitem(peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, "hgpt", [])
+
+    def tune(model: torch.nn.Module, indices: object) -> torch.nn.Module:
+        return peft.get_peft_model(model, peft.LoraConfig(r=2, trainable_token_indices=indices))
+
+    exec(default, {})
     with pytest.raises(ValueError, match="unknown layer type"):
-        trained(peft.get_peft_model(tiny_model(), config))
+        trained(tune(tiny_model(), [3, 5]))
+    exec(lines, {})
+    both = {"wte": [3, 5], "lm_head": [3, 5]}
+    for tied, indices, centres in ((True, [3, 5], [3, 5]), (False, both, [3, 5]), (False, {"wte": [3, 5]}, [])):
+        model = tiny_model(tie_word_embeddings=tied)
+        weights = (model.transformer.wte.weight, model.lm_head.weight)
+        before = [weight.detach().clone() for weight in weights]
+        tuned = tune(model, indices)
+        first, last = trained(tuned)
+        assert last < first
+        ids = torch.arange(8)[None]
+        expected = tuned.eval()(input_ids=ids).logits
+        tuned.save_pretrained(tmp_path)
+        fresh = tiny_model(tie_word_embeddings=tied)
+        torch.testing.assert_close(
+            peft.PeftModel.from_pretrained(fresh, tmp_path).eval()(input_ids=ids).logits, expected
+        )
+        merged = tuned.merge_and_unload()
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        for weight, old, rows in zip(weights, before, ([3, 5], centres), strict=True):
+            assert (weight != old).any(-1).nonzero().flatten().tolist() == rows
 
 
 def test_trl_fine_tunes_through_our_loss(tmp_path: Path) -> None:
