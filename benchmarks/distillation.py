@@ -29,7 +29,6 @@ ARMS = {
     "no lift": HARMONIC + " --model.init_from={teacher}",
     "lift at 16√D, n falls, distilled": FALLING + DISTILLED,
     "lift at 16√D, n falls": FALLING,
-    "no lift, distilled": HARMONIC + " --model.init_from={teacher}" + DISTILLED,
 }
 
 

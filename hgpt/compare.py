@@ -50,7 +50,7 @@ from hgpt.run.config import RunConfig
 from hgpt.run.energy import check_country
 from hgpt.run.evaluation import evaluation_windows
 from hgpt.run.settings import CONFIG_FILE, load_run_config, settings, write_toml
-from hgpt.source import check_tokenizer, shape_of
+from hgpt.source import check_teacher, check_tokenizer, shape_of
 
 TRAIN = Path(hgpt.__file__).parent.parent / "train.py"
 RESULT_FILE = "comparison.json"
@@ -327,6 +327,8 @@ def check_run(config: RunConfig) -> None:
             model_class(model)(model)
         if config.model.init_from is not None:
             check_tokenizer(config.model.init_from, splits[0])
+        if train.distill_from is not None:
+            check_teacher(train.distill_from, splits[0], data.seq_len)
     except UserError as error:
         raise UserError(f"{config.name}: {error}") from error
 

@@ -64,6 +64,7 @@ from hgpt.model.distances import Distance, make_distance, memory_of
 from hgpt.model.harmonized import HarmonizedConfig, model_class
 from hgpt.model.loss import chunk_positions
 from hgpt.run.config import RunConfig
+from hgpt.run.optim import DISTILLING
 from hgpt.run.report import flops_per_token
 from hgpt.run.settings import load_run_config
 from hgpt.source import shape_of
@@ -404,6 +405,9 @@ def make_plan(run: RunConfig, launch: Launch) -> Plan:
     config = run.model.to_hf(vocab_size=vocab_size, seq_len=data.seq_len, end_of_text=end_of_text)
     if run.model.backbone is not None:
         notes.append("activations are estimated by those of a GPT-2 block of the same width")
+    if train.distill_from is not None:
+        logits = DISTILLING * train.micro_batch * data.seq_len * vocab_size
+        notes.append(f"train.distill_from takes {_gib(logits)} GiB for logits, and the teacher; neither is counted")
     return Plan(
         run=run,
         launch=launch,

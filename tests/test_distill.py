@@ -12,6 +12,7 @@ from processes import run
 from safetensors.torch import load_file
 from small_models import byte_pairs, export
 from small_run import HARMONIC, SOFTMAX, assert_same_checkpoint, losses, make_config, records, set_back
+from test_plan import Allocations
 from torch.nn import functional as F
 
 import hgpt
@@ -21,7 +22,7 @@ from hgpt.data.batches import read_windows
 from hgpt.data.shards import TokenShards
 from hgpt.errors import UserError
 from hgpt.run.config import TrainConfig
-from hgpt.run.optim import training_loss
+from hgpt.run.optim import DISTILLING, training_loss
 
 LIFTED = replace(HARMONIC, exponent="4*sqrt_dim", radius="learned")
 
@@ -44,7 +45,9 @@ def test_the_loss_and_its_gradient_against_float64(w, temperature, precision):
     settings = TrainConfig(
         steps=1, global_batch=1, micro_batch=1, distill_from="x", distill_weight=w, distill_temperature=temperature
     )
-    engine = SimpleNamespace(teacher=taught, config=SimpleNamespace(train=settings), precision=precision)
+    engine = SimpleNamespace(
+        teacher=taught, config=SimpleNamespace(train=settings), precision=precision, model_config=student.config
+    )
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         loss = training_loss(student, inputs, targets, engine)
     loss.backward()
@@ -61,6 +64,22 @@ def test_the_loss_and_its_gradient_against_float64(w, temperature, precision):
     for parameter, grad in zip(student.parameters(), found, strict=True):
         assert float((grad - parameter.grad).norm()) < 5 * tolerance * float(parameter.grad.norm()) + 1e-6
     assert all(parameter.grad is None for parameter in taught.parameters())
+
+
+def test_memory_of_the_logits():
+    """More than the plain loss takes: 7 numbers of 4 bytes for each position and token at most."""
+    config = hgpt.HGPTConfig(vocab_size=20_000, n_positions=256, n_embd=16, n_layer=1, n_head=2)
+    student, taught = (hgpt.HGPTForCausalLM(config).train() for _ in range(2))
+    settings = TrainConfig(steps=1, global_batch=1, micro_batch=1, distill_from="x")
+    inputs, peaks = torch.randint(20_000, (4, 256)), []
+    for teacher in (None, taught):
+        engine = SimpleNamespace(
+            teacher=teacher, config=SimpleNamespace(train=settings), precision="fp32", model_config=config
+        )
+        with Allocations() as seen:
+            training_loss(student, inputs, inputs, engine).backward()
+        peaks.append(seen.peak / inputs.numel() / 20_000)
+    assert 0.85 * DISTILLING < peaks[1] - peaks[0] <= DISTILLING
 
 
 def test_weight_0_is_the_plain_run_to_the_bit(data, tmp_path, teacher):

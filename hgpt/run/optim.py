@@ -15,6 +15,9 @@ from hgpt.run.engines import Engine
 
 MUON_MOMENTUM = 0.95  # Nesterov
 DECAY_FRACTION = 0.2  # of all steps, at the end of the trapezoidal schedule
+# Bytes at the peak of a step with a teacher, for each position of a micro-batch and token of the vocabulary: logits,
+# log-probabilities and gradients. Without one the loss takes none.
+DISTILLING = 28
 
 
 def training_loss(model: nn.Module, inputs: Tensor, targets: Tensor, engine: Engine) -> Tensor:
@@ -24,17 +27,19 @@ def training_loss(model: nn.Module, inputs: Tensor, targets: Tensor, engine: Eng
 
         (1 − w) · (−log p_target) + w · T² · KL(softmax(teacher's logits / T) ‖ softmax(logits / T))
 
-    Both are means over the positions that count. The KL needs the logits of both models, (B, T, V), in memory.
+    Both are means over the positions that count. The logits of both models, (B, T, V), are in memory (`DISTILLING`).
     """
     if engine.teacher is None:
         return model(inputs, shift_labels=targets, use_cache=False).loss
-    output = model(inputs, shift_labels=targets, use_cache=False, loss_only=False)
+    train, vocab_size = engine.config.train, engine.model_config.vocab_size
+    w, t = train.distill_weight, train.distill_temperature
     # Not Accelerate's autocast, which does nothing under DeepSpeed.
-    mixed = torch.autocast(inputs.device.type, torch.bfloat16, enabled=engine.precision == "bf16")
-    with torch.no_grad(), mixed:
-        taught = engine.teacher(input_ids=inputs, use_cache=False).logits[..., : output.logits.shape[-1]]  # no padding
-    w, t, counted = engine.config.train.distill_weight, engine.config.train.distill_temperature, targets != -100
-    log_p, log_q = ((logits.float() / t).log_softmax(-1) for logits in (taught, output.logits))
+    with torch.no_grad(), torch.autocast(inputs.device.type, torch.bfloat16, enabled=engine.precision == "bf16"):
+        logits = engine.teacher(input_ids=inputs, use_cache=False).logits[..., :vocab_size]  # the rest is padding
+        log_p = (logits.float() / t).log_softmax(-1)
+        del logits
+    output = model(inputs, shift_labels=targets, use_cache=False, loss_only=False)
+    log_q, counted = (output.logits.float() / t).log_softmax(-1), targets != -100
     kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).where(counted, 0).sum()
     return (1 - w) * output.loss + w * t**2 * kl / counted.sum().clamp_min(1)
 
