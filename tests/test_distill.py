@@ -177,9 +177,28 @@ def test_teachers_that_cannot_teach_are_refused(data, tmp_path, name, message):
         ({"backbone": None}, "set model.backbone to the same folder if hgpt.convert made it"),
         ({"head": HARMONIC}, "model.head.radius: a lifted head needs radius = 'learned'"),
         ({"tie_word_embeddings": True}, "model.tie_word_embeddings: a lifted head needs tie_word_embeddings = False"),
+        ({"backbone": {"head_version": 2}}, "model.backbone = .*: head_version = 2: another version of hgpt made"),
+        (
+            {"backbone": {"backbone": 3}},
+            "model.backbone = .*: a model of hgpt is no backbone, unless hgpt.convert made",
+        ),
+        (
+            {"backbone": {"lift": False}},
+            r"model.init_from = .* do not fit\n  lm_head.weight: .* 33\) in the checkpoint",
+        ),
     ],
 )
 def test_settings_that_are_not_those_of_a_lift_are_refused(tmp_path, lifted, changes, message):
+    config = lifted(tmp_path)
+    if isinstance(changes.get("backbone"), dict):
+        values = json.loads(Path(config.model.backbone, "config.json").read_text())
+        (tmp_path / "changed.json").write_text(json.dumps(values | changes["backbone"]))
+        changes = {"backbone": str(tmp_path / "changed.json")}
     with pytest.raises(UserError, match=message):
-        config = lifted(tmp_path)
         train.main(replace(config, model=replace(config.model, **changes)))
+
+
+def test_another_context_than_the_lift_has_is_refused(tmp_path, lifted):
+    config = lifted(tmp_path, distill_from=None)
+    with pytest.raises(UserError, match=r"model\.backbone = .*: data\.seq_len = 17 exceeds its 16 positions"):
+        train.main(replace(config, data=replace(config.data, seq_len=17)))

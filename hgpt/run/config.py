@@ -161,8 +161,9 @@ class ModelConfig(_fields_of_hgpt_config(MODEL)):  # type: ignore[misc]  # a bas
                 raise InvalidSetting("backbone", f"data.seq_len = {seq_len} exceeds its {config.n_positions} positions")
             return config
         except InvalidSetting as error:
-            section = "model.head" if error.setting in HEAD else "model"
-            named = f"{section}.{error.setting}" + (f" = {self.backbone}" if error.setting == "backbone" else "")
+            named = f"model.head.{error.setting}" if error.setting in HEAD else f"model.{error.setting}"
+            if self.backbone is not None and error.setting not in (*HEAD, *MODEL):
+                named = f"model.backbone = {self.backbone}"
             raise UserError(f"{named}: {error}") from error
 
 
