@@ -69,7 +69,7 @@ def run(config: RunConfig, engine: Engine, watchdog: Watchdog, signals: StopSign
     engine.together(lambda: verify(path, vocab_size) if verifying else None)
     data = engine.together(lambda: fingerprint(splits, whole=verifying))
     engine.compare({f"the data in {path}": data}, same_data)
-    engine.learn_from(engine.together(lambda: load_teacher(config, train_shards)))  # train.distill_from
+    engine.learn_from(engine.together(lambda: load_teacher(config, train_shards, engine.say)))  # train.distill_from
 
     # ------------------------------------------------------------------------------------------------------------
     # The run folder: a new one, or one to resume. Nothing is written yet.

@@ -9,7 +9,7 @@ Code in a model's folder is never executed (trust_remote_code=False), and pickle
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,12 +276,17 @@ def check_teacher(name: str, data: TokenShards, seq_len: int) -> tuple[Source, s
     return source, check_tokenizer(name, data, "train.distill_from")
 
 
-def load_teacher(config: RunConfig, data: TokenShards) -> Any:
-    """The model of train.distill_from in float32, on the CPU; None if the loss has no part for it. Raises UserError."""
+def load_teacher(config: RunConfig, data: TokenShards, say: Callable[[str], None]) -> Any:
+    """The model of train.distill_from in float32, on the CPU; None if the loss has no part for it.
+
+    Gives `say` a line for the user. Raises UserError as `check_teacher`.
+    """
     name = config.train.distill_from
     if name is None or config.train.distill_weight == 0:
         return None
-    return check_teacher(name, data, config.data.seq_len)[0].load_model(torch.float32)
+    source, same_tokenizer = check_teacher(name, data, config.data.seq_len)
+    say(f"train.distill_from = {name}: {same_tokenizer}")
+    return source.load_model(torch.float32)
 
 
 def shape_of(init_from: str, resume: str = "never", run_folder: Path | None = None) -> dict[str, int]:
