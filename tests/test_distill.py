@@ -14,6 +14,7 @@ from small_models import byte_pairs, export
 from small_run import HARMONIC, SOFTMAX, assert_same_checkpoint, losses, make_config, records, set_back
 from test_plan import Allocations
 from torch.nn import functional as F
+from transformers import BertConfig
 
 import hgpt
 import train
@@ -158,6 +159,7 @@ def test_two_processes_learn_what_one_does(tmp_path, lifted, engine):
         ("other", "its vocab_size is 280, and .* has 300 tokens"),
         ("same size", "its tokenizer is not the tokenizer of"),
         ("short", "its context has 8 tokens, and data.seq_len is 16"),
+        ("masked", r"it is a masked language model \(bert\): name a causal one"),
     ],
 )
 def test_teachers_that_cannot_teach_are_refused(data, tmp_path, name, message):
@@ -165,6 +167,8 @@ def test_teachers_that_cannot_teach_are_refused(data, tmp_path, name, message):
     if name in sizes:
         size, context = sizes[name]
         export(tmp_path / name, byte_pairs(size), context=context)
+    elif name == "masked":
+        BertConfig(vocab_size=300, architectures=["BertForMaskedLM"]).save_pretrained(tmp_path / name)
     config = make_config(data, tmp_path / "runs", train={"distill_from": str(tmp_path / name)})
     with pytest.raises(UserError, match=rf"train\.distill_from = .*{name}: .*{message}"):
         train.main(config)
@@ -182,6 +186,7 @@ def test_teachers_that_cannot_teach_are_refused(data, tmp_path, name, message):
             {"backbone": {"backbone": 3}},
             "model.backbone = .*: a model of hgpt is no backbone, unless hgpt.convert made",
         ),
+        ({"backbone": {"backbone": {"bias": True}}}, r"another backbone than model.backbone: .*c_attn\.bias"),
         (
             {"backbone": {"lift": False}},
             r"model.init_from = .* do not fit\n  lm_head.weight: .* 33\) in the checkpoint",
@@ -192,7 +197,9 @@ def test_settings_that_are_not_those_of_a_lift_are_refused(tmp_path, lifted, cha
     config = lifted(tmp_path)
     if isinstance(changes.get("backbone"), dict):
         values = json.loads(Path(config.model.backbone, "config.json").read_text())
-        (tmp_path / "changed.json").write_text(json.dumps(values | changes["backbone"]))
+        for name, value in changes["backbone"].items():
+            values[name] = values[name] | value if isinstance(value, dict) else value
+        (tmp_path / "changed.json").write_text(json.dumps(values))
         changes = {"backbone": str(tmp_path / "changed.json")}
     with pytest.raises(UserError, match=message):
         train.main(replace(config, model=replace(config.model, **changes)))
