@@ -20,7 +20,7 @@ GAP = 0.01  # nats per token
 CONFIGS = Path(__file__).parent.parent / "configs"
 HARMONIC = "--model.head.exponent=4*sqrt_dim --model.head.radius=learned --model.tie_word_embeddings=false"
 LIFTED = HARMONIC + " --model.init_from={out}/lift{multiple} --model.backbone={out}/lift{multiple}"
-FALLING = LIFTED.replace("{multiple}", "16") + " --train.exponent_start=4 --train.exponent_steps={third}"
+FALLING = LIFTED.replace("{multiple}", "16") + " --train.exponent_start=4 --train.exponent_steps={half}"
 DISTILLED = " --train.distill_from={teacher} --train.distill_weight={weight}"
 ARMS = {
     "softmax": "--model.init_from={teacher}",
@@ -44,13 +44,13 @@ def losses(arm: str, options: argparse.Namespace) -> dict[int, float]:
     run = options.out / "".join(letter if letter.isalnum() else "_" for letter in arm)
     found = {record["step"]: record["loss"] for record in records(run, "eval")}
     if options.steps not in found:
-        chosen = ARMS[arm].format(**vars(options), third=options.steps // 3)
+        chosen = ARMS[arm].format(**vars(options), half=options.steps // 2)
         config = CONFIGS / ("quickstart_softmax.toml" if arm == "softmax" else "quickstart.toml")
         shared = (
             f"--name={run.name} --runs_dir={options.out} --resume=auto --data.path={options.data} --train.seed=1 "
             f"--train.steps={options.steps} --eval.every={options.every} --eval.unigram_baseline=false "
             f"--checkpoint.every={options.steps} --optim.lr={options.lr} --optim.schedule=constant "
-            f"--optim.warmup_steps={options.steps // 15}"
+            f"--optim.warmup_steps=10"
         )
         call(CONFIGS.parent / "train.py", "--config", config, *shared.split(), *chosen.split())
     return {record["step"]: record["loss"] for record in records(run, "eval")}
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--teacher", required=True, help="a finished run of configs/quickstart_softmax.toml")
     parser.add_argument("--data", default="data/python_docs")
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--every", type=int, default=25, help="steps between evaluations (default: %(default)s)")
     parser.add_argument("--lr", default="1e-3")
     parser.add_argument("--weight", default="0.5", help="train.distill_weight (default: %(default)s)")
