@@ -3,8 +3,10 @@
     python -m benchmarks.distillation --teacher runs/quickstart_softmax --out comparisons/distillation
 
 Trains each arm of `ARMS` for the same steps, on the same tokens, at one constant learning rate, from the weights of a
-finished run of configs/quickstart_softmax.toml; "softmax" is that model, trained further. n = 4√D at the end. Prints
-the validation loss minus that of softmax after the same tokens, and the tokens after which it is at most GAP for good.
+finished run of configs/quickstart_softmax.toml. "softmax" is that model trained further; "no lift" is a harmonic head
+that begins with its rows as centres; "distilled": that model is the teacher. n = 4√D, at the end. A lift is untied and
+has radii, so softmax is also trained untied and with biases. Prints the validation loss minus that of "softmax" after
+the same tokens, and the tokens after which it is at most GAP for good.
 Arms that are finished are not trained again. RESULTS.md has the figures.
 """
 
@@ -21,9 +23,13 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 HARMONIC = "--model.head.exponent=4*sqrt_dim --model.head.radius=learned --model.tie_word_embeddings=false"
 LIFTED = HARMONIC + " --model.init_from={out}/lift{multiple} --model.backbone={out}/lift{multiple}"
 FALLING = LIFTED.replace("{multiple}", "16") + " --train.exponent_start=4 --train.exponent_steps={half}"
+UNTIED = "--model.init_from={teacher} --model.tie_word_embeddings=false --model.head.radius=learned"
 DISTILLED = " --train.distill_from={teacher} --train.distill_weight={weight}"
 ARMS = {
     "softmax": "--model.init_from={teacher}",
+    "softmax, distilled": "--model.init_from={teacher}" + DISTILLED,
+    "softmax, untied, bias": UNTIED + " --model.head.radius_init=zero",
+    "softmax, untied, bias, distilled": UNTIED + " --model.head.radius_init=zero" + DISTILLED,
     "lift at 4√D, distilled": LIFTED.replace("{multiple}", "4") + DISTILLED,
     "lift at 4√D": LIFTED.replace("{multiple}", "4"),
     "no lift": HARMONIC + " --model.init_from={teacher}",
@@ -45,7 +51,7 @@ def losses(arm: str, options: argparse.Namespace) -> dict[int, float]:
     found = {record["step"]: record["loss"] for record in records(run, "eval")}
     if options.steps not in found:
         chosen = ARMS[arm].format(**vars(options), half=options.steps // 2)
-        config = CONFIGS / ("quickstart_softmax.toml" if arm == "softmax" else "quickstart.toml")
+        config = CONFIGS / ("quickstart_softmax.toml" if arm.startswith("softmax") else "quickstart.toml")
         shared = (
             f"--name={run.name} --runs_dir={options.out} --resume=auto --data.path={options.data} --train.seed=1 "
             f"--train.steps={options.steps} --eval.every={options.every} --eval.unigram_baseline=false "
