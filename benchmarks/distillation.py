@@ -59,7 +59,7 @@ def losses(arm: str, options: argparse.Namespace) -> dict[int, float]:
             f"--optim.warmup_steps=10"
         )
         call(CONFIGS.parent / "train.py", "--config", config, *shared.split(), *chosen.split())
-    return {record["step"]: record["loss"] for record in records(run, "eval")}
+    return {record["step"]: record["loss"] for record in records(run, "eval") if record["step"] <= options.steps}
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -37,6 +37,7 @@ NOT_RUN = {
     "data/openwebtext": "needs a download",
     "init_from gpt2": "needs a download",
     "hgpt.compare": "trains dozens of runs",
+    "comparisons/": "needs such runs",
     " FOLDER": "reads texts of the reader's",
     "benchmarks.": "minutes",
     "papers.": "minutes",
