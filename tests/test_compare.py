@@ -324,6 +324,7 @@ def test_a_trainer_that_breaks_is_an_error(files, tmp_path, monkeypatch, capsys)
         ("--vary softmax:model.head.final_norm_gain=1,x", "final_norm_gain"),
         ("--vary softmax:train.micro_batch=4,3", "micro_batch3-seed0: train.global_batch = 4 cannot be reached"),
         ("--vary softmax:model.init_from=none/x", "none/x"),
+        ("--vary softmax:train.distill_from=none/x", "train.distill_from = none/x"),
         ("--set data.path=nowhere", "nowhere"),
     ],
 )
