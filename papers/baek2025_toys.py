@@ -132,16 +132,19 @@ def split(task: str, seed: int, fraction: float) -> Split:
 
 @dataclass(frozen=True)
 class Settings:
-    faithful_bias: bool
-    faithful_tying: bool
-    dropout_at_test: bool
-    epsilon: float  # added to d²
-    exponent: str | float
+    """Equal arms by default."""
+
     fraction: float
     epochs: int
-    learning_rate: float
-    weight_decay: float | None  # None: theirs
-    compiled: bool
+    learning_rate: float = LR
+    exponent: str | float = "2"
+    weight_decay: float | None = None  # None: theirs
+    sparsity: float = SPARSITY
+    faithful_bias: bool = False
+    faithful_tying: bool = False
+    dropout_at_test: bool = False
+    epsilon: float = 0.0  # added to d²
+    compiled: bool = False
 
 
 class ShiftedHead(HarmonicHead):
@@ -232,7 +235,7 @@ def train(task: str, model: str, seeds: Sequence[int], settings: Settings) -> di
 
     def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         logits = functional_call(template, parameters, (x,))
-        return F.cross_entropy(logits, y) + SPARSITY * sparsity(parameters[embedded]), logits.argmax(-1) == y
+        return F.cross_entropy(logits, y) + settings.sparsity * sparsity(parameters[embedded]), logits.argmax(-1) == y
 
     losses, row = vmap(loss, randomness="different"), torch.arange(len(seeds))[:, None]
     losses = torch.compile(losses) if settings.compiled else losses
@@ -346,6 +349,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--exponent", default="2", help="n on d of the harmonic head; the paper's is %(default)s")
     add("--lr", type=float, default=LR, help="learning rate (default: %(default)s)")
     add("--weight-decay", type=float, help="default: 0.01 for the MLP, 0.005 for the transformer")
+    add("--sparsity", type=float, default=SPARSITY, help="weight of the embedding's penalty (default: %(default)s)")
     add("--faithful", action="store_true", help="everything as released: the five options below, and ε = 1e-4 on d²")
     add("--split", choices=("faithful", "disjoint"), default="disjoint", help="test examples that count")
     add("--bias", choices=("faithful", "equal"), default="equal", help="faithful: the standard MLP alone has a bias")
@@ -361,6 +365,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         ("--fraction", options.fraction, "between 0.05 and 0.95", 0.05 <= options.fraction <= 0.95),
         ("--lr", options.lr, "a positive number", 0 < options.lr < math.inf),
         ("--weight-decay", options.weight_decay, "0 or a positive number", 0 <= (options.weight_decay or 0) < math.inf),
+        ("--sparsity", options.sparsity, "0 or a positive number", 0 <= options.sparsity < math.inf),
     ):
         if not holds:
             raise UserError(f"{name} must be {rule}; got {value}")
@@ -385,6 +390,7 @@ def main(argv: Sequence[str]) -> str:
         epochs=options.epochs,
         learning_rate=options.lr,
         weight_decay=options.weight_decay,
+        sparsity=options.sparsity,
         compiled=options.compile,
     )
     test = "test" if faithful or options.split == "faithful" else "clean"
