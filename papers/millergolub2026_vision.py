@@ -13,7 +13,7 @@ best epoch is chosen on the test images. Elsewhere they are HarMax. Not theirs i
 for CIFAR-100 is left out; one normalisation, (x − 0.5) / 0.5, for all.
 
 PCA of the standardised features before the head, on the test images, 50 components: share of the first five, number for
-90 and 95 % of the variance (51: more than 50), effective rank exp(−Σ q log q) and participation ratio (Σλ)² / Σλ², q = λ / Σλ.
+90 and 95 % of the variance (51: more than 50), effective rank exp(−Σ q log q), participation ratio 1 / Σ q², q = λ / Σλ.
 """
 
 import argparse
@@ -158,7 +158,7 @@ def make_schedule(kind: str, optimizer: torch.optim.Optimizer, epochs: int) -> t
 def predict(classifier: Classifier, x: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (N, K) and features (N, D), in evaluation mode."""
     classifier.eval()
-    features = torch.cat([classifier.body(part) for part in x.split(500)])
+    features = torch.cat([classifier.body(part) for part in x.split(100)])
     return classifier.logits(features), features
 
 
@@ -187,7 +187,8 @@ def train(model: str, head: str, seed: int, data: tuple[Images, Images], options
     many = int(kind == 2)
     epochs, batch = options.epochs or recipe.epochs[kind], options.batch or recipe.batches[kind]
     classifier = Classifier(model, head, images, options.exponent, options.faithful)
-    x, y, test_x, test_y = prepared(images), torch.tensor(images.y), prepared(data[1]), torch.tensor(data[1].y)
+    x, y = prepared(images), torch.tensor(images.y)
+    test_x, test_y = (tensor[: options.images] for tensor in (prepared(data[1]), torch.tensor(data[1].y)))
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(y)))[: options.images]
     training, validation = order.tensor_split([len(order) - len(order) // 10])
     chosen = (test_x, test_y) if options.faithful else (x[validation], y[validation])
@@ -232,7 +233,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--heads", nargs="+", choices=HEADS, default=list(HEADS), metavar="HEAD", help=", ".join(HEADS))
     add("--exponent", help="n on d; theirs: 2 for euclidean, 1 for others")
     add("--seeds", type=int, default=1, help="seeds 42, 43, …; theirs is 42")
-    add("--images", type=int, help="training and validation images; default: all")
+    add("--images", type=int, help="this many for training and validation, and for the test; default: all")
     add("--epochs", type=int, help="at most; default: theirs")
     add("--steps", type=int, help="of an epoch, at most")
     add("--batch", type=int, help="default: theirs")
