@@ -13,7 +13,7 @@ best epoch is chosen on the test images. Elsewhere they are HarMax. Not theirs i
 for CIFAR-100 is left out; one normalisation, (x − 0.5) / 0.5, for all.
 
 PCA of the standardised features before the head, on the test images, 50 components: share of the first five, number for
-90 and 95 % of the variance (51: more than 50), effective rank exp(−Σ q log q), participation ratio 1 / Σ q², q = λ / Σλ.
+90 and 95 % of it (51: more than 50), effective rank exp(−Σ q log q), participation ratio 1 / Σ q² (q = λ / Σλ).
 """
 
 import argparse
