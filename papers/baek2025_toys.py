@@ -33,6 +33,7 @@ from hgpt.durable import whole_file
 from hgpt.errors import UserError
 from hgpt.interpret.drawing import COLOURS, grid
 from hgpt.model.harmax import harmonic_scores, resolve_exponent
+from papers.structure import SCORES, plane
 
 WIDTH, HIDDEN, BATCH, LR = 16, 100, 32, 2e-3
 DROPOUT = 0.1  # of the transformer
@@ -287,12 +288,6 @@ def explained_variance(embedding: np.ndarray, components: Sequence[int] = COMPON
     return shares[..., np.array(components) - 1]
 
 
-def plane(embedding: np.ndarray) -> np.ndarray:
-    """The first two principal components, (V, D) → (V, 2)."""
-    centred = embedding - embedding.mean(0)
-    return centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
-
-
 def sustained(accuracy: np.ndarray) -> np.ndarray:
     """First epoch, from 0, from which accuracy > 0.9 for 20 epochs, (seeds, epochs) → (seeds,); nan: none."""
     if accuracy.shape[1] < SUSTAINED:
@@ -309,14 +304,18 @@ def median(values: np.ndarray) -> str:
 
 def table(task: str, model: str, result: dict[str, np.ndarray], test: str) -> str:
     """One row of Markdown."""
-    variance = np.median(explained_variance(result["embedding"][:, TASKS[task].rows]), axis=0)
+    embeddings = result["embedding"][:, TASKS[task].rows]
+    variance = np.median(explained_variance(embeddings), axis=0)
+    structure = np.median([SCORES[task](embedding) for embedding in embeddings])
     epochs = [median(sustained(result[name])) for name in ("train", test)]
-    cells = [task, model, *(f"{v:.2f}" for v in variance), *epochs, f"{np.median(result[test][:, -1]):.3f}"]
+    cells = [task, model, *(f"{v:.2f}" for v in variance), f"{structure:.3f}", *epochs]
+    cells.append(f"{np.median(result[test][:, -1]):.3f}")
     return f"| {' | '.join(cells)} | {float(result['seconds']):.0f} s |"
 
 
-HEADING = """| task | model | EV 1 | EV 2 | EV 4 | EV 6 | epochs, train | epochs, test | last test accuracy | took |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+VARIANCES = (f"EV {k}" for k in COMPONENTS)
+COLUMNS = ("task", "model", *VARIANCES, "structure", "epochs, train", "epochs, test", "accuracy", "took")
+HEADING = f"| {' | '.join(COLUMNS)} |\n{'| --- ' * len(COLUMNS)}|"
 
 
 def draw(path: Path, task: str, results: dict[str, dict[str, np.ndarray]], seed: int) -> None:
@@ -402,7 +401,7 @@ def main(argv: Sequence[str]) -> str:
             print(table(task, model, results[model], test), flush=True)
         if options.plot and task == options.tasks[0]:
             draw(options.plot, task, results, 0)
-    return "EV: median over the seeds. Epochs: median, and the number of seeds that got there."
+    return "Medians over the seeds. Accuracy: of the last test. Epochs: of the seeds that got there, with their number."
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python -m papers.millergolub2026_lm --data data/openwebtext --models gpt bert --layers 12 --width 768 --steps 10000
 
 DATA is a folder of data_prep. gpt is GPT-2, bert a pre-LN BERT (the head directly behind the final norm, tied, without
-bias), qwen a Qwen 2 (SwiGLU, RMSNorm, RoPE). Theirs are contexts, learning rates, warm-ups (Qwen's is not known), BERT's
-dropout 0.1 and Qwen's label smoothing 0.1; not theirs the batches, a constant learning rate, and clipping at 1.
+bias), qwen a Qwen 2 (SwiGLU, RMSNorm, RoPE). Theirs: contexts, learning rates, warm-ups
+(Qwen's is not known), BERT's dropout 0.1, Qwen's label smoothing 0.1. Not theirs: batches, rate, clipping at 1.
 
 BERT: 15 % of the positions are targets; of these 80 % show the mask, 10 % a random token, 10 % themselves. The mask is
 a token of its own behind the vocabulary, which is never predicted; theirs is token 103, a word. The validation loss is
