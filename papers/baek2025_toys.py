@@ -239,7 +239,9 @@ def train(task: str, model: str, seeds: Sequence[int], settings: Settings) -> di
         return F.cross_entropy(logits, y) + settings.sparsity * sparsity(parameters[embedded]), logits.argmax(-1) == y
 
     losses, row = vmap(loss, randomness="different"), torch.arange(len(seeds))[:, None]
-    losses = torch.compile(losses) if settings.compiled else losses
+    if settings.compiled:
+        torch.compiler.reset()  # otherwise a later run of the process meets the limit of recompilations
+        losses = torch.compile(losses)
     curves = {name: np.zeros((len(seeds), settings.epochs), np.float32) for name in ("train", "test", "clean")}
     for epoch in range(settings.epochs):
         template.train()
