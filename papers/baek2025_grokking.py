@@ -8,7 +8,7 @@ seeds 1000, 1001, … is highest. Then both heads train on the same data for the
 
     fit, generalise   first of 20 epochs in a row with an accuracy above 0.9, in training and in the test; --epochs if
                       there is none
-    delay             generalise − fit, 0 at least
+    delay             generalise − fit, 0 at least; where a run does not get there it would be longer
     last accuracy     of the test
 
 Differences: harmonic − standard, with Student's 95 % interval over the seeds, and p of a paired permutation test with
@@ -94,6 +94,8 @@ def main(argv: Sequence[str]) -> str:
             for model in (f"harmonic-{options.body}", f"standard-{options.body}"):
                 best = tuned(task, model, equal, options)
                 found.append(measures(toys.trained(task, model, range(options.seeds), best, options.out)))
+                reached = [int((found[-1][name] < options.epochs).sum()) for name in ("fit", "generalise")]
+                print(f"{task}, {fraction:g}, {model}: {reached[0]} seeds fit, {reached[1]} generalise", flush=True)
             for name in found[0]:
                 cells, p = compare(found[0][name], found[1][name])
                 rows.append([task, f"{fraction:g}", name, *cells])
