@@ -332,7 +332,9 @@ def draw(path: Path, task: str, results: dict[str, dict[str, np.ndarray]]) -> No
         axis.scatter(*points.T, s=14, color=colour)
         for token, point in enumerate(points, TASKS[task].rows.start or 0):
             axis.annotate(str(token), point, (2, 2), textcoords="offset points", fontsize=7)
-        axis.set(title=f"{model}, {shares[seed]:.0%} of the variance", xlabel="first component", ylabel="second component")
+        axis.set(
+            title=f"{model}, {shares[seed]:.0%} of the variance", xlabel="first component", ylabel="second component"
+        )
     figure.savefig(path)
 
 
