@@ -393,11 +393,11 @@ def run_part(name: str, device: str, limit: float, work: Path, log: Path) -> dic
                 os.killpg(process.pid, signal.SIGKILL)  # the part and what it started
             process.wait()
     record = {"status": "done", "reason": None, "seconds": time.monotonic() - begin, "limit": limit, "result": {}}
-    if code != 0:
-        lines = log.read_bytes()[start:].decode(errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), f"exit code {code}")
-        failed = ("stopped", f"it reached its limit of {limit:.0f} s")
-        record |= dict(zip(("status", "reason"), failed if code is None else ("failed", last[:300]), strict=True))
+    if code is None:
+        record |= {"status": "stopped", "reason": f"it reached its limit of {limit:.0f} s"}
+    elif code != 0:
+        lines = log.read_bytes()[start:].decode(errors="replace").strip().splitlines()
+        record |= {"status": "failed", "reason": lines[-1].strip()[:300] if lines else f"exit code {code}"}
     if result.exists():
         record["result"] = json.loads(result.read_text())
     return record
