@@ -110,9 +110,7 @@ def head(job: Job) -> None:
     """Losses in one process, which take turns. `extra`: peak memory without the gradients that are returned."""
     positions, dim, rows = (256, 32, 512) if job.tiny else (32768, 768, 50304)
     dtype = torch.bfloat16 if job.bf16 else torch.float32
-    settings = head_loss.Settings(
-        positions, dim, rows, dtype, job.device, torch.get_num_threads(), None, "2*sqrt_dim"
-    )  # fmt: skip
+    settings = head_loss.Settings(positions, dim, rows, dtype, job.device, torch.get_num_threads())
     operands = {harmonic: head_loss.problem(settings, harmonic) for harmonic in (True, False)}
     gradients = (positions + rows) * dim * dtype.itemsize
     exact, variants, losses = {}, head_loss.all_variants(settings), {}

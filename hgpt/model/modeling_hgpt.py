@@ -430,9 +430,6 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
             **config.distance_options,
         )
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         if not isinstance(new_embeddings, HarmonicHead | SoftmaxHead):
             raise TypeError(

@@ -222,9 +222,7 @@ class Report:
         mine = torch.tensor([[own, memory_in_use(engine.device)]], dtype=torch.float32, device=engine.device)
         own_by_rank, memory = zip(*engine.accelerator.gather(mine).tolist(), strict=True)
         peak = peak_flops(device_name(engine.device)) if engine.precision == "bf16" else None
-        mfu = None
-        if peak is not None:
-            mfu = rate * self._flops_per_token / (peak * engine.world_size)
+        mfu = None if peak is None else rate * self._flops_per_token / (peak * engine.world_size)
         return Speed(rate, mfu, seconds, list(own_by_rank), list(memory))
 
     def log(self, step: int, values: Mapping[str, float | None], speed: Speed) -> None:
