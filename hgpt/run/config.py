@@ -49,6 +49,10 @@ def _require(section: str, config: Any, names: str, holds: Callable[[Any], bool]
             raise UserError(f"{section}.{name} must {rule}; got {getattr(config, name)}")
 
 
+def _positive(value: float) -> bool:
+    return 0 < value < math.inf
+
+
 # Bounds far above every use: they catch a mistyped number that would train or allocate for hours.
 MOST = 1_000_000
 YEAR = 31_536_000.0  # seconds
@@ -310,7 +314,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         positive = "lr eps centre_lr_multiplier final_norm_lr_multiplier metric_lr_multiplier"
-        _require("optim", self, positive, lambda value: 0 < value < math.inf, "be a positive number")
+        _require("optim", self, positive, _positive, "be a positive number")
         not_negative = "min_lr weight_decay grad_clip warmup_steps"
         _require("optim", self, not_negative, lambda value: 0 <= value < math.inf, "be 0 or more")
         _require("optim", self, "betas", lambda betas: all(0 <= beta < 1 for beta in betas), "lie in [0, 1)")
