@@ -244,9 +244,9 @@ def read_prompt(options: argparse.Namespace) -> str:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, model: PreTrainedModel) -> list[int]:
-    """The tokens of the prompt; if it is empty, end-of-text alone, which precedes every training document.
+    """The tokens of the prompt. An empty one gives the token that begins a text, else end-of-text, else a line break.
 
-    A vocabulary of characters has none: its texts start at a line break, as those of nanoGPT's sample.py.
+    hgpt trains every document after end-of-text. A vocabulary of characters has a line break only, as in nanoGPT.
     """
     if prompt:
         return encode(tokenizer, prompt, add_special_tokens=model.config.model_type != "hgpt").input_ids

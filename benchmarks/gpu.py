@@ -110,9 +110,7 @@ def head(job: Job) -> None:
     """Losses in one process, which take turns. `extra`: peak memory without the gradients that are returned."""
     positions, dim, rows = (256, 32, 512) if job.tiny else (32768, 768, 50304)
     dtype = torch.bfloat16 if job.bf16 else torch.float32
-    settings = head_loss.Settings(
-        positions, dim, rows, dtype, job.device, torch.get_num_threads(), None, "2*sqrt_dim"
-    )  # fmt: skip
+    settings = head_loss.Settings(positions, dim, rows, dtype, job.device, torch.get_num_threads())
     operands = {harmonic: head_loss.problem(settings, harmonic) for harmonic in (True, False)}
     gradients = (positions + rows) * dim * dtype.itemsize
     exact, variants, losses = {}, head_loss.all_variants(settings), {}
@@ -393,11 +391,11 @@ def run_part(name: str, device: str, limit: float, work: Path, log: Path) -> dic
                 os.killpg(process.pid, signal.SIGKILL)  # the part and what it started
             process.wait()
     record = {"status": "done", "reason": None, "seconds": time.monotonic() - begin, "limit": limit, "result": {}}
-    if code != 0:
-        lines = log.read_bytes()[start:].decode(errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), f"exit code {code}")
-        failed = ("stopped", f"it reached its limit of {limit:.0f} s")
-        record |= dict(zip(("status", "reason"), failed if code is None else ("failed", last[:300]), strict=True))
+    if code is None:
+        record |= {"status": "stopped", "reason": f"it reached its limit of {limit:.0f} s"}
+    elif code != 0:
+        lines = log.read_bytes()[start:].decode(errors="replace").strip().splitlines()
+        record |= {"status": "failed", "reason": lines[-1].strip()[:300] if lines else f"exit code {code}"}
     if result.exists():
         record["result"] = json.loads(result.read_text())
     return record

@@ -49,8 +49,8 @@ class Settings:
     dtype: torch.dtype
     device: str
     threads: int
-    chunk: int | None
-    exponent: str
+    chunk: int | None = None
+    exponent: str = "2*sqrt_dim"
     distances: tuple[str, ...] = ()
 
     @property

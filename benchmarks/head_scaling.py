@@ -77,8 +77,6 @@ def main(arguments: list[str] | None = None) -> None:
         dtype=getattr(torch, options.dtype),
         device=options.device,
         threads=options.threads,
-        chunk=None,
-        exponent="2*sqrt_dim",
     )
     figure, axes = plt.subplots(2, 2, figsize=(9, 7), dpi=120, layout="constrained", sharey="row")
     for column, (field, last) in enumerate((("positions", options.max_positions), ("rows", options.max_rows))):

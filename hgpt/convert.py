@@ -2,8 +2,8 @@
 
     python -m hgpt.convert MODEL --exponent 4*sqrt_dim --data DIR --out FOLDER
 
-Let h be what the output embedding gets, and s_i = w_i·h + b_i its logits. Only differences of logits count, so with the
-mean μ of h and any c and invertible T
+Let h be the input of the output embedding, and s_i = w_i·h + b_i its logits. Only differences of logits count, so with
+the mean μ of h, any vector c and any invertible T
 
     s_i = x·u_i + a_i + (the same for all i),    x = (h − μ) T,  u_i = (w_i − c) T⁻ᵀ,  a_i = b_i + w_i·μ
 
@@ -12,10 +12,10 @@ With X the mean of |x|² and A_i = X + |u_i|² + r_i² the score of HarMax is, a
 
     −n log d_i = −(n/2) log A_i + (n/A_i) x·u_i + O(n (x·u_i / A_i)²)
 
-So r_i is chosen to make A_i = n, and the radius takes what is constant: a_i + (n/2) log A_i. The error falls as 1/n. It
-needs r_i² = n − X − |u_i|² ≥ 0; where that is negative, r_i = 0, and the slope n/A_i is below 1. T makes X and |u_i|²
-small: T Tᵀ = Σ_h⁻¹ # Σ_w, the geometric mean of covariances. For small n, at which x·u_i / A_i is not small, A_i = κ n
-with κ > 1 is better; κ is the one with the least divergence from softmax.
+So r_i is chosen to make A_i = n, and the log-weight is the constant part, a_i + (n/2) log A_i. The error falls as 1/n.
+A_i = n needs r_i² = n − X − |u_i|² ≥ 0; where that is negative, r_i = 0, and the slope n/A_i is below 1. T makes X and
+|u_i|² small: T Tᵀ = Σ_h⁻¹ # Σ_w, the geometric mean of covariances. For small n, at which x·u_i / A_i is not small,
+A_i = κ n with κ > 1 is better; κ is the one with the least divergence from softmax.
 """
 
 import os
@@ -154,7 +154,7 @@ def compare(
 
 
 def plain(model: Any) -> Any:
-    """A model whose output embedding is linear: of a backbone with a softmax head of ours, the backbone with one."""
+    """`model` with a linear output embedding: a backbone with our softmax head gets that head as an `nn.Linear`."""
     if not isinstance(model, HarmonizedForCausalLM):
         return model
     trunk: Backbone = model.transformer
@@ -172,7 +172,7 @@ def plain(model: Any) -> Any:
 
 @torch.no_grad()
 def hidden_states(model: Any, shards: TokenShards, positions: int) -> tuple[Tensor, Tensor]:
-    """What the output embedding gets at about `positions` positions of a split, (N, D), and the next tokens, (N,)."""
+    """Inputs of the output embedding at about `positions` positions of a split, (N, D), and the next tokens, (N,)."""
     length = min(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024, 1024)
     windows = num_windows(len(shards), length)
     count = min(windows, -(-positions // length))
@@ -199,7 +199,7 @@ def last_layer(model: Any, h: Tensor) -> Softmax:
 
 @torch.no_grad()
 def lifted_model(model: Any, found: Lift) -> HarmonizedForCausalLM:
-    """`model` with the lift in the place of its output embedding; it takes `model` over."""
+    """`model` with the lift instead of its output embedding. Changes `model` in place."""
     whole = harmonize(model, found.n, vocab_size=len(found.centres), radius="learned", lift=True)
     vocab, projection, head = len(found.centres), whole.transformer.ln_f, whole.lm_head
     projection.weight.copy_(found.matrix)

@@ -31,7 +31,7 @@ CHECK_EVERY = 16  # steps between two looks at whether every text has ended: a l
 def generate(
     model: PreTrainedModel, prompt: Tensor, config: GenerationConfig, streamer: BaseStreamer | None = None
 ) -> Tensor:
-    """New tokens after prompts (B, T) without padding: by `generate_captured` where it serves, else as transformers."""
+    """Prompts (B, T) without padding, and new tokens: by `generate_captured` if it can, else by `model.generate`."""
     if captures(model) and config.max_new_tokens > 2 * EAGER_STEPS:
         return generate_captured(model, prompt, config, streamer)
     plain: Any = model
@@ -40,12 +40,12 @@ def generate(
 
 
 def captures(model: PreTrainedModel) -> TypeGuard[HGPTForCausalLM]:
-    """Whether `generate_captured` serves the model on its device."""
+    """Whether `generate_captured` works for this model on its device."""
     return type(model) is HGPTForCausalLM and model.device.type == "cuda"
 
 
 def warpers(config: GenerationConfig) -> LogitsProcessorList:
-    """What changes the logits before sampling, in the order of transformers' `generate`."""
+    """The processors that change the logits before sampling, in the order of transformers' `generate`."""
     found = LogitsProcessorList()
     if config.temperature not in (None, 1.0):
         found.append(TemperatureLogitsWarper(config.temperature))
@@ -64,11 +64,13 @@ def generate_captured(
 ) -> Tensor:
     """As `model.generate(prompt, generation_config=config, streamer=streamer)`, for prompts (B, T) without padding.
 
+    Args:
+        config: max_new_tokens and pad_token_id are required; temperature, top_k, top_p, min_p, do_sample,
+            num_return_sequences and eos_token_id have an effect, other fields have none.
+
     Returns:
-        (B · num_return_sequences, T + new), new ≤ max_new_tokens, filled with pad_token_id after an end of text. The
-        tokens are those of `generate` if it is greedy; sampled ones differ, because a graph draws other random numbers.
-        `config` says with max_new_tokens, temperature, top_k, top_p and min_p how to sample, and must have a
-        pad_token_id.
+        (B · num_return_sequences, T + new), new ≤ max_new_tokens, filled with pad_token_id after an end of text. Greedy
+        tokens are those of `generate`; sampled ones differ, because a graph draws other random numbers.
     """
     prompt, new = prompt.repeat_interleave(config.num_return_sequences or 1, dim=0), config.max_new_tokens
     ends = torch.tensor(config.eos_token_id or model.generation_config.eos_token_id or [], dtype=torch.int64)
@@ -102,7 +104,7 @@ def _padded(tokens: Tensor, ends: Tensor, pad: int) -> tuple[Tensor, Tensor]:
 
 
 def record(step: Callable[[], None]) -> Callable[[], None]:
-    """Record `step` as a CUDA graph, without running it; returns what runs the graph."""
+    """Record `step` as a CUDA graph, without running it; returns a function that replays the graph."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()

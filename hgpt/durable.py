@@ -46,7 +46,7 @@ def read_json(path: Path, way_out: str) -> Any:
 def sync(path: Path) -> None:
     """Flush a file's content, or a folder's list of names, to the disk, so that it survives a power cut.
 
-    Some file systems (SMB, FUSE) cannot flush folders; their lists of names are left to them.
+    A folder that cannot be flushed (SMB, FUSE) is no error.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -184,9 +184,9 @@ def folder_lock(file: Path, busy: str) -> Iterator[None]:
 
 
 def is_locked(file: Path) -> bool | None:
-    """Whether a process holds the `folder_lock` of `file`; None if that cannot be known.
+    """Whether a process holds the `folder_lock` of `file`.
 
-    So it is where the file is missing or may not be written, and where the file system does not support locks.
+    None if that cannot be known: the file is missing or not writable, or the file system does not support locks.
     """
     if not file.is_file():
         return None

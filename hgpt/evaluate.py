@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hgpt.cli import Parser, run
+from hgpt.cli import Parser, aligned, run
 from hgpt.data.baselines import bytes_per_target
 from hgpt.data.shards import TokenShards
 from hgpt.data.tokenizer import TOKENIZER_FILE, encode
@@ -58,8 +58,8 @@ Batch = tuple[np.ndarray, np.ndarray, int]  # inputs and targets, (B, T); target
 class Stream:
     """Tokens in the order of the text; all but the first are predicted.
 
-    `bytes`: of the predicted tokens; None if unknown. `document`: whether the last window is filled up with the tokens
-    before it.
+    `bytes`: size of the predicted tokens' text in UTF-8; None if unknown. `document`: whether the last window is filled
+    up with the tokens before it.
     """
 
     tokens: TokenShards | np.ndarray
@@ -117,7 +117,7 @@ class Reader:
         return logits
 
     def encode(self, text: str) -> tuple[np.ndarray, int | None]:
-        """The tokens of a text, without special ones, and the bytes of the first; None if there is none to know."""
+        """The tokens of a text, without special ones, and the size of the first in bytes, None if it is unknown."""
         offsets = self.tokenizer.is_fast
         settings = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": offsets}
         found = encode(self.tokenizer, text, **settings)
@@ -128,9 +128,9 @@ class Reader:
         return ids, first
 
     def stream(self, texts: Sequence[str], *, document: bool) -> Stream:
-        """The texts as one stream: of a data folder, with end-of-text behind each, or one `document` that follows it.
+        """The texts of a data folder as one stream, each followed by end-of-text; or one `document`, preceded by it.
 
-        Of a data folder the first token is not predicted; of a document only where the model has no end-of-text.
+        The first token of a data folder is not predicted; that of a document is, if the model has an end-of-text.
         """
         end = self.tokenizer.eos_token_id
         prefix = end if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
@@ -259,11 +259,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             "-" if row[name] is None else form.format(row[name]) for name, form in zip(COLUMNS, forms, strict=True)
         ]
         lines.append([row["model"], f"{row['tokens']:,}", f"{row['window']:,}", *cells])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    )
+    return "\n".join(aligned(lines))
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -35,9 +35,10 @@ and the output of attention (c each), input and output of the activation functio
 statistics of the norms and the log-sum-exp of attention. An activation function other than gelu and gelu_pytorch_tanh
 may keep more; torch.compile usually keeps less.
 
-`head_memory` has the formula of the head's loss, which is computed when all activations exist. The backward pass of the
-last block comes later, so the larger of the two counts. Gradients exist all the time, because they are accumulated over
-micro-batches. Not counted: the CUDA context, workspaces of kernels and fragmentation, often 1 to 3 GiB together.
+`head_memory` has the formula of the head's loss. All activations exist while the loss is computed. The backward pass of
+the last block comes later, so the peak has the larger of the two. Gradients exist all the time, because they are
+accumulated over micro-batches. Not counted: the CUDA context, workspaces of kernels and fragmentation, often 1 to 3 GiB
+together.
 
 The tests compare activations, the loss and the row of ddp with what the code allocates, without a GPU. The formulas for
 ZeRO's parameters, gradients and optimiser state were within 0.2 % of two CPU processes (DeepSpeed 0.19.8). Those for
@@ -54,7 +55,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from hgpt.cli import Parser, run
+from hgpt.cli import Parser, aligned, run
 from hgpt.data.batches import TrainingBatches, accumulation_steps
 from hgpt.data.shards import TokenShards
 from hgpt.errors import UserError
@@ -255,7 +256,8 @@ def distance_seconds(config: HGPTConfig, tokens: float, device: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """The machines: `gpus` on each of `nodes`, the engine, and the expected share of the peak FLOP/s (`mfu`)."""
+    """The machines: `gpus` of the kind `device` on each of `nodes`; the engine; the expected share of the peak FLOP/s
+    (`mfu`); GiB of a GPU (`memory`; None: as known of `device`)."""
 
     gpus: int = 1
     nodes: int = 1
@@ -530,7 +532,7 @@ def _engine_lines(plan: Plan) -> list[str]:
         values = (m.parameters, m.gradients, m.optimiser, m.buckets, m.activations, m.transient, m.total, m.host)
         rows.append((engine, *map(_gib, values)))
     title = f"GiB per GPU under each engine, {plan.launch.processes} processes"
-    return [title, *(f"  {line}" for line in _aligned(rows))]
+    return [title, *(f"  {line}" for line in aligned(rows))]
 
 
 def _training_lines(plan: Plan) -> list[str]:
@@ -584,18 +586,9 @@ def markdown_table(plans: Sequence[Plan]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of a table as lines, the first column left-aligned, the others right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-
-
 def _with_remarks(rows: Sequence[tuple[str, str, str]]) -> list[str]:
     """Rows of a title, a number and a remark as lines."""
-    lines = _aligned([row[:2] for row in rows])
+    lines = aligned([row[:2] for row in rows])
     return [f"{line}  {remark}".rstrip() for line, (_, _, remark) in zip(lines, rows, strict=True)]
 
 

@@ -73,7 +73,7 @@ class Source:
     def load_model(self, dtype: str | torch.dtype = "auto", working_bytes: int = 0) -> Any:
         """The model. Raises UserError if it cannot be loaded or a weight is missing.
 
-        Also, before the weights are read or downloaded, if less memory is free than they and `working_bytes` take.
+        Raises UserError before the weights are read or downloaded if they and `working_bytes` exceed the free memory.
         """
         config = self.load_config()
         with _loading(self.folder):
@@ -131,7 +131,7 @@ class Source:
         return tokenizer
 
     def _check(self, beginning: str) -> None:
-        """Raise UserError if a file of the model whose name begins so is not the one in the checkpoint's manifest."""
+        """Raise UserError if a model file whose name starts with `beginning` differs from the checkpoint's manifest."""
         folder = Path(self.folder).resolve()
         kept = folder.name == MODEL and (folder.parent / MANIFEST).exists()
         if kept and (fault := damage(folder.parent, f"{MODEL}/{beginning}")):
@@ -198,7 +198,7 @@ def model_folder(path: str | Path) -> Path:
 
 @contextmanager
 def _loading(folder: str) -> Iterator[None]:
-    """Silence transformers, and turn its errors for a missing or damaged model into UserError."""
+    """Silence transformers, and turn every error of it, as for a missing or damaged model, into a UserError."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
@@ -217,7 +217,7 @@ def weight_bytes(config: Any, dtype: str | torch.dtype = "auto") -> int:
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, None) or config.dtype or torch.float32
     text = config.get_text_config()
-    # Making the modules of a great many layers takes memory too, even where their weights take none.
+    # Modules of very many layers need memory even on the meta device: do not build what cannot fit.
     layers, width = int(getattr(text, "num_hidden_layers", 0)), int(getattr(text, "hidden_size", 0))
     least = layers * (width**2 * dtype.itemsize + 100_000)
     if least > psutil.virtual_memory().available:
@@ -417,7 +417,7 @@ def initialize_from(model: HGPTForCausalLM, init_from: str) -> list[str]:
 
 
 def new_model(config: HGPTConfig, backbone: str | None) -> HGPTForCausalLM:
-    """A model with random weights. Raises UserError if that of model.backbone cannot bear a head of ours."""
+    """A model with random weights. Raises UserError if the model of model.backbone cannot have a head of ours."""
     model = model_class(config)(config)
     if isinstance(model.transformer, Backbone):
         inner = model.transformer.model

@@ -140,7 +140,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails() -> None:
         raise ImportError("no module of that name")
 
-    settings = head_loss.Settings(8, 4, 16, torch.float32, "meta", 1, None, "2*sqrt_dim")
+    settings = head_loss.Settings(8, 4, 16, torch.float32, "meta", 1)
     monkeypatch.setattr(head_loss, "LIBRARIES", {"Liger": fails, "quack": lambda: print})
     monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)  # torch 2.11 does not have it
     found = head_loss.all_variants(settings)

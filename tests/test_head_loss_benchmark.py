@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import head_loss, head_scaling
 
-SETTINGS = head_loss.Settings(256, 256, 8192, torch.float32, "cpu", 1, 64, "2*sqrt_dim")
+SETTINGS = head_loss.Settings(256, 256, 8192, torch.float32, "cpu", 1, 64)
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:

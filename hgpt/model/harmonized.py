@@ -1,8 +1,8 @@
 """A head of ours on any causal or masked language model of transformers: `harmonize(model, exponent=...)`.
 
-The model stays as it is, but for its output embedding, which gives on what it gets: `backbone(...).logits` are then the
-hidden states h (B, T, D) that the output embedding got. The head's x is g ⊙ h with a learned gain g, as HarMax has no
-scale of its own; a model that `hgpt.convert` made has x = L h + b in D + 1 dimensions instead.
+Only the output embedding of the model changes: it becomes an identity, so `backbone(...).logits` are its inputs, the
+hidden states h (B, T, D). The head's x is g ⊙ h with a learned gain g, because the scale of h does not fit HarMax; a
+model that `hgpt.convert` made has x = L h + b in D + 1 dimensions instead.
 """
 
 from typing import Any, Literal
@@ -92,7 +92,7 @@ class HarmonizedConfig(HGPTConfig):
         return self.get_text_config().hidden_size
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
-        """The backbone's, from which transformers makes caches."""
+        """The text configuration of the backbone, from which transformers makes caches."""
         return self.backbone.get_text_config(decoder=decoder, encoder=encoder)
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def _configuration(backbone: Any) -> Any:
 
 
 class PassThrough(nn.Identity):
-    """What stands in the place of the backbone's output embedding."""
+    """The identity that replaces the backbone's output embedding."""
 
     weight = bias = None
 
@@ -255,7 +255,7 @@ class HarmonizedForMaskedLM(HarmonizedForCausalLM):
 def harmonize(
     model: PreTrainedModel, exponent: float | str = "2*sqrt_dim", *, vocab_size: int | None = None, **settings: Any
 ) -> HarmonizedForCausalLM:
-    """`model` with a harmonic head in the place of its output embedding, tied where it was tied. It takes `model` over.
+    """`model` with a harmonic head instead of its output embedding, tied if that was tied. Changes `model` in place.
 
     The centres start as the rows of the output embedding. `python -m hgpt.convert` keeps what a trained softmax model
     predicts; this does not.
@@ -263,12 +263,12 @@ def harmonize(
     Args:
         model: a causal or masked language model of transformers (GPT-2, Llama, Qwen, BERT, …).
         exponent: n on d, as in HGPTConfig.
-        vocab_size: the number of tokens, if the embedding has rows of padding behind them.
+        vocab_size: the number of tokens, if the last rows of the embedding are padding.
         settings: further fields of HGPTConfig that concern the head: radius, distance, final_norm_gain, …
 
     Raises:
-        ValueError: `model` has a head of ours already, is no such model, has hidden states that are not (B, T, D), or
-            caps or scales its logits.
+        ValueError: `model` has a head of ours already, is no causal or masked language model, has hidden states that
+            are not (B, T, D), or caps or scales its logits.
     """
     if isinstance(model, HarmonizedForCausalLM) or getattr(model.config, "head", None) == "harmonic":
         raise ValueError("the model has a head of hgpt already, which cannot be replaced")

@@ -189,23 +189,20 @@ class HeadLoss(torch.autograd.Function):
         targets, weights, *operands = ctx.saved_tensors
         # Removed from ctx: w.grad may share their memory, so a second backward pass must not use them.
         needed, grads, ctx.grads = ctx.needs_input_grad[4:], ctx.grads, None
+        finish: Callable[[Tensor, Tensor], Tensor] = functools.partial(_times, factor=grad_output)
         if grads is None:
+            finish = Tensor.to
             weights = grad_output if weights is None else weights * grad_output
             with torch.autocast(targets.device.type, enabled=False):
                 _, grads = ctx.kernel(ctx.params, operands, targets, weights, needed)
-        else:
-            grads = [
-                _times(grad, grad_output, o) if need and grad is not None else None
-                for grad, o, need in zip(grads, operands, needed, strict=True)
-            ]
         wanted = (
-            grad.to(o) if need and grad is not None else None
+            finish(grad, o) if need and grad is not None else None
             for grad, o, need in zip(grads, operands, needed, strict=True)
         )
         return None, None, None, None, *wanted
 
 
-def _times(grad: Tensor, factor: Tensor, like: Tensor) -> Tensor:
+def _times(grad: Tensor, like: Tensor, factor: Tensor) -> Tensor:
     """grad · factor in the dtype of `like`: one pass over memory, in place where the dtype stays."""
     return torch.mul(grad, factor, out=grad if grad.dtype == like.dtype else torch.empty_like(like))
 

@@ -241,6 +241,7 @@ class HGPTPreTrainedModel(PreTrainedModel):
     config_class = HGPTConfig
     config: HGPTConfig
     base_model_prefix = "transformer"
+    _input_embed_layer = "wte"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HGPTBlock"]  # noqa: RUF012 (transformers' own declaration)
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
@@ -304,12 +305,6 @@ class HGPTModel(HGPTPreTrainedModel):
             self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.wte
-
-    def set_input_embeddings(self, value: Any) -> None:
-        self.wte = value
 
     def forward(
         self,
@@ -434,9 +429,6 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
             init_std=config.centre_init_std,
             **config.distance_options,
         )
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         if not isinstance(new_embeddings, HarmonicHead | SoftmaxHead):

@@ -55,7 +55,7 @@ from hgpt.run.settings import CONFIG_FILE, check_resume, flatten, settings, writ
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
-ABANDONED = "abandoned"  # checkpoints of a course that was given up
+ABANDONED = "abandoned"  # checkpoints later than one to which the run was set back
 MODEL = "model"
 LOCK = ".lock"  # locked by the process that trains in the folder
 PREEMPTED = "preempted"  # marks a run that a cluster stopped, because launchers do not pass on exit codes
@@ -199,7 +199,7 @@ class Checkpoints:
                 for path in checkpoints(folder):
                     if checkpoint_step(path) > self.resumed.state.step:
                         moved = set_aside(folder, path)
-                        self.engine.say(f"{path} is of a course that this run leaves: moved to {moved}")
+                        self.engine.say(f"{path} is later than the checkpoint that is resumed: moved to {moved}")
                 point_latest(folder, self.resumed.path)  # a crash may have come before the link was made
             write_toml(config, folder / CONFIG_FILE)
             (folder / PREEMPTED).unlink(missing_ok=True)
@@ -283,7 +283,7 @@ class Checkpoints:
     def mark_preempted(self) -> None:
         """Create the file that marks the run as stopped by a cluster."""
         if self.engine.is_main:
-            with suppress(OSError):  # the exit code says it too
+            with suppress(OSError):  # the exit code also says that the run was preempted
                 (self.config.run_folder / PREEMPTED).touch()
 
 
@@ -477,7 +477,7 @@ class Writer:
 
 
 def point_latest(run_folder: Path, checkpoint: Path) -> None:
-    """Make run_folder/latest a link to `checkpoint`, atomically. A file system without links is said, and no error."""
+    """Make run_folder/latest a link to `checkpoint`, atomically. A file system without links gets only a warning."""
     link = run_folder / LATEST
     try:
         if link.is_dir() and not link.is_symlink():  # a copy of the run in which links were followed

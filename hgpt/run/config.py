@@ -53,7 +53,7 @@ def _positive(value: float) -> bool:
     return 0 < value < math.inf
 
 
-# Bounds far above every use, so that a slip of the keyboard does not work for hours without a word.
+# Bounds far above every use: they catch a mistyped number that would train or allocate for hours.
 MOST = 1_000_000
 YEAR = 31_536_000.0  # seconds
 
@@ -450,10 +450,9 @@ class RunConfig:
             raise UserError(f"train.exponent_steps = {self.train.exponent_steps} has no effect, as {why}: remove it")
         with torch.device("meta"):
             distance = make_distance(model.distance, model.n_embd, **model.distance_options)
-        head = f'model.head.distance = "{model.distance}"'
-        if model.head == "softmax":
-            head = 'model.head.type = "softmax"'
         if self.optim.metric_lr_multiplier != 1 and not list(distance.parameters()):
+            softmax = model.head == "softmax"
+            head = 'model.head.type = "softmax"' if softmax else f'model.head.distance = "{model.distance}"'
             raise UserError(
                 f"optim.metric_lr_multiplier = {self.optim.metric_lr_multiplier} has no effect with {head}, which "
                 "learns no distance: remove it"

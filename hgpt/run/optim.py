@@ -69,12 +69,8 @@ def parameter_groups(model: HGPTForCausalLM, config: OptimConfig) -> list[dict]:
     Matrices decay; vectors and the parameters of the head's distance do not. Centres, the final norm and the distance
     have learning-rate multipliers of their own.
     """
-    special = {
-        model.lm_head.weight: config.centre_lr_multiplier,
-        model.transformer.ln_f.weight: config.final_norm_lr_multiplier,
-    }
-    if isinstance(model.transformer.ln_f.bias, nn.Parameter):
-        special[model.transformer.ln_f.bias] = config.final_norm_lr_multiplier
+    special = {model.lm_head.weight: config.centre_lr_multiplier}
+    special |= dict.fromkeys(model.transformer.ln_f.parameters(), config.final_norm_lr_multiplier)
     metric = set(model.lm_head.metric.parameters()) if isinstance(model.lm_head, HarmonicHead) else set()
     special |= dict.fromkeys(metric, config.metric_lr_multiplier)
     in_blocks = set(model.transformer.h.parameters()) if config.algorithm == "muon" else set()

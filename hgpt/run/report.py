@@ -56,7 +56,7 @@ def flops_per_token(config: HGPTConfig, seq_len: int) -> float:
 
 
 class Recent(NamedTuple):
-    """Loss and gradient norm of the last step, mean over processes; spikes and skipped steps since `read`."""
+    """Loss and gradient norm of the last step, mean over processes; spikes and skipped steps since the last `read`."""
 
     loss: float
     grad_norm: float
@@ -222,9 +222,7 @@ class Report:
         mine = torch.tensor([[own, memory_in_use(engine.device)]], dtype=torch.float32, device=engine.device)
         own_by_rank, memory = zip(*engine.accelerator.gather(mine).tolist(), strict=True)
         peak = peak_flops(device_name(engine.device)) if engine.precision == "bf16" else None
-        mfu = None
-        if peak is not None:
-            mfu = rate * self._flops_per_token / (peak * engine.world_size)
+        mfu = None if peak is None else rate * self._flops_per_token / (peak * engine.world_size)
         return Speed(rate, mfu, seconds, list(own_by_rank), list(memory))
 
     def log(self, step: int, values: Mapping[str, float | None], speed: Speed) -> None:
@@ -249,7 +247,7 @@ class Report:
     # The end
 
     def finished(self, validation: Validation, unigram: float | None) -> None:
-        """Print the result. `unigram`: the validation loss of a unigram model; None: not asked for."""
+        """Print the result. `unigram`: the validation loss of a unigram model; None if it was not computed."""
         self._bar.close()
         say = self.engine.say
         beside = "" if unigram is None else f", of a unigram model {unigram:.4f}"
@@ -316,16 +314,15 @@ class PhaseTimes:
 
 
 class LossSpikes:
-    """Finds losses more than `deviations` standard deviations above their running mean.
+    """Finds losses more than 6 standard deviations above their running mean.
 
     Mean and variance are exponential averages over about 100 steps, μ′ = μ + (l − μ)/100 and
     σ² ← σ² + ((l − μ)(l − μ′) − σ²)/100, without the spikes. None of the first 100 losses is a spike.
     """
 
-    _STEPS = 100
+    _STEPS, _DEVIATIONS = 100, 6.0
 
-    def __init__(self, deviations: float = 6.0) -> None:
-        self.deviations = deviations
+    def __init__(self) -> None:
         self._seen = 0
         self._mean = self._variance = 0.0
 
@@ -333,7 +330,7 @@ class LossSpikes:
         """Add the finite loss of one step; returns whether it is a spike."""
         self._seen += 1
         away = loss - self._mean
-        if self._seen > self._STEPS and away > self.deviations * self._variance**0.5:
+        if self._seen > self._STEPS and away > self._DEVIATIONS * self._variance**0.5:
             return True
         weight = max(1 / self._seen, 1 / self._STEPS)  # the plain mean of the first 100
         self._mean += weight * away
@@ -376,12 +373,12 @@ class MetricsLog:
             self._track(lambda tracker: tracker.log(named, step=step))
 
     def close(self) -> None:
-        with suppress(OSError):  # `write` has flushed every line, or raised the error
+        with suppress(OSError):  # every line is written already, or `write` has raised the error
             self._file.close()
         self._track(lambda tracker: tracker.finish())
 
     def _track(self, call: Callable[[GeneralTracker], Any]) -> None:
-        """Call each tracker. One that fails (a full disk, no network) is said and left out; the run goes on."""
+        """Call each tracker. One that fails (a full disk, no network) is removed with a warning; the run goes on."""
         for tracker in list(self._trackers):
             try:
                 call(tracker)
