@@ -321,7 +321,7 @@ HEADING = f"| {' | '.join(COLUMNS)} |\n{'| --- ' * len(COLUMNS)}|"
 
 
 def draw(path: Path, task: str, results: dict[str, dict[str, np.ndarray]]) -> None:
-    """The embedding's first two components, one panel a model, of the seed whose share of the variance is the median."""
+    """The embedding's first two components, one panel a model: of the seed with the median share of the variance."""
     figure, axes = grid(len(results), 3, row_height=3.6, extra=0.3)
     for axis, (model, result) in zip(axes.flat, results.items(), strict=False):
         colour = COLOURS[("standard", "harmonic", "spherical").index(model.split("-")[0])]

@@ -179,6 +179,9 @@ def test_tokens_are_visible(loaded) -> None:
         def decode(self, ids: list[int], **_: object) -> str:
             return self.pieces[ids[0]]
 
+        def convert_ids_to_tokens(self, token: int) -> str:
+            return self.pieces[token]
+
     shown = [visible(Vocabulary(), i) for i in range(len(Vocabulary.pieces))]
     assert shown == ["␣the", r"\n", r"\t", "␣×12", "-×20", "<|endoftext|>", "日本", "antidisestablis…"]
     assert width("日本") == 4
