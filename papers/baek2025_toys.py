@@ -241,7 +241,7 @@ def train(task: str, model: str, seeds: Sequence[int], settings: Settings) -> di
     losses, row = vmap(loss, randomness="different"), torch.arange(len(seeds))[:, None]
     if settings.compiled:
         torch.compiler.reset()  # otherwise a later run of the process meets the limit of recompilations
-        losses = torch.compile(losses)
+        losses = torch.compile(losses, dynamic=False)  # with dynamic shapes dropout under vmap fails
     curves = {name: np.zeros((len(seeds), settings.epochs), np.float32) for name in ("train", "test", "clean")}
     for epoch in range(settings.epochs):
         template.train()
