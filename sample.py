@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # for characters that the terminal's encoding lacks
 
-    # Prompt and model. The prompt comes first, so that a mistake in it shows before the model is loaded.
+    # The prompt comes first, so that a mistake in it shows before the model is loaded.
     prompt = read_prompt(options)
     device = choose_device(options.device)
     model, tokenizer = load(options)
@@ -139,10 +139,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-PROMPT_HELP = """Without a prompt the text starts at end-of-text, as documents do (of characters, at a line break). One
-newline at the end of a file or of standard input is dropped. Prompt and new tokens share the model's context, and the
-text ends where it ends. If they do not fit, the last tokens of the prompt are kept: as many as leave room, but at least
-half of the context."""
+PROMPT_HELP = """Without a prompt the text starts at end-of-text, as documents do, or at a line break. One newline at
+the end of a file or of standard input is dropped. If prompt and new tokens exceed the context, the last tokens of the
+prompt are kept: as many as leave room, but at least half of the context. The text ends where the context ends."""
 
 
 def checked(kind: Callable[[str], Any], rule: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
@@ -244,17 +243,13 @@ def read_prompt(options: argparse.Namespace) -> str:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, model: PreTrainedModel) -> list[int]:
-    """The tokens of the prompt. An empty one gives the token that begins a text, else end-of-text, else a line break.
-
-    hgpt trains every document after end-of-text. A vocabulary of characters has a line break only, as in nanoGPT.
-    """
+    """The tokens of the prompt; of an empty one beginning-of-text, else end-of-text, else (nanoGPT) a line break."""
     if prompt:
         return encode(tokenizer, prompt, add_special_tokens=model.config.model_type != "hgpt").input_ids
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    start = tokenizer.get_vocab().get("\n") if start is None else start
-    if start is None:
-        raise UserError("the tokenizer has no end-of-text token to start from; give a --prompt")
-    return [start]
+    for start in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.get_vocab().get("\n")):
+        if start is not None:
+            return [start]
+    raise UserError("the tokenizer has no end-of-text token to start from; give a --prompt")
 
 
 def fit_context(ids: list[int], new: int, context: int | None) -> tuple[list[int], int]:
@@ -337,8 +332,7 @@ class TextStream(BaseStreamer):
 
     def show(self, complete: bool) -> None:
         text = decode(self.tokenizer, self.ids or [], after=self.prompt_ids)
-        if not complete:
-            text = text.rstrip("\ufffd")  # an incomplete character, whose other bytes come later
+        text = text if complete else text.rstrip("\ufffd")  # an incomplete character, whose other bytes come later
         print(text[self.shown :], end="", flush=True)
         self.shown = max(self.shown, len(text))
 
