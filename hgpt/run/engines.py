@@ -250,9 +250,8 @@ class Engine:
         """Give the head, and the configuration that is saved, the n of `step`, see train.exponent_start."""
         if self.config.train.exponent_steps:
             n = self._last_exponent * self.config.train.exponent_factor(step)
-            self.plain_model.lm_head.initial_exponent = self.plain_model.config.exponent = (
-                self.model_config.exponent
-            ) = n
+            self.plain_model.lm_head.initial_exponent = n
+            self.plain_model.config.exponent = self.model_config.exponent = n
 
     @cached_property
     def _last_exponent(self) -> float:

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from hgpt.interpret.corpus import COUNTED_TOKENS
 from hgpt.interpret.measure import Analysis, Block, Html, ModelResult, paragraph
 from hgpt.interpret.measures.centres import nearest_centres, nearest_contexts
 from hgpt.interpret.measures.centres import result_of as chosen_tokens
@@ -68,7 +69,10 @@ def _counts(subject: Subject) -> tuple[np.ndarray | None, str]:
         return None, ""
     size = subject.model.vocab_size
     if subject.read.fits:
-        return subject.text.corpus.counts(size), "training data"
+        part = "training data"
+        if len(subject.text.corpus.train) > COUNTED_TOKENS:
+            part = f"first {COUNTED_TOKENS:,} tokens of the {part}"
+        return subject.text.corpus.counts(size), part
     return np.bincount(subject.read.measures.positions.target, minlength=size), "text"
 
 
