@@ -18,7 +18,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -304,19 +304,19 @@ def median(values: np.ndarray) -> str:
     return f"{np.median(known):g} ({len(known)})" if len(known) else "– (0)"
 
 
-def table(task: str, model: str, result: dict[str, np.ndarray], test: str) -> str:
+def table(task: str, model: str, fraction: float, result: dict[str, np.ndarray], test: str) -> str:
     """One row of Markdown."""
     embeddings = result["embedding"][:, TASKS[task].rows]
     variance = np.median(explained_variance(embeddings), axis=0)
     structure = np.median([SCORES[task](embedding) for embedding in embeddings])
     epochs = [median(sustained(result[name])) for name in ("train", test)]
-    cells = [task, model, *(f"{v:.2f}" for v in variance), f"{structure:.3f}", *epochs]
+    cells = [task, model, f"{fraction:g}", *(f"{v:.2f}" for v in variance), f"{structure:.3f}", *epochs]
     cells.append(f"{np.median(result[test][:, -1]):.3f}")
     return f"| {' | '.join(cells)} | {float(result['seconds']):.0f} s |"
 
 
 VARIANCES = (f"EV {k}" for k in COMPONENTS)
-COLUMNS = ("task", "model", *VARIANCES, "structure", "epochs, train", "epochs, test", "accuracy", "took")
+COLUMNS = ("task", "model", "fraction", *VARIANCES, "structure", "epochs, train", "epochs, test", "accuracy", "took")
 HEADING = f"| {' | '.join(COLUMNS)} |\n{'| --- ' * len(COLUMNS)}|"
 
 
@@ -349,7 +349,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--models", nargs="+", choices=MODELS, default=list(MODELS[:2]), metavar="MODEL", help=", ".join(MODELS))
     add("--seeds", type=int, default=20, help="seeds 0, 1, … (default: %(default)s)")
     add("--epochs", type=int, default=7000, help="default: %(default)s")
-    add("--fraction", type=float, default=0.8, help="share of the examples for training (default: %(default)s)")
+    add("--fractions", type=float, nargs="+", default=[0.8], metavar="X", help="training's share of the examples (0.8)")
     add("--exponent", default="2", help="n on d of the harmonic head; the paper's is %(default)s")
     add("--lr", type=float, default=LR, help="learning rate (default: %(default)s)")
     add("--weight-decay", type=float, help="default: 0.01 for the MLP, 0.005 for the transformer")
@@ -361,12 +361,17 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--dropout-at-test", action="store_true", help="test transformers with dropout")
     add("--compile", action="store_true", help="torch.compile: half the time for long runs; needs a C++ compiler")
     add("--out", type=Path, default=Path("runs/baek2025_toys"), help="folder of the results (default: %(default)s)")
-    add("--plot", type=Path, metavar="FILE", help="draw the embeddings of the first task, median seeds")
+    add(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw the first task: the embeddings at the last fraction, median seeds",
+    )
     options = parser.parse_args(argv)
     for name, value, rule, holds in (
         ("--seeds", options.seeds, "at least 1", options.seeds >= 1),
         ("--epochs", options.epochs, "at least 1", options.epochs >= 1),
-        ("--fraction", options.fraction, "between 0.05 and 0.95", 0.05 <= options.fraction <= 0.95),
+        ("--fractions", options.fractions, "between 0.05 and 0.95", all(0.05 <= x <= 0.95 for x in options.fractions)),
         ("--lr", options.lr, "a positive number", 0 < options.lr < math.inf),
         ("--weight-decay", options.weight_decay, "0 or a positive number", 0 <= (options.weight_decay or 0) < math.inf),
         ("--sparsity", options.sparsity, "0 or a positive number", 0 <= options.sparsity < math.inf),
@@ -390,7 +395,7 @@ def main(argv: Sequence[str]) -> str:
         dropout_at_test=faithful or options.dropout_at_test,
         epsilon=1e-4 if faithful else 0.0,
         exponent=options.exponent,
-        fraction=options.fraction,
+        fraction=options.fractions[-1],
         epochs=options.epochs,
         learning_rate=options.lr,
         weight_decay=options.weight_decay,
@@ -401,9 +406,10 @@ def main(argv: Sequence[str]) -> str:
     print(HEADING, flush=True)
     for task in options.tasks:
         results = {}
-        for model in options.models:
-            results[model] = trained(task, model, range(options.seeds), settings, options.out)
-            print(table(task, model, results[model], test), flush=True)
+        for model, fraction in itertools.product(options.models, options.fractions):
+            here = replace(settings, fraction=fraction)
+            results[model] = trained(task, model, range(options.seeds), here, options.out)
+            print(table(task, model, fraction, results[model], test), flush=True)
         if options.plot and task == options.tasks[0]:
             draw(options.plot, task, results)
     return "Medians over the seeds. Accuracy: of the last test. Epochs: of the seeds that got there, with their number."

@@ -146,7 +146,7 @@ def test_epsilon_is_added_to_the_squared_distance() -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        *("--seeds 0", "--epochs 0", "--fraction 1", "--lr 0", "--weight-decay -1", "--exponent -2", "--exponent few"),
+        *("--seeds 0", "--epochs 0", "--fractions 1", "--lr 0", "--weight-decay -1", "--exponent -2", "--exponent few"),
         *("--tasks squares", "--models linear", "--sparsity -1"),
     ],
 )
