@@ -28,8 +28,7 @@ from hgpt.data.tokenizer import encode
 from hgpt.errors import UserError
 from hgpt.hardware import choose_device, enough_memory
 from hgpt.interpret.token_distances import LEGEND, LEGEND_WITH_RADII, distance_table, measure
-from hgpt.model.distances import load_distances
-from hgpt.source import find_source, is_hub_id
+from hgpt.source import find_source, is_hub_id, load_distance_file
 
 DEFAULT_TEMPERATURE, DEFAULT_TOP_K = 0.8, 200  # as in nanoGPT's sample.py
 MOST_NEAREST = 4  # centres that the table shows for each token, unless --nearest says how many
@@ -182,11 +181,7 @@ def note(subject: str, text: str) -> None:
 
 
 def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if options.distance_file is not None:
-        try:
-            load_distances(options.distance_file)
-        except ValueError as error:
-            raise UserError(f"--distance-file: {error}") from error
+    load_distance_file(options.distance_file)
     source = find_source(options.checkpoint)
     if is_hub_id(options.checkpoint):
         note("model", f"there is no folder {options.checkpoint} here; looking on the Hugging Face hub")

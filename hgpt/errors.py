@@ -1,4 +1,4 @@
-"""The exception for bad input, whose message says how to correct it."""
+"""The exception for bad input, whose message says how to correct it, and the first line of any other."""
 
 
 class UserError(Exception):
@@ -7,3 +7,8 @@ class UserError(Exception):
     The message names the setting or the file, the rule, the value found and the way out. Commands print it without a
     traceback and exit with status 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the error's message; the error's type if it is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -44,8 +44,7 @@ from hgpt.interpret.corpus import Corpus, data_of_runs
 from hgpt.interpret.measures.calibration import expected_calibration_error
 from hgpt.interpret.models import WORKING_BYTES, find_sources
 from hgpt.interpret.positions import CHUNK, log_probability_measures
-from hgpt.model.distances import load_distances
-from hgpt.source import Source
+from hgpt.source import Source, load_distance_file
 
 LONGEST, UNKNOWN_CONTEXT = 4096, 1024  # tokens of a window, unless --seq-len says otherwise
 TOKENS = 2048  # of one forward pass
@@ -282,11 +281,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> str:
     """The table, or JSON. Raises UserError."""
     options = parse_arguments(argv)
-    if options.distance_file is not None:
-        try:
-            load_distances(options.distance_file)
-        except ValueError as error:
-            raise UserError(f"--distance-file: {error}") from error
+    load_distance_file(options.distance_file)
     device, sources = choose_device(options.device), find_sources(options.models)
     corpus = open_corpus(options, sources)
     rows, notes = [], list[str]()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from hgpt.errors import UserError
+from hgpt.errors import UserError, first_line
 
 with suppress(ImportError):  # Windows has none
     import resource
@@ -92,7 +92,7 @@ def choose_device(name: str | None) -> torch.device:
     try:
         return torch.empty(1, device=name).device  # torch.device(name) also accepts a missing device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--device {name} cannot be used here: {first_line(error)}") from error
 
 
 def out_of_memory(error: BaseException) -> bool:

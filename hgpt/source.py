@@ -28,9 +28,10 @@ import hgpt  # noqa: F401  (registers the model with transformers)
 from hgpt.data.shards import TokenShards
 from hgpt.data.tokenizer import TOKENIZER_FILE, hf_tokenizer, load_tokenizer, token_ids, tokenizer_file
 from hgpt.durable import read_json
-from hgpt.errors import UserError
+from hgpt.errors import UserError, first_line
 from hgpt.hardware import out_of_memory
 from hgpt.model.configuration_hgpt import HGPTConfig
+from hgpt.model.distances import load_distances
 from hgpt.model.harmonized import Backbone, HarmonizedConfig, PassThrough, auto_class, check_backbone, model_class
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.checkpoint import CHECKPOINTS, LATEST, MANIFEST, MODEL, STATE, checkpoint_step, damage, latest_checkpoint
@@ -172,6 +173,15 @@ def _progress(file: Path) -> list[int | None]:
     return found
 
 
+def load_distance_file(file: str | None) -> None:
+    """Execute the file that --distance-file names, if any. Raises UserError."""
+    if file is not None:
+        try:
+            load_distances(file)
+        except ValueError as error:
+            raise UserError(f"--distance-file: {error}") from error
+
+
 def is_hub_id(name: str) -> bool:
     """Whether `name` is an id on the hub: of the form owner/name or name, and no path on this machine."""
     owner = name.split("/")[0]
@@ -225,11 +235,6 @@ def weight_bytes(config: Any, dtype: str | torch.dtype = "auto") -> int:
     make: Any = auto_class(config).from_config  # it writes into the configuration
     with torch.device("meta"):
         return int(make(copy.deepcopy(config), trust_remote_code=False).num_parameters()) * dtype.itemsize
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of the error's message; the error's type if it is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # ------------------------------------------------------------------------------------------------------------

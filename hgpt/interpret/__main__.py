@@ -19,7 +19,7 @@ from hgpt.cli import Parser, run
 from hgpt.errors import UserError
 from hgpt.interpret.report import PAGE, analyse, earlier_figures, write_report
 from hgpt.interpret.subject import AnalysisSettings
-from hgpt.model.distances import load_distances
+from hgpt.source import load_distance_file
 
 METAVARS = {"data": "DIR", "relations": "DIR", "tokens": "N", "bootstrap": "N", "text": "FILE", "words": "WORD"}
 MODELS = "run folder (its latest checkpoint), checkpoint folder, exported model, Hugging Face GPT-2 (folder or id)"
@@ -54,11 +54,7 @@ def main(argv: Sequence[str]) -> str:
     start = time.perf_counter()
     options = parse_arguments(argv)
     out = Path(options.out)
-    if options.distance_file is not None:
-        try:
-            load_distances(options.distance_file)
-        except ValueError as error:
-            raise UserError(f"--distance-file: {error}") from error
+    load_distance_file(options.distance_file)
     settings = AnalysisSettings(**{field.name: getattr(options, field.name) for field in fields(AnalysisSettings)})
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
