@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from hgpt.cli import Parser
+from hgpt.cli import Parser, aligned, shown
 from hgpt.cli import run as run_command
 from hgpt.durable import is_locked
 from hgpt.errors import UserError
@@ -213,28 +213,23 @@ def table(runs: Sequence[Run]) -> str:
         if all(getattr(run, name) is None for run in runs):
             place = titles.index(title)
             rows = [row[:place] + row[place + 1 :] for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    gaps = 2 * (len(widths) - 1)
-    widths[0] = min(widths[0], max(12, LINE_WIDTH - sum(widths[1:]) - gaps))
-    lines = []
-    for row in rows:
-        cells = [_shortened(row[0], widths[0]).ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)]
-        lines.append("  ".join([*cells, row[-1]]))
-    return "\n".join(lines)
+    others = [2 + max(map(len, column)) for column in list(zip(*rows, strict=True))[1:]]
+    room = max(12, LINE_WIDTH - sum(others))
+    lines = aligned([[_shortened(row[0], room), *row[1:-1]] for row in rows])
+    return "\n".join(f"{line}  {row[-1]}" for line, row in zip(lines, rows, strict=True))
 
 
 def _cells(run: Run) -> list[str]:
     return [
         run.name,
         f"{'-' if run.step is None else run.step}/{'?' if run.steps is None else run.steps}",
-        "-" if run.saved is None else str(run.saved),
-        "-" if run.training_loss is None else f"{run.training_loss:.4f}",
+        shown(run.saved, "d"),
+        shown(run.training_loss, ".4f"),
         "-" if run.validation_loss is None else f"{run.validation_loss:.4f} @{run.evaluated}",
-        "-" if run.bits_per_byte is None else f"{run.bits_per_byte:.3f}",
+        shown(run.bits_per_byte, ".3f"),
         "-" if run.tokens_per_second is None else _short(run.tokens_per_second),
         "-" if run.tokens is None else _short(run.tokens),
-        "-" if run.energy_kwh is None else f"{run.energy_kwh:.3g}",
+        shown(run.energy_kwh, ".3g"),
         "-" if run.age is None else _age(run.age),
         run.state,
     ]

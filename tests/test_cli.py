@@ -26,37 +26,33 @@ def command(arguments):
     return f"number {parser.parse_args(arguments).number}"
 
 
-def test_text_and_none(capsys):
-    assert run(command, ["--number", "3"]) == 0
-    assert run(lambda _: None, []) == 0
-    printed = capsys.readouterr()
-    assert (printed.out, printed.err) == ("number 3\n", "")
-
-
-@pytest.mark.parametrize("arguments", [[], ["--number"], ["--number", "x"], ["--number", "3", "--numbr", "4"], ["y"]])
-def test_bad_arguments(capsys, arguments):
-    assert run(command, arguments) == 2
-    printed = capsys.readouterr()
-    (line,) = printed.err.splitlines()
-    assert line.startswith("error: ") and "(python -m x --help lists every option)" in line and not printed.out
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "message"),
-    [(UserError("set x"), 2, "error: set x\n"), (KeyboardInterrupt(), 130, "\nwhat is finished stays\n")],
-)
-def test_how_it_ends(capsys, error, status, message):
+def raising(error):
     def main(_):
         raise error
 
-    assert run(main, [], interrupted="what is finished stays") == status
-    printed = capsys.readouterr()
-    assert (printed.out, printed.err) == ("", message)
+    return main
 
 
-def test_other_exceptions_are_raised():
-    with pytest.raises(ZeroDivisionError):
-        run(lambda _: 1 / 0, [])
+HELP = " (python -m x --help lists every option)"
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "status", "out", "err"),
+    [
+        (command, "--number 3", 0, "number 3\n", ""),
+        (lambda _: None, "", 0, "", ""),
+        (command, "", 2, "", f"error: the following arguments are required: --number{HELP}\n"),
+        (command, "--number", 2, "", f"error: argument --number: expected one argument{HELP}\n"),
+        (command, "--number x", 2, "", f"error: argument --number: invalid int value: 'x'{HELP}\n"),
+        (command, "--numbr 4", 2, "", f"error: there is no option --numbr; did you mean --number?{HELP}\n"),
+        (command, "--number 3 y", 2, "", f"error: unrecognized arguments: y{HELP}\n"),
+        (raising(UserError("set x")), "", 2, "", "error: set x\n"),
+        (raising(KeyboardInterrupt()), "", 130, "", "\nwhat is finished stays\n"),
+    ],
+)
+def test_how_a_command_ends(capsys, main, arguments, status, out, err):
+    assert run(main, arguments.split(), interrupted="what is finished stays") == status
+    assert capsys.readouterr() == (out, err)
 
 
 @pytest.mark.parametrize("lines", [1, 1_000_000])
@@ -69,15 +65,13 @@ def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch, capsys, lines):
     assert not capsys.readouterr().err
 
 
-def test_another_broken_pipe_is_raised(monkeypatch):
-    def main(_):
-        raise BrokenPipeError
-
+@pytest.mark.parametrize("error", [ZeroDivisionError, BrokenPipeError])
+def test_other_exceptions_and_other_broken_pipes_are_raised(monkeypatch, error):
     reading, writing = os.pipe()
     with open(reading), open(writing, "w") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
-        with pytest.raises(BrokenPipeError):
-            run(main, [])
+        with pytest.raises(error):
+            run(raising(error()), [])
 
 
 # What others call a setting → what the suggestion says.
@@ -129,21 +123,16 @@ def test_each_command_suggests_its_own_options(capsys, main, arguments, suggeste
     assert f"did you mean {suggested}?" in capsys.readouterr().err
 
 
-def test_every_meaning_is_a_name_that_exists(capsys):
-    shown = " ".join(known_settings())
+def test_help_opens_with_what_a_command_does_and_every_meaning_is_a_name_that_exists(capsys):
+    names = {*known_settings(), "--data", "--seq-len", "files"}
     for main in (plan.main, sample.main, documents.main, openwebtext.main):
         with pytest.raises(SystemExit):
             main(["--help"])
-    shown = f"{shown} {capsys.readouterr().out} --data --seq-len files".split()
-    assert {name for names in MEANINGS.values() for name in names.split()} <= set(shown)
-
-
-@pytest.mark.parametrize("main", [plan.main, sample.main, documents.main, openwebtext.main])
-def test_help_opens_with_what_a_command_does_and_examples(capsys, main):
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    what, nothing, example, *_ = capsys.readouterr().out.splitlines()
-    assert what.endswith((".", "split.")) and not nothing and example.startswith("    python ")
+        text = capsys.readouterr().out
+        what, nothing, example, *_ = text.splitlines()
+        assert what.endswith((".", "split.")) and not nothing and example.startswith("    python ")
+        names |= set(text.split())
+    assert {name for meaning in MEANINGS.values() for name in meaning.split()} <= names
 
 
 @pytest.mark.parametrize("command", ["train.py", "sample.py", "-m hgpt.runs", "-um hgpt.runs", "-mdata_prep.verify"])
