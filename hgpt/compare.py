@@ -34,7 +34,7 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
-from hgpt.cli import Parser
+from hgpt.cli import Parser, shown
 from hgpt.cli import run as run_command
 from hgpt.data.batches import accumulation_steps
 from hgpt.data.shards import SPLITS, TokenShards
@@ -343,17 +343,15 @@ def train_all(
     free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
     for place in places:
         free.put(place)
-
-    failed: list[str] = []  # a line for each run
+    outcomes: dict[str, Outcome] = {}
+    failed: list[str] = []  # a line for each run that is to be tried again
     diverged: list[str] = []
 
-    def train_one(config: RunConfig) -> Outcome | None:
+    def train_one(config: RunConfig) -> None:
         place = free.get()
-        outcome = None
         try:
-            outcome = train(config, place, out)
-            if outcome.evaluation is None:
-                diverged.append(config.name)
+            outcomes[config.name] = train(config, place, out)
+            diverged.extend([config.name] if outcomes[config.name].evaluation is None else [])
         except UserError as error:
             failed.append(str(error))
         finally:
@@ -361,21 +359,20 @@ def train_all(
             if failed or diverged:
                 bar.set_postfix(failed=len(failed) + len(diverged))
             bar.update()
-        return outcome
 
     with (
         tqdm(total=len(configs), desc=stage, unit="run", disable=not configs) as bar,
         ThreadPoolExecutor(len(places)) as pool,
     ):
         try:
-            outcomes = list(pool.map(train_one, configs))
+            list(pool.map(train_one, configs))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     if failed:
         end = f"{len(failed)} of {len(configs)} runs failed; the same command tries them again"
         raise UserError("\n".join([*failed, end]))
-    return {config.name: outcome for config, outcome in zip(configs, outcomes, strict=True) if outcome is not None}
+    return outcomes
 
 
 def train(config: RunConfig, place: dict[str, str], out: Path) -> Outcome:
@@ -409,17 +406,18 @@ def outcome_of(config: RunConfig) -> Outcome | None:
     Raises UserError when the folder holds such a run with other settings.
     """
     folder = config.run_folder
-    ends = [record for record in records(folder) if record["kind"] in ("eval", DIVERGED)]
-    if not ends or (ends[-1]["kind"] == "eval" and ends[-1]["step"] < config.train.steps):
+    end = next((record for record in reversed(records(folder)) if record["kind"] in ("eval", DIVERGED)), None)
+    if end is None:
         return None
-    evaluation = {key: value for key in ends[-1] if (value := number_in(ends[-1], key)) is not None}
-    outcome = Outcome(folder=folder, evaluation=None, message=str(ends[-1].get("message", "")))
-    if ends[-1]["kind"] == "eval":
-        newest = checkpoints(folder)[-1:]
-        if "loss" not in evaluation or not newest or checkpoint_step(newest[0]) < config.train.steps:
+    if end["kind"] == DIVERGED:
+        outcome = Outcome(folder=folder, evaluation=None, message=str(end.get("message", "")))
+    else:
+        numbers = {key: number_in(end, key) for key in end if key not in ("step", "time")}
+        evaluation = {key: value for key, value in numbers.items() if value is not None}
+        saved = max(map(checkpoint_step, checkpoints(folder)), default=-1)
+        if min(end["step"], saved) < config.train.steps or "loss" not in evaluation:
             return None
-        measured = {key: value for key, value in evaluation.items() if key not in ("step", "time")}
-        outcome = Outcome(folder=folder, evaluation=measured)
+        outcome = Outcome(folder=folder, evaluation=evaluation)
     with _PARSING:
         there = settings(load_run_config(["--config", str(folder / CONFIG_FILE)]))
     wanted = settings(config)
@@ -558,12 +556,12 @@ def write_tables(out: Path, result: dict[str, Any]) -> None:
                 f"{key.rsplit('.', 1)[-1]} {value}{' (edge)' if key in entry['at_the_edge'] else ''}"
                 for key, value in entry["best"].items()
             ),
-            "failed" if entry["mean"] is None else f"{entry['mean']:.4f}",
-            interval_text(entry["interval"]),
-            "" if entry["sd"] is None else f"{entry['sd']:.4f}",
-            ", ".join("failed" if loss is None else f"{loss:.4f}" for loss in entry["losses"]),
+            shown(entry["mean"], ".4f", "failed"),
+            "" if entry["interval"] is None else "{:.4f} to {:.4f}".format(*entry["interval"]),
+            shown(entry["sd"], ".4f", ""),
+            ", ".join(shown(loss, ".4f", "failed") for loss in entry["losses"]),
             difference_text(entry.get("difference"), entry.get("difference_interval")),
-            f"{entry['difference_p_holm']:.3f}" if "difference_p_holm" in entry else "",
+            shown(entry.get("difference_p_holm"), ".3f", ""),
         ]
         for entry in table
     ]
@@ -575,7 +573,7 @@ def write_tables(out: Path, result: dict[str, Any]) -> None:
             notes += note
             header.append(title)
             for cells, entry in zip(rows, table, strict=True):
-                cells.append("" if entry[name] is None else f"{entry[name]:{form}}")
+                cells.append(shown(entry[name], form, ""))
     (out / "table.md").write_text(f"{markdown([header, *rows])}\n\n{notes}\n", encoding="utf-8")
     write_csv(out / "table.csv", [header, *rows])
 
@@ -617,14 +615,8 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
 
 
-def interval_text(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
-
-
 def difference_text(mean: float | None, interval: tuple[float, float] | None) -> str:
-    if mean is None:
-        return ""
-    return f"{mean:+.4f}" + ("" if interval is None else f" ({interval[0]:+.4f} to {interval[1]:+.4f})")
+    return shown(mean, "+.4f", "") + ("" if interval is None else " ({:+.4f} to {:+.4f})".format(*interval))
 
 
 # ------------------------------------------------------------------------------------------------------------

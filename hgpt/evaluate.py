@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hgpt.cli import Parser, aligned, run
+from hgpt.cli import Parser, aligned, run, shown
 from hgpt.data.baselines import bytes_per_target
 from hgpt.data.shards import TokenShards
 from hgpt.data.tokenizer import TOKENIZER_FILE, encode
@@ -251,12 +251,10 @@ def open_corpus(options: argparse.Namespace, sources: Sequence[Source]) -> Corpu
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """One line a model."""
-    forms = ("{:.4f}", "{:,.2f}", "{:.4f}", "{:.1%}", "{:.1%}", "{:.4f}")
+    forms = (".4f", ",.2f", ".4f", ".1%", ".1%", ".4f")
     lines = [["model", "tokens", "window", "loss", "perplexity", "bits/byte", "accuracy", "top-5", "ECE"]]
     for row in rows:
-        cells = [
-            "-" if row[name] is None else form.format(row[name]) for name, form in zip(COLUMNS, forms, strict=True)
-        ]
+        cells = [shown(row[name], form) for name, form in zip(COLUMNS, forms, strict=True)]
         lines.append([row["model"], f"{row['tokens']:,}", f"{row['window']:,}", *cells])
     return "\n".join(aligned(lines))
 
