@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hgpt import cli
 from hgpt.history import records
 
 GAP = 0.01  # nats per token
@@ -63,7 +64,7 @@ def losses(arm: str, options: argparse.Namespace) -> dict[int, float]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser("python -m benchmarks.distillation", __doc__)
     parser.add_argument("--teacher", required=True, help="a finished run of configs/quickstart_softmax.toml")
     parser.add_argument("--data", default="data/python_docs")
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
@@ -90,4 +91,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(cli.run(main))

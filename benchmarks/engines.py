@@ -8,12 +8,12 @@ gradient norm over all steps, of the validation loss, of the exported weights an
 median of a step, with one thread per process; they mean nothing on a machine with fewer cores than processes.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from hgpt import cli
 from hgpt.history import records
 
 CONFIGS = {"harmonic": "configs/quickstart.toml", "softmax": "configs/quickstart_softmax.toml"}
@@ -60,14 +61,14 @@ def differences(run: Path, reference: Path) -> list[float]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str]) -> None:
+    parser = cli.Parser("python -m benchmarks.engines", __doc__)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--engines", nargs="+", default=["multi_cpu", "zero1", "zero2", "zero3"])
     parser.add_argument("--heads", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--tied", nargs="+", choices=["tied", "untied"], default=["tied", "untied"])
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {options.steps} steps; difference from one process\n")
     print("| head | embeddings | engine | processes | loss | grad norm | validation loss | weights | AdamW | s/step |")
     print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
@@ -87,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

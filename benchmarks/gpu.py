@@ -42,6 +42,7 @@ import torch
 
 from benchmarks import head_loss, sampling, train_step
 from hgpt import cli
+from hgpt.cli import shown
 from hgpt.data.shards import DataMeta, ShardWriter, SplitMeta, token_dtype, write_meta
 from hgpt.durable import whole_file
 from hgpt.errors import UserError
@@ -419,14 +420,15 @@ def run_here(name: str, device: str, deadline: float, work: Path) -> None:
 # Tables
 
 
-def goals(parts: dict[str, Any]) -> list[tuple[str, str, float | None, str]]:
+def goals(results: dict[str, Any]) -> list[tuple[str, str, float | None, str]]:
     """Measure, goal, value (None: not measured) and format, of the goals in docs/performance.md."""
-    losses = look_up(parts, "head", "losses") or {}
-    own_step = look_up(parts, "step", "micro_batches", str(MICRO_BATCH)) or {}
-    trained = look_up(parts, "train", "tokens_per_second")
+    losses = look_up(results, "head", "losses") or {}
+    own_step = look_up(results, "step", "micro_batches", str(MICRO_BATCH)) or {}
+    trained = look_up(results, "train", "tokens_per_second")
     stepped = look_up(own_step, "harmonic", "tokens_per_second")
     extra, dense = (look_up(losses, name, "extra_bytes") for name in ("harmonic", "dense harmonic"))
-    alone = [row for row in look_up(parts, "generate", "rows") or () if row["head"] == "harmonic" and row["batch"] == 1]
+    rows = look_up(results, "generate", "rows") or ()
+    alone = next((row for row in rows if row["head"] == "harmonic" and row["batch"] == 1), {})
     return [
         ("head: harmonic / Liger, time", "≤ 1.0", look_up(losses, "Liger", "harmonic / this"), ".3f"),
         ("head: softmax / Liger, time", "≤ 0.9", look_up(losses, "Liger", "softmax / this"), ".3f"),
@@ -435,16 +437,15 @@ def goals(parts: dict[str, Any]) -> list[tuple[str, str, float | None, str]]:
         ("step: harmonic / plain, tokens/s", "≥ 1.0", own_step.get("harmonic / plain"), ".3f"),
         ("step: MFU of harmonic", "≥ 45 %", look_up(own_step, "harmonic", "mfu"), ".1%"),
         ("train.py / step, tokens/s", "≥ 0.97", trained / stepped if trained and stepped else None, ".3f"),
-        ("generate: tokens/s at batch 1", "≥ 930", alone[0]["tokens_per_second"] if alone else None, ",.0f"),
-        ("generate: the head's share", "≤ 10 %", alone[0]["share_of_head"] if alone else None, ".1%"),
+        ("generate: tokens/s at batch 1", "≥ 930", alone.get("tokens_per_second"), ",.0f"),
+        ("generate: the head's share", "≤ 10 %", alone.get("share_of_head"), ".1%"),
     ]
 
 
 def look_up(tree: Any, *path: str) -> Any:
-    """tree[path[0]][path[1]]…, None where there is nothing; a part's own values lie under "result"."""
+    """tree[path[0]][path[1]]…, None where there is nothing."""
     for key in path:
         tree = tree.get(key) if isinstance(tree, dict) else None
-        tree = tree["result"] if isinstance(tree, dict) and "result" in tree else tree
     return tree
 
 
@@ -557,10 +558,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 }
 
 
-def shown(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
 def aligned(header: list[str], rows: list[list[str]]) -> list[str]:
     """Lines of a table; what does not fit into the last column within 100 columns goes on below."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)][:-1]
@@ -656,7 +653,7 @@ def main(arguments: Sequence[str]) -> str | None:
                 record = run_part(name, device, limit, Path(work), options.out / "log.txt")
             report["parts"][name] = record
             report["card"] = record["result"].get("card", report["card"])
-            report["goals"] = goals(report["parts"])
+            report["goals"] = goals({name: part["result"] for name, part in report["parts"].items()})
             write(options.out / "gpu.json", json.dumps(report, indent=1))
             write(options.out / "gpu.txt", report_text(report))
             print(f"{name}: {record['status']} after {record['seconds']:.0f} s {record['reason'] or ''}", flush=True)

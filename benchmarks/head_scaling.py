@@ -9,8 +9,9 @@ a loss ends where its estimated scores would take more than --limit GiB, or wher
 --patience seconds, at twice the time of the previous point.
 """
 
-import argparse
 import statistics
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from benchmarks.head_loss import Settings, in_a_process_of_its_own, machine_name
+from hgpt import cli
 
 LOSSES = ("dense harmonic", "fused harmonic", "F.cross_entropy(x @ W.T)", "F.linear_cross_entropy")
 DENSE_MATRICES = {"dense harmonic": 8, "F.cross_entropy(x @ W.T)": 3}  # (positions, rows) tensors alive at the peak
@@ -52,8 +54,8 @@ def measure(
     return curves
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str]) -> str:
+    parser = cli.Parser("python -m benchmarks.head_scaling", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="a .png or .svg file")
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--rows", type=int, default=50304, help="classes while the positions vary")
@@ -93,8 +95,8 @@ def main(arguments: list[str] | None = None) -> None:
     axes[0][0].legend(frameon=False)
     figure.suptitle(f"{machine_name(options.device)}, {options.dtype}, width {options.dim}")
     figure.savefig(options.out)
-    print(options.out)
+    return str(options.out)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

@@ -14,14 +14,17 @@ ratios within a round.
 
 import argparse
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.head_loss import synchronize
+from hgpt import cli
+from hgpt.errors import UserError
 from hgpt.hardware import device_name, peak_flops
 from hgpt.model.configuration_hgpt import HEADS, HGPTConfig
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
@@ -146,8 +149,8 @@ def ratio(times: dict[str, list[float]], name: str) -> float:
     return statistics.median(b / a for a, b in zip(times["harmonic"], times[name], strict=True))
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> cli.Parser:
+    parser = cli.Parser("python -m benchmarks.train_step", __doc__)
     for name, default in (("layers", 4), ("heads", 4), ("dim", 128), ("seq-len", 128), ("micro-batch", 16)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--vocab", type=int, default=2048)
@@ -160,10 +163,10 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     options = parser().parse_args(arguments)
     if options.rounds < 2:
-        parser().error(f"argument --rounds: quartiles need at least 2 rounds; got {options.rounds}")
+        raise UserError(f"--rounds must be at least 2, for quartiles; got {options.rounds}")
     torch.set_num_threads(options.threads)
     times, configs, tokens = measure(options), configs_of(options), options.micro_batch * options.seq_len
 
@@ -183,4 +186,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

@@ -13,6 +13,7 @@ import transformers
 from benchmarks import gpu, head_loss
 from hgpt import cli
 
+WITHOUT_GPU = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU here")
 PARTIAL = {"card": "a card", "shape": [1, 2, 3], "dtype": "float32", "losses": {}, "skipped": {"Liger": "not here"}}
 
 
@@ -82,58 +83,33 @@ def test_a_part_that_fails_or_hangs_is_reported_and_the_rest_goes_on(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--minutes", "0.5", "--device", "cpu"], "--minutes is too few for any part"),
-        (["--minutes", "0.5", "--device", "cpu", "--parts", "step"], "step need at least 75 s"),
-        (["--device", "nonsense"], "--device nonsense cannot be used here"),
-        pytest.param(
-            [],
-            "there is no GPU here",
-            marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one here"),
-        ),
-        (["--device", "cpu"], "has the gpu.json of another call"),
+        ("--minutes 0.5 --device cpu", "--minutes is too few for any part"),
+        ("--minutes 0.5 --device cpu --parts step", "step need at least 75 s"),
+        ("--device nonsense", "--device nonsense cannot be used here"),
+        pytest.param("", "there is no GPU here", marks=WITHOUT_GPU),
+        ("--device cpu", "has the gpu.json of another call"),
     ],
 )
-def test_bad_input(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(arguments: str, message: str, tmp_path: Path, monkeypatch, capsys) -> None:
     (tmp_path / "gpu.json").write_text("{}")
-    monkey = pytest.MonkeyPatch()
-    monkey.setattr(gpu, "MARGIN", 25)
-    assert cli.run(gpu.main, [*arguments, "--out", str(tmp_path)]) == 2
-    monkey.undo()
+    monkeypatch.setattr(gpu, "MARGIN", 25)
+    assert cli.run(gpu.main, [*arguments.split(), "--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
     assert (tmp_path / "gpu.json").read_text() == "{}"
 
 
 def test_the_goals_are_ratios_of_one_run() -> None:
-    def part(**result) -> dict:
-        return {"result": {"card": "a card", **result}}
-
-    parts = {
-        "head": part(
-            losses={
-                "harmonic": {"extra_bytes": 30},
-                "Liger": {"harmonic / this": 0.9, "softmax / this": 0.8, "extra_bytes": 1},
-                "dense harmonic": {"extra_bytes": 1000},
-            }
-        ),
-        "step": part(
-            micro_batches={
-                "32": {
-                    "harmonic": {"tokens_per_second": 500, "mfu": 0.5},
-                    "harmonic / softmax": 0.99,
-                    "harmonic / plain": 1.1,
-                }
-            }
-        ),
-        "train": part(tokens_per_second=490),
-        "generate": part(
-            rows=[
-                {"head": "softmax", "batch": 1, "tokens_per_second": 7, "share_of_head": 0.7},
-                {"head": "harmonic", "batch": 1, "tokens_per_second": 1000, "share_of_head": 0.07},
-            ]
-        ),
+    harmonic, ratios = {"tokens_per_second": 500, "mfu": 0.5}, {"harmonic / softmax": 0.99, "harmonic / plain": 1.1}
+    liger, extra = {"harmonic / this": 0.9, "softmax / this": 0.8}, {"harmonic": 30, "dense harmonic": 1000}
+    alone = {"head": "harmonic", "batch": 1, "tokens_per_second": 1000, "share_of_head": 0.07}
+    results = {
+        "head": {"losses": {"Liger": liger, **{name: {"extra_bytes": size} for name, size in extra.items()}}},
+        "step": {"micro_batches": {"32": {"harmonic": harmonic, **ratios}}},
+        "train": {"tokens_per_second": 490},
+        "generate": {"rows": [alone | {"head": "softmax", "tokens_per_second": 7}, alone]},
     }
-    assert [value for _, _, value, _ in gpu.goals(parts)] == [0.9, 0.8, 0.03, 0.99, 1.1, 0.5, 0.98, 1000, 0.07]
-    assert {value for _, _, value, _ in gpu.goals({"head": part()})} == {None}
+    assert [value for _, _, value, _ in gpu.goals(results)] == [0.9, 0.8, 0.03, 0.99, 1.1, 0.5, 0.98, 1000, 0.07]
+    assert {value for _, _, value, _ in gpu.goals({"head": {}})} == {None}
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
