@@ -66,15 +66,6 @@ def unknown(name: str, **values) -> Run:
 # One run
 
 
-def test_figures_of_a_run(tmp_path):
-    run = read(make_run(tmp_path / "first", steps=90, of=100, checkpoint=50, age=300.0))
-    assert (run.step, run.steps, run.tokens, run.tokens_per_second) == (90, 100, 90 * 2048, 1090.0)
-    assert run.training_loss == pytest.approx(8 - 5 * 90 / 190)
-    assert run.validation_loss == pytest.approx(8 - 4.5 * 90 / 190)
-    assert run.age == pytest.approx(300)
-    assert run.state == "stopped"
-
-
 @pytest.mark.parametrize(
     ("settings", "state"),
     [
@@ -100,8 +91,6 @@ def test_the_lock_decides_whether_a_run_is_alive(tmp_path):
     (killed / ckpt.LOCK).touch()
     with folder_lock(slow / ckpt.LOCK, "busy"):
         assert (read(slow).state, read(killed).state) == ("running", "no checkpoint")
-        with pytest.raises(UserError, match="busy"), folder_lock(slow / ckpt.LOCK, "busy"):
-            pass
     assert read(slow).state == "no checkpoint"
 
 
@@ -109,8 +98,7 @@ def test_preempted(tmp_path):
     folder = make_run(tmp_path / "x", steps=60, checkpoint=60, age=5.0)
     (folder / "preempted").touch()
     assert read(folder).state == "preempted"
-    # train.py removes the file when it goes on; after the last step there is nothing to go on with.
-    remove_folder(folder / "checkpoints" / "step_0000060")
+    remove_folder(folder / "checkpoints" / "step_0000060")  # then there is nothing to go on with
     assert read(folder).state == "running"
 
 
@@ -130,16 +118,6 @@ def test_damaged(tmp_path, file, content):
     if content is not None:
         path.write_bytes(content)
     assert read(tmp_path / "x").state == "damaged"
-
-
-def test_lines_that_are_no_records_change_nothing(tmp_path):
-    """tests/test_history.py has all kinds of such lines."""
-    folder = make_run(tmp_path / "x", checkpoint=100)
-    before = read(folder)
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write("what is this?\n" + "\x00" * 5000 + '\n{"kind": "train", "step": 110, "ti')
-    assert read(folder) == before
-    assert read_curves(before, "tokens").training[-1][0] == 100 * 2048
 
 
 def test_losses_that_are_not_finite_are_left_out(tmp_path):
@@ -212,26 +190,20 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def names(text: str) -> list[str]:
-    """The runs of a printed table."""
-    return [row.split()[0] for row in text.splitlines()[1:]]
-
-
-def test_table_of_a_folder(folder):
-    text = main([str(folder)])
-    assert names(text) == ["a", "b", "sweep/lr/c"]
-    head, first, second, third = text.splitlines()
+def test_table_of_folders_and_of_runs(folder):
+    head, first, second, third = main([str(folder)]).splitlines()
     assert head.split() == ["run", "step", "saved", "train", "val", "bits/B", "tok/s", "tokens", "age", "state"]
     assert " ".join(first.split()) == "a 100/100 100 5.5000 5.7500 @100 2.500 1.1k 205k 2h finished"
-    assert second.split()[1:6] == ["60/100", "50", "6.1250", "6.3125", "@60"]
-    assert second.split()[-1] == "running" and third.endswith("25h  no checkpoint")
-    assert names(main([str(folder), "--sort", "validation"])) == ["a", "b", "sweep/lr/c"]
-    assert names(main([str(folder), "--sort", "age"])) == ["b", "a", "sweep/lr/c"]
-
-
-def test_a_run_itself_and_several_folders(folder):
+    assert " ".join(second.split()).startswith("b 60/100 50 6.1250 6.3125 @60 2.500 ") and second.endswith("running")
+    assert third.startswith("sweep/lr/c ") and third.endswith("25h  no checkpoint")
     assert find_runs(folder / "a") == [("a", folder / "a")]
-    assert names(main([str(folder / "b"), str(folder / "sweep"), str(folder / "b")])) == ["b", "lr/c"]
+    for arguments, expected in (
+        ([folder, "--sort", "validation"], ["a", "b", "sweep/lr/c"]),
+        ([folder, "--sort", "age"], ["b", "a", "sweep/lr/c"]),
+        ([folder / "b", folder / "sweep", folder / "b"], ["b", "lr/c"]),
+    ):
+        text = main([str(argument) for argument in arguments])
+        assert [row.split()[0] for row in text.splitlines()[1:]] == expected
 
 
 def test_unknown_values_come_last():
@@ -278,19 +250,16 @@ def test_plot(folder):
         assert (np.rint(image[..., :3] * 255) == colour).all(-1).any()
 
 
-def test_smoothing():
+def test_smoothed_losses_and_the_range_of_a_plot():
     assert runs._smoothed([5.0, 3.0, 4.0, 2.0]).tolist() == [5, 4, 3, 3]
     assert runs._smoothed([1.0]).tolist() == [1]
     line = np.arange(100.0)  # windows of 11: centred ones leave a straight line as it is
     assert np.allclose(runs._smoothed(line)[:95], line[:95]) and runs._smoothed(line)[-1] == 96.5
-
-
-def test_the_first_losses_do_not_flatten_the_rest():
+    # The first losses do not flatten the rest.
     curve = runs.Curves(name="x", training=[(1, 90.0), (40, 4.0), (100, 3.0)], validation=[(0, 99.0), (100, 3.2)])
     last, (low, high) = runs._ranges([curve])
     assert last == 100 and 2.9 < low < 3.0 and 4.0 < high < 4.1
-    flat = runs.Curves(name="x", training=[], validation=[(0, 2.0)])
-    assert runs._ranges([flat]) == (0, (1.5, 2.5))
+    assert runs._ranges([runs.Curves(name="x", training=[], validation=[(0, 2.0)])]) == (0, (1.5, 2.5))
 
 
 def test_terminal_plot(folder):
@@ -306,7 +275,7 @@ def test_terminal_plot(folder):
     assert sum(row.count("A") for row in rows) == 2  # of three evaluations the first is beyond the plot
 
 
-def test_what_cannot_be_plotted(folder, monkeypatch):
+def test_bad_input(folder, monkeypatch):
     def refused(*arguments: str | Path) -> str:
         with pytest.raises(UserError) as error:
             main([str(argument) for argument in arguments])
@@ -314,20 +283,15 @@ def test_what_cannot_be_plotted(folder, monkeypatch):
 
     for target in (folder / "losses.xyz", folder / "none" / "losses.png"):
         assert f"--plot {target} cannot be written" in refused(folder, "--plot", target)
-    for number in range(30):
+    for number in range(24):
         make_run(folder / f"more{number}", steps=20)
-    assert "--terminal shows at most 26 runs; got 33" in refused(folder, "--terminal")
+    assert "--terminal shows at most 26 runs; got 27" in refused(folder, "--terminal")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "--plot needs matplotlib" in refused(folder, "--plot", "x.png")
     (make_run(folder / "young" / "x") / "metrics.jsonl").unlink()
     assert "none of these runs has logged a loss yet" in refused(folder / "young", "--terminal")
-
-
-def test_folders_without_runs(tmp_path):
-    with pytest.raises(UserError, match="a run is a folder with metrics"):
-        main([str(tmp_path)])
-    with pytest.raises(UserError, match=f"{tmp_path / 'none'} is no folder"):
-        main([str(tmp_path / "none")])
+    assert "a run is a folder with metrics" in refused(folder / "notes")
+    assert f"{folder / 'none'} is no folder" in refused(folder / "none")
 
 
 def test_units():
