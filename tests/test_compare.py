@@ -29,24 +29,14 @@ main = partial(run, compare.main)
 
 CONFIG = """
 name = "{name}"
-[data]
-path = "data"
-seq_len = 16
+data = {{path = "data", seq_len = 16}}
+train = {{steps = 20, global_batch = 4, micro_batch = 4}}
+optim = {{lr = 2e-3, min_lr = 2e-4}}
 [model]
 n_layer = 1
 n_head = 2
 n_embd = 16
-[model.head]
-type = "{head}"
-{exponent}
-final_norm_gain = {gain}
-[train]
-steps = {steps}
-global_batch = 4
-micro_batch = 4
-[optim]
-lr = 2e-3
-min_lr = 2e-4
+head = {{type = "{name}", {head}}}
 """
 
 
@@ -83,7 +73,9 @@ def files(tmp_path, monkeypatch) -> list[str]:
     """Two configurations in the working directory, and their data."""
     monkeypatch.chdir(tmp_path)
     prepare(Path("data"), byte_pairs(300))
-    write_configs(tmp_path)
+    heads = {"harmonic": 'exponent = "2*sqrt_dim", final_norm_gain = 0.05', "softmax": "final_norm_gain = 3.0"}
+    for name, head in heads.items():
+        Path(f"{name}.toml").write_text(CONFIG.format(name=name, head=head))
     compare.configured.cache_clear()  # of files with the same names in other folders
     return ["--config", "harmonic.toml", "softmax.toml"]
 
@@ -93,13 +85,6 @@ def arms(files, monkeypatch) -> list[str]:
     """The same, and training is only pretended."""
     monkeypatch.setattr(compare.subprocess, "run", pretended_training)
     return files
-
-
-def write_configs(folder: Path, **softmax_settings) -> None:
-    for head, exponent, gain in (("harmonic", 'exponent = "2*sqrt_dim"', 0.05), ("softmax", "", 3.0)):
-        values = {"name": head, "head": head, "exponent": exponent, "gain": gain, "steps": 20}
-        values |= softmax_settings if head == "softmax" else {}
-        (folder / f"{head}.toml").write_text(CONFIG.format(**values))
 
 
 def trained(out: Path) -> list[str]:
@@ -116,8 +101,10 @@ SWEEP = ["--sweep", "optim.lr=1e-3,3e-3,9e-3"]
 
 
 def test_each_arm_is_tuned_and_then_repeated(arms, capsys):
-    result = run(*arms, *SWEEP, "--seeds", "3", "--out", "out")
-    assert len(trained(Path("out"))) == 2 * (3 + 2)
+    command = [*arms, *SWEEP, "--seeds", "3", "--out", "out"]
+    result = run(*command)
+    before = trained(Path("out"))
+    assert len(before) == 2 * (3 + 2)
     harmonic, softmax = result["arms"]
     for arm in (harmonic, softmax):
         assert arm["best"] == {"optim.lr": "3e-3"} and arm["at_the_edge"] == [] and len(arm["tried"]) == 3
@@ -134,6 +121,14 @@ def test_each_arm_is_tuned_and_then_repeated(arms, capsys):
     config = tomllib.loads(Path("out/configs/harmonic-lr9e-3-seed0.toml").read_text())
     assert config["optim"]["lr"] == 0.009 and config["optim"]["min_lr"] == pytest.approx(0.0009)
     assert config["train"]["seed"] == 1337
+    # The same command goes on where it stopped.
+    Path("out/runs/harmonic-lr3e-3-seed1/metrics.jsonl").write_text('{"kind": "train", "step": 3}\n{"kin')
+    assert run(*command) == result and trained(Path("out")) == [*before, "harmonic-lr3e-3-seed1"]
+    # A run that finished with other settings is not taken for the wanted one, unless they change nothing measured.
+    capsys.readouterr()
+    assert main([*command, "--set", "optim.weight_decay=0.2", "--no-report"]) == 2
+    assert "optim.weight_decay: 0.1 there, 0.2 wanted" in capsys.readouterr().err
+    assert main([*command, "--set", "train.micro_batch=2", "--no-report"]) == 0
 
 
 def test_one_sweep_after_the_other(arms):
@@ -169,7 +164,8 @@ def test_columns_for_what_some_runs_have_logged(arms, capsys):
     steps = [
         {"kind": "train", "step": step, "grad_norm": norm, "tokens_per_second": rate} for step, norm, rate in lines
     ]
-    for seed, rates in ((0, (1.0, 100.0)), (1, (50.0,))):  # the last line of energy counts
+    steps.append({"kind": "train", "step": 20, "grad_norm": "x", "tokens_per_second": None})  # no numbers
+    for seed, rates in ((0, (1.0, 100.0, "x")), (1, (50.0,))):  # the last number of energy counts
         energy = [{"kind": "energy", "step": 20, "tokens_per_joule": rate} for rate in rates]
         metrics = Path(f"out/runs/harmonic-lr3e-3-seed{seed}/metrics.jsonl")
         metrics.write_text("".join(json.dumps(r) + "\n" for r in [*steps, *energy]) + metrics.read_text())
@@ -180,15 +176,6 @@ def test_columns_for_what_some_runs_have_logged(arms, capsys):
     header, _, first, second, *_ = capsys.readouterr().out.splitlines()
     assert header.endswith("| gradient norm, sd / mean | tokens/s | J per token |")
     assert first.endswith("| 0.50 | 850 | 0.015 |") and second.endswith("|  |  |  |")
-
-
-def test_the_same_command_goes_on_where_it_stopped(arms):
-    command = [*arms, *SWEEP, "--seeds", "2", "--out", "out"]
-    first = run(*command)
-    before = len(trained(Path("out")))
-    (Path("out/runs/harmonic-lr3e-3-seed1") / "metrics.jsonl").write_text('{"kind": "train", "step": 3}\n{"kin')
-    assert run(*command) == first
-    assert trained(Path("out"))[before:] == ["harmonic-lr3e-3-seed1"]
 
 
 def test_a_run_that_diverges_is_not_the_best_and_not_repeated(arms, capsys):
@@ -207,37 +194,6 @@ def test_a_run_that_diverges_is_not_the_best_and_not_repeated(arms, capsys):
     assert "| softmax | lr 1 | failed |  |  | failed, failed |  |  |" in capsys.readouterr().out
     assert main([*arms, "--sweep", "optim.lr=1,2", "--seeds", "1", "--out", "other", "--no-report"]) == 2
     assert "every run diverged" in capsys.readouterr().err
-
-
-def test_only_a_loss_that_is_not_finite_is_a_result(arms, monkeypatch, capsys):
-    """A full disk after some steps stops the comparison; the same command tries the run again and ends."""
-    command = [*arms, "--seeds", "1", "--out", "out"]
-
-    def full_disk(command, **settings):
-        folder = Path("out/runs/harmonic-seed0")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 9.0}\n')
-        settings["stdout"].write("error: could not write it: No space left on device\n")
-        return CompletedProcess(command, 2)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(compare.subprocess, "run", full_disk)
-        assert main([*command, "--no-report"]) == 2
-    error = capsys.readouterr().err  # names both runs of the stage
-    assert "harmonic-seed0 stopped with status 2: error: could not write it" in error
-    assert "softmax-seed0 stopped" in error and "2 of 2 runs failed; the same command tries them again" in error
-    assert run(*command)["arms"][0]["mean"] > 0
-
-
-def test_records_in_which_text_stands_for_numbers(tmp_path):
-    lines = [
-        {"kind": "energy", "step": 1, "tokens_per_joule": 4.0},
-        {"kind": "energy", "step": 2, "tokens_per_joule": "x"},
-    ]
-    lines += [{"kind": "train", "step": step, "grad_norm": "x", "tokens_per_second": None} for step in range(4)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert compare.joules_per_token(tmp_path) == 0.25
-    assert compare.gradient_norm_spread(tmp_path) is compare.median_tokens_per_second([tmp_path]) is None
 
 
 def test_no_cell_of_a_table_is_a_formula(tmp_path):
@@ -272,34 +228,23 @@ def test_varied_settings_make_arms(arms):
     ]
 
 
-def test_what_finished_with_other_settings_is_not_taken_for_the_run(arms, capsys):
-    run(*arms, "--seeds", "1", "--out", "out")
-    assert main([*arms, "--seeds", "1", "--out", "out", "--set", "optim.weight_decay=0.2", "--no-report"]) == 2
-    error = capsys.readouterr().err
-    assert "optim.weight_decay: 0.1 there, 0.2 wanted" in error
-    # What changes nothing that is measured may differ.
-    assert main([*arms, "--seeds", "1", "--out", "out", "--set", "train.micro_batch=2", "--no-report"]) == 0
-
-
-def test_arms_that_are_not_matched_are_refused(arms, tmp_path, capsys):
-    write_configs(tmp_path, steps=30)
-    assert main([*arms, "--out", "out", "--no-report"]) == 2
-    assert "train.steps is 20 in harmonic-seed0, 30 in softmax-seed0" in capsys.readouterr().err
-    assert trained(Path("out")) == []
-    assert run(*arms, "--set", "train.steps=30", "--seeds", "1", "--out", "out")["arms"][0]["mean"] > 0
-
-
-def test_a_trainer_that_breaks_is_an_error(files, tmp_path, monkeypatch, capsys):
-    """In a real process."""
+def test_a_trainer_that_breaks_is_an_error_and_tried_again(files, tmp_path, monkeypatch, capsys):
+    """In a real process; only a loss that is not finite is a result."""
     trainer = tmp_path / "train.py"
-    monkeypatch.setattr(compare, "TRAIN", trainer)
-    trainer.write_text("import sys\nprint('error: the disk is full')\nsys.exit(2)\n")
-    assert main([*files, "--out", "out", "--no-report"]) == 2
-    error = capsys.readouterr().err
-    assert "status 2: error: the disk is full" in error and f"{tmp_path}/out/logs/" in error
-    trainer.unlink()
-    assert main([*files, "--out", "out", "--no-report"]) == 2
-    assert f"there is no {trainer}" in capsys.readouterr().err
+    command = [*files, "--seeds", "1", "--out", "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "TRAIN", trainer)
+        assert main([*command, "--no-report"]) == 2
+        assert f"there is no {trainer}" in capsys.readouterr().err
+        trainer.write_text("import sys\nprint('error: the disk is full')\nsys.exit(2)\n")
+        Path("out/runs/harmonic-seed0").mkdir(parents=True)
+        Path("out/runs/harmonic-seed0/metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 9.0}\n')
+        assert main([*command, "--no-report"]) == 2
+    error = capsys.readouterr().err  # names both runs of the stage
+    assert f"harmonic-seed0 stopped with status 2: error: the disk is full (the whole output: {tmp_path}/out/" in error
+    assert "softmax-seed0 stopped" in error and "2 of 2 runs failed; the same command tries them again" in error
+    monkeypatch.setattr(compare.subprocess, "run", pretended_training)
+    assert run(*command)["arms"][0]["mean"] > 0
 
 
 @pytest.mark.parametrize(
@@ -334,20 +279,15 @@ def test_bad_input(arms, capsys, options, message):
     assert trained(Path("out")) == []
 
 
-def test_arms_take_the_names_of_their_files(tmp_path):
+def test_arms_take_the_names_of_their_files():
     with pytest.raises(UserError, match="which must differ; got a, a"):
         build_arms(["a.toml", "x/a.toml"], [], [], [])
     assert parse_axis("a:b.c=1, 2", "--vary") == Axis(arm="a", key="b.c", values=("1", "2"))
 
 
-def test_edges():
-    assert at_the_edge(["1e-3", "3e-3", "6e-3"], "6e-3")
-    assert not at_the_edge(["1e-3", "6e-3", "3e-3"], "3e-3")
-    assert not at_the_edge(["3e-3"], "3e-3")  # nothing was tuned
-    assert not at_the_edge(["sqrt_dim", "dim"], "dim")
-
-
-def test_intervals_are_students():
+def test_edges_and_students_intervals():
+    assert at_the_edge(["1e-3", "3e-3", "6e-3"], "6e-3") and not at_the_edge(["1e-3", "6e-3", "3e-3"], "3e-3")
+    assert not at_the_edge(["3e-3"], "3e-3") and not at_the_edge(["sqrt_dim", "dim"], "dim")  # nothing was tuned
     values = [4.0, 4.1, 4.4]
     assert t_interval(values) == pytest.approx(stats.ttest_1samp(values, 0).confidence_interval(0.95))
     assert t_interval([4.0]) is None

@@ -1,6 +1,5 @@
 """hgpt/plan.py: its figures against real parameters, real activations, and what the head's code allocates."""
 
-import json
 import re
 import weakref
 from collections import defaultdict
@@ -93,10 +92,11 @@ def test_parameters_by_part(tied, bias):
 @pytest.mark.parametrize(("algorithm", "precision"), [("adamw", "bf16"), ("muon", "fp32")])
 def test_parameters_gradients_and_optimiser_of_a_real_model(shipped, algorithm, precision):
     """One process: float32 parameters in either precision, and what the optimiser keeps for them."""
-    model_settings = {"n_layer": 3, "n_head": 4, "n_embd": 128, "bias": "true"}
-    options = [f"--model.{name}={value}" for name, value in model_settings.items()]
-    options += ["--data.seq_len=96", "--data.vocab_size=300", "--train.micro_batch=2", f"--train.precision={precision}"]
-    planned = make_plan(load_run_config([*shipped, *options, f"--optim.algorithm={algorithm}"]), Launch())
+    options = "--model.n_layer=3 --model.n_head=4 --model.n_embd=128 --model.bias=true --data.seq_len=96"
+    options += (
+        f" --data.vocab_size=300 --train.micro_batch=2 --train.precision={precision} --optim.algorithm={algorithm}"
+    )
+    planned = make_plan(load_run_config([*shipped, *options.split()]), Launch())
     model = HGPTForCausalLM(planned.config).train()
     optimizer = build_optimizer(model, planned.run.optim)
     ids = torch.randint(300, (2, 96))
@@ -104,12 +104,9 @@ def test_parameters_gradients_and_optimiser_of_a_real_model(shipped, algorithm, 
         model(ids, shift_labels=ids, use_cache=False).loss.backward()
     optimizer.step()
     parameters = list(model.parameters())
-    state = [v for p in parameters for name, v in optimizer.state[p].items() if name != "step"]
-    memory = planned.memory("ddp")
-    assert memory.parameters == sum(p.nbytes for p in parameters)
-    assert memory.gradients == sum(p.grad.nbytes for p in parameters)
-    assert memory.optimiser == sum(value.nbytes for value in state)
-    assert memory.buckets == memory.host == 0
+    state = [v.nbytes for p in parameters for name, v in optimizer.state[p].items() if name != "step"]
+    weights, gradients = sum(p.nbytes for p in parameters), sum(p.grad.nbytes for p in parameters)
+    assert planned.memory("ddp")[:5] == (weights, gradients, sum(state), 0, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -144,10 +141,7 @@ def test_activations_of_a_real_step(activation_function, precision, checkpointin
     assert seen.peak == pytest.approx(expected, rel=0.02)
 
 
-def test_checkpointing_and_dropout():
-    """Checkpointing moves the activations of one block to its backward pass; dropout keeps masks."""
-    whole, less = (activation_memory(tiny(), 1000, AUTOCAST, checkpointing=value) for value in (False, True))
-    assert whole.kept - less.kept == 3 * (less.block - whole.block)
+def test_dropout_keeps_masks():
     plain, masked = (activation_memory(tiny(dropout=p), 10, AUTOCAST, checkpointing=False).kept for p in (0.0, 0.1))
     assert masked - plain == 10 * 128 * (2 * 3 + 1)
 
@@ -275,16 +269,16 @@ def test_report(shipped):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--gpus", "0"], "--gpus must be at least 1; got 0"),
-        (["--mfu", "40"], "--mfu .* 40.0"),
-        (["--memory", "0"], "--memory .* 0.0"),
-        (["--gpu", "8"], "there is no setting gpu"),
-        (["--gpus", "7"], "train.global_batch = 480 .* train.micro_batch = 12"),
+        ("--gpus 0", "--gpus must be at least 1; got 0"),
+        ("--mfu 40", "--mfu .* 40.0"),
+        ("--memory 0", "--memory .* 0.0"),
+        ("--gpu 8", "there is no setting gpu"),
+        ("--gpus 7", "train.global_batch = 480 .* train.micro_batch = 12"),
     ],
 )
 def test_bad_options(shipped, options, message):
     with pytest.raises(UserError, match=message):
-        plan.main([*shipped, *options])
+        plan.main([*shipped, *options.split()])
 
 
 @pytest.mark.parametrize(
@@ -337,35 +331,29 @@ def test_a_distance_that_takes_days(shipped, distance, traffic, device, bandwidt
 
 def test_vocabulary_and_epochs_come_from_the_data(tmp_path, shipped):
     folder = write_data(tmp_path / "data", np.arange(2049) % 100, np.arange(2049) % 100)
-    options = ["--data.path", str(folder), "--train.steps", "10", "--optim.warmup_steps", "0"]
-    text = plan.main([*shipped, *options, "--train.global_batch", "12"])
+    command = [*shipped, "--data.path", str(folder), "--train.steps", "10", "--optim.warmup_steps", "0"]
+    text = plan.main([*command, "--train.global_batch", "12"])
     assert "vocabulary 300 in 320 rows" in text
     assert f"{10 * 12 * 1024 / 2049:.2f} epochs of 2,049" in text and "note:" not in text
     with pytest.raises(UserError, match="fewer than one sequence"):
-        plan.main([*shipped, *options, "--data.seq_len", "4096"])
-    (folder / "meta.json").write_text(json.dumps({}))
+        plan.main([*command, "--data.seq_len", "4096"])
+    (folder / "meta.json").write_text("{}")
     with pytest.raises(UserError, match=r"meta\.json"):
-        plan.main([*shipped, *options])
-
-
-def test_table(shipped):
-    """Of all shipped sizes, in order; their parameters as counted by hand."""
-    files = [f"configs/gpt2_{name}_harmonic.toml" for name in ("xl", "small", "large", "medium")]
-    lines = plan.main(["--gpus", "8", "--table", *files, *shipped[2:]]).splitlines()
-    assert lines[0] == "| run | parameters | micro-batch | checkpointing | " + " | ".join(ENGINES) + " |"
-    found = [line.split(" | ")[:2] for line in lines[2:]]
-    sizes = {"small": "124.4 M", "medium": "354.6 M", "large": "773.6 M", "xl": "1.557 G"}
-    assert found == [[f"| gpt2_{name}_harmonic", size] for name, size in sizes.items()]
-    small = make_plan(load_run_config(shipped), Launch(gpus=8))
-    assert lines[2].split(" | ")[4] == f"{small.memory('ddp').total / GIB:.1f}"
+        plan.main(command)
 
 
 def test_the_table_of_the_documentation(monkeypatch):
-    """As its command prints it, whether or not there is data (GPT-2's vocabulary either way)."""
+    """As its command prints it, whether or not there is data; in order of the parameters, as counted by hand."""
     monkeypatch.chdir(ROOT)
     pages = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
     command = r"^python -m hgpt\.plan (.*--table) (configs/\S+)$"
     ((page, found),) = [(page, found) for page in pages if (found := re.search(command, page, re.M))]
     files = sorted(str(path) for path in Path().glob(found[2]))
-    assert len(files) == 4
-    assert plan.main([*found[1].split(), *files, "--data.path", "there/is/none"]) in page
+    text = plan.main([*found[1].split(), *files, "--data.path", "there/is/none"])
+    assert text in page
+    head, _, *rows = (line.split(" | ") for line in text.splitlines())
+    assert head == ["| run", "parameters", "micro-batch", "checkpointing", *ENGINES[:-1], f"{ENGINES[-1]} |"]
+    sizes = {"small": "124.4 M", "medium": "354.6 M", "large": "773.6 M", "xl": "1.557 G"}
+    assert [row[:2] for row in rows] == [[f"| gpt2_{name}_harmonic", size] for name, size in sizes.items()]
+    small = make_plan(load_run_config(["--config", files[2], "--data.path", "there/is/none"]), Launch(gpus=8))
+    assert rows[0][4] == f"{small.memory('ddp').total / GIB:.1f}"

@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import json
 import re
 import shutil
 import subprocess
@@ -11,14 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import small_models
 import torch
-from small_models import TEXT
 from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 import hgpt
 import sample
 from hgpt import cli
-from hgpt.data.tokenizer import Tokenizer, hf_tokenizer, load_tokenizer
+from hgpt.data.tokenizer import load_tokenizer
 from hgpt.interpret.token_distances import TokenDistances, distance_table, measure, visible, width
 
 ROOT = Path(__file__).parent.parent
@@ -28,29 +27,13 @@ PROMPT = "The with statement é"
 END = VOCAB - 1  # end-of-text
 
 
-@pytest.fixture(scope="module")
-def bpe() -> Tokenizer:
-    return load_tokenizer(f"bpe:{VOCAB}", lambda: [TEXT])
-
-
-def export(folder: Path, bpe: Tokenizer, head: str, **settings: str) -> Path:
-    torch.manual_seed(1)
-    config = hgpt.HGPTConfig(
-        vocab_size=VOCAB, n_positions=CONTEXT, n_embd=32, n_layer=1, n_head=2, head=head, centre_init_std=0.02,
-        bos_token_id=bpe.end_of_text, eos_token_id=bpe.end_of_text, **settings,
-    )  # fmt: skip
-    model = hgpt.HGPTForCausalLM(config)
-    if model.lm_head.log_weight is not None:
-        torch.nn.init.normal_(model.lm_head.log_weight, std=2)
-    model.save_pretrained(folder)
-    bpe.save(folder)
-    hf_tokenizer(folder / "tokenizer.json", CONTEXT).save_pretrained(folder)
-    return folder
+def export(folder: Path, head: str = "harmonic", **settings: str) -> Path:
+    return small_models.export(folder, small_models.byte_pairs(VOCAB), head, context=CONTEXT, **settings)
 
 
 @pytest.fixture(scope="module")
-def harmonic(tmp_path_factory: pytest.TempPathFactory, bpe: Tokenizer) -> Path:
-    return export(tmp_path_factory.mktemp("harmonic"), bpe, "harmonic")
+def harmonic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(tmp_path_factory.mktemp("harmonic"))
 
 
 @pytest.fixture(scope="module")
@@ -90,48 +73,37 @@ def float64_distances(model: hgpt.HGPTForCausalLM, ids: list[int]) -> torch.Tens
 # Distances
 
 
-def test_measured_distances_are_those_of_hidden_states_and_centres(loaded) -> None:
-    model, tokenizer = loaded
-    prompt_ids, new_ids = tokenizer(PROMPT).input_ids, [5, 300, 17, 123]
-    n = model.config.exponent
-    distances = float64_distances(model, prompt_ids + new_ids)[len(prompt_ids) - 1 : -1]
-    probabilities = torch.softmax(-n * distances.log(), dim=-1)
-    ratios = distances / distances.amin(-1, keepdim=True)
-
-    positions = measure(model, prompt_ids, new_ids, nearest=10_000)
-
-    assert [position.token for position in positions] == new_ids
-    for t, position in enumerate(positions):
-        token, expected = position.token, ratios[t].sort()
-        assert position.probability == pytest.approx(probabilities[t, token].item(), rel=1e-4)
-        assert position.ratio == pytest.approx(ratios[t, token].item(), rel=1e-5)
-        assert position.rank == 1 + (distances[t] < distances[t, token]).sum().item()
-        assert [ratio for _, ratio in position.nearest] == pytest.approx(expected.values.tolist(), rel=1e-5)
-        assert [token for token, _ in position.nearest[:6]] == expected.indices[:6].tolist()
-
-
-def test_distances_with_radii(tmp_path: Path, bpe, write) -> None:
-    """d, ρ and d / ρ of each token are those of the weights, and have their columns."""
-    folder = export(tmp_path, bpe, "harmonic", radius="learned", final_norm="none")
+@pytest.mark.parametrize("radius", ["none", "learned"])
+def test_measured_distances_are_those_of_hidden_states_and_centres(tmp_path, write, radius) -> None:
+    """In float64: d of each token, with radii ρ and d / ρ too, which have their columns."""
+    free = {"radius": "learned", "final_norm": "none"} if radius == "learned" else {}
+    folder = export(tmp_path, **free)
     model, tokenizer = hgpt.HGPTForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    prompt_ids, new_ids = tokenizer(PROMPT).input_ids, [5, 299, 17]
+    n, a = model.config.exponent, model.lm_head.log_weight
+    radii = torch.ones(VOCAB) if a is None else (a.detach().double()[:VOCAB] / n).exp()
+    prompt_ids, new_ids = tokenizer(PROMPT).input_ids, [5, 299, 17, 123]
     distances = float64_distances(model, prompt_ids + new_ids)[len(prompt_ids) - 1 : -1]
-    radii = (model.lm_head.log_weight.detach().double()[:VOCAB] / model.config.exponent).exp()
-    scaled = distances / radii
-    positions = measure(model, prompt_ids, new_ids, nearest=3)
-    for token, position, d, own in zip(new_ids, positions, distances, scaled, strict=True):
-        p = own**-model.config.exponent
-        assert position.probability == pytest.approx((p[token] / p.sum()).item(), rel=1e-3)
-        assert position.ratio == pytest.approx((d[token] / d.min()).item(), rel=1e-4)
-        assert position.radius == pytest.approx((radii[token] / radii.max()).item(), rel=1e-4)
-        assert position.scaled == pytest.approx((own[token] / own.min()).item(), rel=1e-4)
-        assert position.rank == 1 + (own < own[token]).sum().item()
-        assert [ratio for _, ratio in position.nearest] == pytest.approx((own.sort().values[:3] / own.min()).tolist())
-    head, row, *_ = distance_table(positions, tokenizer, model.config.exponent).splitlines()
-    assert head.split()[:6] == ["token", "p", "d/d_min", "ρ/ρ_max", "d/ρ", "rank"]
-    assert row.split()[3:6] == [f"{v:.3f}" for v in (positions[0].ratio, positions[0].radius, positions[0].scaled)]
-    out = write(folder, "--prompt", PROMPT, "--max-new-tokens", "3", "--show-distances")
-    assert "\nρ/ρ_max  " in out and "learned radii" in write.notes
+    positions = measure(model, prompt_ids, new_ids, nearest=10_000)
+    assert [position.token for position in positions] == new_ids
+    for token, position, d in zip(new_ids, positions, distances, strict=True):
+        scaled = d / radii
+        order, p = scaled.sort(), torch.softmax(-n * scaled.log(), dim=-1)
+        assert position.probability == pytest.approx(p[token].item(), rel=1e-4)
+        assert position.ratio == pytest.approx((d[token] / d.min()).item(), rel=1e-5)
+        assert position.rank == 1 + (scaled < scaled[token]).sum().item()
+        assert [ratio for _, ratio in position.nearest] == pytest.approx(
+            (order.values / scaled.min()).tolist(), rel=1e-5
+        )
+        assert [token for token, _ in position.nearest[:6]] == order.indices[:6].tolist()
+        if free:
+            assert position.radius == pytest.approx((radii[token] / radii.max()).item(), rel=1e-4)
+            assert position.scaled == pytest.approx((scaled[token] / scaled.min()).item(), rel=1e-4)
+    if free:
+        head, row, *_ = distance_table(positions, tokenizer, n).splitlines()
+        assert head.split()[:6] == ["token", "p", "d/d_min", "ρ/ρ_max", "d/ρ", "rank"]
+        assert row.split()[3:6] == [f"{v:.3f}" for v in (positions[0].ratio, positions[0].radius, positions[0].scaled)]
+        out = write(folder, "--prompt", PROMPT, "--max-new-tokens", "3", "--show-distances")
+        assert "\nρ/ρ_max  " in out and "learned radii" in write.notes
 
 
 def test_the_table_of_measured_values_is_printed_below_the_text(loaded, harmonic: Path, write) -> None:
@@ -234,40 +206,26 @@ def test_temperature_0_and_cuts_to_one_token_are_greedy(loaded, harmonic: Path, 
     assert "sampling  greedy" in write.notes
 
 
-def sampled_from(model, monkeypatch: pytest.MonkeyPatch, argv: str, prompt_ids: list[int]) -> torch.Tensor:
-    """The probabilities that the first new token was drawn from, (V,)."""
-    drawn = []
-    draw = torch.multinomial
-    monkeypatch.setattr(torch, "multinomial", lambda p, **kw: (drawn.append(p), draw(p, **kw))[1])
-    generate(model, prompt_ids, 1, *argv.split())
-    return drawn[0][0]
-
-
-def test_temperature_is_the_exponent_n_over_t(loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokenizer = loaded
-    prompt_ids = tokenizer(PROMPT).input_ids
-    drawn = sampled_from(model, monkeypatch, "--temperature 0.3 --top-k 0", prompt_ids)
-    distances = float64_distances(model, prompt_ids)[-1]
-    expected = hgpt.harmax(distances.square(), model.config.exponent / 0.3)
-    torch.testing.assert_close(drawn.double(), expected, rtol=1e-4, atol=1e-9)
-
-
 @pytest.mark.parametrize(
-    ("argv", "kept"),
+    ("argv", "temperature", "kept"),
     [
-        ("--top-k 7", lambda p: 7),
-        ("--top-k 0 --top-p 0.3", lambda p: int((p.cumsum(0) < 0.3).sum()) + 1),
-        ("--min-p 0.05", lambda p: int((p >= 0.05 * p[0]).sum())),
+        ("--temperature 0.3 --top-k 0", 0.3, lambda p: VOCAB),
+        ("--temperature 1 --top-k 7", 1, lambda p: 7),
+        ("--temperature 1 --top-k 0 --top-p 0.3", 1, lambda p: int((p.cumsum(0) < 0.3).sum()) + 1),
+        ("--temperature 1 --min-p 0.05", 1, lambda p: int((p >= 0.05 * p[0]).sum())),
     ],
 )
-def test_truncation_keeps_the_most_probable(loaded, monkeypatch: pytest.MonkeyPatch, argv: str, kept: Callable) -> None:
+def test_sampling_is_from_the_most_probable_with_the_exponent_n_over_t(loaded, monkeypatch, argv, temperature, kept):
     model, tokenizer = loaded
-    prompt_ids = tokenizer(PROMPT).input_ids
-    drawn = sampled_from(model, monkeypatch, f"--temperature 1 {argv}", prompt_ids)
-    distances = float64_distances(model, prompt_ids)[-1]
-    p = hgpt.harmax(distances.square(), model.config.exponent).sort(descending=True)
-    assert 1 < kept(p.values) < VOCAB
-    assert set(drawn.nonzero().flatten().tolist()) == set(p.indices[: kept(p.values)].tolist())
+    prompt_ids, drawn, draw = tokenizer(PROMPT).input_ids, [], torch.multinomial
+    monkeypatch.setattr(torch, "multinomial", lambda p, **kw: (drawn.append(p), draw(p, **kw))[1])
+    generate(model, prompt_ids, 1, *argv.split())
+    p = hgpt.harmax(float64_distances(model, prompt_ids)[-1].square(), model.config.exponent / temperature)
+    order = p.sort(descending=True)
+    count = kept(order.values)
+    assert 1 < count < VOCAB or temperature != 1
+    p[order.indices[count:]] = 0
+    torch.testing.assert_close(drawn[0][0].double(), p / p.sum(), rtol=1e-4, atol=1e-9)
 
 
 def test_padding_is_never_sampled_and_a_text_stops_at_its_first_end_of_text(loaded) -> None:
@@ -292,11 +250,6 @@ def test_a_gpt2_folder_works_and_its_sampling_defaults_do_not_leak(tmp_path: Pat
     assert "softmax" in write.notes and "n/T" not in write.notes
 
 
-def test_half_precision(harmonic: Path, write) -> None:
-    write(harmonic, "--prompt", "The", "--dtype", "bfloat16", "--max-new-tokens", "4", "--show-distances")
-    assert "bfloat16" in write.notes
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Prompt
 
@@ -311,11 +264,17 @@ def test_prompt_from_option_file_and_standard_input(tmp_path: Path, monkeypatch:
         assert sample.read_prompt(options("any", "--prompt", "-")) == PROMPT
 
 
-def test_no_prompt_starts_at_end_of_text(harmonic: Path, write, loaded) -> None:
-    text = write(harmonic, "--seed", "1", "--max-new-tokens", "8")
-    (ids,) = generate(loaded[0], [END], 8, "--seed", "1")
-    assert text == sample.decode(loaded[1], ids, after=[END]) + "\n"
-    assert write(harmonic, "--prompt", "<|endoftext|>", "--seed", "1", "--max-new-tokens", "8") == text
+def test_no_prompt_starts_at_end_of_text_and_a_long_one_keeps_its_end(harmonic: Path, write, loaded) -> None:
+    model, tokenizer = loaded
+    argv = ("--max-new-tokens", "8", "--seed", "1")
+    text = write(harmonic, *argv)
+    (ids,) = generate(model, [END], 8, "--seed", "1")
+    assert text == sample.decode(tokenizer, ids, after=[END]) + "\n"
+    assert write(harmonic, "--prompt", "<|endoftext|>", *argv) == text
+    ids = tokenizer("abc " * 50).input_ids
+    long = write(harmonic, "--prompt", "abc " * 50, *argv, "--dtype", "bfloat16", "--show-distances")
+    assert long.startswith(tokenizer.decode(ids[-40:])) and "bfloat16" in write.notes
+    assert f"its {len(ids)} tokens" in write.notes and "its last 40 are used" in write.notes
 
 
 @pytest.mark.parametrize(
@@ -334,13 +293,6 @@ def test_fit_context(capsys: pytest.CaptureFixture[str], prompt: int, new: int, 
     said = capsys.readouterr().err.splitlines()
     assert [line.split()[0] for line in said] == notes and all("context of 100" in line for line in said)
     assert sample.fit_context(ids, new, context=None) == (ids, new)
-
-
-def test_a_prompt_longer_than_the_context_keeps_its_end_and_says_so(harmonic: Path, write, loaded) -> None:
-    ids = loaded[1]("abc " * 50).input_ids
-    text = write(harmonic, "--prompt", "abc " * 50, "--max-new-tokens", "8", "--seed", "1")
-    assert f"its {len(ids)} tokens" in write.notes and "its last 40 are used" in write.notes
-    assert text.startswith(loaded[1].decode(ids[-40:]))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -404,31 +356,20 @@ def test_bad_prompts(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeyp
     assert "standard input is empty" in complaint(capsys, *argv, "--prompt", "-")
 
 
-def test_damaged_models(capsys: pytest.CaptureFixture[str], harmonic: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-
-    def refused() -> str:
-        return complaint(capsys, "--checkpoint", str(folder))
-
-    shutil.copytree(harmonic, folder)
+def test_a_tokenizer_that_is_another_one_or_missing(capsys, harmonic: Path, tmp_path: Path) -> None:
+    """tests/test_source.py has damaged models."""
+    folder = shutil.copytree(harmonic, tmp_path / "model")
     for size in (290, 310):
-        load_tokenizer(f"bpe:{size}", lambda: [TEXT]).save(folder)
-        assert f"has {size} tokens, but the model's vocab_size is {VOCAB}" in refused()
-    config = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(json.dumps(json.loads(config) | {"n_layer": 2}))
-    assert "incomplete, without transformer.h.1" in refused()  # weights are not made up
-    (folder / "config.json").write_text(config)
+        load_tokenizer(f"bpe:{size}", lambda: [small_models.TEXT]).save(folder)
+        message = complaint(capsys, "--checkpoint", str(folder))
+        assert f"has {size} tokens, but the model's vocab_size is {VOCAB}" in message
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    assert f"no tokenizer can be loaded from {folder}" in refused()
-    (folder / "model.safetensors").write_bytes(b"not weights")
-    assert f"no model can be loaded from {folder}" in refused()
-    (folder / "model.safetensors").unlink()
-    assert f"no model can be loaded from {folder}" in refused()
+    assert f"no tokenizer can be loaded from {folder}" in complaint(capsys, "--checkpoint", str(folder))
 
 
-def test_distances_need_a_harmonic_head(capsys: pytest.CaptureFixture[str], tmp_path: Path, bpe, write) -> None:
-    softmax = export(tmp_path, bpe, "softmax")
+def test_distances_need_a_harmonic_head(capsys: pytest.CaptureFixture[str], tmp_path: Path, write) -> None:
+    softmax = export(tmp_path, "softmax")
     assert "--show-distances" in complaint(capsys, "--checkpoint", str(softmax), "--show-distances")
     assert write(softmax, "--prompt", "The", "--max-new-tokens", "3").startswith("The")
 
