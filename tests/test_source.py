@@ -82,19 +82,13 @@ def test_a_run_a_checkpoint_and_an_export(tmp_path):
         assert found.load_config().n_embd == D
 
 
-@pytest.mark.parametrize("name", ["gpt2", "owner/name", "ckpt.pt"])
-def test_a_name_that_is_no_path_is_looked_up_on_the_hub(name):
-    assert find_source(name).folder == name
-
-
-# tests/ is a folder here, so that tests/none is a path; runs/ is where a mistyped run would be.
-@pytest.mark.parametrize("name", ["runs/first", "./gpt2", "/gpt2", "tests/none", "a/b/c"])
-def test_a_path_that_does_not_exist_is_refused(name):
-    with pytest.raises(UserError, match="there is no such folder"):
-        find_source(name)
-
-
-def test_folders_that_hold_no_model(tmp_path):
+def test_names_on_the_hub_and_paths_without_a_model(tmp_path):
+    for name in ("gpt2", "owner/name", "ckpt.pt"):
+        assert find_source(name).folder == name
+    # tests/ is a folder here, so that tests/none is a path; runs/ is where a mistyped run would be.
+    for name in ("runs/first", "./gpt2", "/gpt2", "tests/none", "a/b/c"):
+        with pytest.raises(UserError, match="there is no such folder"):
+            find_source(name)
     with pytest.raises(UserError, match=f"{tmp_path} is no model"):
         find_source(str(tmp_path))
     (tmp_path / "config.toml").touch()
@@ -185,23 +179,22 @@ def nanogpt_weights(rows: int, bias: bool) -> dict[str, Tensor]:
     layers = {"ln_1": (D,), "attn.c_attn": (3 * D, D), "attn.c_proj": (D, D)}
     layers |= {"ln_2": (D,), "mlp.c_fc": (4 * D, D), "mlp.c_proj": (D, 4 * D)}
     shapes = {f"h.{block}.{name}": shape for block in range(2) for name, shape in layers.items()} | {"ln_f": (D,)}
-    shapes = {f"transformer.{name}": shape for name, shape in shapes.items()}
-    every = {f"{name}.weight": shape for name, shape in shapes.items()}
-    if bias:
-        every |= {f"{name}.bias": shape[:1] for name, shape in shapes.items()}
-    every |= {"transformer.wte.weight": (rows, D), "transformer.wpe.weight": (T, D)}
-    weights = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in every.items()}
+    every = {f"{name}.weight": shape for name, shape in shapes.items()} | {
+        "wte.weight": (rows, D),
+        "wpe.weight": (T, D),
+    }
+    every |= {f"{name}.bias": shape[:1] for name, shape in shapes.items()} if bias else {}
+    weights = {f"transformer.{name}": 0.1 * torch.randn(shape, generator=generator) for name, shape in every.items()}
     masks = {f"transformer.h.{block}.attn.bias": torch.ones(1, 1, T, T).tril() for block in range(2)}
     return weights | masks | {"lm_head.weight": weights["transformer.wte.weight"]}
 
 
 def save_nanogpt(path: Path, weights: dict[str, Tensor], **arguments) -> Path:
     """ckpt.pt as nanoGPT's train.py writes it."""
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3))])
     model_args = {"n_layer": 2, "n_head": 4, "n_embd": D, "block_size": T, "bias": False, "vocab_size": 128}
     content = {
         "model": weights,
-        "optimizer": optimizer.state_dict(),
+        "optimizer": torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3))]).state_dict(),
         "model_args": model_args | {"dropout": 0.0} | arguments,
         "iter_num": 600_000,
         "best_val_loss": torch.tensor(2.85),
@@ -310,10 +303,7 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path):
 )
 def test_files_that_are_no_checkpoint(tmp_path, content, message):
     path = tmp_path / "ckpt.pt"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        torch.save(content, path)
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     assert message in refusal(model_like(), path)
 
 
@@ -369,20 +359,15 @@ def test_weights_that_the_configuration_does_not_know_are_refused(tmp_path):
             find_source(str(tmp_path)).load_model()
 
 
-def test_other_and_damaged_models_are_refused(tmp_path):
+def test_models_of_another_kind_damaged_or_out_of_reach_are_refused(tmp_path):
     LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path / "llama")
     assert "is a llama model; it must be a gpt2 or an hgpt" in refusal(model_like(), tmp_path / "llama")
     save_gpt2(tmp_path / "gpt2")
     weights = tmp_path / "gpt2" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "no model can be loaded from" in refusal(model_like(**GPT2), tmp_path / "gpt2")
-
-
-@pytest.mark.parametrize("source", ["nobody/such-a-model", "gpt2", "ckpt.pt", "/no/such/folder", "no such folder!"])
-def test_a_source_that_cannot_be_reached(source):
-    # conftest.py turns the network off.
-    message = refusal(model_like(), source)
-    assert message.endswith("an id on the Hugging Face hub, or nanoGPT's ckpt.pt)")
+    for name in ("nobody/such-a-model", "gpt2", "ckpt.pt", "/no/such/folder", "no such folder!"):  # without a network
+        assert refusal(model_like(), name).endswith("an id on the Hugging Face hub, or nanoGPT's ckpt.pt)")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -472,18 +457,12 @@ def test_a_bare_folder_of_the_size_of_gpt2_is_gpt2s(models, tmp_path):
 # The shape of the source
 
 
-def test_the_shape_of_a_source(tmp_path):
-    save_gpt2(tmp_path / "gpt2")
-    ckpt = save_nanogpt(tmp_path / "ckpt.pt", {}, n_layer=7)
-    assert shape_of(str(tmp_path / "gpt2")) == {"n_layer": 2, "n_head": 4, "n_embd": D}
-    assert shape_of(str(ckpt))["n_layer"] == 7
-    with pytest.raises(UserError, match=r"model\.init_from = nobody/such-a-model: "):
-        shape_of("nobody/such-a-model")
-
-
 def test_a_run_has_the_shape_of_its_source(tmp_path):
     """tests/test_settings.py has which settings come from it."""
     save_gpt2(tmp_path / "gpt2")
+    assert shape_of(str(save_nanogpt(tmp_path / "ckpt.pt", {}, n_layer=7)))["n_layer"] == 7
+    with pytest.raises(UserError, match=r"model\.init_from = nobody/such-a-model: "):
+        shape_of("nobody/such-a-model")
     values = {"name": "x", "runs_dir": tmp_path, "data.path": "x", "model.head.type": "softmax", "train.steps": 1,
               "train.global_batch": 1, "train.micro_batch": 1, "model.init_from": tmp_path / "gpt2"}  # fmt: skip
     arguments = [f"--{name}={value}" for name, value in values.items()]
