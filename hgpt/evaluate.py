@@ -36,7 +36,6 @@ from tqdm import tqdm
 
 from hgpt.cli import Parser, aligned, run, shown
 from hgpt.data.baselines import bytes_per_target
-from hgpt.data.shards import TokenShards
 from hgpt.data.tokenizer import TOKENIZER_FILE, encode
 from hgpt.errors import UserError
 from hgpt.hardware import choose_device, enough_memory
@@ -61,12 +60,9 @@ class Stream:
     up with the tokens before it.
     """
 
-    tokens: TokenShards | np.ndarray
+    tokens: np.ndarray
     bytes: float | None
     document: bool = False
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        return self.tokens[start:stop] if isinstance(self.tokens, np.ndarray) else self.tokens.read(start, stop)
 
     def batches(self, seq_len: int) -> Iterator[Batch]:
         """Windows of `seq_len` tokens, end to end, and a last one that may be shorter."""
@@ -74,11 +70,11 @@ class Stream:
         whole = targets // seq_len * seq_len
         step = max(1, TOKENS // seq_len) * seq_len
         for start in range(0, whole, step):
-            part = self.read(start, min(start + step, whole) + 1)
+            part = self.tokens[start : min(start + step, whole) + 1]
             yield part[:-1].reshape(-1, seq_len), part[1:].reshape(-1, seq_len), 0
         if whole < targets:
             start = max(0, targets - seq_len) if self.document else whole
-            part = self.read(start, targets + 1)
+            part = self.tokens[start:]
             yield part[None, :-1], part[None, 1:], whole - start
 
 
@@ -190,15 +186,15 @@ def _has_tokenizer(source: Source) -> bool:
 
 def streams_of_data(reader: Reader, corpus: Corpus, notes: list[str]) -> list[Stream]:
     """The validation split in the tokens of the model. Raises UserError if they cannot be known."""
-    val, folder, label = corpus.val, corpus.val.folder, reader.label
-    tokenizer = reader.tokenizer
+    val, folder, label, tokenizer = corpus.val, corpus.val.folder, reader.label, reader.tokenizer
+    tokens = val.read(0, len(val))
     words = None if tokenizer is None else frozenset(tokenizer.get_vocab().items())
     if val.vocab_size == reader.vocab_size if words is None else corpus.has_tokens_of(words, reader.vocab_size):
         if words is None or corpus.vocabulary is None:
             notes.append(f"{label} and {folder} are assumed to have the same tokens: one of them has no tokenizer")
         backend = tokenizer.backend_tokenizer if tokenizer is not None and tokenizer.is_fast else None
         mean = bytes_per_target(val, backend)
-        return [Stream(tokens=val, bytes=None if mean is None else mean * (len(val) - 1))]
+        return [Stream(tokens=tokens, bytes=None if mean is None else mean * (len(val) - 1))]
     if corpus.tokenizer is None or tokenizer is None:
         raise UserError(
             f"{label} predicts {reader.vocab_size:,} tokens, and {folder} has a vocabulary of {val.vocab_size:,}: with "
@@ -208,7 +204,6 @@ def streams_of_data(reader: Reader, corpus: Corpus, notes: list[str]) -> list[St
         f"{label} has another tokenizer than {folder}: it read the same text in its own tokens. Compare bits per byte, "
         "not losses and accuracies"
     )
-    tokens = val.read(0, len(val))
     ends = np.flatnonzero(tokens == corpus.tokenizer.end_of_text)
     documents = [part[part != corpus.tokenizer.end_of_text] for part in np.split(tokens, ends + 1)]
     texts = [corpus.tokenizer.decode(part) for part in documents if len(part)]

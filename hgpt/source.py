@@ -326,13 +326,12 @@ def check_tokenizer(init_from: str, data: TokenShards, setting: str = "model.ini
     with _naming_the_setting(init_from, setting):
         source = find_source(init_from)
         source.load_config()  # UserError for a missing model, which is not one without a tokenizer
-    try:
-        with _naming_the_setting(init_from, setting):
+        try:
             of_model = source.load_tokenizer()
-    except UserError:
-        if (Path(source.folder) / TOKENIZER_FILE).exists():
-            raise
-        return f"{source.folder} has no tokenizer to compare: make sure that the data has the model's tokens"
+        except UserError:
+            if (Path(source.folder) / TOKENIZER_FILE).exists():
+                raise
+            return f"{source.folder} has no tokenizer to compare: make sure that the data has the model's tokens"
     of_data = _tokenizer_of(data)
     if of_data is None:
         return f"{data.folder} has no tokenizer to compare: make sure that its tokens are those of the model"

@@ -34,6 +34,14 @@ def folder(tmp_path_factory):
     for name, backend in {"bytes": byte_pairs(270), "words": word_pieces(200), "unigrams": unigrams(200)}.items():
         export(folder / name, backend)
         prepare(folder / f"data_of_{name}", backend, SPLIT)
+    # For bad input.
+    export(folder / "larger", byte_pairs(400))
+    bare(folder / "bare", np.array([399, 1, 2]))
+    export(folder / "bert", word_pieces(200))
+    sizes = {"vocab_size": 200, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    BertLMHeadModel(BertConfig(**sizes, intermediate_size=8)).save_pretrained(folder / "bert")
+    for name, content in {"long": TEXT.encode(), "empty": b"", "latin": b"na\xefve"}.items():
+        (folder / f"{name}.txt").write_bytes(content)
     return folder
 
 
@@ -146,7 +154,10 @@ def test_tokens_without_a_tokenizer(folder, tmp_path):
         ("words --data blank", "blank: its val split holds no token that words could predict"),
         ("harmonic --data one", "one: the val split has 1 tokens, and at least 2 are needed"),
         ("harmonic --text latin.txt", "latin.txt cannot be read as UTF-8"),
-        ("harmonic --data bare", "harmonic predicts 300 tokens, and bare has a vocabulary of 400: with the tokenizer"),
+        (
+            "harmonic larger --data bare",
+            "harmonic predicts 300 tokens, and bare has a vocabulary of 400: with",
+        ),
         ("bert --text long.txt", "bert is no causal language model"),
         ("harmonic --data data --seq-len 25", "--seq-len 25 is more than the context of harmonic, 24 tokens"),
         ("harmonic --data data --seq-len 0", "--seq-len must be at least 1"),
@@ -155,17 +166,6 @@ def test_tokens_without_a_tokenizer(folder, tmp_path):
 )
 def test_bad_input(folder, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(folder)
-    (folder / "long.txt").write_text(TEXT)
-    (folder / "empty.txt").write_text("")
-    (folder / "latin.txt").write_bytes(b"na\xefve")
-    if "bert" in arguments:
-        export(folder / "bert", word_pieces(200))
-        sizes = {"vocab_size": 200, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-        BertLMHeadModel(BertConfig(**sizes, intermediate_size=8)).save_pretrained(folder / "bert")
-    if "bare" in arguments:
-        bare(folder / "bare", np.array([399, 1, 2]))
-        export(folder / "larger", byte_pairs(400))
-        arguments = arguments.replace("harmonic", "harmonic larger")
     assert status(arguments.split()) == 2
     assert message in capsys.readouterr().err
 

@@ -24,9 +24,6 @@ from hgpt.hardware import Device, device_name, installed_versions, known_device,
         ("NVIDIA GH200 480GB", (989, 94, 4000)),  # the 480 GB are the host's
         ("NVIDIA L40S", (362, 44, 864)),
         ("NVIDIA A10G", (70, 22, 600)),
-        ("NVIDIA GeForce RTX 4090", (165, 23, 1008)),
-        ("NVIDIA B200", (2250, 178, 8000)),
-        ("AMD Instinct MI300X", (1307, 191, 5300)),
         ("AMD Instinct MI250X", (191.5, 63, 1638)),  # one of two dies
     ],
 )

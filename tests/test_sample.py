@@ -114,13 +114,13 @@ def test_the_table_of_measured_values_is_printed_below_the_text(loaded, harmonic
     out = write(harmonic, *argv, "--show-distances", "--nearest", "3")
     prompt_ids = tokenizer(PROMPT).input_ids
     (new_ids,) = generate(model, prompt_ids, 12, *argv)
-    positions = measure(model, prompt_ids, new_ids, nearest=3)
-    table = distance_table(positions, tokenizer, model.config.exponent)
+    table = distance_table(measure(model, prompt_ids, new_ids, nearest=3), tokenizer, model.config.exponent)
     assert out.startswith(text) and "temperature 1" in out and table in out
     assert len(table.splitlines()) == 1 + 12
 
 
-def test_table_columns_are_aligned_and_fit_the_terminal(loaded) -> None:
+def test_columns_of_the_table(loaded) -> None:
+    """They are aligned and fit the terminal; the decimals of the ratio follow the exponent."""
     model, tokenizer = loaded
     positions = measure(model, tokenizer(PROMPT).input_ids, list(range(0, VOCAB, 15)), nearest=4)
     head, *rows = distance_table(positions, tokenizer, model.config.exponent).splitlines()
@@ -131,17 +131,12 @@ def test_table_columns_are_aligned_and_fit_the_terminal(loaded) -> None:
         _, *rows = distance_table(positions, tokenizer, model.config.exponent, columns).splitlines()
         assert max(map(width, rows)) <= columns
         assert len(re.findall(r" \d+\.\d{3}(?= |$)", rows[0])) == 1 + centres
-
-
-@pytest.mark.parametrize(("exponent", "decimals"), [(11.3, 3), (110.9, 4), (1536.0, 5)])
-def test_a_row_of_the_table(loaded, exponent: float, decimals: int) -> None:
-    """The decimals of the ratio follow the exponent."""
-    tokenizer = loaded[1]
     position = TokenDistances(token=5, probability=0.25, ratio=1.0123456, rank=2, nearest=[(6, 1.0)])
-    _, row = distance_table([position], tokenizer, exponent).splitlines()
-    number, shown, probability, ratio, rank, *_ = row.split()
-    assert (number, shown, rank) == ("1", visible(tokenizer, 5), "2")
-    assert float(probability) == 0.25 and ratio == f"{1.0123456:.{decimals}f}"
+    for exponent, decimals in ((11.3, 3), (110.9, 4), (1536.0, 5)):
+        _, row = distance_table([position], tokenizer, exponent).splitlines()
+        number, shown, probability, ratio, rank, *_ = row.split()
+        assert (number, shown, rank) == ("1", visible(tokenizer, 5), "2")
+        assert float(probability) == 0.25 and ratio == f"{1.0123456:.{decimals}f}"
 
 
 def test_tokens_are_visible(loaded) -> None:
@@ -198,10 +193,10 @@ def test_stream_holds_back_a_character_that_is_not_complete(loaded, capsys: pyte
 
 
 def test_temperature_0_and_cuts_to_one_token_are_greedy(loaded, harmonic: Path, write) -> None:
-    prompt_ids = loaded[1](PROMPT).input_ids
-    greedy = generate(loaded[0], prompt_ids, 10, "--greedy")
-    for argv in ("--temperature 0", "--top-k 1", "--min-p 1", "--top-p 1e-9"):
-        assert generate(loaded[0], prompt_ids, 10, *argv.split()) == greedy, argv
+    texts = [generate(loaded[0], [17, 4], 10, *argv.split()) for argv in (
+        "--greedy", "--temperature 0", "--top-k 1", "--min-p 1", "--top-p 1e-9",
+    )]  # fmt: skip
+    assert all(text == texts[0] for text in texts)
     write(harmonic, "--prompt", PROMPT, "--max-new-tokens", "1", "--greedy")
     assert "sampling  greedy" in write.notes
 
@@ -345,15 +340,14 @@ def test_bad_options(capsys: pytest.CaptureFixture[str], harmonic: Path, argv: s
 
 def test_bad_prompts(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--checkpoint" in complaint(capsys, "--prompt", "a")
-    argv = ("--checkpoint", "any")
-    path = tmp_path / "prompt.txt"
+    file = tmp_path / "prompt.txt"
     for content, fault in ((b"", "empty"), (b"\n", "empty"), ("Grüße".encode("latin1"), "byte 2 is 0xfc")):
-        path.write_bytes(content)
-        message = complaint(capsys, *argv, "--prompt-file", str(path))
-        assert str(path) in message and fault in message
-    assert f"{tmp_path} cannot be read" in complaint(capsys, *argv, "--prompt-file", str(tmp_path))
+        file.write_bytes(content)
+        message = complaint(capsys, "any", "--prompt-file", str(file))
+        assert str(file) in message and fault in message
+    assert f"{tmp_path} cannot be read" in complaint(capsys, "any", "--prompt-file", str(tmp_path))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
-    assert "standard input is empty" in complaint(capsys, *argv, "--prompt", "-")
+    assert "standard input is empty" in complaint(capsys, "any", "--prompt", "-")
 
 
 def test_a_tokenizer_that_is_another_one_or_missing(capsys, harmonic: Path, tmp_path: Path) -> None:
