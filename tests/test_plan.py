@@ -210,15 +210,12 @@ def test_bytes_per_parameter_under_each_engine(shipped):
     """Weights, gradients and moments are 16 bytes in float32 and 18 in bf16 ZeRO-1; what is sharded falls with W."""
     P = 124_373_760
 
-    def plan_of(gpus: int, *options: str) -> plan.Plan:
-        return make_plan(load_run_config([*shipped, "--train.micro_batch=1", *options]), Launch(gpus=gpus))
+    def memory_of(gpus: int, *options: str) -> dict[str, plan.Memory]:
+        planned = make_plan(load_run_config([*shipped, "--train.micro_batch=1", *options]), Launch(gpus=gpus))
+        return {engine: planned.memory(engine) for engine in ENGINES}
 
-    eight = {engine: plan_of(8).memory(engine) for engine in ENGINES}
-    found = {
-        engine: tuple(round(size / P, 3) for size in (m.parameters, m.gradients, m.optimiser))
-        for engine, m in eight.items()
-    }
-    assert found == {
+    eight = memory_of(8)
+    assert {engine: tuple(round(size / P, 3) for size in memory[:3]) for engine, memory in eight.items()} == {
         "ddp": (4, 4, 8),
         "zero1": (2, 6, 1.5),
         "zero2": (2, 0.5, 1.5),
@@ -227,20 +224,12 @@ def test_bytes_per_parameter_under_each_engine(shipped):
         "fsdp2": (0.5, 0.5, 1),
     }
     assert eight["zero2_offload"].host == pytest.approx(2 * P)
-    full = plan_of(8, "--train.precision=fp32")
-    assert full.memory("zero1").gradients == full.memory("zero2").parameters == 4 * P
-    for memory in eight.values():
-        parts = (memory.parameters, memory.gradients, memory.optimiser, memory.buckets, memory.activations)
-        assert memory.total == sum(parts) + memory.head
-    checkpointed = plan_of(8).memory("ddp", checkpointing=True)
-    assert checkpointed.transient == max(checkpointed.head, checkpointed.block)
-
-    def used(plan: plan.Plan, engine: str) -> int:
-        return plan.memory(engine).total + plan.memory(engine).host
-
-    plans = plan_of(2), plan_of(8), plan_of(48)
+    full = memory_of(8, "--train.precision=fp32")
+    assert full["zero1"].gradients == full["zero2"].parameters == 4 * P
+    for m in eight.values():
+        assert m.total == m.parameters + m.gradients + m.optimiser + m.buckets + m.activations + max(m.head, m.block)
     for engine in ENGINES[1:]:  # more processes never need more
-        sizes = [used(found, engine) for found in plans]
+        sizes = [memory.total + memory.host for memory in (memory_of(n)[engine] for n in (2, 8, 48))]
         assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
 
 
