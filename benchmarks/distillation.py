@@ -63,7 +63,7 @@ def losses(arm: str, options: argparse.Namespace) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in records(run, "eval") if record["step"] <= options.steps}
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> str:
     parser = cli.Parser("python -m benchmarks.distillation", __doc__)
     parser.add_argument("--teacher", required=True, help="a finished run of configs/quickstart_softmax.toml")
     parser.add_argument("--data", default="data/python_docs")
@@ -79,15 +79,14 @@ def main(arguments: Sequence[str]) -> None:
             call("-m", "hgpt.convert", options.teacher, *where)
     curves = {arm: losses(arm, options) for arm in ARMS}
     softmax, tokens = curves["softmax"], 2048  # a step
-    print("| " + " | ".join(["tokens", *(f"{step * tokens:,}" for step in softmax), f"gap ≤ {GAP} from"]) + " |")
-    print("| --- |" + " ---: |" * (len(softmax) + 1))
-    print("| softmax, loss | " + " | ".join(f"{loss:.4f}" for loss in softmax.values()) + " | |")
+    rows = [["tokens", *(f"{step * tokens:,}" for step in softmax), f"gap ≤ {GAP} from"]]
+    rows.append(["softmax, loss", *(f"{loss:.4f}" for loss in softmax.values()), ""])
     for arm, curve in list(curves.items())[1:]:
         gaps = {step: loss - softmax[step] for step, loss in curve.items()}
         wide = [step for step, gap in gaps.items() if gap > GAP]
         near = next((step for step in gaps if not wide or step > max(wide)), None)
-        cells = [f"{gap:+.4f}" for gap in gaps.values()]
-        print(f"| {arm} | " + " | ".join([*cells, "–" if near is None else f"{near * tokens:,}"]) + " |")
+        rows.append([arm, *(f"{gap:+.4f}" for gap in gaps.values()), "–" if near is None else f"{near * tokens:,}"])
+    return cli.markdown(rows, numbers=len(softmax) + 1)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Suggestions
+# Suggestions and tables
 
 # What a setting or an option is called here → what nanoGPT, transformers and others call it. Of several names of ours,
 # those that the command knows are suggested.
@@ -169,6 +169,12 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
+
+
+def markdown(rows: Sequence[Sequence[str]], numbers: int = 0) -> str:
+    """A Markdown table whose first row is the header, the last `numbers` columns right-aligned."""
+    rule = ["---"] * (len(rows[0]) - numbers) + ["---:"] * numbers
+    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
 
 
 # ---------------------------------------------------------------------------------------------------------------

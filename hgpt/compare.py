@@ -34,7 +34,7 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
-from hgpt.cli import Parser, shown
+from hgpt.cli import Parser, markdown, shown
 from hgpt.cli import run as run_command
 from hgpt.data.batches import accumulation_steps
 from hgpt.data.shards import SPLITS, TokenShards
@@ -608,11 +608,6 @@ def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
             for row in rows]  # fmt: skip
     with path.open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows(safe)
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first row is the header."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
 
 
 def difference_text(mean: float | None, interval: tuple[float, float] | None) -> str:

@@ -55,7 +55,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from hgpt.cli import Parser, aligned, run
+from hgpt.cli import Parser, aligned, markdown, run
 from hgpt.data.batches import TrainingBatches, accumulation_steps
 from hgpt.data.shards import TokenShards
 from hgpt.errors import UserError
@@ -574,16 +574,13 @@ def _training_lines(plan: Plan) -> list[str]:
 
 def markdown_table(plans: Sequence[Plan]) -> str:
     """GiB per GPU of each plan under every engine, as Markdown, the smallest model first."""
-    rows = [
-        ["run", "parameters", "micro-batch", "checkpointing", *ENGINES],
-        ["---", *("---:" for _ in range(3 + len(ENGINES)))],
-    ]
+    rows = [["run", "parameters", "micro-batch", "checkpointing", *ENGINES]]
     for plan in sorted(plans, key=lambda plan: plan.parameters.total):
         train = plan.run.train
         totals = [f"{plan.memory(engine).total / GIB:.1f}" for engine in ENGINES]
         model = [plan.run.name, _short(plan.parameters.total), str(train.micro_batch)]
         rows.append([*model, _on(train.activation_checkpointing), *totals])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(rows, numbers=3 + len(ENGINES))
 
 
 def _with_remarks(rows: Sequence[tuple[str, str, str]]) -> list[str]:
