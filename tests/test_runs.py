@@ -292,9 +292,3 @@ def test_bad_input(folder, monkeypatch):
     assert "none of these runs has logged a loss yet" in refused(folder / "young", "--terminal")
     assert "a run is a folder with metrics" in refused(folder / "notes")
     assert f"{folder / 'none'} is no folder" in refused(folder / "none")
-
-
-def test_units():
-    numbers = (0, 983, 999.6, 6575, 307_200, 999_600, 2_048_000, 294_912_000_000)
-    assert " ".join(map(runs._short, numbers)) == "0 983 1k 6.58k 307k 1M 2.05M 295G"
-    assert " ".join(map(runs._age, (0, 119, 120, 7199, 7200, 86400, 200_000))) == "0s 119s 2m 120m 2h 24h 2d"
