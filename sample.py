@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +101,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     group.add_argument("--prompt", metavar="TEXT", help="text to continue; - reads it from standard input")
     group.add_argument("--prompt-file", metavar="FILE", help="a UTF-8 file with the text to continue")
 
-    count = checked(int, "be at least 1", lambda n: n >= 1)
     add = parser.add_argument_group("text").add_argument
-    few = checked(int, "lie between 1 and 10000", lambda n: 1 <= n <= 10_000)  # all samples are one batch
+    few = cli.checked(int, "lie between 1 and 10000", lambda n: 1 <= n <= 10_000)  # all samples are one batch
     add("--num-samples", type=few, default=1, metavar="N", help="number of texts (default: 1)")
-    add("--max-new-tokens", type=count, default=200, metavar="N", help="longest text (default: 200)")
-    add("--seed", type=checked(int, "lie between 0 and 2^63 - 1", lambda n: 0 <= n < 2**63),
+    add("--max-new-tokens", type=cli.at_least_1, default=200, metavar="N", help="longest text (default: 200)")
+    add("--seed", type=cli.checked(int, "lie between 0 and 2^63 - 1", lambda n: 0 <= n < 2**63),
         default=secrets.randbelow(2**31), help="seed of the random numbers; the same seed gives the same text on "
         "the same kind of device (default: a random seed, which is printed)")  # fmt: skip
     add("--stream", action=argparse.BooleanOptionalAction, default=sys.stdout.isatty(),
@@ -116,20 +115,20 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add = group.add_mutually_exclusive_group().add_argument
     add("--greedy", action="store_true", help="always the most probable token; the same as --temperature 0")
     # Logits divided by less than 1e-6 leave the range of float32.
-    valid = checked(float, "be 0 (greedy) or a number from 1e-06 up", lambda t: t == 0 or 1e-6 <= t < math.inf)
+    valid = cli.checked(float, "be 0 (greedy) or a number from 1e-06 up", lambda t: t == 0 or 1e-6 <= t < math.inf)
     add("--temperature", type=valid, default=DEFAULT_TEMPERATURE, metavar="T",
         help="divides the logits; a harmonic model samples with the exponent n/T (default: %(default)s)")  # fmt: skip
     add = group.add_argument
-    add("--top-k", type=checked(int, "be 0 (all tokens) or more", lambda k: k >= 0), metavar="K",
+    add("--top-k", type=cli.checked(int, "be 0 (all tokens) or more", lambda k: k >= 0), metavar="K",
         help=f"only the K most probable tokens; 0: all (default: {DEFAULT_TOP_K})")  # fmt: skip
-    add("--top-p", type=checked(float, "lie in (0, 1]", lambda p: 0 < p <= 1), metavar="P",
+    add("--top-p", type=cli.checked(float, "lie in (0, 1]", lambda p: 0 < p <= 1), metavar="P",
         help="only the most probable tokens that together reach P (default: all)")  # fmt: skip
-    add("--min-p", type=checked(float, "lie in [0, 1]", lambda p: 0 <= p <= 1), metavar="P",
+    add("--min-p", type=cli.checked(float, "lie in [0, 1]", lambda p: 0 <= p <= 1), metavar="P",
         help="only tokens with at least P times the probability of the most probable one (default: all)")  # fmt: skip
 
     add = parser.add_argument_group("distances").add_argument
     add("--show-distances", action="store_true", help="print the distances behind each token (harmonic models only)")
-    add("--nearest", type=count, metavar="K",
+    add("--nearest", type=cli.at_least_1, metavar="K",
         help=f"centres to print for each token (default: {MOST_NEAREST}, fewer on a narrow terminal)")  # fmt: skip
     options = parser.parse_args(arguments)
     check_greedy(options)
@@ -141,19 +140,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 PROMPT_HELP = """Without a prompt the text starts at end-of-text, as documents do, or at a line break. One newline at
 the end of a file or of standard input is dropped. If prompt and new tokens exceed the context, the last tokens of the
 prompt are kept: as many as leave room, but at least half of the context. The text ends where the context ends."""
-
-
-def checked(kind: Callable[[str], Any], rule: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """A type for argparse: a value of `kind` that must follow `rule`."""
-
-    def read(text: str) -> Any:
-        value = kind(text)
-        if not holds(value):
-            raise argparse.ArgumentTypeError(f"must {rule}; got {value}")
-        return value
-
-    read.__name__ = kind.__name__  # argparse: "invalid int value"
-    return read
 
 
 def check_greedy(options: argparse.Namespace) -> None:

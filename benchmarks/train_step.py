@@ -24,7 +24,6 @@ from torch.nn import functional as F
 
 from benchmarks.head_loss import synchronize
 from hgpt import cli
-from hgpt.errors import UserError
 from hgpt.hardware import device_name, peak_flops
 from hgpt.model.configuration_hgpt import HEADS, HGPTConfig
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
@@ -159,14 +158,13 @@ def parser() -> cli.Parser:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--compile", action="store_true", help="torch.compile each block; of plain the whole model")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--rounds", type=int, default=20)
+    rounds = cli.checked(int, "be at least 2, for quartiles", lambda number: number >= 2)
+    parser.add_argument("--rounds", type=rounds, default=20)
     return parser
 
 
 def main(arguments: Sequence[str]) -> None:
     options = parser().parse_args(arguments)
-    if options.rounds < 2:
-        raise UserError(f"--rounds must be at least 2, for quartiles; got {options.rounds}")
     torch.set_num_threads(options.threads)
     times, configs, tokens = measure(options), configs_of(options), options.micro_batch * options.seq_len
 

@@ -58,6 +58,22 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} ({self.prog} --help lists every option)")
 
 
+def checked(kind: Callable[[str], Any], rule: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """A type for argparse: a value of `kind` that must follow `rule`."""
+
+    def read(text: str) -> Any:
+        value = kind(text)
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"must {rule}; got {value}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse: "invalid int value"
+    return read
+
+
+at_least_1 = checked(int, "be at least 1", lambda number: number >= 1)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Suggestions and tables
 

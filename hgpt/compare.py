@@ -34,7 +34,7 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
-from hgpt.cli import Parser, markdown, shown
+from hgpt.cli import Parser, at_least_1, markdown, shown
 from hgpt.cli import run as run_command
 from hgpt.data.batches import accumulation_steps
 from hgpt.data.shards import SPLITS, TokenShards
@@ -160,17 +160,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every arm")
     add = parser.add_argument_group("how it is trained, and what is written").add_argument
-    add("--seeds", type=int, default=3, metavar="N", help="runs of each arm's best point (default: %(default)s)")
+    add("--seeds", type=at_least_1, default=3, metavar="N", help="runs of each arm's best point (default: %(default)s)")
     add("--out", required=True, metavar="DIR", help="folder for the runs, the table and the report")
     add("--gpus", nargs="+", metavar="ID", help="one run at a time on each of these GPUs (default: one run at a time)")
-    add("--jobs", type=int, metavar="N", help="N runs at a time on the CPU, which share its cores; for small models")
+    add("--jobs", type=at_least_1, metavar="N", help="N runs at a time, which share the CPU's cores; for small models")
     add("--relations", metavar="DIR", help="folder of relation sets for the report (default: those of hgpt)")
     add("--no-report", action="store_true", help="only train, and print the table")
     options = parser.parse_args(argv)
     options.argv = list(argv)
-    for name in ("seeds", "jobs"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise UserError(f"--{name} must be at least 1; got {getattr(options, name)}")
     if options.jobs is not None and options.gpus:
         raise UserError("--jobs is for the CPU and --gpus for GPUs; leave one out")
     if options.relations is not None and options.no_report:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hgpt.cli import Parser, aligned, run, shown
+from hgpt.cli import Parser, aligned, at_least_1, run, shown
 from hgpt.data.baselines import bytes_per_target
 from hgpt.data.tokenizer import TOKENIZER_FILE, encode
 from hgpt.errors import UserError
@@ -261,14 +261,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--data", metavar="DIR", help="data folder (default: the one that the first run was trained on)")
     text.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 texts, each a document")
-    add("--seq-len", type=int, metavar="N", help=f"tokens of a window (default: the model's context, up to {LONGEST})")
+    add("--seq-len", type=at_least_1, metavar="N", help=f"tokens of a window (default: the context, up to {LONGEST})")
     add("--device", help="cpu, cuda, cuda:1, mps, … (default: a GPU if there is one)")
     add("--json", action="store_true", help="print JSON in place of the table")
     add("--distance-file", metavar="FILE", help="a Python file that registers a model's own distance; it is executed")
-    options = parser.parse_args(argv)
-    if options.seq_len is not None and options.seq_len < 1:
-        raise UserError(f"--seq-len must be at least 1; got {options.seq_len}")
-    return options
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> str:

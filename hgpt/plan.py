@@ -55,10 +55,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from hgpt.cli import Parser, aligned, markdown, run
+from hgpt.cli import Parser, aligned, at_least_1, checked, markdown, run
 from hgpt.data.batches import TrainingBatches, accumulation_steps
 from hgpt.data.shards import TokenShards
-from hgpt.errors import UserError
 from hgpt.hardware import known_device, peak_flops
 from hgpt.model.configuration_hgpt import HGPTConfig
 from hgpt.model.distances import Distance, make_distance, memory_of
@@ -265,15 +264,6 @@ class Launch:
     mfu: float = 0.4
     device: str = "NVIDIA H100"
     memory: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("gpus", "nodes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1; got {getattr(self, name)}")
-        if not 0 < self.mfu <= 1:
-            raise UserError(f"--mfu is the share of the peak, above 0 and at most 1; got {self.mfu}")
-        if self.memory is not None and not self.memory > 0:
-            raise UserError(f"--memory is the memory of a GPU in GiB, more than 0; got {self.memory}")
 
     @property
     def on_cpu(self) -> bool:
@@ -618,13 +608,15 @@ def main(arguments: Sequence[str]) -> str:
     """The text that the command line asks for. Raises UserError."""
     parser = Parser("python -m hgpt.plan", "\n\n".join(str(__doc__).split("\n\n")[:3]))
     add, default = parser.add_argument, Launch()
-    add("--gpus", type=int, default=default.gpus, help="GPUs on each node (default: %(default)s)")
-    add("--nodes", type=int, default=default.nodes, help="number of nodes (default: %(default)s)")
+    add("--gpus", type=at_least_1, default=default.gpus, help="GPUs on each node (default: %(default)s)")
+    add("--nodes", type=at_least_1, default=default.nodes, help="number of nodes (default: %(default)s)")
     add("--engine", choices=ENGINES, default=default.engine, help="engine of the run (default: %(default)s)")
-    add("--mfu", type=float, default=default.mfu, help="expected share of the peak FLOP/s (default: %(default)s)")
+    share = checked(float, "be above 0 and at most 1", lambda mfu: 0 < mfu <= 1)
+    add("--mfu", type=share, default=default.mfu, help="expected share of the peak FLOP/s (default: %(default)s)")
     add("--device", default=default.device, help='CUDA\'s name of the GPU, or "cpu" (default: %(default)s)')
     add("--vocab", type=int, metavar="N", help="tokens of the vocabulary, where the data does not exist yet")
-    add("--memory", type=float, metavar="GIB", help="memory of a GPU (default: that of the device)")
+    size = checked(float, "be more than 0 GiB", lambda gib: gib > 0)
+    add("--memory", type=size, metavar="GIB", help="memory of a GPU (default: that of the device)")
     add("--table", nargs="+", metavar="FILE", help="print only a Markdown table: GiB per GPU of these configurations")
     known, settings = parser.parse_known_args(arguments)
     files = known.table

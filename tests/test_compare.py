@@ -259,8 +259,8 @@ def test_a_trainer_that_breaks_is_an_error_and_tried_again(files, tmp_path, monk
         ("--sweep train.seed=1,2", "--seeds"),
         ("--sweep softmax:train.steps=20,40", "train.steps is 20 in .*, 40 in softmax-steps40-seed0"),
         ("--set optim.lr=1,2", "--set takes one KEY=VALUE"),
-        ("--seeds 0", "--seeds must be at least 1; got 0"),
-        ("--jobs 0", "--jobs must be at least 1; got 0"),
+        ("--seeds 0", "--seeds: must be at least 1; got 0"),
+        ("--jobs 0", "--jobs: must be at least 1; got 0"),
         ("--jobs 2 --gpus 0", "--jobs .* --gpus"),
         ("--relations x", "--relations has no effect with --no-report"),
         # Nothing is trained when the last run of all could not be.

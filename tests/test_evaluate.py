@@ -160,7 +160,7 @@ def test_tokens_without_a_tokenizer(folder, tmp_path):
         ),
         ("bert --text long.txt", "bert is no causal language model"),
         ("harmonic --data data --seq-len 25", "--seq-len 25 is more than the context of harmonic, 24 tokens"),
-        ("harmonic --data data --seq-len 0", "--seq-len must be at least 1"),
+        ("harmonic --data data --seq-len 0", "--seq-len: must be at least 1"),
         ("harmonic --data data --text long.txt", "not allowed with"),
     ],
 )

@@ -258,9 +258,9 @@ def test_report(shipped):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--gpus 0", "--gpus must be at least 1; got 0"),
-        ("--mfu 40", "--mfu .* 40.0"),
-        ("--memory 0", "--memory .* 0.0"),
+        ("--gpus 0", "--gpus: must be at least 1; got 0"),
+        ("--mfu 40", "--mfu: .* 40.0"),
+        ("--memory 0", "--memory: .* 0.0"),
         ("--gpu 8", "there is no setting gpu"),
         ("--gpus 7", "train.global_batch = 480 .* train.micro_batch = 12"),
     ],

@@ -15,7 +15,7 @@ def test_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "16 tokens per step" in out
     assert "harmonic / softmax, tokens/s:" in out and "harmonic / plain, tokens/s:" in out
-    with pytest.raises(UserError, match="--rounds must be at least 2, for quartiles; got 1"):
+    with pytest.raises(UserError, match="--rounds: must be at least 2, for quartiles; got 1"):
         train_step.main(["--rounds", "1"])
 
 
