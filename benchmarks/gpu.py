@@ -62,11 +62,7 @@ LOSSES = {
     "softmax": "fused softmax",
     "F.cross_entropy": "F.cross_entropy(x @ W.T)",
     "F.cross_entropy, compiled": "F.cross_entropy(x @ W.T), compiled",
-    "F.linear_cross_entropy": "F.linear_cross_entropy",
-    "Liger": "Liger",
-    "Apple CCE": "Apple CCE",
-    "quack": "quack",
-    "dense harmonic": "dense harmonic",
+    **{name: name for name in ("F.linear_cross_entropy", "Liger", "Apple CCE", "quack", "dense harmonic")},
 }
 MICRO_BATCH = 32  # of `train`, and of the goals
 MICRO_BATCHES = (MICRO_BATCH, 16, 64, 8)  # the most important first

