@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from hgpt.durable import read_json
 from hgpt.errors import UserError
+from hgpt.hardware import choose_device
 from hgpt.interpret.corpus import data_of_runs, open_text
 from hgpt.interpret.drawing import STYLE, headings, inline_svg, save_figure, swatch
 from hgpt.interpret.measure import Analysis, Block, Cell, Details, Drawing, Html, ModelResult, Quantity
@@ -39,7 +40,7 @@ def analyse(paths: list[str], settings: AnalysisSettings, *, checkpoints: bool =
     """
     sources = find_sources(paths)
     relations = load_relations(settings.relations)
-    device = _device(settings.device)
+    device = choose_device(settings.device)
     known = outlines(sources)
     data = settings.data or data_of_runs(sources)
     notes: list[str] = []
@@ -112,13 +113,6 @@ def _compare(analysis: Analysis, other: ModelResult) -> None:
         found = measure.compare(first, other)
         if found is not None:
             analysis.compared.setdefault(measure.name, {})[other.label] = found
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.empty(1, device=name).device  # torch.device alone accepts a device that is absent
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def restricted(analysis: Analysis, models: int) -> Analysis:
