@@ -82,6 +82,7 @@ def test_imports_go_down_and_not_round_in_a_circle() -> None:
     for name, modules in graph.items():
         for module in modules:
             assert floor(module) <= floor(name), f"{name} imports {module}, which lies above it"
-            assert module not in COMMANDS, f"{name} imports the command {module}"
+            if not name.startswith("benchmarks."):  # these may measure what a command is made of
+                assert module not in COMMANDS, f"{name} imports the command {module}"
     assert "hgpt.run.config" in graph["train"] and "hgpt.model.harmax" in graph["hgpt.model.heads"]
     TopologicalSorter({name: modules - {"hgpt"} for name, modules in graph.items()}).prepare()  # raises CycleError
