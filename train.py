@@ -182,11 +182,11 @@ def loop(
             signals.ask(together=logging)
             if logging or signals.seen or checkpoints.due(step) or step % config.eval.every == 0:
                 recent = report.read(step, lr, batches)  # ends the run after too many non-finite steps
-                checkpoints.check()  # raises the error of writing a checkpoint in the background
+                checkpoints.writer.wait(only_look=True)  # raises the error of writing a checkpoint in the background
             if logging:
                 speed = report.speed()
                 report.log(step, log_line(step, lr, recent, speed, config, engine), speed)
-        checkpoints.wait()
+        checkpoints.writer.wait()
         report.finished(validation, evaluation.unigram)
     return validation
 
@@ -204,14 +204,15 @@ def optimizer_step(
     for micro_step in range(batches.accumulation):
         with report.phase("data"):
             inputs, targets = batches(step, micro_step)
-        with engine.accumulate(model):
+        # Gradients are reduced over the processes only in the last micro-batch.
+        with engine.accelerator.accumulate(model):
             with report.phase("forward"):
                 loss = training_loss(model, inputs, targets, engine)
             with report.phase("backward"):
-                engine.backward(loss)  # divides by the number of micro-batches
+                engine.accelerator.backward(loss)  # divides by the number of micro-batches
             step_loss += loss.detach() / batches.accumulation
             with report.phase("step"):
-                if engine.at_last_micro_batch:
+                if engine.accelerator.sync_gradients:  # the last micro-batch
                     grad_norm = engine.clip(model)
                 optimizer.step()  # this and zero_grad do nothing before the last micro-batch
                 optimizer.zero_grad()

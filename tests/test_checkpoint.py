@@ -50,6 +50,7 @@ def alone() -> Engine:
     accelerator = SimpleNamespace(
         distributed_type=DistributedType.NO,
         is_main_process=True,
+        is_local_main_process=True,
         process_index=0,
         num_processes=1,
         device="cpu",

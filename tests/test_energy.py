@@ -234,7 +234,7 @@ class OneOf:
     """An engine: this process, and what the others answer when objects are gathered."""
 
     def __init__(self, *answers: list, local_main: bool = True) -> None:
-        self.accelerator = types.SimpleNamespace(is_local_main_process=local_main)
+        self.is_local_main = local_main
         self.answers = list(answers)
         self.sent, self.said = [], []
 

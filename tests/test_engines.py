@@ -325,7 +325,13 @@ def refused(data, tmp_path, monkeypatch):
             accelerator = SimpleNamespace(
                 deepspeed_plugin=engines._deepspeed_plugin(precision) if engine != "ddp" else None,
                 distributed_type=DistributedType.DEEPSPEED if engine != "ddp" else DistributedType.FSDP,
-                **{"process_index": 0, "num_processes": 1, "is_main_process": True, "device": torch.device("cpu")},
+                **{
+                    "process_index": 0,
+                    "num_processes": 1,
+                    "is_main_process": True,
+                    "is_local_main_process": True,
+                    "device": torch.device("cpu"),
+                },
             )
             Engine(config, accelerator).configure(4)
 
@@ -439,6 +445,7 @@ def _fsdp2(backbone: str | None, folder: Path) -> None:
     accelerator = SimpleNamespace(
         distributed_type=DistributedType.FSDP,
         is_main_process=rank == 0,
+        is_local_main_process=rank == 0,
         process_index=rank,
         num_processes=2,
         device="cpu",

@@ -31,16 +31,7 @@ from torch import Tensor
 
 from hgpt.data.shards import TokenShards, same_data
 from hgpt.data.tokenizer import hf_tokenizer, tokenizer_file
-from hgpt.durable import (
-    folder_lock,
-    read_json,
-    remove_folder,
-    sha256,
-    sweep,
-    whole_file,
-    whole_folder,
-    writing,
-)
+from hgpt.durable import folder_lock, read_json, remove_folder, sha256, sweep, whole_file, whole_folder, writing
 from hgpt.errors import UserError
 from hgpt.model.configuration_hgpt import HGPTConfig
 from hgpt.model.harmonized import model_class
@@ -118,16 +109,15 @@ class Checkpoints:
 
     Attributes:
         resumed: the checkpoint that the run resumes, None for a new run; set by `to_resume`.
+        writer: writes the checkpoints.
     """
 
     def __init__(self, config: RunConfig, shards: TokenShards, data: str, engine: Engine) -> None:
         """`data`: the fingerprint of the data."""
-        self.config = config
-        self.engine = engine
-        self.shards = shards
-        self.data = data
+        self.config, self.engine = config, engine
+        self.shards, self.data = shards, data
         self.resumed: Checkpoint | None = None
-        self._writer = Writer(config.checkpoint.background)
+        self.writer = Writer(config.checkpoint.background)
 
     def to_resume(self) -> "Checkpoint | None":
         """The checkpoint that `resume` asks for, None for a new run. Nothing is written. Collective.
@@ -145,10 +135,9 @@ class Checkpoints:
         seen = engine.together(lambda: sha256(manifest) if manifest.is_file() else None)
         engine.compare({f"the SHA-256 of {manifest}": seen})
         verify = engine.is_local_main and not engine.is_main
-        found, differences = engine.together(lambda: self._check(path, verify))
+        self.resumed, differences = engine.together(lambda: self._check(path, verify))
         engine.say(f"resuming from {path}" + "".join(f"\n  {line}" for line in differences))
-        self.resumed = found
-        return found
+        return self.resumed
 
     def _check(self, path: Path, verify: bool) -> "tuple[Checkpoint, list[str]]":
         """The checkpoint in `path`, and how its settings differ. Raises UserError if this run cannot resume it."""
@@ -186,26 +175,26 @@ class Checkpoints:
             yield
 
     def _claim(self, held: ExitStack) -> None:
-        folder, config = self.config.run_folder, self.config
-        mine = self.resumed is not None and self.resumed.path.resolve().parent == (folder / CHECKPOINTS).resolve()
-        if self.resumed is not None and not mine:  # until the first checkpoint, config.toml alone says where it began
-            config = replace(config, resume=str(self.resumed.path.resolve()))
+        folder, config, resumed = self.config.run_folder, self.config, self.resumed
+        branch = resumed is not None and not _is_of_run(resumed.path, folder)
+        if resumed is not None and branch:  # until the first checkpoint, config.toml alone says where it began
+            config = replace(config, resume=str(resumed.path.resolve()))
         try:
             folder.mkdir(parents=True, exist_ok=True)
             busy = f"another process is training in {folder}: wait for it, or end it, or choose another --name"
             held.enter_context(folder_lock(folder / LOCK, busy))
             sweep(folder / CHECKPOINTS)
-            if self.resumed is not None and mine:
+            if resumed is not None and not branch:
                 for path in checkpoints(folder):
-                    if checkpoint_step(path) > self.resumed.state.step:
+                    if checkpoint_step(path) > resumed.state.step:
                         moved = set_aside(folder, path)
                         self.engine.say(f"{path} is later than the checkpoint that is resumed: moved to {moved}")
-                point_latest(folder, self.resumed.path)  # a crash may have come before the link was made
+                point_latest(folder, resumed.path)  # a crash may have come before the link was made
             write_toml(config, folder / CONFIG_FILE)
             (folder / PREEMPTED).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"the run folder {folder} cannot be written: {error}; choose another --runs_dir") from error
-        held.enter_context(self._writer)
+        held.enter_context(self.writer)
 
     def due(self, step: int, *, last: bool = False, stopping: bool = False) -> bool:
         """Whether to save after `step` steps; not at the step of the resumed checkpoint, which exists."""
@@ -215,7 +204,7 @@ class Checkpoints:
 
     def save(self, step: int, validation: Validation | None) -> None:
         """Save the model and everything a run needs to resume. Collective; the main process writes."""
-        self._writer.wait()  # before collecting: otherwise two copies of the state are in memory
+        self.writer.wait()  # before collecting: otherwise two copies of the state are in memory
         full = self.engine.collect()
         random_states = self.engine.gather_objects(random_state())
         if full is not None:
@@ -229,7 +218,7 @@ class Checkpoints:
                 world_size=self.engine.world_size,
                 teacher=self.engine.teacher_fingerprint,
             )
-            self._writer.submit(lambda: self._write(full, random_states, state))
+            self.writer.submit(lambda: self._write(full, random_states, state))
 
     def _write(self, full: FullState, random_states: list[dict[str, Tensor]], state: TrainState) -> None:
         """Write a checkpoint; into a new run folder if the run folder was renamed or deleted while the run trains."""
@@ -237,7 +226,7 @@ class Checkpoints:
         mark = run_folder / CONFIG_FILE
         try:
             if mark.exists():
-                return self._write_into(run_folder, full, random_states, state)
+                return self._write_folder(full, random_states, state)
         except UserError:
             if mark.exists():
                 raise
@@ -245,40 +234,29 @@ class Checkpoints:
         with writing(mark):
             run_folder.mkdir(parents=True, exist_ok=True)
             write_toml(self.config, mark)
-        return self._write_into(run_folder, full, random_states, state)
+        self._write_folder(full, random_states, state)
 
-    def _write_into(
-        self, run_folder: Path, full: FullState, random_states: list[dict[str, Tensor]], state: TrainState
-    ) -> None:
+    def _write_folder(self, full: FullState, random_states: list[dict[str, Tensor]], state: TrainState) -> None:
         """Write the checkpoint folder, point `latest` at it, and delete old checkpoints."""
-        config, target = full.config, checkpoint_folder(run_folder, state.step)
+        run, config, target = self.config, full.config, checkpoint_folder(self.config.run_folder, state.step)
         with whole_folder(target) as folder:
             save_training_state(folder, full, random_states, state)
             save_model(folder / MODEL, config, full.weights)
-            tokenizer = tokenizer_file(Path(self.config.data.path))
-            if tokenizer is not None:  # shards of others may have none
+            if (tokenizer := tokenizer_file(Path(run.data.path))) is not None:  # shards of others may have none
                 hf_tokenizer(tokenizer, config.n_positions, self.shards.end_of_text).save_pretrained(folder / MODEL)
-            source = self.config.data.path if self.shards.meta is None else self.shards.meta.source
-            facts = {"data": source, "training tokens": f"{state.tokens:,} in {state.step:,} steps"}
-            if (teacher := self.config.train.distill_from) is not None:
-                facts["distilled from"] = teacher
-            facts["validation loss"] = "not measured"
-            if state.validation is not None:
-                loss, at = state.validation.loss, state.validation.step
-                facts["validation loss"] = f"{loss:.4f} nats per token, unsmoothed, at step {at:,}"
-            card = model_card(config, full.weights, name=self.config.name, facts=facts)
+            facts = {
+                "data": run.data.path if self.shards.meta is None else self.shards.meta.source,
+                "training tokens": f"{state.tokens:,} in {state.step:,} steps",
+                **({} if run.train.distill_from is None else {"distilled from": run.train.distill_from}),
+                "validation loss": "not measured"
+                if state.validation is None
+                else f"{state.validation_loss:.4f} nats per token, unsmoothed, at step {state.validation_step:,}",
+            }
+            card = model_card(config, full.weights, name=run.name, facts=facts)
             (folder / MODEL / "README.md").write_text(card, encoding="utf-8")
             write_manifest(folder)
-        point_latest(run_folder, target)
-        remove_old(run_folder, self.config.checkpoint)
-
-    def check(self) -> None:
-        """Raise the error of a finished write, if it had one; does not wait."""
-        self._writer.wait(only_look=True)
-
-    def wait(self) -> None:
-        """Wait until the last checkpoint is on the disk; raises the error of writing it."""
-        self._writer.wait()
+        point_latest(run.run_folder, target)
+        remove_old(run.run_folder, run.checkpoint)
 
     def mark_preempted(self) -> None:
         """Create the file that marks the run as stopped by a cluster."""
@@ -377,10 +355,13 @@ def find_checkpoint(config: RunConfig, warn: Callable[[str], None]) -> Path | No
         ) from error
     if fault := damage(checkpoint):
         raise UserError(f"{checkpoint} is damaged: {fault}; choose another one, or --resume auto")
-    mine = checkpoint.resolve().parent == (run_folder / CHECKPOINTS).resolve()
-    if occupied and not mine and checkpoint.resolve() != _origin(run_folder):
+    if occupied and not _is_of_run(checkpoint, run_folder) and checkpoint.resolve() != _origin(run_folder):
         raise UserError(f"{run_folder} exists already and {checkpoint} is not its checkpoint: choose another --name")
     return checkpoint
+
+
+def _is_of_run(checkpoint: Path, run_folder: Path) -> bool:
+    return checkpoint.resolve().parent == (run_folder / CHECKPOINTS).resolve()
 
 
 def _origin(run_folder: Path) -> Path | None:
@@ -426,9 +407,7 @@ def save_model(folder: Path, config: HGPTConfig, weights: dict[str, Tensor]) -> 
 def write_manifest(folder: Path) -> None:
     """Write manifest.json: size and SHA-256 of every file in `folder`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    entries = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
-    }
+    entries = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
     (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=1))
 
 
@@ -498,8 +477,7 @@ def latest_checkpoint(run_folder: Path) -> Path | None:
 
 def set_aside(run_folder: Path, path: Path) -> Path:
     """Move a folder into run_folder/abandoned, under a name that is free there; returns its new path."""
-    target = run_folder / ABANDONED / path.name
-    number = 1
+    target, number = run_folder / ABANDONED / path.name, 1
     while target.exists():
         target, number = target.with_name(f"{path.name}.{number}"), number + 1
     target.parent.mkdir(exist_ok=True)
@@ -581,9 +559,10 @@ class Checkpoint:
         due: dict[str, torch.Size] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                kinds = ("momentum_buffer",) if id(parameter) in muon else ("exp_avg", "exp_avg_sq")
-                due |= {f"{kind}/{name}": parameter.shape for kind in kinds}
-                due |= {} if id(parameter) in muon else {f"step/{name}": torch.Size()}
+                shape = parameter.shape
+                kinds = {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
+                kinds = {"momentum_buffer": shape} if id(parameter) in muon else kinds
+                due |= {f"{kind}/{name}": size for kind, size in kinds.items()}
         file = self.path / OPTIMIZER
         with _reading(file):
             tensors = load_file(file)

@@ -216,7 +216,7 @@ class RunEnergy:
 
     def __enter__(self) -> Self:
         """Collective."""
-        if self._engine.accelerator.is_local_main_process:
+        if self._engine.is_local_main:
             self._meter = EnergyMeter(self._country)
         try:
             methods = self._engine.gather_objects(self._meter and self._meter.method)

@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
@@ -47,7 +47,6 @@ SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED", "FSDP")  # Accelerate'
 _PACKAGES = ("hgpt", "torch", "transformers", "accelerate", "deepspeed", "safetensors", "tokenizers", "numpy")
 _ADAM = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, besides its step count
 
-
 Result = TypeVar("Result")
 
 # By parameter name, for AdamW {"step": (), "exp_avg": like the parameter, "exp_avg_sq": like the parameter}.
@@ -72,7 +71,8 @@ class Engine:
     Every method whose docstring says "collective" must be called by every process.
 
     Attributes:
-        rank, world_size, is_main, device: of this process.
+        rank, world_size, device: of this process.
+        is_main, is_local_main: whether this process is the first of the run, and of its node.
         model_config, num_parameters: of the model; known after `prepare`.
         teacher, teacher_fingerprint: the model of train.distill_from and what identifies it; None without one.
     """
@@ -83,10 +83,9 @@ class Engine:
     teacher_fingerprint: str | None = None
 
     def __init__(self, config: RunConfig, accelerator: Accelerator) -> None:
-        self.config = config
-        self.accelerator = accelerator
+        self.config, self.accelerator = config, accelerator
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
-        self.is_main = accelerator.is_main_process
+        self.is_main, self.is_local_main = accelerator.is_main_process, accelerator.is_local_main_process
         self.device = accelerator.device
 
     @classmethod
@@ -157,11 +156,6 @@ class Engine:
         if self.accelerator.distributed_type == DistributedType.FSDP:
             return "FSDP2"
         return "DDP" if self.world_size > 1 else "one process"
-
-    @property
-    def is_local_main(self) -> bool:
-        """Whether this process is the first of its node."""
-        return self.accelerator.is_local_main_process
 
     @property
     def precision(self) -> str:
@@ -257,19 +251,6 @@ class Engine:
     def _last_exponent(self) -> float:
         return float(self.config.model.to_hf(vocab_size=1, seq_len=1).exponent)
 
-    def accumulate(self, model: nn.Module) -> AbstractContextManager:
-        """Context of one micro-batch: gradients are reduced over the processes only in the last one of a step."""
-        return self.accelerator.accumulate(model)
-
-    @property
-    def at_last_micro_batch(self) -> bool:
-        """Whether this is the last micro-batch of a step. In the others `optimizer.step()` does nothing."""
-        return self.accelerator.sync_gradients
-
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of loss / accumulation. Collective."""
-        self.accelerator.backward(loss)
-
     def clip(self, model: nn.Module) -> Tensor:
         """Clip the gradient to a global norm of optim.grad_clip (0: not at all). Collective.
 
@@ -319,8 +300,8 @@ class Engine:
 
 def check_environment() -> None:
     """Raise UserError unless the variables by which a launcher numbers the processes are usable numbers."""
-    environment = {name: value for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-                   if (value := os.environ.get(name)) is not None}  # fmt: skip
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    environment = {name: os.environ[name] for name in names if name in os.environ}
     size = environment.get("WORLD_SIZE", "1")
     below = {"MASTER_PORT": "65536"}
     if "WORLD_SIZE" in environment:

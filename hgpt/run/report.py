@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
-from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,6 +86,7 @@ class Report:
         resumed = checkpoints.resumed
         self.first_step = 0 if resumed is None else resumed.state.step
         self.tokens_per_step = config.train.global_batch * config.data.seq_len
+        self._flops_per_token = flops_per_token(engine.model_config, config.data.seq_len)
         self._pending: list[Tensor] = []  # (loss, gradient norm) of the steps since the last reading, on the device
         self._spikes = LossSpikes()
         self._skipped = 0
@@ -208,10 +208,6 @@ class Report:
         loss, grad_norm = recent[-1]
         return Recent(loss, grad_norm, spikes, len(bad))
 
-    @cached_property
-    def _flops_per_token(self) -> float:
-        return flops_per_token(self.engine.model_config, self.config.data.seq_len)
-
     def speed(self) -> Speed:
         """Speed since the last call, without evaluations, checkpoints and energy readings. Collective."""
         now, seconds, engine = time.perf_counter(), self.phase.read(), self.engine
@@ -259,7 +255,7 @@ class Report:
         say(f"the model is in {(link if link.is_dir() else last) / MODEL}; python sample.py --checkpoint {run_folder}")
 
     def _not_finite(self, step: int, what: str) -> UserError:
-        self.checkpoints.wait()  # the message names the checkpoint that is being written
+        self.checkpoints.writer.wait()  # the message names the checkpoint that is being written
         if self._log is not None:
             self._log.write(DIVERGED, step, {}, track=False, message=what)
         last = checkpoints(self.config.run_folder)[-1:]

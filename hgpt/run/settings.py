@@ -159,11 +159,8 @@ def _read_toml(file: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         shipped = {path.stem: str(path) for path in sorted(Path("configs").rglob("*.toml"))}
         close = difflib.get_close_matches(Path(file).stem, shipped, n=2)
-        hint = (
-            f"did you mean {' or '.join(shipped[name] for name in close)}?"
-            if close
-            else "configs/ holds those that ship"
-        )
+        near = " or ".join(shipped[name] for name in close)
+        hint = f"did you mean {near}?" if near else "configs/ holds those that ship"
         raise UserError(f"--config {file}: cannot read the file ({error}); {hint}") from error
     except RecursionError as error:
         raise UserError(f"--config {file}: not valid TOML: nested too deeply") from error
@@ -292,19 +289,12 @@ def _as(value: Any, kind: Any) -> Any:
         return float(value)
     if kind is int and type(value) is int and abs(value) >= 2**63:
         raise OverflowError
-    if kind is str and isinstance(value, str) and ("\0" in value or not _is_utf8(value)):
+    # Python reads arguments of the command line that are not UTF-8 as surrogates.
+    if kind is str and isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
         raise TypeError("no file can have this name, and no TOML hold it")
     if kind in (bool, int, str, NoneType) and type(value) is kind:
         return value
     raise TypeError(f"{value!r} is not {_in_words(kind)}")
-
-
-def _is_utf8(text: str) -> bool:
-    """False for arguments of the command line that are not UTF-8, which Python reads as surrogates."""
-    with suppress(UnicodeEncodeError):
-        text.encode()
-        return True
-    return False
 
 
 def _in_words(kind: Any) -> str:
@@ -325,15 +315,11 @@ def _in_words(kind: Any) -> str:
 
 def _placeholder(kind: Any) -> str:
     """What --help shows for a value: N, X, TEXT, true|false, adamw|muon."""
-    names = {int: "N", float: "X", bool: "true|false", str: "TEXT"}
-    if kind in names:
-        return names[kind]
+    names = {int: "N", float: "X", bool: "true|false", str: "TEXT", tuple: "LIST", dict: "TABLE"}
+    if (name := names.get(get_origin(kind) or kind)) is not None:
+        return name
     parts = [part for part in get_args(kind) if part is not NoneType]
-    if get_origin(kind) is Literal:
-        return "|".join(parts)
-    if get_origin(kind) is tuple:
-        return "LIST"
-    return "TABLE" if get_origin(kind) is dict else "|".join(map(_placeholder, parts))
+    return "|".join(parts if get_origin(kind) is Literal else map(_placeholder, parts))
 
 
 def _every_setting() -> str:

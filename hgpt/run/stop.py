@@ -114,7 +114,7 @@ class StopSignals:
         """If a signal was seen, wait for the checkpoint and raise KeyboardInterrupt (SIGINT) or Preempted."""
         if not self.seen:
             return
-        checkpoints.wait()
+        checkpoints.writer.wait()
         saved = checkpoint_folder(checkpoints.config.run_folder, step)
         if self.seen != signal.SIGINT:
             checkpoints.mark_preempted()
