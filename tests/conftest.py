@@ -18,7 +18,7 @@ import torch
 # Without a GPU Triton's kernels run in its interpreter. Triton reads this when transformers imports it.
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
-from small_run import markov_tokens, write_data
+from small_run import HARMONIC, make_config, markov_tokens, write_data
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,6 +42,22 @@ def _seed() -> None:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The data folder of small runs."""
     return write_data(tmp_path_factory.mktemp("data") / "markov", markov_tokens(20_000, 0), markov_tokens(1_000, 1))
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A function: the finished run of 6 steps of a head, trained once; to compare with, or to copy with `set_back`."""
+    import train  # takes seconds, and many tests do without
+
+    runs, done = tmp_path_factory.mktemp("finished"), {}
+
+    def trained(head=HARMONIC):
+        if head.type not in done:
+            done[head.type] = make_config(data, runs, head, name=head.type)
+            train.main(done[head.type])
+        return done[head.type]
+
+    return trained
 
 
 @pytest.fixture(scope="module")

@@ -90,6 +90,15 @@ def finish(started: Sequence[multiprocessing.Process], timeout: float = 600) -> 
     return [process.exitcode for process in started]
 
 
+def wait_for_step(run_folder: Path, step: int, started) -> None:
+    """Wait until a run has logged `step`; none of its processes, or commands, may end before."""
+    metrics, deadline = run_folder / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.exists() or f'"kind": "train", "step": {step},' not in metrics.read_text(errors="replace"):
+        ended = [process.poll() if hasattr(process, "poll") else process.exitcode for process in started]
+        assert time.monotonic() < deadline and not any(code is not None for code in ended)
+        time.sleep(0.02)
+
+
 def run(config: RunConfig, processes: int, engine: str = "ddp", log: Path | None = None, **environment: str) -> None:
     """Train to the end; what the processes printed is part of the failure if one of them fails."""
     log = log or Path(config.runs_dir) / f"{config.name}.log"

@@ -3,9 +3,11 @@
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from hgpt.data.shards import DataMeta, ShardWriter, SplitMeta, write_meta
@@ -97,6 +99,23 @@ def set_back(config: RunConfig, steps: int, **changes: str) -> RunConfig:
             shutil.rmtree(later)
     (copied.run_folder / "latest").unlink()
     return copied
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def stub_accelerator(kind: str = "NO", rank: int = 0, processes: int = 1, **others) -> SimpleNamespace:
+    """What an Engine asks of Accelerate's Accelerator."""
+    return SimpleNamespace(
+        distributed_type=DistributedType(kind),
+        **{"process_index": rank, "num_processes": processes, "device": torch.device("cpu")},
+        **{"is_main_process": rank == 0, "is_local_main_process": rank == 0},
+        prepare=lambda *prepared: prepared,
+        **others,
+    )
 
 
 @dataclass
