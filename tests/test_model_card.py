@@ -16,47 +16,40 @@ from hgpt.model.modeling_hgpt import HGPTForCausalLM
 from hgpt.run.model_card import model_card
 
 
-def card(config: HGPTConfig, **values) -> str:
-    settings = {
-        "weights": {"lm_head.weight": torch.empty(2000, 1000), "transformer.ln_f.weight": torch.empty(992)},
-        "name": "quickstart",
-        "facts": {"data": "Python's documentation {3.11}", "training tokens": "819,200 in 400 steps"},
-    }
-    return model_card(config, **(settings | values))
+def card(config: HGPTConfig, weights: dict[str, torch.Tensor]) -> str:
+    facts = {"data": "Python's documentation {3.11}", "training tokens": "819,200 in 400 steps"}
+    return model_card(config, weights, name="quickstart", facts=facts)
 
 
-def test_harmonic():
-    text = card(HGPTConfig(exponent="2*sqrt_dim", n_embd=768))
-    assert "n = 55.4256" in text
-    assert "d_i / d_min = (p_max / p_i)^(1/n)" in text
-    assert "| data | Python's documentation {3.11} |" in text
-    assert "| training tokens | 819,200 in 400 steps |" in text
-    assert "d_i = ||w_i − x||, and" in text
-    assert "2,000,992 parameters" in text
-    assert "Do not serve this model with an engine that puts its own linear head on the trunk" in text
+WARNING = "Do not serve this model with an engine that puts its own linear head on the trunk"
+MINKOWSKI = {"distance": "minkowski", "distance_options": {"p": 3}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"exponent": "2*sqrt_dim", "n_embd": 768}, ["n = 55.4256", "d_i = ||w_i − x||, and", WARNING,
+            "d_i / d_min = (p_max / p_i)^(1/n)", "dot products where"]),
+        (MINKOWSKI | {"exponent": 14, "learn_exponent": True}, ["n = 7.38906 (learned, from 14)",
+            "the distance `minkowski` (p = 3) of hgpt: (Σ |x_k − w_k|^p)^(1/p)"]),
+        ({"exponent": 14, "radius": "learned"}, ["p_i = (d_i / ρ_i)^(−n) / Σ_j (d_j / ρ_j)^(−n),    n = 14", WARNING,
+            "model.lm_head.relative_distances(logits)", "dot products where"]),
+        ({"head": "softmax", "radius": "learned"}, ["w_i · x + a_i", WARNING, "logits without the bias"]),
+        ({"head": "softmax"}, ["logits w_i · x:"]),
+    ],
+    ids=["harmonic", "another distance, learnt n", "radii", "bias", "softmax"],
+)  # fmt: skip
+def test_the_card_describes_the_head(settings, words):
+    learned = {"lm_head.log_exponent": torch.tensor(2.0)} if "learn_exponent" in settings else {}
+    weights = {"lm_head.weight": torch.empty(2000, 1000), "transformer.ln_f.weight": torch.empty(992)} | learned
+    text = card(HGPTConfig(**settings), weights=weights)
     assert text.startswith("---\nlibrary_name: transformers\n")
-
-
-def test_another_distance_and_a_learnt_exponent():
-    config = HGPTConfig(distance="minkowski", distance_options={"p": 3}, exponent=14, learn_exponent=True)
-    text = card(config, weights={"lm_head.log_exponent": torch.tensor([2.0])})
-    assert "the distance `minkowski` (p = 3) of hgpt: (Σ |x_k − w_k|^p)^(1/p)" in text
-    assert "n = 7.38906 (learned, from 14)" in text
-
-
-def test_radii():
-    text = card(HGPTConfig(exponent=14, radius="learned"))
-    assert "p_i = (d_i / ρ_i)^(−n) / Σ_j (d_j / ρ_j)^(−n),    n = 14" in text
-    assert "model.lm_head.relative_distances(logits)" in text and "dot products where" in text
-    text = card(HGPTConfig(head="softmax", radius="learned"))
-    assert "w_i · x + a_i" in text and "Do not serve" in text and "logits without the bias" in text
-
-
-def test_softmax():
-    text = card(HGPTConfig(head="softmax"))
-    assert "w_i · x" in text
-    for word in ("n = ", "Do not serve", "d_i^(−n)"):
-        assert word not in text
+    common = ["| data | Python's documentation {3.11} |", "| training tokens | 819,200 in 400 steps |"]
+    for word in [*words, *common, f"{2_000_993 if learned else 2_000_992:,} parameters"]:
+        assert word in text
+    if settings == {"head": "softmax"}:
+        for word in ("n = ", "Do not serve", "d_i^(−n)"):
+            assert word not in text
 
 
 @pytest.mark.parametrize("head", ["harmonic", "softmax", "masked"])
@@ -71,7 +64,7 @@ def test_the_code_in_it_runs(tmp_path, head):
         HGPTForCausalLM(config).save_pretrained(tmp_path)
     words = Tokenizer(WordLevel({"The": 0, "a": 1, "b": 2}, unk_token="b"))
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="The").save_pretrained(tmp_path)
-    code = re.search(r"```python\n(.*?)```", card(config), re.DOTALL)[1].replace("this folder", str(tmp_path))
+    code = re.search(r"```python\n(.*?)```", card(config, {}), re.DOTALL)[1].replace("this folder", str(tmp_path))
     assert code.count(str(tmp_path)) == code.count("trust_remote_code=True)") == 2
     torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()) as printed:

@@ -53,17 +53,10 @@ def test_flops_per_token_of_gpt2_small():
     assert flops_per_token(config, 1024) == 6 * 123_568_128 + 12 * 12 * 768 * 1024
 
 
-class Clock:
-    """A clock that is set by hand."""
-
-    def __init__(self, monkeypatch) -> None:
-        self.now = 100.0
-        monkeypatch.setattr(report.time, "perf_counter", lambda: self.now)
-
-
 def test_speed_leaves_pauses_out(tmp_path, monkeypatch):
     """3 steps of 8 · 16 tokens in 10 s, of which an evaluation takes 2 s and a checkpoint 5 s: 128 tokens/s."""
-    clock = Clock(monkeypatch)
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(report.time, "perf_counter", lambda: clock.now)
     monkeypatch.setattr(report, "device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     accelerator = SimpleNamespace(gather=lambda mine: torch.cat([mine, mine + 1]))  # the other process needs 1 s more
     engine = SimpleNamespace(is_main=False, device=torch.device("cpu"), accelerator=accelerator, world_size=2)
@@ -174,15 +167,11 @@ def test_tensorboard(tmp_path):
     assert scalars(tmp_path, "train/loss") == [(1, 9.0), (2, 8.0), (3, 7.0), (4, 16.0), (5, 15.0), (6, 14.0)]
 
 
-def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
-    assert build_trackers(LogConfig(trackers=()), tmp_path, "x") == []
-    monkeypatch.setattr(report, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"log\.trackers .*pip install \"hgpt\[wandb\]\".* = \[\]"):
-        build_trackers(LogConfig(trackers=("wandb",)), tmp_path, "x")
-
-
 def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     """With a stand-in for the package: what it is asked to do, which is all that can be tried offline."""
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"log\.trackers .*hgpt\[wandb\]\".* = \[\]"):
+        patch.setattr(report, "find_spec", lambda name: None)
+        build_trackers(LogConfig(trackers=("wandb",)), tmp_path, "x")
     PartialState()
     started, logged = [], []
     run = SimpleNamespace(log=lambda values, step, **_: logged.append((step, values)), finish=lambda: None)
@@ -219,16 +208,9 @@ def test_phases_are_timed_and_read_once():
 
 
 def test_a_spike_is_far_above_the_running_mean():
-    rng = np.random.RandomState(0)
-    quiet = 3 + 0.1 * rng.randn(1000)
-    spikes = LossSpikes()
-    assert not any(spikes.add(float(loss)) for loss in quiet)
-    # Six standard deviations of 0.1 above 3 are 3.6; the estimate of both is not exact.
-    assert [spikes.add(loss) for loss in (3.4, 3.9, 9.0, 3.0)] == [False, True, True, False]
-
-
-def test_a_falling_loss_has_no_spikes_and_the_first_steps_never_count():
-    spikes = LossSpikes()
-    assert not any(spikes.add(10 - step / 200) for step in range(1000))
-    spikes = LossSpikes()
-    assert not any(spikes.add(loss) for loss in (1.0, 100.0))
+    quiet = (3 + 0.1 * np.random.RandomState(0).randn(1000)).tolist()
+    falling = [10 - step / 200 for step in range(1000)]
+    # Six standard deviations of 0.1 above 3 are 3.6; the estimate of both is not exact. The first steps never count.
+    for losses, found in ((quiet, []), (falling, []), ([1.0, 100.0], []), ([*quiet, 3.4, 3.9, 9.0, 3.0], [1001, 1002])):
+        spikes = LossSpikes()
+        assert [step for step, loss in enumerate(losses) if spikes.add(loss)] == found
