@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -89,28 +88,19 @@ print("READING", *reading)
 
 def test_nothing_is_sent_or_written_and_the_units_are_right(tmp_path):
     """The settings that would send are all there, in the environment; and power · time is energy · intensity."""
-    hostile = {
-        "CODECARBON_EMISSIONS_ENDPOINT": "http://127.0.0.1:9/",
-        "CODECARBON_ELECTRICITYMAPS_API_TOKEN": "token",
-        "CODECARBON_CO2_SIGNAL_API_TOKEN": "token",
-        "CODECARBON_OUTPUT_METHODS": "csv,api,prometheus",
-        "CODECARBON_SAVE_TO_API": "true",
-        "CODECARBON_API_CALL_INTERVAL": "1",
-        "CODECARBON_ALLOW_MULTIPLE_RUNS": "false",
-        "CODECARBON_CLOUD_PROVIDER": "gcp",
-        "CODECARBON_CLOUD_REGION": "us-east1",
-        "CODECARBON_COUNTRY_ISO_CODE": "USA",
-        "CODECARBON_FORCE_CARBON_INTENSITY_G_CO2E_KWH": "999",
-        "CODECARBON_PUE": "3",
-        "CODECARBON_LOG_LEVEL": "debug",
-    }
+    hostile = """
+        EMISSIONS_ENDPOINT=http://127.0.0.1:9/ ELECTRICITYMAPS_API_TOKEN=token CO2_SIGNAL_API_TOKEN=token
+        OUTPUT_METHODS=csv,api,prometheus SAVE_TO_API=true API_CALL_INTERVAL=1 ALLOW_MULTIPLE_RUNS=false
+        CLOUD_PROVIDER=gcp CLOUD_REGION=us-east1 COUNTRY_ISO_CODE=USA FORCE_CARBON_INTENSITY_G_CO2E_KWH=999 PUE=3
+        LOG_LEVEL=debug FORCE_RAM_POWER=36000
+    """  # 36 kW of RAM are far above what else is estimated
+    hostile = dict(f"CODECARBON_{setting}".split("=") for setting in hostile.split())
     (tmp_path / ".codecarbon.config").write_text("[codecarbon]\nsave_to_file = true\noutput_dir = /tmp\n")
     place = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
-    watts = {"CODECARBON_FORCE_RAM_POWER": "36000"}  # far above what else is estimated
     result = subprocess.run(
         [sys.executable, "-c", WATCHED, str(Path(train.__file__).parent / "hgpt")],
         cwd=tmp_path,
-        env=os.environ | hostile | place | watts,
+        env=os.environ | hostile | place,
         capture_output=True,
         text=True,
     )
@@ -139,7 +129,7 @@ def test_counters_that_measure(tmp_path, monkeypatch):
     for name, value in (("name", "package-0"), ("energy_uj", "1000000"), ("max_energy_range_uj", "262143328850")):
         (package / name).write_text(value)
     millijoules = [5_000_000, 9_000_000]
-    nvml = types.SimpleNamespace(
+    nvml = SimpleNamespace(
         NVMLError=OSError,
         NVMLError_NotSupported=OSError,
         nvmlInit=lambda: None,
@@ -148,9 +138,9 @@ def test_counters_that_measure(tmp_path, monkeypatch):
         nvmlDeviceGetTotalEnergyConsumption=lambda index: millijoules[index],
         nvmlDeviceGetName=lambda index: "a GPU",
         nvmlDeviceGetUUID=lambda index: f"GPU-{index}",
-        nvmlDeviceGetMemoryInfo=lambda index: types.SimpleNamespace(total=0),
+        nvmlDeviceGetMemoryInfo=lambda index: SimpleNamespace(total=0),
         nvmlDeviceGetEnforcedPowerLimit=lambda index: 0,
-        nvmlDeviceGetUtilizationRates=lambda index: types.SimpleNamespace(gpu=0),
+        nvmlDeviceGetUtilizationRates=lambda index: SimpleNamespace(gpu=0),
     )
     monkeypatch.setattr("codecarbon.core.gpu_nvidia.pynvml", nvml)
     monkeypatch.setattr("codecarbon.core.gpu.PYNVML_AVAILABLE", True)
@@ -177,9 +167,6 @@ def test_counters_that_measure(tmp_path, monkeypatch):
     assert after.cpu_kwh - before.cpu_kwh == pytest.approx(0.002)
     assert after.gpu_kwh - before.gpu_kwh == pytest.approx(0.001)  # the other GPU is somebody else's
     assert after.emissions_kg / sum(after[:3]) == pytest.approx(0.38095)  # Germany in 2023
-
-
-def test_a_cpu_of_which_only_the_load_is_known():
     cpu = hardware.CPU(os.devnull, "cpu_load", "a CPU", 65)
     assert describe([cpu]) == "CPU estimated from its load and a rated power of 65 W, no RAM, no GPU"
 
@@ -214,7 +201,7 @@ class Tracker:
                 logging.getLogger("codecarbon").warning("stopping", exc_info=True)
             return None
         self.output.out(
-            types.SimpleNamespace(cpu_energy=3.0 * k, gpu_energy=2.0 * k, ram_energy=1.0 * k, emissions=1.0 * k), None
+            SimpleNamespace(cpu_energy=3.0 * k, gpu_energy=2.0 * k, ram_energy=1.0 * k, emissions=1.0 * k), None
         )
         return 1.0 * k
 
