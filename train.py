@@ -204,8 +204,7 @@ def optimizer_step(
     for micro_step in range(batches.accumulation):
         with report.phase("data"):
             inputs, targets = batches(step, micro_step)
-        # Gradients are reduced over the processes only in the last micro-batch.
-        with engine.accelerator.accumulate(model):
+        with engine.accelerator.accumulate(model):  # reduces gradients over processes in the last micro-batch only
             with report.phase("forward"):
                 loss = training_loss(model, inputs, targets, engine)
             with report.phase("backward"):

@@ -425,24 +425,21 @@ def test_a_run_goes_on_when_nobody_reads_its_output(data, tmp_path, closed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("environment", "arguments", "code", "named"),
+    ("environment", "arguments", "named"),
     [
-        ({"WORLD_SIZE": "two"}, (), 2, "WORLD_SIZE"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"}, (), 2,
-         "MASTER_PORT"),
-        ({}, ("--name=" + "a" * 300,), 2, "name"),
-        ({}, ("--runs_dir=" + "a/" * 3000,), 2, "--runs_dir"),
-        ({}, ("--model.n_embd=100000", "--model.n_layer=8"), 2, "out of memory"),
-        ({}, ("--resume=" + "a" * 300,), 2, "resume"),
+        ({"WORLD_SIZE": "two"}, (), "WORLD_SIZE"),
+        ({}, ("--runs_dir=" + "a/" * 3000,), "--runs_dir"),
+        ({}, ("--model.n_embd=100000", "--model.n_layer=8"), "out of memory"),
+        ({}, ("--resume=" + "a" * 300,), "resume"),
     ],
-)  # fmt: skip
-def test_errors_of_the_command(data, tmp_path, environment, arguments, code, named):
+)
+def test_errors_of_the_command(data, tmp_path, environment, arguments, named):
     limit = ["bash", "-c", 'ulimit -v 40000000; exec "$@"', "bash"]
     result = subprocess.run(
         [*limit, *command(data, tmp_path, "--train.steps=2", *arguments)],
         cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert result.returncode == code, result.stderr
+    assert result.returncode == 2, result.stderr
     assert named in result.stderr and "Traceback" not in result.stderr
 
 

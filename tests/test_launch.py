@@ -49,7 +49,7 @@ def test_the_batch_script_is_shell_and_names_real_options():
     assert options <= known and {"--config_file", "--machine_rank", "--main_process_ip"} <= options
 
 
-def accelerate_launch(config: RunConfig, launcher: str, tmp_path: Path, *options: str) -> subprocess.Popen:
+def accelerate_launch(config: RunConfig, launcher: str, tmp_path: Path, *options: object) -> subprocess.Popen:
     toml = tmp_path / f"{config.name}.toml"
     write_toml(config, toml)
     file = ROOT / "configs" / "accelerate" / f"{launcher}.yaml"
@@ -64,13 +64,18 @@ def accelerate_launch(config: RunConfig, launcher: str, tmp_path: Path, *options
     )
 
 
-def succeeded(*launchers: subprocess.Popen) -> str:
-    """What they printed, if all of them ended well."""
-    texts = []
-    for launcher in launchers:
-        texts.append(launcher.communicate(timeout=400)[0])
-        assert launcher.returncode == 0, texts[-1][-5000:]
-    return "".join(texts)
+def launch_as_alone(data: Path, tmp_path: Path, launcher: str, micro_batch: int, *nodes: tuple) -> str:
+    """Launch the shipped file on each node, with these options, and compare with one process; what was printed."""
+    alone, config = (engine_config(data, tmp_path, n, train={"micro_batch": micro_batch}) for n in ("alone", launcher))
+    train.main(alone)
+    printed = ""
+    for process in [accelerate_launch(config, launcher, tmp_path, *options) for options in nodes]:
+        printed += process.communicate(timeout=400)[0]
+        assert process.returncode == 0, printed[-5000:]
+    # DeepSpeed's Adam on the CPU is another implementation of the same formula.
+    np.testing.assert_allclose(curve(config), curve(alone), atol=1e-4 if "offload" in launcher else 1e-5)
+    assert len(checkpoints(config.run_folder)) == 2
+    return printed
 
 
 ENGINES = {
@@ -83,16 +88,10 @@ ENGINES = {
     "launcher", [pytest.param(name, marks=pytest.mark.slow if name != "zero2" else ()) for name in ENGINES]
 )
 def test_accelerate_launch(data, tmp_path, launcher):
-    """The shipped file and the same TOML, on the CPU: the curve of one process, and it goes on."""
     processes = 1 if launcher == "cpu" else 2
-    alone, config = (engine_config(data, tmp_path, name) for name in ("alone", launcher))
-    train.main(alone)
     port = ["--main_process_port", free_port()] if processes > 1 else []
-    printed = succeeded(accelerate_launch(config, launcher, tmp_path, "--num_processes", processes, *port))
+    printed = launch_as_alone(data, tmp_path, launcher, 2, ("--num_processes", processes, *port))
     assert f"{processes} x cpu, {ENGINES[launcher]}" in printed
-    # DeepSpeed's Adam on the CPU is another implementation of the same formula.
-    np.testing.assert_allclose(curve(config), curve(alone), atol=1e-4 if "offload" in launcher else 1e-5)
-    assert len(checkpoints(config.run_folder)) == 2
 
 
 @pytest.mark.parametrize(
@@ -100,10 +99,6 @@ def test_accelerate_launch(data, tmp_path, launcher):
 )
 def test_two_nodes(data, tmp_path, launcher):
     """Two launchers, each with the rank of its node, that meet on this machine's loopback."""
-    alone, config = (engine_config(data, tmp_path, name, train={"micro_batch": 1}) for name in ("alone", "nodes"))
-    train.main(alone)
-    options = ["--num_processes", 2, "--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
-    nodes = [accelerate_launch(config, launcher, tmp_path, "--machine_rank", rank, *options) for rank in (0, 1)]
-    assert "2 x cpu" in succeeded(*nodes)
-    np.testing.assert_allclose(curve(config), curve(alone), atol=1e-5)
-    assert len(checkpoints(config.run_folder)) == 2
+    options = ("--num_processes", 2, "--main_process_ip", "127.0.0.1", "--main_process_port", free_port())
+    nodes = [("--machine_rank", rank, *options) for rank in (0, 1)]
+    assert "2 x cpu" in launch_as_alone(data, tmp_path, launcher, 1, *nodes)

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.integrations import unset_hf_deepspeed_config
 
-from hgpt.errors import UserError
+from hgpt.errors import UserError, first_line
 from hgpt.hardware import installed_versions
 from hgpt.model.configuration_hgpt import HGPTConfig
 from hgpt.model.modeling_hgpt import HGPTForCausalLM, HGPTModel
@@ -170,17 +170,17 @@ class Engine:
         """
         self.accelerator.gradient_accumulation_steps = accumulation
         train, optim, plugin = self.config.train, self.config.optim, self.accelerator.deepspeed_plugin
-        if plugin is not None or self.accelerator.distributed_type == DistributedType.FSDP:
-            if optim.algorithm == "muon":
-                raise UserError(
-                    f'optim.algorithm = "muon" does not work under {self.name}, which shards the matrices that Muon '
-                    'needs whole: set it to "adamw", or launch DDP'
-                )
-            if train.skip_non_finite:
-                raise UserError(
-                    f"train.skip_non_finite = {train.skip_non_finite} has no effect under {self.name}: set it to 0, or "
-                    "launch DDP"
-                )
+        sharded = plugin is not None or self.accelerator.distributed_type == DistributedType.FSDP
+        if sharded and optim.algorithm == "muon":
+            raise UserError(
+                f'optim.algorithm = "muon" does not work under {self.name}, which shards the matrices that Muon needs '
+                'whole: set it to "adamw", or launch DDP'
+            )
+        if sharded and train.skip_non_finite:
+            raise UserError(
+                f"train.skip_non_finite = {train.skip_non_finite} has no effect under {self.name}: set it to 0, or "
+                "launch DDP"
+            )
         if plugin is not None:
             if train.compile and plugin.deepspeed_config["zero_optimization"]["stage"] == 3:
                 raise UserError(
@@ -367,7 +367,7 @@ def build_accelerator(precision: str, hang_timeout: float) -> Accelerator:
     except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
         raise UserError(
             f"the {processes} processes of this run did not find each other within {timeout:g} s at "
-            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {str(error).splitlines()[0]}. Check "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {first_line(error)}. Check "
             "that every node was started, with the same main_process_ip and main_process_port and its own machine_rank "
             "(train.hang_timeout sets how long they wait)"
         ) from error

@@ -137,16 +137,13 @@ class Evaluation:
             positions += len(targets)
         with whole(head.weight) as centres:
             w_norms = centres[: config.vocab_size].float().norm(dim=-1)
-        return (
-            {name: total / positions for name, total in sums.items()}
-            | {
-                "x_norm_max": x_norm_max,
-                "w_norm_mean": float(w_norms.mean()),
-                "w_norm_max": float(w_norms.max()),
-                **({} if learned is None else {"exponent": exponent}),
-            }
-            | ({} if a is None else {"log_weight_mean": float(a.mean()), "log_weight_std": float(a.std())})
-        )
+        found = {name: total / positions for name, total in sums.items()}
+        found |= {"x_norm_max": x_norm_max, "w_norm_mean": float(w_norms.mean()), "w_norm_max": float(w_norms.max())}
+        if learned is not None:
+            found["exponent"] = exponent
+        if a is not None:
+            found |= {"log_weight_mean": float(a.mean()), "log_weight_std": float(a.std())}
+        return found
 
 
 def _distance_ratios(logits: Tensor, targets: Tensor, exponent: float) -> dict[str, Tensor]:

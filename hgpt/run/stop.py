@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TextIO
 import torch
 import torch.distributed as dist
 
-from hgpt.errors import UserError
+from hgpt.errors import UserError, first_line
 from hgpt.hardware import out_of_memory
 from hgpt.run.checkpoint import Checkpoints, checkpoint_folder
 from hgpt.run.engines import Engine
@@ -29,10 +29,9 @@ def explain(error: BaseException) -> tuple[str, int]:
     """The message and the exit code of a run that did not finish; an unexpected error is raised again."""
     if isinstance(error, UserError):
         return f"error: {error}", 2
-    first_line = (str(error).splitlines() or [""])[0]
     if out_of_memory(error):
         return (
-            f"error: out of memory: {first_line} Lower train.micro_batch (and eval.micro_batch), or set "
+            f"error: out of memory: {first_line(error)} Lower train.micro_batch (and eval.micro_batch), or set "
             "train.activation_checkpointing = true; neither changes what is computed. If that is not enough, the model "
             "is too large for this machine: python -m hgpt.plan says what it needs."
         ), 2
@@ -40,8 +39,8 @@ def explain(error: BaseException) -> tuple[str, int]:
         return str(error), EXIT_PREEMPTED
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
         return (
-            f"error: process {os.environ.get('RANK', '0')} lost contact with another one: {first_line} The cause is in "
-            "the output of the process that ended first. Resume with --resume auto."
+            f"error: process {os.environ.get('RANK', '0')} lost contact with another one: {first_line(error)} The "
+            "cause is in the output of the process that ended first. Resume with --resume auto."
         ), EXIT_HUNG
     if isinstance(error, KeyboardInterrupt):
         return str(error) or "interrupted; resume the last checkpoint with --resume auto", 130
@@ -189,7 +188,7 @@ class Watchdog:
             time.sleep(2 * self._interval)
             now = self._read(store, ranks)
         except RuntimeError as error:
-            phrases.append(f"the other processes cannot be asked ({str(error).splitlines()[0]})")
+            phrases.append(f"the other processes cannot be asked ({first_line(error)})")
             return
         for rank in ranks:
             their_step, doing, alive = now.get(rank, (0, "", 0))
