@@ -1,5 +1,6 @@
 """hgpt/run/engines.py with processes on gloo: whatever the engine, the same losses, and a run that resumes exactly."""
 
+import functools
 import json
 import os
 import shutil
@@ -40,11 +41,9 @@ pytestmark = pytest.mark.skipif(os.uname().sysname != "Linux", reason="DeepSpeed
 
 
 def engine_config(data: Path, tmp_path: Path, name: str, **sections) -> RunConfig:
-    sections = {"model": {}, "train": {}, "optim": {}} | sections
-    sections["model"] = {"dropout": 0.0} | sections["model"]
-    # A norm well below the gradient's, so that clipping is at work.
-    sections["optim"] = {"grad_clip": 0.5} | sections["optim"]
-    sections["train"] = {"micro_batch": 2} | sections["train"]
+    # The norm is well below the gradient's, so that clipping is at work.
+    defaults = {"model": {"dropout": 0.0}, "train": {"micro_batch": 2}, "optim": {"grad_clip": 0.5}}
+    sections |= {section: values | sections.get(section, {}) for section, values in defaults.items()}
     return make_config(data, tmp_path, name=name, resume="auto", **sections)
 
 
@@ -68,15 +67,13 @@ def assert_same_run(config: RunConfig, expected: RunConfig, tolerance: float = 1
 def alone(data, tmp_path_factory):
     """The run of one process to compare with, for a head and tied or untied weights; trained once for each."""
     runs = tmp_path_factory.mktemp("alone")
-    done: dict[str, RunConfig] = {}
 
+    @functools.cache
     def trained(head, tied: bool) -> RunConfig:
-        name = f"{head.type}-{'tied' if tied else 'untied'}"
-        if name not in done:
-            model = {"head": head, "tie_word_embeddings": tied}
-            done[name] = engine_config(data, runs, name, model=model, train={"steps": 20}, eval={"every": 10})
-            train.main(done[name])
-        return done[name]
+        model = {"head": head, "tie_word_embeddings": tied}
+        config = engine_config(data, runs, f"{head.type}-{tied}", model=model, train={"steps": 20}, eval={"every": 10})
+        train.main(config)
+        return config
 
     return trained
 
@@ -101,16 +98,9 @@ ALL_CASES = [
     [pytest.param(*case, marks=() if case in CASES else pytest.mark.slow) for case in ALL_CASES],
     ids=lambda value: getattr(value, "type", str(value)),
 )
-def test_every_engine_gives_the_curve_of_one_process(data, tmp_path, alone, engine, processes, head, tied):
+def test_every_engine_gives_the_curve_of_one_process(tmp_path, alone, engine, processes, head, tied):
     expected = alone(head, tied)
-    config = engine_config(
-        data,
-        tmp_path,
-        f"{engine}{processes}",
-        model={"head": head, "tie_word_embeddings": tied},
-        train={"steps": 20},
-        eval={"every": 10},
-    )
+    config = replace(expected, runs_dir=str(tmp_path))
     run(config, processes, engine)
     assert_same_run(config, expected)
     model = AutoModelForCausalLM.from_pretrained(config.run_folder / "latest" / "model")
