@@ -100,7 +100,7 @@ def test_a_damaged_newer_checkpoint_does_not_come_back(tmp_path, monkeypatch, fi
 def test_a_branch_that_was_killed_before_its_first_checkpoint_is_a_branch_still(tmp_path, monkeypatch, finished):
     middle, last = checkpoints(finished().run_folder)
     branch = replace(finished(), name="branch", runs_dir=str(tmp_path), resume=str(middle))
-    for resume in (branch.resume, "auto", branch.resume):
+    for resume in (branch.resume, branch.resume, "auto"):
         with pytest.raises(ZeroDivisionError), monkeypatch.context() as patch:
             at_step(patch, 4, lambda: 1 / 0)
             train.main(replace(branch, resume=resume))
