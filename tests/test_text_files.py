@@ -328,7 +328,7 @@ def arrow(path, column="text", file=False):
 
 
 def test_other_kinds_of_files_hold_the_same_documents(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "SECTION_BYTES", 1000)  # several sections in each
+    monkeypatch.setattr(text_files, "LARGEST_SECTION", 1000)  # several sections in each
     rows = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]
     files = {
         "lines.ndjson": LINES,
