@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -41,10 +41,8 @@ class Counts:
     bytes: int = 0
 
     def add(self, other: "Counts") -> None:
-        self.documents += other.documents
-        self.tokens += other.tokens
-        self.characters += other.characters
-        self.bytes += other.bytes
+        for name, number in vars(other).items():
+            setattr(self, name, getattr(self, name) + number)
 
 
 @dataclass
@@ -90,11 +88,6 @@ class Tally:
         self.length_documents = [a + b for a, b in zip(self.length_documents, other.length_documents, strict=True)]
         self.length_tokens = [a + b for a, b in zip(self.length_tokens, other.length_tokens, strict=True)]
         self.longest = max(self.longest, other.longest)
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "Tally":
-        counts = {split: Counts(**values) for split, values in content["counts"].items()}
-        return cls(**{**content, "counts": counts})
 
 
 @dataclass(frozen=True, kw_only=True)

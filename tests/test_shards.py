@@ -399,7 +399,7 @@ def test_missing_meta(folder):
         (lambda m: m.update(vocab_size=0), "must be at least 1"),
         (lambda m: m.update(end_of_text=507), "end_of_text .*0 to 506, not 507"),
         (lambda m: m.update(format_version=2), "format_version is 2, this version of hgpt reads 1"),
-        (lambda m: m["splits"].update(train=3), r"splits\.train: shards must be a list"),
+        (lambda m: m["splits"].update(train=3), r"splits\.train must be a table, but is 3"),
         (lambda m: m["splits"]["train"].update(tokens=9), "tokens is 9, but its shards sum to 1003"),
         (lambda m: m["splits"]["train"]["shards"][0].update(file="../x.bin"), "not a plain file name"),
         (lambda m: m["splits"].pop("train"), "no shards of the split 'train'; meta.json names val"),

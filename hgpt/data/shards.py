@@ -22,10 +22,10 @@ import stat
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple, TypeVar, get_args, get_origin
+from typing import Any, BinaryIO, NamedTuple, get_args, get_origin
 
 import numpy as np
 
@@ -52,8 +52,6 @@ PART_FILE = "part.json"  # in place of meta.json in a part of a preparation that
 UNFINISHED_FOLDER = ".preparation"  # in a data folder whose preparation has not finished; see data_prep/state.py
 TOKENS_PER_SHARD = 100_000_000  # 200 MB of uint16 a file, as llm.c's data scripts write
 MAX_OPEN_FILES = 128
-
-Kind = TypeVar("Kind")
 
 # data_prep is not in the wheel.
 _WHERE = "" if Path(__file__).parents[2].joinpath("data_prep").is_dir() else " (in a checkout of hgpt)"
@@ -147,17 +145,15 @@ def read_meta(folder: str | Path) -> DataMeta:
         raise UserError(
             f"{path} is missing, so the preparation of this data folder was never finished. {PREPARE_AGAIN}"
         ) from None
-    origin = str(path)
-    if _entry(content, "format_version", int, origin) != META_VERSION:
+    version = from_json(dict[str, Any], content, str(path)).get("format_version")
+    if from_json(int, version, f"{path}: format_version") != META_VERSION:
         raise UserError(
-            f"{path}: format_version is {content['format_version']}, this version of hgpt reads {META_VERSION}. "
+            f"{path}: format_version is {version}, this version of hgpt reads {META_VERSION}. "
             "Use the version of hgpt that wrote the folder, or prepare the data again."
         )
-    splits = {
-        name: _split_meta(split, f"{path}: splits.{name}")
-        for name, split in _entry(content, "splits", dict, origin).items()
-    }
-    meta = _from_json(DataMeta, content, origin, splits=splits)
+    meta = from_json(DataMeta, content, str(path))
+    for name, split in meta.splits.items():
+        _check_split(split, f"{path}: splits.{name}")
     check_vocab_size(meta.vocab_size, f"{path}: vocab_size")
     if not 0 <= meta.end_of_text < meta.vocab_size:
         raise UserError(
@@ -167,48 +163,49 @@ def read_meta(folder: str | Path) -> DataMeta:
     return meta
 
 
-def _split_meta(content: object, origin: str) -> SplitMeta:
-    records = [_from_json(ShardRecord, shard, f"{origin}.shards") for shard in _entry(content, "shards", list, origin)]
-    for record in records:
+def _check_split(split: SplitMeta, where: str) -> None:
+    names = [record.file for record in split.shards]
+    for name in names:
         # A file name only: meta.json may come from elsewhere and must not point outside its folder.
-        if Path(record.file).name != record.file:
-            raise UserError(f"{origin}: the shard {record.file!r} is not a plain file name. {PREPARE_AGAIN}")
-        if [other.file for other in records].count(record.file) > 1:
-            raise UserError(f"{origin}: the shard {record.file!r} is named twice. {PREPARE_AGAIN}")
-    split = _from_json(SplitMeta, content, origin, shards=tuple(records))
-    in_shards = sum(record.tokens for record in records)
+        if Path(name).name != name:
+            raise UserError(f"{where}: the shard {name!r} is not a plain file name. {PREPARE_AGAIN}")
+        if names.count(name) > 1:
+            raise UserError(f"{where}: the shard {name!r} is named twice. {PREPARE_AGAIN}")
+    in_shards = sum(record.tokens for record in split.shards)
     if split.tokens != in_shards:
-        raise UserError(f"{origin}: tokens is {split.tokens}, but its shards sum to {in_shards}. {PREPARE_AGAIN}")
-    return split
+        raise UserError(f"{where}: tokens is {split.tokens}, but its shards sum to {in_shards}. {PREPARE_AGAIN}")
 
 
-def _from_json(kind: type[Kind], content: object, origin: str, **given: object) -> Kind:
-    """A dataclass `kind` from the entries of a table; the fields in `given` are passed as they are."""
-    entries = dict(given)
-    for entry in fields(kind):  # type: ignore[arg-type]
-        if entry.name not in given:
-            wanted: Any = entry.type
-            optional = type(None) in get_args(wanted)
-            wanted = get_args(wanted)[0] if optional else get_origin(wanted) or wanted
-            entries[entry.name] = _entry(content, entry.name, wanted, origin, optional)
-    return kind(**entries)
+_KINDS = {int: "an integer", str: "a string", dict: "a table", list: "a list"}
 
 
-def _entry(content: object, key: str, kind: type[Kind], origin: str, optional: bool = False) -> Any:
-    value = content.get(key) if isinstance(content, dict) else None
-    if value is None and optional:
-        return None
-    if isinstance(value, int) and value < 0:
-        raise UserError(f"{origin}: {key} must not be negative, but is {value}. {PREPARE_AGAIN}")
-    if isinstance(value, str) and kind is str:
-        return value.encode(errors="replace").decode()  # without lone surrogates, which no file takes
-    if not isinstance(value, kind) or isinstance(value, bool):
+def from_json(kind: Any, value: Any, where: str, way_out: str = PREPARE_AGAIN) -> Any:
+    """`value`, read from JSON, as `kind`: int ≥ 0, str, optional, tuple, list, dict, or a dataclass of these.
+
+    Raises UserError for another value; `where` says where it stands.
+    """
+    arguments = get_args(kind)
+    if type(None) in arguments:
+        return None if value is None else from_json(arguments[0], value, where, way_out)
+    if kind is Any:
+        return value
+    made = get_origin(kind) or kind
+    wanted = dict if is_dataclass(kind) else list if made is tuple else made
+    if not isinstance(value, wanted) or isinstance(value, bool):
         found = "missing" if value is None else repr(value)
-        raise UserError(f"{origin}: {key} must be {_KINDS[kind]}, but is {found}. {PREPARE_AGAIN}")
+        raise UserError(f"{where} must be {_KINDS[wanted]}, but is {found}. {way_out}")
+    if isinstance(value, int) and value < 0:
+        raise UserError(f"{where} must not be negative, but is {value}. {way_out}")
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()  # without lone surrogates, which no file takes
+    if isinstance(value, list):
+        return made(from_json(arguments[0], part, where, way_out) for part in value)
+    if isinstance(value, dict) and arguments:
+        return {name: from_json(arguments[1], part, f"{where}.{name}", way_out) for name, part in value.items()}
+    if isinstance(value, dict):
+        named = ((part.name, part.type) for part in fields(kind))
+        return kind(**{name: from_json(of, value.get(name), f"{where}: {name}", way_out) for name, of in named})
     return value
-
-
-_KINDS: dict[type, str] = {int: "an integer", str: "a string", dict: "a table", list: "a list"}
 
 
 # ------------------------------------------------------------------------------------------------------------
