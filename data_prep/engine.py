@@ -114,7 +114,7 @@ def prepare(out: Path, recipe: Recipe, *, workers: int = 1, part: tuple[int, int
             vocab_size=tokenizer.vocab_size,
             end_of_text=tokenizer.end_of_text,
             end_of_text_token=tokenizer.end_of_text_token,
-            source=plan.source.name,
+            source=recipe.source_name,
             left_out=plan.left_out,
             tally=tally,
             shards=shards,
@@ -159,7 +159,7 @@ def _plan(recipe: Recipe, preparation: Preparation, part: tuple[int, int] | None
     )
     documents = sum(section.documents for section in sections)
     if not any(section.bytes for section in sections):
-        raise UserError(f"{source.name} holds no documents. Give another source.")
+        raise UserError(f"{recipe.source_name} holds no documents. Give another source.")
     if documents < 2:
         unknown = "" if recipe.separator is None else f"--separator {recipe.separator!r} does not occur. "
         raise UserError(unknown + ONE_DOCUMENT)

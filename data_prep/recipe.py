@@ -19,12 +19,11 @@ from hgpt.errors import UserError
 class Source:
     """The files that hold the documents, in order.
 
-    `name` and `revision` go into meta.json. `asked` is the request to the Hugging Face hub; a run that resumes the
-    preparation must make the same request.
+    `revision` goes into meta.json. `asked` is the request to the Hugging Face hub; a run that resumes the preparation
+    must make the same request.
     """
 
     files: Sequence[Path]
-    name: str
     revision: str | None = None
     asked: str | None = None
 

@@ -36,23 +36,23 @@ def start_imports() -> ForkServerContext | SpawnContext:
     return context
 
 
-def _wait_for_imports() -> None:
-    """Return when what `start_imports` begins is done.
-
-    In a thread that may be left behind: Ctrl-C then ends this process at once, before any worker was asked for. A
-    worker that starts after this process has ended prints a traceback.
-    """
+def in_daemon(work: Callable[[], None]) -> Future[None]:
+    """Call `work` in a thread that may be left behind: Ctrl-C does not wait for it."""
     finished: Future[None] = Future()
 
-    def wait() -> None:
+    def call() -> None:
         try:
-            start_imports().Process(target=_nothing).start()  # returns when the server has forked it
+            work()
             finished.set_result(None)
         except BaseException as error:
             finished.set_exception(error)
 
-    threading.Thread(target=wait, daemon=True).start()
-    finished.result()
+    threading.Thread(target=call, daemon=True).start()
+    return finished
+
+
+def _first_process() -> None:
+    start_imports().Process(target=_nothing).start()  # returns when the server has forked it
 
 
 def _nothing() -> None:
@@ -67,7 +67,9 @@ def worker_pool(workers: int, start: Callable[[State], None], state: State) -> I
     ignore Ctrl-C, which this process handles.
     """
     context = start_imports()
-    _wait_for_imports()
+    # Wait for its imports. Ctrl-C then ends this process at once, before any worker was asked for: a worker that starts
+    # after this process has ended prints a traceback.
+    in_daemon(_first_process).result()
     others = set(multiprocessing.active_children())
     # `state` is passed as bytes: starting a process blocks until it has unpickled its arguments, and unpickling a
     # tokenizer takes time.
