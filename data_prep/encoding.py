@@ -126,7 +126,7 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """Encodes a unit. Pickled once for each worker.
+    """Encodes a unit.
 
     `keep_empty` keeps documents that are empty or white space. `skip_bad` leaves out what cannot be read, and names it.
     """
@@ -185,9 +185,9 @@ def encode_in_order(encoder: Encoder, units: Sequence[Unit], workers: int) -> Ge
         return
     pending: deque[Future[Encoded]] = deque()
     try:
-        with worker_pool(min(workers, len(units)), _start_worker, encoder) as pool:
+        with worker_pool(min(workers, len(units)), encoder) as encode:
             for unit in units:
-                pending.append(pool.submit(_encode_in_worker, unit))
+                pending.append(encode(unit))
                 if len(pending) >= UNITS_AHEAD * workers:
                     yield pending.popleft().result()
             while pending:
@@ -197,16 +197,3 @@ def encode_in_order(encoder: Encoder, units: Sequence[Unit], workers: int) -> Ge
             "A worker process died, most likely because memory ran out. Run the same command with fewer --workers: it "
             "resumes, and finished work is kept."
         ) from error
-
-
-_encoder: Encoder | None = None  # of this worker process
-
-
-def _start_worker(encoder: Encoder) -> None:
-    global _encoder
-    _encoder = encoder
-
-
-def _encode_in_worker(unit: Unit) -> Encoded:
-    assert _encoder is not None
-    return _encoder(unit)

@@ -11,9 +11,10 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, SpawnContext
-from typing import TypeVar
+from typing import Any, TypeVar
 
-State = TypeVar("State")
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
 def start_imports() -> ForkServerContext | SpawnContext:
@@ -60,8 +61,8 @@ def _nothing() -> None:
 
 
 @contextmanager
-def worker_pool(workers: int, start: Callable[[State], None], state: State) -> Iterator[ProcessPoolExecutor]:
-    """A pool of `workers` processes, each of which first calls `start(state)`; `state` is pickled once.
+def worker_pool(workers: int, work: Callable[[Given], Made]) -> Iterator[Callable[[Given], Future[Made]]]:
+    """A function that calls `work` in one of `workers` processes; `work` is pickled once.
 
     If the context ends with an exception, the workers are terminated. They also end when this process is killed. They
     ignore Ctrl-C, which this process handles.
@@ -71,11 +72,10 @@ def worker_pool(workers: int, start: Callable[[State], None], state: State) -> I
     # after this process has ended prints a traceback.
     in_daemon(_first_process).result()
     others = set(multiprocessing.active_children())
-    # `state` is passed as bytes: starting a process blocks until it has unpickled its arguments, and unpickling a
-    # tokenizer takes time.
-    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(start, pickle.dumps(state)))
+    # As bytes: starting a process blocks until it has unpickled its arguments, and unpickling a tokenizer takes time.
+    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(pickle.dumps(work),))
     try:
-        yield pool
+        yield lambda given: pool.submit(_call, given)
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in set(multiprocessing.active_children()) - others:
@@ -84,10 +84,18 @@ def worker_pool(workers: int, start: Callable[[State], None], state: State) -> I
     pool.shutdown()
 
 
-def _start(start: Callable[[State], None], state: bytes) -> None:
+_work: Callable[[Any], Any]  # of this worker process
+
+
+def _start(work: bytes) -> None:
+    global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    start(pickle.loads(state))
+    _work = pickle.loads(work)
+
+
+def _call(given: Any) -> Any:
+    return _work(given)
 
 
 def _end_with_parent() -> None:
