@@ -10,10 +10,10 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
+from data_prep.splits import Split
 from data_prep.text_files import SECTION_BYTES, Fields, Section, read_section
 from data_prep.worker_pool import worker_pool
 from hgpt.data.shards import SPLITS, token_dtype
@@ -23,12 +23,6 @@ from hgpt.errors import UserError
 UNITS_AHEAD = 3  # per worker: units that are submitted and not yet written; bounds the memory
 FEW_BYTES = 32 << 20  # less text than this is encoded faster than worker processes import their modules
 LENGTH_CLASSES = 40  # powers of two
-
-
-class Split(Protocol):
-    """Decides whether a document is in train or val; see data_prep/splits.py."""
-
-    def side(self, place: int, text: str) -> str: ...
 
 
 @dataclass
@@ -116,17 +110,12 @@ def plan_units(sections: Sequence[Section]) -> list[Unit]:
     return units
 
 
-@dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """A unit after encoding: the tokens of each split, end-of-text after each document, and its tally."""
-
-    tokens: dict[str, np.ndarray]
-    tally: Tally
+Encoded = tuple[dict[str, np.ndarray], Tally]  # the tokens of each split of a unit, and its statistics
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """Encodes a unit.
+    """Encodes the documents of a unit, with end-of-text after each.
 
     `keep_empty` keeps documents that are empty or white space. `skip_bad` leaves out what cannot be read, and names it.
     """
@@ -154,7 +143,7 @@ class Encoder:
             tally.counts[split].add(Counts(documents=1, tokens=tokens.size + 1, characters=len(text), bytes=size))
             tally.replaced += not valid
             tally.add_length(tokens.size)
-        return Encoded(tokens={split: np.concatenate(parts) for split, parts in pieces.items()}, tally=tally)
+        return {split: np.concatenate(parts) for split, parts in pieces.items()}, tally
 
 
 def read_documents(

@@ -22,7 +22,6 @@ from tqdm import tqdm
 from data_prep.encoding import (
     Counts,
     Encoder,
-    Split,
     Tally,
     Unit,
     decode_utf8,
@@ -33,6 +32,7 @@ from data_prep.encoding import (
 )
 from data_prep.parts import Record, part_folder, units_of_part
 from data_prep.recipe import Recipe, Source
+from data_prep.splits import Split
 from data_prep.state import Preparation, Progress
 from data_prep.summary import ProgressBar, summary
 from data_prep.text_files import Section, find_sections
@@ -265,11 +265,11 @@ def _encode(
             writers[split] = stack.enter_context(ShardWriter(preparation.out, split, *written, dtype))
         results = stack.enter_context(closing(encode_in_order(encoder, todo, workers)))
         saved = time.perf_counter()
-        for units, encoded in enumerate(results, start=progress.units + 1):
+        for units, (tokens, new) in enumerate(results, start=progress.units + 1):
             for split, writer in writers.items():
-                writer.write(encoded.tokens[split])
-            tally.add(encoded.tally)
-            bar.update(encoded.tally)
+                writer.write(tokens[split])
+            tally.add(new)
+            bar.update(new)
             if time.perf_counter() - saved >= SAVE_SECONDS:
                 _save(preparation, units, tally, writers)
                 saved = time.perf_counter()
