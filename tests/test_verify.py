@@ -106,7 +106,6 @@ def test_shards_without_a_meta(tmp_path, capsys):
     assert "--decode needs" in message and "tokenizer.json" in message
 
 
-def test_bad_arguments(tmp_path, capsys):
+def test_no_folder(tmp_path, capsys):
     message = verified(capsys, tmp_path / "nowhere", status_=2)
     assert "nowhere does not exist" in message and "whole" not in message
-    assert "--decode must be at least 0" in verified(capsys, tmp_path, "--decode", -1, status_=2)
