@@ -199,27 +199,27 @@ def test_parts_that_do_not_belong_together(copy, source, tmp_path, capsys):
 def test_parts_that_are_damaged(copy, capsys):
     part, merge = copy / "part_1_of_2", ("--out", copy, "--merge")
     record = json.loads((part / "part.json").read_text())
-    without_tally = {name: value for name, value in record.items() if name != "tally"}
-    for name, damaged in (
-        ("part.json", b""),
-        ("part.json", b"[]"),
-        ("part.json", json.dumps(record | {"shards": {"train": [1]}}).encode()),
-        ("part.json", json.dumps(without_tally).encode()),
-        ("part.json", (part / "part.json").read_bytes()[:-100]),
-        ("tokenizer.json", (part / "tokenizer.json").read_bytes()[:-1]),
-        ("train_000000.bin", (part / "train_000000.bin").read_bytes()[:-2]),
+    for name, damage in (
+        ("part.json", lambda content: b""),
+        ("part.json", lambda content: content[:-100]),
+        ("part.json", lambda content: json.dumps(record | {"shards": {"train": [1]}}).encode()),
+        ("part.json", lambda content: json.dumps(record | {"shards": {}}).encode()),
+        ("part.json", lambda content: json.dumps(record | {"tally": None}).encode()),
+        ("tokenizer.json", lambda content: content[:-1]),
+        ("train_000000.bin", lambda content: content[:-2]),
     ):
         content = (part / name).read_bytes()
-        (part / name).write_bytes(damaged)
+        (part / name).write_bytes(damage(content))
         assert f"part_1_of_2/{name}" in failed(capsys, *merge)
         (part / name).write_bytes(content)
+    for name in ("train_000000.bin", "tokenizer.json"):
+        (part / name).rename(part / "away")
+        assert f"part_1_of_2/{name} is missing" in failed(capsys, *merge)
+        (part / "away").rename(part / name)
+    message = fails(capsys, verify.main, part)  # a part is no data folder
+    assert f"python -m data_prep.openwebtext --out {copy} --merge" in message and "Delete" not in message
     assert status(main, *merge) == 0
     verify_shards(copy)
-
-
-def test_a_part_is_no_data_folder(copy, capsys):
-    message = fails(capsys, verify.main, copy / "part_1_of_2")
-    assert f"python -m data_prep.openwebtext --out {copy} --merge" in message and "Delete" not in message
 
 
 def test_shares_of_the_work():
