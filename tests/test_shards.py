@@ -103,9 +103,7 @@ def test_the_vocabulary_decides_the_type_of_the_tokens(tmp_path, vocab_size, hea
     assert np.array_equal(np.concatenate(read), tokens)
     splits = {"train": SplitMeta(tokens=1003, documents=1, bytes=9, shards=records)}
     write_meta(tmp_path, DataMeta(tokenizer="x", vocab_size=vocab_size, end_of_text=0, splits=splits, source="y"))
-    shards = TokenShards.open(tmp_path, "train")
-    for part in (slice(0, 1003), slice(390, 810), slice(1002, 1003)):
-        assert np.array_equal(shards.read(part.start, part.stop), tokens[part])
+    assert np.array_equal(TokenShards.open(tmp_path, "train").read(390, 1003), tokens[390:])
     other = 507 if vocab_size > 0xFFFF else 70_000
     write_meta(tmp_path, DataMeta(tokenizer="x", vocab_size=other, end_of_text=0, splits=splits, source="y"))
     message = f"train_000002.bin holds {np.dtype(dtype).name} tokens, and the vocabulary of its data takes "
@@ -147,15 +145,11 @@ def test_a_full_disk_is_an_os_error(tmp_path):
     """What is still buffered cannot be written when the file is closed either."""
     (tmp_path / ".train_000000.bin.partial").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"), ShardWriter(tmp_path, "train") as writer:
+        writer.write(np.empty(0, dtype=np.uint16))
+        assert writer.close() == () and len(list(tmp_path.iterdir())) == 1  # nothing gives no shard
         writer.write(TOKENS["train"])
         writer.close()
     assert not (tmp_path / "train_000000.bin").exists()
-
-
-def test_a_writer_of_nothing_writes_nothing(tmp_path):
-    with ShardWriter(tmp_path, "val") as writer:
-        writer.write(np.empty(0, dtype=np.uint16))
-    assert writer.close() == () and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("dtype", [UINT16, UINT32])

@@ -309,15 +309,6 @@ def test_the_fields_that_hold_text_are_named(tmp_path, row, advice):
                 assert advice in str(caught.value), column
 
 
-def test_json_is_what_the_json_library_says(tmp_path):
-    rng = random.Random(0)
-    characters = ["a", " ", '"', "\\", "\n", "\x01", "é", "日", "😀", *"{}[]:,"]
-    rows = ["".join(rng.choices(characters, k=rng.randint(0, 30))) for _ in range(200)]
-    lines = [json.dumps({"x": [1, {"text": "n"}], "text": row}, ensure_ascii=rng.random() < 0.5) for row in rows]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    assert decoded(tmp_path / "a.jsonl") == rows
-
-
 def test_datasets_own_folder(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(tmp_path / "saved"))
