@@ -281,13 +281,16 @@ def test_more_shards_than_a_process_may_open_files(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_a_shard_that_is_cut_short_after_it_was_opened(folder):
+def test_a_shard_that_is_cut_short_or_deleted_after_it_was_opened(folder):
     """A memory map would end the process by SIGBUS."""
     shards = TokenShards.open(folder, "train")
     os.truncate(folder / "train_000001.bin", HEADER_BYTES + 2 * 100)
     shards.read(0, 350)
     with pytest.raises(UserError, match=r"train_000001\.bin ends before token 101: it was cut short"):
         shards.read(0, 351)
+    (folder / "train_000004.bin").unlink()
+    with pytest.raises(UserError, match=r"train_000004\.bin cannot be read any more"):
+        shards.read(1000, 1003)
 
 
 # -------------------------------------------------------------------------------------------------- bad folders
