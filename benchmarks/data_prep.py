@@ -21,8 +21,8 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Sized
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,21 +126,21 @@ def nanogpts_way(files: list[Path], folder: Path, workers: int) -> Timing:
 
 
 def bare(files: list[Path], folder: Path, workers: int) -> Timing:
-    """Call `encode_ordinary` on all documents, one after the other, in this process."""
-    encoding = tiktokens_own()
-    texts = read_texts(files)
-    start = time.perf_counter()
-    tokens = sum(len(encoding.encode_ordinary(text)) for text in texts)
-    return Timing(time.perf_counter() - start, tokens + len(texts))  # one end-of-text for each
+    """Call tiktoken's `encode_ordinary` on each document, in this process."""
+    return _encoded_here(files, tiktokens_own().encode_ordinary)
 
 
 def our_pattern(files: list[Path], folder: Path, workers: int) -> Timing:
-    """Encode all documents, one after the other, in this process, with the tokenizer of `ours`."""
+    """Encode each document, in this process, with the tokenizer of `ours`."""
     tokenizer = load_tokenizer("gpt2")
+    return _encoded_here(files, lambda text: tokenizer.encode_batch([text])[0])
+
+
+def _encoded_here(files: list[Path], encode: Callable[[str], Sized]) -> Timing:
     texts = read_texts(files)
     start = time.perf_counter()
-    tokens = sum(tokenizer.encode_batch([text])[0].size for text in texts)
-    return Timing(time.perf_counter() - start, tokens + len(texts))
+    tokens = sum(len(encode(text)) for text in texts)
+    return Timing(time.perf_counter() - start, tokens + len(texts))  # one end-of-text for each
 
 
 OURS, NANOGPT, BARE, PATTERN = "ours", "nanoGPT's way", "bare", "our pattern"
@@ -150,10 +150,6 @@ WAYS: dict[str, Callable[[list[Path], Path, int], Timing]] = {
     BARE: bare,
     PATTERN: our_pattern,
 }
-
-
-def _timed(way: str, files: list[Path], folder: Path, workers: int, connection: Connection) -> None:
-    connection.send(WAYS[way](files, folder, workers))
 
 
 def measure_preparation(source: str, folder: Path, *, workers: int, copies: int, rounds: int) -> None:
@@ -176,14 +172,9 @@ def measure_preparation(source: str, folder: Path, *, workers: int, copies: int,
         for way, found in rates.items():
             own = folder / "own"
             own.mkdir()
-            receiver, sender = context.Pipe(duplex=False)
-            some = files[: len(originals)] if way in (BARE, PATTERN) else files
-            process = context.Process(target=_timed, args=(way, some, own, workers, sender))
-            process.start()
-            sender.close()
-            timing: Timing = receiver.recv()
-            process.join()
             encoded = 1 if way in (BARE, PATTERN) else copies  # copies of the source
+            with ProcessPoolExecutor(1, context) as process:
+                timing = process.submit(WAYS[way], files[: encoded * len(originals)], own, workers).result()
             found.append(size * encoded / timing.seconds)
             tokens.add(timing.tokens / encoded)
             if len(tokens) > 1:

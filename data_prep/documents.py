@@ -54,7 +54,7 @@ class Documents(Recipe):
     def find_source(self, preparation: Preparation) -> Source:
         files, ignored = self._found
         say_left_out(ignored)
-        return Source(files=files, name=self.source_name)
+        return Source(files=files)
 
     def split(self, documents: int) -> HashSplit:
         return HashSplit(seed=self.seed, val_fraction=self.val_fraction)
@@ -62,9 +62,9 @@ class Documents(Recipe):
     def check_sides(self, tally: Tally, sections: Sequence[Section]) -> None:
         documents = tally.both.documents
         if documents == 0:
-            reasons = "".join(f" {message}" for message in tally.bad[:1])
+            reason = " ".join(["", *tally.bad[:1]])
             raise UserError(
-                f"There is no text: {tally.missing} empty documents and no others.{reasons} Give other files."
+                f"There is no text: {tally.missing} empty documents and no others.{reason} Give other files."
             )
         if documents == 1:
             raise UserError(ONE_DOCUMENT)

@@ -10,10 +10,10 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import numpy as np
 
+from data_prep.splits import Split
 from data_prep.text_files import SECTION_BYTES, Fields, Section, read_section
 from data_prep.worker_pool import worker_pool
 from hgpt.data.shards import SPLITS, token_dtype
@@ -23,12 +23,6 @@ from hgpt.errors import UserError
 UNITS_AHEAD = 3  # per worker: units that are submitted and not yet written; bounds the memory
 FEW_BYTES = 32 << 20  # less text than this is encoded faster than worker processes import their modules
 LENGTH_CLASSES = 40  # powers of two
-
-
-class Split(Protocol):
-    """Decides whether a document is in train or val; see data_prep/splits.py."""
-
-    def side(self, place: int, text: str) -> str: ...
 
 
 @dataclass
@@ -41,10 +35,8 @@ class Counts:
     bytes: int = 0
 
     def add(self, other: "Counts") -> None:
-        self.documents += other.documents
-        self.tokens += other.tokens
-        self.characters += other.characters
-        self.bytes += other.bytes
+        for name, number in vars(other).items():
+            setattr(self, name, getattr(self, name) + number)
 
 
 @dataclass
@@ -91,11 +83,6 @@ class Tally:
         self.length_tokens = [a + b for a, b in zip(self.length_tokens, other.length_tokens, strict=True)]
         self.longest = max(self.longest, other.longest)
 
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "Tally":
-        counts = {split: Counts(**values) for split, values in content["counts"].items()}
-        return cls(**{**content, "counts": counts})
-
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
@@ -123,17 +110,12 @@ def plan_units(sections: Sequence[Section]) -> list[Unit]:
     return units
 
 
-@dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """A unit after encoding: the tokens of each split, end-of-text after each document, and its tally."""
-
-    tokens: dict[str, np.ndarray]
-    tally: Tally
+Encoded = tuple[dict[str, np.ndarray], Tally]  # the tokens of each split of a unit, and its statistics
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """Encodes a unit. Pickled once for each worker.
+    """Encodes the documents of a unit, with end-of-text after each.
 
     `keep_empty` keeps documents that are empty or white space. `skip_bad` leaves out what cannot be read, and names it.
     """
@@ -161,7 +143,7 @@ class Encoder:
             tally.counts[split].add(Counts(documents=1, tokens=tokens.size + 1, characters=len(text), bytes=size))
             tally.replaced += not valid
             tally.add_length(tokens.size)
-        return Encoded(tokens={split: np.concatenate(parts) for split, parts in pieces.items()}, tally=tally)
+        return {split: np.concatenate(parts) for split, parts in pieces.items()}, tally
 
 
 def read_documents(
@@ -192,9 +174,9 @@ def encode_in_order(encoder: Encoder, units: Sequence[Unit], workers: int) -> Ge
         return
     pending: deque[Future[Encoded]] = deque()
     try:
-        with worker_pool(min(workers, len(units)), _start_worker, encoder) as pool:
+        with worker_pool(min(workers, len(units)), encoder) as encode:
             for unit in units:
-                pending.append(pool.submit(_encode_in_worker, unit))
+                pending.append(encode(unit))
                 if len(pending) >= UNITS_AHEAD * workers:
                     yield pending.popleft().result()
             while pending:
@@ -204,16 +186,3 @@ def encode_in_order(encoder: Encoder, units: Sequence[Unit], workers: int) -> Ge
             "A worker process died, most likely because memory ran out. Run the same command with fewer --workers: it "
             "resumes, and finished work is kept."
         ) from error
-
-
-_encoder: Encoder | None = None  # of this worker process
-
-
-def _start_worker(encoder: Encoder) -> None:
-    global _encoder
-    _encoder = encoder
-
-
-def _encode_in_worker(unit: Unit) -> Encoded:
-    assert _encoder is not None
-    return _encoder(unit)

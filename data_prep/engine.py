@@ -22,7 +22,6 @@ from tqdm import tqdm
 from data_prep.encoding import (
     Counts,
     Encoder,
-    Split,
     Tally,
     Unit,
     decode_utf8,
@@ -33,6 +32,7 @@ from data_prep.encoding import (
 )
 from data_prep.parts import Record, part_folder, units_of_part
 from data_prep.recipe import Recipe, Source
+from data_prep.splits import Split
 from data_prep.state import Preparation, Progress
 from data_prep.summary import ProgressBar, summary
 from data_prep.text_files import Section, find_sections
@@ -114,7 +114,7 @@ def prepare(out: Path, recipe: Recipe, *, workers: int = 1, part: tuple[int, int
             vocab_size=tokenizer.vocab_size,
             end_of_text=tokenizer.end_of_text,
             end_of_text_token=tokenizer.end_of_text_token,
-            source=plan.source.name,
+            source=recipe.source_name,
             left_out=plan.left_out,
             tally=tally,
             shards=shards,
@@ -159,7 +159,7 @@ def _plan(recipe: Recipe, preparation: Preparation, part: tuple[int, int] | None
     )
     documents = sum(section.documents for section in sections)
     if not any(section.bytes for section in sections):
-        raise UserError(f"{source.name} holds no documents. Give another source.")
+        raise UserError(f"{recipe.source_name} holds no documents. Give another source.")
     if documents < 2:
         unknown = "" if recipe.separator is None else f"--separator {recipe.separator!r} does not occur. "
         raise UserError(unknown + ONE_DOCUMENT)
@@ -265,11 +265,11 @@ def _encode(
             writers[split] = stack.enter_context(ShardWriter(preparation.out, split, *written, dtype))
         results = stack.enter_context(closing(encode_in_order(encoder, todo, workers)))
         saved = time.perf_counter()
-        for units, encoded in enumerate(results, start=progress.units + 1):
+        for units, (tokens, new) in enumerate(results, start=progress.units + 1):
             for split, writer in writers.items():
-                writer.write(encoded.tokens[split])
-            tally.add(encoded.tally)
-            bar.update(encoded.tally)
+                writer.write(tokens[split])
+            tally.add(new)
+            bar.update(new)
             if time.perf_counter() - saved >= SAVE_SECONDS:
                 _save(preparation, units, tally, writers)
                 saved = time.perf_counter()

@@ -1,13 +1,13 @@
 """The Parquet files of a data set on the Hugging Face hub, downloaded into its cache."""
 
+import concurrent.futures
 import re
 import shutil
-import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 
 import huggingface_hub
 from huggingface_hub.errors import (
@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from data_prep.worker_pool import in_daemon
 from hgpt.errors import UserError
 
 REPOSITORY = "Skylion007/openwebtext"
@@ -71,10 +72,8 @@ def download(repository: str, revision: str) -> Found:
             f"datasets 4 and later do not run. The Parquet files of {REPOSITORY} are at --revision {REVISION}."
         )
     cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
-    in_cache = huggingface_hub.try_to_load_from_cache
-    missing = sum(
-        size for name, size in sizes.items() if in_cache(repository, name, repo_type="dataset", revision=commit) is None
-    )
+    in_cache = partial(huggingface_hub.try_to_load_from_cache, repository, repo_type="dataset", revision=commit)
+    missing = sum(size for name, size in sizes.items() if in_cache(name) is None)
     free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
     if missing > free:
         raise UserError(
@@ -133,36 +132,26 @@ def _listing(repository: str, revision: str, alternatives: str) -> tuple[dict[st
 
 
 def all_at_once(fetch: Callable[[str], Path], names: Sequence[str]) -> list[Path]:
-    """`fetch` of each name, DOWNLOADS of them at a time.
+    """`fetch` of each name, DOWNLOADS of them at a time. After an error running downloads end, and none begins.
 
     The threads are daemons: after Ctrl-C a ThreadPoolExecutor would wait until all running downloads have ended.
     """
-    todo = deque(names)
-    done: SimpleQueue[tuple[str, Path | Exception]] = SimpleQueue()
+    todo = iter(list(names))  # shared by the threads
+    paths = {}
 
     def work() -> None:
-        with suppress(IndexError):  # `todo` is empty
-            while name := todo.popleft():
-                try:
-                    done.put((name, fetch(name)))
-                except Exception as error:
-                    done.put((name, error))
+        try:
+            for name in todo:
+                paths[name] = fetch(name)
+        finally:
+            list(todo)  # after an error no other download begins
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(DOWNLOADS, len(names)))]
-    paths = {}
     try:
-        for thread in threads:
-            thread.start()
-        for _ in names:
-            name, path = done.get()
-            if isinstance(path, Exception):
-                todo.clear()
-                for thread in threads:  # running downloads finish and are kept
-                    thread.join()
-                raise path
-            paths[name] = path
+        threads = [in_daemon(work) for _ in range(min(DOWNLOADS, len(names)))]
+        for thread in concurrent.futures.wait(threads).done:
+            thread.result()
     finally:
-        todo.clear()
+        list(todo)
     return [paths[name] for name in names]
 
 

@@ -84,7 +84,7 @@ class OpenWebText(Recipe):
         if begun or huggingface_hub.constants.HF_HUB_OFFLINE:
             found = cached(self.source, revision, begun.get("files"))
         files, commit = found or download(self.source, revision)
-        return Source(files=files, name=self.source_name, revision=commit, asked=asked)
+        return Source(files=files, revision=commit, asked=asked)
 
     def _local_source(self) -> Source:
         if self.revision is not None:
@@ -100,7 +100,7 @@ class OpenWebText(Recipe):
                 f"The source holds {' and '.join(kinds)} files. They may hold the same documents twice, and their "
                 "order is not defined. Give a folder with files of one kind."
             )
-        return Source(files=files, name=self.source_name)
+        return Source(files=files)
 
     def split(self, documents: int) -> PlaceSplit:
         return PlaceSplit(val=nanogpt_places(documents, self.val_fraction, self.seed))

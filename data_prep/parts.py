@@ -24,6 +24,7 @@ from hgpt.data.shards import (
     ShardRecord,
     SplitMeta,
     check_shard,
+    from_json,
     shard_name,
     token_dtype,
     write_meta,
@@ -33,6 +34,7 @@ from hgpt.durable import read_json, sha256, whole_file
 from hgpt.errors import UserError
 
 PARTS = re.compile(r"part_(\d+)_of_(\d+)")
+COPY_AGAIN = "Copy the part again from where it was prepared."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,22 +58,15 @@ class Record:
 
     @classmethod
     def read(cls, folder: Path) -> "Record":
+        path = folder / PART_FILE
         try:
-            content = read_json(folder / PART_FILE, "Copy the part again from where it was prepared.")
-            shards = {
-                split: tuple(ShardRecord(**record) for record in records)
-                for split, records in content["shards"].items()
-            }
-            tally = Tally.from_json(content["tally"])
-            for split, records in shards.items():
-                if sum(record.tokens for record in records) != tally.counts[split].tokens:
-                    raise ValueError(f"its shards of {split} have other tokens than its tally")
-            return cls(**{**content, "part": tuple(content["part"]), "tally": tally, "shards": shards})
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{folder / PART_FILE} is damaged ({type(error).__name__}: {error}). Copy the part again from where it "
-                "was prepared."
-            ) from error
+            record: Record = from_json(cls, read_json(path, COPY_AGAIN), str(path), COPY_AGAIN)
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing. {COPY_AGAIN}") from None
+        tokens = {split: sum(shard.tokens for shard in shards) for split, shards in record.shards.items()}
+        if tokens != {split: counts.tokens for split, counts in record.tally.counts.items()}:
+            raise UserError(f"{path}: its shards have other tokens than its tally. {COPY_AGAIN}")
+        return record
 
     def meta(self, parts: Sequence["Record"], preparation: dict[str, Any]) -> DataMeta:
         """The content of meta.json for the folder merged from `parts`, of which this is the first."""
@@ -171,7 +166,7 @@ def _move_shards(out: Path, split: str, parts: Sequence[Record]) -> None:
             check_shard(source, record.tokens, dtype)
             os.replace(source, target)
         elif not target.exists():
-            raise UserError(f"{source} is missing. Copy the part again from where it was prepared.")
+            raise UserError(f"{source} is missing. {COPY_AGAIN}")
 
 
 def _finished_parts(out: Path) -> list[Record]:
@@ -203,5 +198,5 @@ def _finished_parts(out: Path) -> list[Record]:
                 )
     tokenizer = part_folder(out, wanted[0]) / TOKENIZER_FILE
     if not tokenizer.is_file() or sha256(tokenizer) != parts[0].settings["tokenizer_json"]:
-        raise UserError(f"{tokenizer} is missing or damaged. Copy the part again from where it was prepared.")
+        raise UserError(f"{tokenizer} is missing or damaged. {COPY_AGAIN}")
     return parts

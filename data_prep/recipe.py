@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from data_prep.encoding import Split, Tally
+from data_prep.encoding import Tally
 from data_prep.parts import Record
+from data_prep.splits import Split
 from data_prep.state import Preparation
 from data_prep.text_files import Fields, Section
 from hgpt.data.shards import TOKENS_PER_SHARD
@@ -19,12 +20,11 @@ from hgpt.errors import UserError
 class Source:
     """The files that hold the documents, in order.
 
-    `name` and `revision` go into meta.json. `asked` is the request to the Hugging Face hub; a run that resumes the
-    preparation must make the same request.
+    `revision` goes into meta.json. `asked` is the request to the Hugging Face hub; a run that resumes the preparation
+    must make the same request.
     """
 
     files: Sequence[Path]
-    name: str
     revision: str | None = None
     asked: str | None = None
 

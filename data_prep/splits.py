@@ -50,6 +50,9 @@ class PlaceSplit:
         return "val" if index < len(self.val) and self.val[index] == place else "train"
 
 
+Split = HashSplit | PlaceSplit
+
+
 def nanogpt_places(documents: int, val_fraction: float, seed: int) -> np.ndarray:
     """The places of the validation documents, sorted, as the datasets library of Hugging Face draws them.
 

@@ -21,9 +21,11 @@ from typing import Any
 
 from data_prep.encoding import Tally
 from hgpt.data.baselines import training_counts
-from hgpt.data.shards import META_FILE, PART_FILE, SPLITS, UNFINISHED_FOLDER, ShardRecord, TokenShards
+from hgpt.data.shards import META_FILE, PART_FILE, SPLITS, UNFINISHED_FOLDER, ShardRecord, TokenShards, from_json
 from hgpt.durable import folder_lock, read_json, whole_file
 from hgpt.errors import UserError
+
+AGAIN = "Begin again with another --out."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +131,7 @@ class Preparation(AbstractContextManager["Preparation"]):
         """All settings of the earlier run, {} if there is none. Raises UserError if one of `settings` differs."""
         if not self._settings.exists():
             return {}
-        begun = self._read(self._settings)
+        begun: dict[str, Any] = _read(dict[str, Any], self._settings)
         for name, value in settings.items():
             if begun.get(name) != value:
                 raise UserError(
@@ -153,24 +155,10 @@ class Preparation(AbstractContextManager["Preparation"]):
         """The progress that was saved last."""
         if not self._progress.exists():
             return Progress()
-        content = self._read(self._progress)
-        try:
-            shards = {split: [ShardRecord(**record) for record in content["shards"][split]] for split in SPLITS}
-            unfinished = {split: int(content["unfinished"][split]) for split in SPLITS}
-            tally = Tally.from_json(content["tally"])
-            return Progress(units=int(content["units"]), tally=tally, shards=shards, unfinished=unfinished)
-        except (LookupError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{self._progress} is damaged ({type(error).__name__}: {error}). {self._again}") from error
-
-    @property
-    def _again(self) -> str:
-        return "Begin again with another --out."
-
-    def _read(self, path: Path) -> dict[str, Any]:
-        content = read_json(path, self._again)
-        if not isinstance(content, dict):
-            raise UserError(f"{path} is damaged: it is no table. {self._again}")
-        return content
+        progress: Progress = _read(Progress, self._progress)
+        if not progress.shards.keys() == progress.unfinished.keys() == progress.tally.counts.keys() == set(SPLITS):
+            raise UserError(f"{self._progress} is damaged: it must have the splits {SPLITS}. {AGAIN}")
+        return progress
 
     def finish(self) -> None:
         """Count the training tokens, and remove the state. meta.json (or part.json) must have been written before."""
@@ -181,3 +169,7 @@ class Preparation(AbstractContextManager["Preparation"]):
     def _write(self, path: Path, content: dict[str, Any]) -> None:
         with whole_file(path) as partial:
             partial.write_text(json.dumps(content, indent=2))
+
+
+def _read(kind: Any, path: Path) -> Any:
+    return from_json(kind, read_json(path, AGAIN), str(path), AGAIN)

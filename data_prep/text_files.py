@@ -32,6 +32,7 @@ COMPRESSED = (".gz", ".zst")
 KINDS = {".txt": ".txt", ".jsonl": ".jsonl", ".ndjson": ".jsonl", ".parquet": ".parquet", ".arrow": ".arrow"}
 BESIDE_DATA = {".md": ".txt", ".py": ".txt", ".json": ".jsonl"}
 KINDS |= BESIDE_DATA
+TABLES = (".parquet", ".arrow")
 WANTED = (
     f"Wanted: {', '.join(KINDS)} files, text and JSON also with .gz or .zst. Rename what is one of these; convert a "
     "table to .parquet or .jsonl, and other kinds to text."
@@ -49,9 +50,7 @@ READ_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException)
 
 LARGEST_DOCUMENT = 64 << 20  # bytes of a text file, of a line of JSON, of a value in a Parquet file
 SECTION_BYTES = 4 << 20  # of text: about 0.4 s of work with tiktoken, so that workers finish at about the same time
-# Each section of a row group is read by decompressing the row group from its beginning, and each process that reads a
-# section of a compressed file decompresses that file. So both have few and large sections.
-SECTIONS_PER_ROW_GROUP = 4
+# Of a row group or a compressed file: each section is read by decompressing it from its beginning, so both have few.
 LARGEST_SECTION = 32 << 20
 BLOCK = 1 << 20  # bytes that are read from a file at a time
 BATCH_ROWS = 16  # rows that are read from a Parquet file at a time
@@ -59,6 +58,10 @@ BATCH_ROWS = 16  # rows that are read from a Parquet file at a time
 
 class BadDocument(UserError):
     """A document that cannot be used; the documents after it can be read."""
+
+
+class WrongColumn(UserError):
+    """A table without the column that should hold the text."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -235,19 +238,16 @@ def find_sections(
         try:
             if refuse_empty and path.stat().st_size == 0:
                 raise OSError("it is empty, 0 bytes")
-            if kind_of(path) not in (".parquet", ".arrow"):
-                _check_beginning(path)
-                of_file = list(_text_sections(path, fields))
-                sections += of_file
-                if kind_of(path) == ".txt" and fields.separator and sum(s.documents for s in of_file) == 1:
-                    whole.append(path)
+            if kind_of(path) in TABLES:
+                sections += list(_table_sections(path, fields.column))
                 continue
-            schema, of_file = _table_sections(path, fields.column)
-            reason = _wrong_column(schema, fields.column)
-            if reason is None:
-                sections += of_file
-            else:
-                wrong.append(f"{path}{reason}")
+            _check_beginning(path)
+            of_file = list(_text_sections(path, fields))
+            sections += of_file
+            if kind_of(path) == ".txt" and fields.separator and sum(s.documents for s in of_file) == 1:
+                whole.append(path)
+        except WrongColumn as error:
+            wrong.append(str(error))
         except (*READ_ERRORS, BadDocument) as error:
             message = str(_unreadable(path, error))
             if not skip_bad:
@@ -271,7 +271,7 @@ def read_section(
     Raises UserError for what cannot be read. With `on_bad` it yields None instead and calls `on_bad` with a message:
     once for a single bad document, or once for all remaining documents of the section if the file is damaged.
     """
-    documents = _table_documents if kind_of(section.path) in (".parquet", ".arrow") else _text_documents
+    documents = _table_documents if kind_of(section.path) in TABLES else _text_documents
     found = 0
     try:
         for document in documents(section, fields):
@@ -305,73 +305,40 @@ def _too_large(where: str) -> BadDocument:
 # .txt and .jsonl
 
 
-class _Reader:
-    """Reads a text file in pieces: the lines of a .jsonl file, or the text between the separators of a .txt file.
+def _pieces(path: Path, fields: Fields, start: int = 0) -> Iterator[tuple[bytes | None, int]]:
+    """The lines of a .jsonl file, or what is between the separators of a .txt file; None if over LARGEST_DOCUMENT.
 
-    `position`: the offset of the next piece in the decompressed content.
+    Each with the offset behind it in the decompressed content. The first one begins at `start`, which must be such an
+    offset; of a compressed file it begins at 0.
     """
-
-    def __init__(self, path: Path, fields: Fields) -> None:
-        self.position = 0
-        self._path = path
-        self._stream = _open(path)
-        self._held = b""  # bytes read, from byte `position - _start` of the content
-        self._start = 0  # offset of the next piece in `_held`
-        self._ended = False
-        separator = b"\n" if kind_of(path) == ".jsonl" else (fields.separator or "").encode()
-        # A line break in the separator also matches \r\n.
-        pattern = rb"\r?\n".join(map(re.escape, separator.split(b"\n")))
-        self._separator = re.compile(pattern) if separator else None
-        self._overlap = 2 * len(separator)  # the longest match, if each \n matches \r\n
-
-    def skip_to(self, offset: int) -> None:
-        if not is_compressed(self._path) and not self._held:
-            self._stream.seek(offset)
-            self.position = offset
-        while self.position < offset and (len(self._held) > self._start or self._read_block()):
-            skipped = min(offset - self.position, len(self._held) - self._start)
-            self._start += skipped
-            self.position += skipped
-
-    def pieces(self) -> Iterator[bytes | None]:
-        """The pieces up to the end of the file, without separators; None for one larger than LARGEST_DOCUMENT."""
-        while not self._ended:
-            piece: bytes | None = None
-            too_large = False
-            searched = self._start
-            while (match := self._separator and self._separator.search(self._held, searched)) is None:
-                if len(self._held) - self._start > LARGEST_DOCUMENT:
-                    too_large = True
-                    self._drop(len(self._held) - self._start - self._overlap)
-                if not self._read_block():
-                    self._ended = True
-                    break
-                searched = max(0, len(self._held) - BLOCK - self._overlap)
-            start, end = match.span() if match else (len(self._held), len(self._held))
-            if not too_large and start - self._start <= LARGEST_DOCUMENT:
-                piece = self._held[self._start : start]
-            self._drop(end - self._start)
-            yield piece
-
-    def close(self) -> None:
-        self._stream.close()
-
-    def _drop(self, size: int) -> None:
-        self._start += size
-        self.position += size
-
-    def _read_block(self) -> bool:
-        block = self._stream.read(BLOCK)
-        if self.position == 0 and not self._held:
-            if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise UserError(f"{self._path} is UTF-16, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8 {self._path}")
-            if block.startswith(codecs.BOM_UTF8):
-                self._held = codecs.BOM_UTF8
-                self._drop(3)
-                block = block[3:]
-        self._held = self._held[self._start :] + block
-        self._start = 0
-        return bool(block)
+    separator = b"\n" if kind_of(path) == ".jsonl" else (fields.separator or "").encode()
+    # A line break in the separator also matches \r\n. Without a separator nothing matches.
+    pattern = re.compile(rb"\r?\n".join(map(re.escape, separator.split(b"\n"))) if separator else rb"(?!)")
+    overlap = 2 * len(separator)  # the longest match, if each \n matches \r\n
+    with _open(path) as stream:
+        offset = 0 if is_compressed(path) else stream.seek(start)
+        held = stream.read(BLOCK)
+        if offset == 0 and held.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise UserError(f"{path} is UTF-16, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8 {path}")
+        first = searched = 3 if offset == 0 and held.startswith(codecs.BOM_UTF8) else 0  # indices in `held`
+        offset += first  # of held[first:]
+        ended = too_large = False
+        while not ended:
+            match = pattern.search(held, searched)
+            if match is None:
+                too_large |= len(held) - first > LARGEST_DOCUMENT
+                unused = len(held) - overlap if too_large else first
+                offset += unused - first
+                block = stream.read(BLOCK)
+                held, first, searched = held[unused:] + block, 0, max(0, len(held) - unused - overlap)
+                ended = not block
+                if not ended:
+                    continue
+            begin, end = match.span() if match else (len(held), len(held))
+            piece = None if too_large or begin - first > LARGEST_DOCUMENT else held[first:begin]
+            offset += end - first
+            first, searched, too_large = end, end, False
+            yield piece, offset
 
 
 def _text_sections(path: Path, fields: Fields) -> Iterator[Section]:
@@ -380,16 +347,13 @@ def _text_sections(path: Path, fields: Fields) -> Iterator[Section]:
         return
     enough = LARGEST_SECTION if is_compressed(path) else SECTION_BYTES
     documents = first = offset = 0
-    reader = _Reader(path, fields)
-    for number, piece in enumerate(reader.pieces(), start=1):
+    for number, (piece, end) in enumerate(_pieces(path, fields), start=1):
         documents += _is_document(piece, path)
-        if documents and reader.position - offset >= enough:
-            size = reader.position - offset
-            yield Section(path=path, documents=documents, bytes=size, first=first, offset=offset)
-            documents, first, offset = 0, number, reader.position
+        if documents and end - offset >= enough:
+            yield Section(path=path, documents=documents, bytes=end - offset, first=first, offset=offset)
+            documents, first, offset = 0, number, end
     if documents:
-        yield Section(path=path, documents=documents, bytes=reader.position - offset, first=first, offset=offset)
-    reader.close()
+        yield Section(path=path, documents=documents, bytes=end - offset, first=first, offset=offset)
 
 
 def _check_beginning(path: Path) -> None:
@@ -419,20 +383,23 @@ def _is_document(piece: bytes | None, path: Path) -> bool:
     return piece is None or kind_of(path) == ".txt" or bool(piece.strip())
 
 
-# The reader of the compressed file that this process read last. It continues if the next section is of the same file.
-_kept: dict[Any, _Reader] = {}
+# The pieces of the compressed file that this process read last, and the offset where they go on. If the next section is
+# of the same file, it need not be decompressed again from its beginning.
+_kept: dict[Any, tuple[Iterator[tuple[bytes | None, int]], int]] = {}
 
 
 def _text_documents(section: Section, fields: Fields) -> Iterator[bytes | BadDocument | None]:
     path = section.path
     state = path.stat()
     file = (path, fields, state.st_ino, state.st_size, state.st_mtime_ns)
-    reader = _kept.pop(file, None)
-    if reader is None or reader.position > section.offset:
-        reader = _Reader(path, fields)
-    reader.skip_to(section.offset)
+    pieces, offset = _kept.pop(file, (None, 0))
+    if pieces is None or offset > section.offset:
+        pieces = _pieces(path, fields, section.offset)
+        offset = 0 if is_compressed(path) else section.offset
+    while offset < section.offset:
+        _, offset = next(pieces, (None, section.offset))
     found = 0
-    for number, piece in enumerate(reader.pieces(), start=section.first + 1):
+    for number, (piece, end) in enumerate(pieces, start=section.first + 1):
         if not _is_document(piece, path):
             continue
         found += 1
@@ -441,29 +408,21 @@ def _text_documents(section: Section, fields: Fields) -> Iterator[bytes | BadDoc
         else:
             yield _too_large(str(path)) if piece is None else piece
         if found == section.documents:
+            if is_compressed(path):
+                _kept.clear()
+                _kept[file] = pieces, end
             break
-    if not is_compressed(path):
-        reader.close()
-        return
-    for other in _kept.values():
-        other.close()
-    _kept.clear()
-    _kept[file] = reader
 
 
 def _text_of_line(line: bytes | None, where: str, column: str) -> bytes | BadDocument | None:
     """The text in a line of JSON as bytes, with invalid UTF-8 as it was; None for null."""
     if line is None:
         return _too_large(where)
-    reason = ""
     try:
         # Invalid bytes become surrogates here and the same bytes again below; data_prep.encoding counts them.
         row = json.loads(line.decode(errors="surrogateescape"))
-    except ValueError as error:
-        reason = str(error)
-    except RecursionError:
-        reason = "nested too deep"
-    if reason:
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else error
         return BadDocument(
             f"{where}: cannot be read as JSON ({reason}). Every line must be a JSON object: correct or delete it, or "
             "name the file .txt if it is plain text."
@@ -533,23 +492,22 @@ def _way_to(schema: pa.Schema, column: str) -> list[str]:
     return [column] if column in schema.names else column.split(".")
 
 
-def _wrong_column(schema: pa.Schema, column: str) -> str | None:
-    """Why `column` of a table holds no text, as a continuation of the file's name; None if it does."""
+def _check_column(path: Path, schema: pa.Schema, column: str) -> None:
+    """Raise WrongColumn unless `column` of a table holds text."""
     names = ", ".join(schema.names) or "none"
     way_out = f"Its columns are {names}. {_name_a_text({field.name: _example(field.type) for field in schema})}"
     first, *below = _way_to(schema, column)
     if first not in schema.names:
-        return f" has no column {column!r}. {way_out}"
-    if schema.names.count(first) > 1:
-        return f" has {schema.names.count(first)} columns {first!r}; its columns are {names}. Rename or remove one."
+        raise WrongColumn(f"{path} has no column {column!r}. {way_out}")
+    if (number := schema.names.count(first)) > 1:
+        raise WrongColumn(f"{path} has {number} columns {first!r}; its columns are {names}. Rename or remove one.")
     kind = schema.field(first).type
     for name in below:
         if not pa.types.is_struct(kind) or kind.get_field_index(name) < 0:
-            return f" has no column {column!r}, and {first!r} holds {kind}. {way_out}"
+            raise WrongColumn(f"{path} has no column {column!r}, and {first!r} holds {kind}. {way_out}")
         kind = kind.field(name).type
-    if kind == pa.null() or _example(kind) == "":
-        return None
-    return f": the column {column!r} holds {kind}, not text. {way_out}"
+    if kind != pa.null() and _example(kind) != "":
+        raise WrongColumn(f"{path}: the column {column!r} holds {kind}, not text. {way_out}")
 
 
 def _example(kind: pa.DataType) -> Any:
@@ -561,32 +519,30 @@ def _example(kind: pa.DataType) -> Any:
     return "" if kind in (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary()) else None
 
 
-def _table_sections(path: Path, column: str) -> tuple[pa.Schema, list[Section]]:
-    """The schema, and the sections if the schema has the column."""
-    if kind_of(path) == ".arrow":
-        with _open_arrow(path) as (schema, batches):
-            groups = [] if _wrong_column(schema, column) else [(batch.num_rows, batch.nbytes) for batch in batches]
-    else:
-        with _open_parquet(path) as file:
-            schema = file.schema_arrow
-            groups = [] if _wrong_column(schema, column) else list(_row_groups(file, column))
-    sections = []
-    for number, (rows, size) in enumerate(groups):
-        wanted = max(1, min(SECTIONS_PER_ROW_GROUP, round(size / SECTION_BYTES)), ceil(size / LARGEST_SECTION))
-        parts = min(wanted, rows)
+def _table_sections(path: Path, column: str) -> Iterator[Section]:
+    """The sections of a table. Raises WrongColumn."""
+    for number, (rows, size) in enumerate(_groups(path, column)):
+        parts = min(max(1, ceil(size / LARGEST_SECTION)), rows)
         for index in range(parts):
             first, end = (rows * edge // parts for edge in (index, index + 1))
             share = size * (end - first) // rows
-            sections.append(Section(path=path, documents=end - first, bytes=share, row_group=number, first=first))
-    return schema, sections
+            yield Section(path=path, documents=end - first, bytes=share, row_group=number, first=first)
 
 
-def _row_groups(file: pq.ParquetFile, column: str) -> Iterator[tuple[int, int]]:
-    """(rows, bytes of the column's text) of each row group."""
-    for number in range(file.metadata.num_row_groups):
-        group = file.metadata.row_group(number)
-        chunks = map(group.column, range(group.num_columns))
-        yield group.num_rows, next(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
+def _groups(path: Path, column: str) -> Iterator[tuple[int, int]]:
+    """Rows, and bytes of the column's text, of each row group or record batch."""
+    if kind_of(path) == ".arrow":
+        with _open_arrow(path) as (schema, batches):
+            _check_column(path, schema, column)
+            yield from ((batch.num_rows, batch.nbytes) for batch in batches)
+        return
+    with _open_parquet(path) as file:
+        _check_column(path, file.schema_arrow, column)
+        for number in range(file.metadata.num_row_groups):
+            group = file.metadata.row_group(number)
+            chunks = map(group.column, range(group.num_columns))
+            size = next(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
+            yield group.num_rows, size
 
 
 def _table_documents(section: Section, fields: Fields) -> Iterator[bytes | BadDocument | None]:

@@ -11,9 +11,10 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, SpawnContext
-from typing import TypeVar
+from typing import Any, TypeVar
 
-State = TypeVar("State")
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
 def start_imports() -> ForkServerContext | SpawnContext:
@@ -36,23 +37,23 @@ def start_imports() -> ForkServerContext | SpawnContext:
     return context
 
 
-def _wait_for_imports() -> None:
-    """Return when what `start_imports` begins is done.
-
-    In a thread that may be left behind: Ctrl-C then ends this process at once, before any worker was asked for. A
-    worker that starts after this process has ended prints a traceback.
-    """
+def in_daemon(work: Callable[[], None]) -> Future[None]:
+    """Call `work` in a thread that may be left behind: Ctrl-C does not wait for it."""
     finished: Future[None] = Future()
 
-    def wait() -> None:
+    def call() -> None:
         try:
-            start_imports().Process(target=_nothing).start()  # returns when the server has forked it
+            work()
             finished.set_result(None)
         except BaseException as error:
             finished.set_exception(error)
 
-    threading.Thread(target=wait, daemon=True).start()
-    finished.result()
+    threading.Thread(target=call, daemon=True).start()
+    return finished
+
+
+def _first_process() -> None:
+    start_imports().Process(target=_nothing).start()  # returns when the server has forked it
 
 
 def _nothing() -> None:
@@ -60,20 +61,21 @@ def _nothing() -> None:
 
 
 @contextmanager
-def worker_pool(workers: int, start: Callable[[State], None], state: State) -> Iterator[ProcessPoolExecutor]:
-    """A pool of `workers` processes, each of which first calls `start(state)`; `state` is pickled once.
+def worker_pool(workers: int, work: Callable[[Given], Made]) -> Iterator[Callable[[Given], Future[Made]]]:
+    """A function that calls `work` in one of `workers` processes; `work` is pickled once.
 
     If the context ends with an exception, the workers are terminated. They also end when this process is killed. They
     ignore Ctrl-C, which this process handles.
     """
     context = start_imports()
-    _wait_for_imports()
+    # Wait for its imports. Ctrl-C then ends this process at once, before any worker was asked for: a worker that starts
+    # after this process has ended prints a traceback.
+    in_daemon(_first_process).result()
     others = set(multiprocessing.active_children())
-    # `state` is passed as bytes: starting a process blocks until it has unpickled its arguments, and unpickling a
-    # tokenizer takes time.
-    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(start, pickle.dumps(state)))
+    # As bytes: starting a process blocks until it has unpickled its arguments, and unpickling a tokenizer takes time.
+    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(pickle.dumps(work),))
     try:
-        yield pool
+        yield lambda given: pool.submit(_call, given)
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in set(multiprocessing.active_children()) - others:
@@ -82,10 +84,18 @@ def worker_pool(workers: int, start: Callable[[State], None], state: State) -> I
     pool.shutdown()
 
 
-def _start(start: Callable[[State], None], state: bytes) -> None:
+_work: Callable[[Any], Any]  # of this worker process
+
+
+def _start(work: bytes) -> None:
+    global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    start(pickle.loads(state))
+    _work = pickle.loads(work)
+
+
+def _call(given: Any) -> Any:
+    return _work(given)
 
 
 def _end_with_parent() -> None:

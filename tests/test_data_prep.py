@@ -96,23 +96,6 @@ def test_a_split_that_leaves_a_side_empty_says_what_helps(tmp_path, capsys):
         assert "All 3 documents have the same words" in message and "raise" not in message and "lower" not in message
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--val-fraction", "0"], "--val-fraction must lie between 0 and 1, not 0.0"),
-        (["--val-fraction", "2"], "--val-fraction must lie between 0 and 1, not 2.0"),
-        (["--val-fraction", "nan"], "--val-fraction must lie between 0 and 1, not nan"),
-        (["--seed", "-1"], "--seed must be from 0 to 2^64 - 1, not -1"),
-        (["--tokenizer", "bpe:7"], "'bpe:7': bpe:N takes"),
-        (["--separator", "x"], "--separator has no effect"),
-        (["--separator", ""], "--separator: must not be empty"),
-        (["--text-column", "body"], "no JSON object with a field 'body'"),
-    ],
-)
-def test_bad_options(tmp_path, capsys, options, message):
-    assert message in refused(capsys, tmp_path, TEXTS, *options)
-
-
 def test_bad_paths(tmp_path, capsys):
     out = ("--out", tmp_path / "out")
     assert "nowhere does not exist" in fails(capsys, main, *out, tmp_path / "nowhere")

@@ -7,10 +7,10 @@ import signal
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from small_run import make_config
+from test_fuzz_data import bent
 
 import train
 from hgpt import compare, runs
@@ -80,39 +80,6 @@ def test_settings(data, tmp_path):
     assert 0 < done < SETTINGS
 
 
-def changed(rng: random.Random, content: bytes) -> bytes:
-    """A file with other bytes, cut short, empty, or with other JSON in the place of a value."""
-    how = rng.randrange(6)
-    if how < 2 or not content:
-        place = rng.randrange(len(content) + 1)
-        return content[:place] + rng.randbytes(rng.choice((1, 1, 8))) + content[place + 1 :]
-    if how == 2:
-        return content[: rng.randrange(len(content))]
-    if how == 3:
-        return rng.choice((b"", b"[" * 5000, b"{}", b"null", b"\xff\xfe", b'{"kind": "train", "step": 1e400}\n'))
-    try:
-        lines = content.decode().splitlines(keepends=True)
-        number = rng.randrange(len(lines))
-        parts = lines[number].split(":")
-        parts[-1] = rng.choice((' "x",', " -1,", " null,", " 1e999,", " [],", f" {10**400},")) + "\n"
-        lines[number] = ":".join(parts)
-        return "".join(lines).encode()
-    except UnicodeDecodeError:
-        return content[::-1]
-
-
-def replaced_json(rng: random.Random, path: Path) -> None:
-    """One value of a JSON file, at any depth, replaced by another."""
-    content = node = json.loads(path.read_text())
-    while isinstance(node, dict) and node:
-        key = rng.choice(sorted(node))
-        if not isinstance(node[key], dict) or rng.random() < 0.2:
-            node[key] = rng.choice([None, -1, 0, "x", 1e300, [], {}, 10**30, True, [1, 2], "../x"])
-            break
-        node = node[key]
-    path.write_text(json.dumps(content))
-
-
 def test_files_of_a_run(data, tmp_path):
     """Half of the damage has a manifest that fits. What ends well is the run of before, whatever is lost of its log."""
     rng = random.Random(1)
@@ -127,10 +94,7 @@ def test_files_of_a_run(data, tmp_path):
         files = [config.run_folder / "metrics.jsonl", config.run_folder / "config.toml"]
         files += sorted(path for path in newest.rglob("*") if path.is_file() and path.suffix != ".py")
         path = rng.choice(files)
-        if path.suffix == ".json" and rng.random() < 0.5:
-            replaced_json(rng, path)
-        else:
-            path.write_bytes(changed(rng, path.read_bytes()))
+        path.write_bytes(bent(path.read_bytes(), rng))
         if path.name != MANIFEST and rng.random() < 0.5:
             (newest / MANIFEST).unlink()
             write_manifest(newest)

@@ -17,26 +17,8 @@ from hgpt.data.tokenizer import hf_tokenizer, load_tokenizer
 from hgpt.data.verify import find_damage
 from hgpt.errors import UserError
 
-ODD = (
-    None,
-    True,
-    -1,
-    0,
-    3,
-    2**31,
-    4 * 10**9,
-    10**30,
-    0.5,
-    1e308,
-    float("nan"),
-    "",
-    "x",
-    "\ud800",
-    [],
-    {},
-    [1],
-    {"x": 1},
-)
+ODD = (None, True, -1, 0, 3, 2**31, 4 * 10**9, 10**30, 10**400, 0.5, 1e308, float("nan"), "", "x", "\ud800", "../x", [],
+       {}, [1], {"x": 1})  # fmt: skip
 
 
 def use_model(folder: Path) -> None:

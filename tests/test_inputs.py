@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 from small_run import make_config, records
-from small_texts import fails, json_lines, status
+from small_texts import fails, json_lines, status, streams
 from transformers import AutoTokenizer
 
 import sample
@@ -17,7 +17,7 @@ import train
 from data_prep import documents
 from data_prep import verify as verify_command
 from hgpt import evaluate
-from hgpt.data.shards import SPLITS, TokenShards
+from hgpt.data.shards import TokenShards
 from hgpt.data.tokenizer import load_tokenizer, token_ids
 from hgpt.errors import UserError
 
@@ -47,16 +47,7 @@ def test_a_vocabulary_over_65535(tmp_path, capsys):
     options = ("--tokenizer", tmp_path, "--val-fraction", "0.3", "--workers", "1", "--tokens-per-shard", "1000")
     assert status(documents.main, "--out", data, *options, tmp_path / "texts.jsonl") == 0
     assert status(verify_command.main, data) == 0
-    stream = {}
-    for split in SPLITS:
-        files = sorted(data.glob(f"{split}_0*.bin"))
-        headers = [np.fromfile(file, "<i4", 256) for file in files]
-        assert all(header[:2].tolist() == [20240801, 7] for header in headers)
-        parts = [np.fromfile(file, "<u4", offset=1024) for file in files]
-        assert [header[2] for header in headers] == [len(part) for part in parts]
-        stream[split] = np.concatenate(parts)
-        shards = TokenShards.open(data, split)
-        assert np.array_equal(shards.read(0, len(shards)), stream[split])
+    stream = {split: np.array(tokens) for split, tokens in streams(data).items()}
     found = [[words[token - 2] for token in part[part != 1]] for part in stream.values()]
     assert sorted(found[0] + found[1]) == sorted(" ".join(texts).split()) and stream["train"].max() > 0xFFFF
     _, evaluated, text = trained_and_sampled(data, tmp_path, capsys, "w69990 w69991")

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_texts import contents, fails, json_lines, read_back, small_units, status, streams, texts, write_parquet
+from small_texts import contents, fails, read_back, small_units, status, streams, texts, write_parquet
 from test_resuming import start
 
 from data_prep import openwebtext, verify
@@ -107,14 +107,9 @@ def test_tokens_are_those_of_nanogpt(tmp_path, source):
 
 
 def test_every_kind_of_source_gives_the_same_shards(tmp_path, whole):
-    for kind in ("jsonl", "txt"):
-        (tmp_path / kind).mkdir()
-    (tmp_path / "jsonl" / "a.jsonl").write_bytes(json_lines(TEXTS[:150]))
-    (tmp_path / "jsonl" / "b.jsonl").write_bytes(json_lines(TEXTS[150:]))
     for number, document in enumerate(TEXTS):
-        (tmp_path / "txt" / f"{number:05}.txt").write_text(document)
-    for kind in ("jsonl", "txt"):
-        assert streams(run(tmp_path / kind, tmp_path / f"{kind}_out")) == streams(whole)
+        (tmp_path / f"{number:05}.txt").write_text(document)
+    assert streams(run(tmp_path, tmp_path / "out")) == streams(whole)
 
 
 @pytest.mark.parametrize(
@@ -204,27 +199,27 @@ def test_parts_that_do_not_belong_together(copy, source, tmp_path, capsys):
 def test_parts_that_are_damaged(copy, capsys):
     part, merge = copy / "part_1_of_2", ("--out", copy, "--merge")
     record = json.loads((part / "part.json").read_text())
-    without_tally = {name: value for name, value in record.items() if name != "tally"}
-    for name, damaged in (
-        ("part.json", b""),
-        ("part.json", b"[]"),
-        ("part.json", json.dumps(record | {"shards": {"train": [1]}}).encode()),
-        ("part.json", json.dumps(without_tally).encode()),
-        ("part.json", (part / "part.json").read_bytes()[:-100]),
-        ("tokenizer.json", (part / "tokenizer.json").read_bytes()[:-1]),
-        ("train_000000.bin", (part / "train_000000.bin").read_bytes()[:-2]),
+    for name, damage in (
+        ("part.json", lambda content: b""),
+        ("part.json", lambda content: content[:-100]),
+        ("part.json", lambda content: json.dumps(record | {"shards": {"train": [1]}}).encode()),
+        ("part.json", lambda content: json.dumps(record | {"shards": {}}).encode()),
+        ("part.json", lambda content: json.dumps(record | {"tally": None}).encode()),
+        ("tokenizer.json", lambda content: content[:-1]),
+        ("train_000000.bin", lambda content: content[:-2]),
     ):
         content = (part / name).read_bytes()
-        (part / name).write_bytes(damaged)
+        (part / name).write_bytes(damage(content))
         assert f"part_1_of_2/{name}" in failed(capsys, *merge)
         (part / name).write_bytes(content)
+    for name in ("train_000000.bin", "tokenizer.json"):
+        (part / name).rename(part / "away")
+        assert f"part_1_of_2/{name} is missing" in failed(capsys, *merge)
+        (part / "away").rename(part / name)
+    message = fails(capsys, verify.main, part)  # a part is no data folder
+    assert f"python -m data_prep.openwebtext --out {copy} --merge" in message and "Delete" not in message
     assert status(main, *merge) == 0
     verify_shards(copy)
-
-
-def test_a_part_is_no_data_folder(copy, capsys):
-    message = fails(capsys, verify.main, copy / "part_1_of_2")
-    assert f"python -m data_prep.openwebtext --out {copy} --merge" in message and "Delete" not in message
 
 
 def test_shares_of_the_work():
@@ -285,18 +280,8 @@ def test_what_cannot_be_read_is_left_out_and_named_if_asked(tmp_path, capsys):
     assert read_back(out)["val"] == [TEXTS[place] for place in val]
 
 
-def test_bad_options(tmp_path, source, capsys):
-    base = ("--source", source, "--out", tmp_path / "out", *SMALL)
-    for value in ("1.5", "nan", "0"):
-        assert f"--val-fraction must lie between 0 and 1, not {float(value)}" in failed(
-            capsys, *base, "--val-fraction", value
-        )
-    assert "--seed must be from 0 to 2^64 - 1, not -1" in failed(capsys, *base, "--seed", -1)
-    assert "--workers must be at least 1" in failed(capsys, *base, "--workers", 0)
-    assert "--tokens-per-shard must be at least 1" in failed(capsys, *base, "--tokens-per-shard", 0)
-    assert "--revision main has no effect on --source" in failed(capsys, *base, "--revision", "main")
-    assert "must be I/K" in failed(capsys, *base, "--part", "0/2")
-    assert "is neither a folder" in failed(capsys, *base, "--source", "no where")
+def test_bad_sources(tmp_path, capsys):
+    base = ("--out", tmp_path / "out", *SMALL)
     write_parquet(tmp_path / "none.parquet", pa.array([], pa.string()))
     assert "none.parquet holds no documents" in failed(capsys, *base, "--source", tmp_path / "none.parquet")
     write_parquet(tmp_path / "one.parquet", ["one"])

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import re
 import tracemalloc
 
 import pyarrow as pa
@@ -37,90 +38,86 @@ def found(folder, *paths):
 
 
 def test_folders_are_searched_in_sorted_order_and_files_taken_once(tmp_path):
-    for name in ("b/2.txt", "b/10.txt", "a.txt", "c.jsonl", "README.md", ".hidden/x.txt", "b/.y.txt"):
+    """Links are followed, also in a circle. Files that lie beside data count where there are no others."""
+    for name in ("b/2.txt", "b/10.txt", "a.txt", "c.ndjson", "README.md", "load.py", ".hidden/x.txt", "b/.y.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    paths = [tmp_path / "c.jsonl", tmp_path, tmp_path / "b"]
-    assert found(tmp_path, *paths) == ["a.txt", "b/10.txt", "b/2.txt", "c.jsonl"]
-    assert [path.name for path in find_files(paths)[1]] == ["README.md"]
-
-
-def test_linked_folders_are_searched_and_a_circle_of_them_ends(tmp_path):
-    (tmp_path / "corpus").mkdir()
+    paths = [tmp_path / "c.ndjson", tmp_path, tmp_path / "b"]
+    assert found(tmp_path, *paths) == ["a.txt", "b/10.txt", "b/2.txt", "c.ndjson"]
+    assert [path.name for path in find_files(paths)[1]] == ["README.md", "load.py"]
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "a.txt").write_text("x")
-    (tmp_path / "corpus" / "linked").symlink_to(tmp_path / "other")
-    (tmp_path / "other" / "back").symlink_to(tmp_path / "corpus")
-    assert [path.relative_to(tmp_path).as_posix() for path in find_files([tmp_path / "corpus"])[0]] == [
-        "corpus/linked/a.txt"
-    ]
+    (tmp_path / "other" / "linked").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "back").symlink_to(tmp_path / "other")
+    assert "other/linked/2.txt" in found(tmp_path, tmp_path / "other")
+    (tmp_path / "other" / "linked").unlink()
+    for name in ("README.md", "info.json", "load.py"):
+        (tmp_path / "other" / name).write_text("x")
+    assert found(tmp_path / "other", tmp_path / "other") == ["README.md", "info.json", "load.py"]
 
 
 @pytest.mark.parametrize("name", ["a.pdf", "a.parquet.gz", "nowhere.txt", "empty"])
 def test_what_cannot_be_read_is_refused(tmp_path, name):
-    if "." in name and "nowhere" not in name:
+    if name.startswith("a."):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=name):
         find_files([tmp_path / name])
 
 
-def test_files_that_lie_beside_data_count_where_there_are_no_others(tmp_path):
-    for name in ("README.md", "load.py", "info.json", "b.ndjson"):
-        (tmp_path / name).write_text("x")
-    assert found(tmp_path, tmp_path) == ["b.ndjson"]
-    (tmp_path / "b.ndjson").unlink()
-    assert found(tmp_path, tmp_path) == ["README.md", "info.json", "load.py"]
-
-
 # ------------------------------------------------------------------------------------------------------ reading
 
 LINES = json_lines(TEXTS, id=1)
 SEPARATED = "\n\n".join(TEXTS).encode()
-FRAMES = zstandard.compress(LINES[:999]) + zstandard.compress(LINES[999:])
+ROWS = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]
+
+
+def parquet(**options):
+    column = options.pop("column", pa.array(TEXTS))
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"id": range(300), "text": column}), sink, use_dictionary=False, **options)
+    return sink.getvalue().to_pybytes()
+
+
+def arrow(new):
+    table, sink = pa.Table.from_pylist(ROWS), pa.BufferOutputStream()
+    with new(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=150)
+    return sink.getvalue().to_pybytes()
+
+
 # name → content, and the separator that its documents have
 KINDS = {
     "a.jsonl": (b"\xef\xbb\xbf\n" + LINES.replace(b"\n", b"\r\n\n"), None),
     "b.jsonl.gz": (gzip.compress(LINES[:999]) + gzip.compress(LINES[999:]), None),
-    "c.JSONL.zst": (FRAMES, None),
+    "c.JSONL.zst": (zstandard.compress(LINES[:999]) + zstandard.compress(LINES[999:]), None),
     "d.txt": (b"\xef\xbb\xbf" + SEPARATED, "\n\n"),
     "e.txt": (SEPARATED.replace(b"\n", b"\r\n"), "\n\n"),  # line breaks of Windows
     "f.txt.gz": (gzip.compress(SEPARATED), "\n\n"),
     "g.txt": ("<END>".join(TEXTS).encode(), "<END>"),
+    "h.ndjson": (LINES, None),
+    "i.json": (LINES, None),
+    "j.json": (json.dumps(ROWS, indent=2).encode(), None),
+    "k.json.gz": (gzip.compress(b"\xef\xbb\xbf\n" + json.dumps(ROWS).encode()), None),
+    "l.parquet": (parquet(), None),
+    "m.parquet": (parquet(row_group_size=7), None),
+    "n.parquet": (parquet(column=pa.array(TEXTS, pa.large_string())), None),
+    "o.parquet": (parquet(column=pa.array(TEXTS).dictionary_encode()), None),
+    "p.arrow": (arrow(pa.ipc.new_stream), None),
+    "q.arrow": (arrow(pa.ipc.new_file), None),
 }
 
 
-@pytest.fixture(params=[(4 << 20, 1 << 20), (3000, 1 << 20), (3000, 100)], ids=["whole", "sections", "small blocks"])
-def sizes(request, monkeypatch):
-    section, block = request.param
-    monkeypatch.setattr(text_files, "SECTION_BYTES", section)
-    monkeypatch.setattr(text_files, "LARGEST_SECTION", section)
-    monkeypatch.setattr(text_files, "BLOCK", block)
-    return section
-
-
+@pytest.mark.parametrize(("section", "block"), [(4 << 20, 1 << 20), (3000, 1 << 20), (3000, 100)])
 @pytest.mark.parametrize("name", KINDS)
-def test_every_kind_of_text_file_gives_the_same_documents(tmp_path, sizes, name):
+def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch, section, block, name):
+    for setting, value in (("SECTION_BYTES", section), ("LARGEST_SECTION", section), ("BLOCK", block)):
+        monkeypatch.setattr(text_files, setting, value)
     content, separator = KINDS[name]
     (tmp_path / name).write_bytes(content)
     found, sections = read(tmp_path / name, Fields(separator=separator))
     assert [document.decode() for document in found] == TEXTS
-    assert (len(sections) > 5) == (sizes == 3000)
-    assert all(section.bytes <= 2 * sizes for section in sections) or sizes > 3000
-
-
-@pytest.mark.parametrize(
-    "column",
-    [pa.array(TEXTS), pa.array(TEXTS, pa.large_string()), pa.array(TEXTS).dictionary_encode()],
-    ids=["string", "large string", "dictionary"],
-)
-@pytest.mark.parametrize("row_group_size", [7, 300])
-def test_parquet_files_give_the_same_documents(tmp_path, sizes, column, row_group_size):
-    table = pa.table({"id": range(300), "text": column})
-    pq.write_table(table, tmp_path / "a.parquet", row_group_size=row_group_size, use_dictionary=False)
-    found, sections = read(tmp_path / "a.parquet")
-    assert [document.decode() for document in found] == TEXTS
-    assert row_group_size == 7 or (len(sections) > 5) == (sizes == 3000)
+    assert name == "m.parquet" or (len(sections) > 5) == (section == 3000)
+    assert all(part.bytes <= 2 * section for part in sections)
 
 
 def test_a_text_file_is_one_document(tmp_path):
@@ -128,6 +125,9 @@ def test_a_text_file_is_one_document(tmp_path):
         (tmp_path / name).write_bytes(content)
         assert decoded(tmp_path / name) == [b"a\n\nb".decode() if content else ""]
     assert decoded(tmp_path / "a.txt", Fields(separator="\n\n")) == ["a", "b"]
+    for name in ("a.md", "a.py"):
+        (tmp_path / name).write_text("one\n\ntwo")
+        assert decoded(tmp_path / name) == ["one\n\ntwo"]
     (tmp_path / "d.txt").write_text("\n\na\n\n\n\n")
     assert decoded(tmp_path / "d.txt", Fields(separator="\n\n")) == ["", "a", "", ""]  # as str.split
 
@@ -185,7 +185,7 @@ def test_one_document_is_held_at_a_time(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"text": ', "cannot be read as JSON"),
+        (b'{"text": ', "cannot be read as JSON .*Every line must be a JSON object"),
         (b'{"text": "a"} x', "cannot be read as JSON"),
         (b'{"text": ' + b"[" * 200_000, "nested too deep"),
         (b'["text"]', "no JSON object with a field 'text', but another value"),
@@ -203,7 +203,7 @@ def test_a_bad_line_is_named_and_can_be_left_out(tmp_path, monkeypatch, line, me
         read(tmp_path / "a.jsonl")
     bad = []
     assert read(tmp_path / "a.jsonl", on_bad=bad.append)[0] == [b"a", None, b"b"]
-    assert len(bad) == 1 and message in bad[0]
+    assert len(bad) == 1 and re.search(message, bad[0])
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.parquet"])
@@ -224,43 +224,40 @@ def test_a_document_that_is_too_large_is_named_and_can_be_left_out(tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "message"),
     [
-        ("a.txt.gz", b"no gzip"),
-        ("a.txt.gz", gzip.compress(b"x" * 999, mtime=0)[:-12]),
-        ("a.jsonl.gz", gzip.compress(json_lines(TEXTS), mtime=0)[:-500]),
-        ("a.txt.zst", b"no zstd"),
-        ("a.txt.zst", zstandard.compress(random.Random(0).randbytes(99999))[:-2000]),
-        ("a.parquet", b"no parquet"),
-        ("a.txt", b"\xff\xfea\x00"),
+        ("a.txt.gz", b"no gzip", "cannot be read"),
+        ("a.txt.gz", gzip.compress(b"x" * 999)[:-12], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(json_lines(TEXTS))[:-500], "cannot be read"),
+        ("a.txt.zst", b"no zstd", "cannot be read"),
+        ("a.txt.zst", zstandard.compress(random.Random(0).randbytes(99999))[:-2000], "cannot be read"),
+        ("a.parquet", b"no parquet", "cannot be read"),
+        ("a.arrow", b"ARROW1 and nothing", "cannot be read"),
+        ("a.arrow", b"no stream", "cannot be read"),
+        ("a.arrow", b"", "cannot be read"),
+        ("a.json", b'[{"text": "x"}', "cannot be read: it is not valid JSON"),
+        ("a.json", b"[" * 100_000, "cannot be read: it is not valid JSON"),
+        ("a.txt", gzip.compress(b"x"), "is no text; .*.txt.gz"),
+        ("a.jsonl.gz", gzip.compress(gzip.compress(LINES)), "is no text; .*.jsonl.gz"),  # twice
+        ("a.md", zstandard.compress(b"x"), "is no text; .*.txt.zst"),
+        ("a.jsonl", b"PAR1\x15", "is no text; .*.parquet"),
+        ("a.json", b"ARROW1\0\0", "is no text; .*.arrow"),
+        ("a.py", b"PK\x03\x04", "is no text; .*unpack"),
+        ("a.txt", b"%PDF-1.7", "is no text; .*convert"),
     ],
 )
-def test_a_damaged_file_is_named(tmp_path, name, content):
+def test_a_damaged_file_is_named_and_can_be_left_out(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name} (cannot be read|is UTF-16)"):
+    with pytest.raises(UserError, match=rf"{name} {message}.*--skip-bad"):
         read(tmp_path / name)
-    if name != "a.txt":
-        (_, bad) = find_sections([tmp_path / name], Fields(), skip_bad=True)
-        assert len(bad) == 1 and name in bad[0]
+    sections, bad = find_sections([tmp_path / name], Fields(), skip_bad=True)
+    assert sections == [] and len(bad) == 1 and name in bad[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "advice"),
-    [
-        ("a.txt", gzip.compress(b"x"), ".txt.gz"),
-        ("a.jsonl.gz", gzip.compress(gzip.compress(LINES)), ".jsonl.gz"),  # twice
-        ("a.md", zstandard.compress(b"x"), ".txt.zst"),
-        ("a.jsonl", b"PAR1\x15", ".parquet"),
-        ("a.json", b"ARROW1\0\0", ".arrow"),
-        ("a.py", b"PK\x03\x04", "unpack"),
-        ("a.txt", b"%PDF-1.7", "convert"),
-    ],
-)
-def test_a_file_with_the_wrong_name_is_told_the_right_one(tmp_path, name, content, advice):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name} is no text; .*{advice}.*--skip-bad"):
-        read(tmp_path / name)
-    assert find_sections([tmp_path / name], Fields(), skip_bad=True)[0] == []
+def test_utf_16_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfea\x00")
+    with pytest.raises(UserError, match=r"a.txt is UTF-16"):
+        read(tmp_path / "a.txt", Fields(separator="x"))
 
 
 def test_empty_files_are_refused_where_they_mean_damage(tmp_path):
@@ -312,42 +309,6 @@ def test_the_fields_that_hold_text_are_named(tmp_path, row, advice):
                 assert advice in str(caught.value), column
 
 
-def test_json_is_what_the_json_library_says(tmp_path):
-    rng = random.Random(0)
-    characters = ["a", " ", '"', "\\", "\n", "\x01", "é", "日", "😀", *"{}[]:,"]
-    rows = ["".join(rng.choices(characters, k=rng.randint(0, 30))) for _ in range(200)]
-    lines = [json.dumps({"x": [1, {"text": "n"}], "text": row}, ensure_ascii=rng.random() < 0.5) for row in rows]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    assert decoded(tmp_path / "a.jsonl") == rows
-
-
-def arrow(path, column="text", file=False):
-    table = pa.table({"id": range(len(TEXTS)), column: TEXTS})
-    with (pa.ipc.new_file if file else pa.ipc.new_stream)(str(path), table.schema) as writer:
-        writer.write_table(table, max_chunksize=70)
-
-
-def test_other_kinds_of_files_hold_the_same_documents(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "SECTION_BYTES", 1000)  # several sections in each
-    rows = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]
-    files = {
-        "lines.ndjson": LINES,
-        "lines.json": LINES,
-        "array.json": json.dumps(rows, indent=2).encode(),
-        "array.json.gz": gzip.compress(b"\xef\xbb\xbf\n" + json.dumps(rows).encode()),
-    }
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-    arrow(tmp_path / "stream.arrow")
-    arrow(tmp_path / "file.arrow", file=True)
-    for path in sorted(tmp_path.iterdir()):
-        assert decoded(path) == TEXTS, path.name
-    assert len(read(tmp_path / "stream.arrow")[1]) > 5
-    for name in ("a.md", "a.py"):
-        (tmp_path / name).write_text("one\n\ntwo")
-        assert decoded(tmp_path / name) == ["one\n\ntwo"]
-
-
 def test_datasets_own_folder(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(tmp_path / "saved"))
@@ -376,21 +337,3 @@ def test_fields_in_fields(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             read(tmp_path / "a.parquet", Fields(column=column))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.json", b'[{"text": "x"}', "not valid JSON"),
-        ("a.json", b"[" * 100_000, "not valid JSON"),
-        ("a.json", b'{"text":\n"x"}', "Every line must be a JSON object"),
-        ("a.json", b'["x"]', "no JSON object"),
-        ("a.arrow", b"ARROW1 and nothing", "cannot be read"),
-        ("a.arrow", b"no stream", "cannot be read"),
-        ("a.arrow", b"", "cannot be read"),
-    ],
-)
-def test_other_kinds_that_are_damaged(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        read(tmp_path / name)

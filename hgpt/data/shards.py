@@ -22,10 +22,10 @@ import stat
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple, TypeVar, get_args, get_origin
+from typing import Any, BinaryIO, NamedTuple, get_args, get_origin
 
 import numpy as np
 
@@ -52,8 +52,6 @@ PART_FILE = "part.json"  # in place of meta.json in a part of a preparation that
 UNFINISHED_FOLDER = ".preparation"  # in a data folder whose preparation has not finished; see data_prep/state.py
 TOKENS_PER_SHARD = 100_000_000  # 200 MB of uint16 a file, as llm.c's data scripts write
 MAX_OPEN_FILES = 128
-
-Kind = TypeVar("Kind")
 
 # data_prep is not in the wheel.
 _WHERE = "" if Path(__file__).parents[2].joinpath("data_prep").is_dir() else " (in a checkout of hgpt)"
@@ -147,17 +145,15 @@ def read_meta(folder: str | Path) -> DataMeta:
         raise UserError(
             f"{path} is missing, so the preparation of this data folder was never finished. {PREPARE_AGAIN}"
         ) from None
-    origin = str(path)
-    if _entry(content, "format_version", int, origin) != META_VERSION:
+    version = from_json(dict[str, Any], content, str(path)).get("format_version")
+    if from_json(int, version, f"{path}: format_version") != META_VERSION:
         raise UserError(
-            f"{path}: format_version is {content['format_version']}, this version of hgpt reads {META_VERSION}. "
+            f"{path}: format_version is {version}, this version of hgpt reads {META_VERSION}. "
             "Use the version of hgpt that wrote the folder, or prepare the data again."
         )
-    splits = {
-        name: _split_meta(split, f"{path}: splits.{name}")
-        for name, split in _entry(content, "splits", dict, origin).items()
-    }
-    meta = _from_json(DataMeta, content, origin, splits=splits)
+    meta = from_json(DataMeta, content, str(path))
+    for name, split in meta.splits.items():
+        _check_split(split, f"{path}: splits.{name}")
     check_vocab_size(meta.vocab_size, f"{path}: vocab_size")
     if not 0 <= meta.end_of_text < meta.vocab_size:
         raise UserError(
@@ -167,48 +163,49 @@ def read_meta(folder: str | Path) -> DataMeta:
     return meta
 
 
-def _split_meta(content: object, origin: str) -> SplitMeta:
-    records = [_from_json(ShardRecord, shard, f"{origin}.shards") for shard in _entry(content, "shards", list, origin)]
-    for record in records:
+def _check_split(split: SplitMeta, where: str) -> None:
+    names = [record.file for record in split.shards]
+    for name in names:
         # A file name only: meta.json may come from elsewhere and must not point outside its folder.
-        if Path(record.file).name != record.file:
-            raise UserError(f"{origin}: the shard {record.file!r} is not a plain file name. {PREPARE_AGAIN}")
-        if [other.file for other in records].count(record.file) > 1:
-            raise UserError(f"{origin}: the shard {record.file!r} is named twice. {PREPARE_AGAIN}")
-    split = _from_json(SplitMeta, content, origin, shards=tuple(records))
-    in_shards = sum(record.tokens for record in records)
+        if Path(name).name != name:
+            raise UserError(f"{where}: the shard {name!r} is not a plain file name. {PREPARE_AGAIN}")
+        if names.count(name) > 1:
+            raise UserError(f"{where}: the shard {name!r} is named twice. {PREPARE_AGAIN}")
+    in_shards = sum(record.tokens for record in split.shards)
     if split.tokens != in_shards:
-        raise UserError(f"{origin}: tokens is {split.tokens}, but its shards sum to {in_shards}. {PREPARE_AGAIN}")
-    return split
+        raise UserError(f"{where}: tokens is {split.tokens}, but its shards sum to {in_shards}. {PREPARE_AGAIN}")
 
 
-def _from_json(kind: type[Kind], content: object, origin: str, **given: object) -> Kind:
-    """A dataclass `kind` from the entries of a table; the fields in `given` are passed as they are."""
-    entries = dict(given)
-    for entry in fields(kind):  # type: ignore[arg-type]
-        if entry.name not in given:
-            wanted: Any = entry.type
-            optional = type(None) in get_args(wanted)
-            wanted = get_args(wanted)[0] if optional else get_origin(wanted) or wanted
-            entries[entry.name] = _entry(content, entry.name, wanted, origin, optional)
-    return kind(**entries)
+_KINDS = {int: "an integer", str: "a string", dict: "a table", list: "a list"}
 
 
-def _entry(content: object, key: str, kind: type[Kind], origin: str, optional: bool = False) -> Any:
-    value = content.get(key) if isinstance(content, dict) else None
-    if value is None and optional:
-        return None
-    if isinstance(value, int) and value < 0:
-        raise UserError(f"{origin}: {key} must not be negative, but is {value}. {PREPARE_AGAIN}")
-    if isinstance(value, str) and kind is str:
-        return value.encode(errors="replace").decode()  # without lone surrogates, which no file takes
-    if not isinstance(value, kind) or isinstance(value, bool):
+def from_json(kind: Any, value: Any, where: str, way_out: str = PREPARE_AGAIN) -> Any:
+    """`value`, read from JSON, as `kind`: int ≥ 0, str, optional, tuple, list, dict, or a dataclass of these.
+
+    Raises UserError for another value; `where` says where it stands.
+    """
+    arguments = get_args(kind)
+    if type(None) in arguments:
+        return None if value is None else from_json(arguments[0], value, where, way_out)
+    if kind is Any:
+        return value
+    made = get_origin(kind) or kind
+    wanted = dict if is_dataclass(kind) else list if made is tuple else made
+    if not isinstance(value, wanted) or isinstance(value, bool):
         found = "missing" if value is None else repr(value)
-        raise UserError(f"{origin}: {key} must be {_KINDS[kind]}, but is {found}. {PREPARE_AGAIN}")
+        raise UserError(f"{where} must be {_KINDS[wanted]}, but is {found}. {way_out}")
+    if isinstance(value, int) and value < 0:
+        raise UserError(f"{where} must not be negative, but is {value}. {way_out}")
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()  # without lone surrogates, which no file takes
+    if isinstance(value, list):
+        return made(from_json(arguments[0], part, where, way_out) for part in value)
+    if isinstance(value, dict) and arguments:
+        return {name: from_json(arguments[1], part, f"{where}.{name}", way_out) for name, part in value.items()}
+    if isinstance(value, dict):
+        named = ((part.name, part.type) for part in fields(kind))
+        return kind(**{name: from_json(of, value.get(name), f"{where}: {name}", way_out) for name, of in named})
     return value
-
-
-_KINDS: dict[type, str] = {int: "an integer", str: "a string", dict: "a table", list: "a list"}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -401,20 +398,18 @@ class TokenShards:
                 )
             vocab_size = vocab_size or known
         meta, files = _locate(folder, split, token_dtype(vocab_size or 1))
-        if meta is None:
-            if vocab_size is None:
-                raise UserError(
-                    f"{folder} has no {META_FILE} (a bare nanoGPT folder, or shards of other tools), so its vocabulary "
-                    "size is unknown: state vocab_size (50257 for GPT-2's tokenizer), or put the tokenizer's "
-                    f"{TOKENIZER_FILE} (of nanoGPT's characters, {CHARACTERS_FILE}) into the folder."
-                )
-        elif vocab_size is None:
-            vocab_size = meta.vocab_size
-        elif vocab_size != meta.vocab_size:
+        if meta is not None and vocab_size not in (None, meta.vocab_size):
             raise UserError(
                 f"vocab_size {vocab_size} does not match {folder / META_FILE}, whose tokenizer "
                 f"{meta.tokenizer} has {meta.vocab_size} tokens. Leave the setting out, or use data prepared "
                 "with the tokenizer it was meant for."
+            )
+        vocab_size = vocab_size if meta is None else meta.vocab_size
+        if vocab_size is None:
+            raise UserError(
+                f"{folder} has no {META_FILE} (a bare nanoGPT folder, or shards of other tools), so its vocabulary "
+                "size is unknown: state vocab_size (50257 for GPT-2's tokenizer), or put the tokenizer's "
+                f"{TOKENIZER_FILE} (of nanoGPT's characters, {CHARACTERS_FILE}) into the folder."
             )
         return cls(folder, split, files, vocab_size, meta)
 
@@ -516,57 +511,58 @@ def beyond_vocabulary(path: Path, part: np.ndarray, start: int, vocab_size: int)
 
 def _locate(folder: Path, split: str, of_bare: np.dtype) -> tuple[DataMeta | None, list[ShardFile]]:
     """The content of `meta.json` (None if there is none), and the shards. `of_bare`: type of tokens without header."""
-    try:
-        if not folder.is_dir():
-            if folder.exists():
-                raise UserError(f"data folder {folder} is not a folder. {_prepare(folder)}")
-            raise UserError(
-                f"data folder {folder} does not exist. {_prepare(None, folder)}, or, for the corpus of the quickstart, "
-                f"python -m data_prep.python_docs --out {folder}"
-            )
-        present = {path.name for path in folder.iterdir()}
-    except OSError as error:
-        raise UserError(f"data folder {folder} cannot be read: {error.strerror}. Change its permissions.") from error
+    present = _names_in(folder)
+    if META_FILE in present:
+        meta = read_meta(folder)
+        return meta, _shards_of_meta(folder, split, meta, present)
     bare = folder / f"{split}.bin"
-    if META_FILE not in present and bare.name in present:
+    if bare.name in present:
         return None, [_bare_shard(bare, of_bare)]
-    ours = rf"({'|'.join(SPLITS)})_\d+\.bin|{META_FILE}|{PART_FILE}|{re.escape(UNFINISHED_FOLDER)}"
-    others = {} if META_FILE in present else _shards_of_others(present)
-    if not others and not any(re.fullmatch(ours, name) or name in BARE for name in present):
-        raise UserError(
-            f"data folder {folder} holds no token shards (train_*.bin and val_*.bin, or nanoGPT's train.bin "
-            f"and val.bin). {_prepare(folder) if present else _prepare(None, folder)}"
-        )
+    # PREFIX_SPLIT.bin or PREFIX_SPLIT_NUMBER.bin. Shards of `ShardWriter` have no prefix.
+    matches = [re.fullmatch(rf"[^.].*_({'|'.join(SPLITS)})(_\d+)?\.bin", name) for name in sorted(present)]
+    others = [(match[1], folder / match[0]) for match in matches if match]
     if others:
-        if split not in others:
-            raise UserError(
-                f"data folder {folder} holds shards of the split {' and '.join(others)} only, and none with {split!r} "
-                f"in its name (like fineweb_{split}_000000.bin). Put them beside the others."
-            )
-        files = [check_shard(folder / name) for names in others.values() for name in names]
-        types = {file.dtype: f"{file.path.name} of {file.dtype.name}" for file in files}
-        if len(types) > 1:
-            raise UserError(
-                f"data folder {folder} mixes shards of two types, {' and '.join(types.values())}: they come from "
-                "different tokenizers. Give the shards of each tokenizer a folder of their own."
-            )
-        return None, [file for file in files if file.path.name in others[split]]
-    if META_FILE not in present and present & BARE:
+        return None, _shards_of_others(folder, split, others)
+    if present & BARE:
         raise UserError(
             f"data folder {folder} has no {bare.name}. A nanoGPT folder has train.bin and val.bin: "
             "put the missing one beside the other."
         )
-    meta = read_meta(folder)
+    ours = rf"({'|'.join(SPLITS)})_\d+\.bin|{PART_FILE}|{re.escape(UNFINISHED_FOLDER)}"
+    if any(re.fullmatch(ours, name) for name in present):
+        read_meta(folder)  # raises UserError: meta.json is missing
+    raise UserError(
+        f"data folder {folder} holds no token shards (train_*.bin and val_*.bin, or nanoGPT's train.bin "
+        f"and val.bin). {_prepare(folder) if present else _prepare(None, folder)}"
+    )
+
+
+def _names_in(folder: Path) -> set[str]:
+    try:
+        if not folder.exists():
+            raise UserError(
+                f"data folder {folder} does not exist. {_prepare(None, folder)}, or, for the corpus of the quickstart, "
+                f"python -m data_prep.python_docs --out {folder}"
+            )
+        if not folder.is_dir():
+            raise UserError(f"data folder {folder} is not a folder. {_prepare(folder)}")
+        return {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise UserError(f"data folder {folder} cannot be read: {error.strerror}. Change its permissions.") from error
+
+
+def _shards_of_meta(folder: Path, split: str, meta: DataMeta, present: set[str]) -> list[ShardFile]:
+    """The shards that meta.json names. Raises UserError with a line for each that is damaged."""
     if meta.tokenizer_sha256 is not None or (folder / TOKENIZER_FILE).exists():
         check_tokenizer_file(
             folder / TOKENIZER_FILE, meta.vocab_size, meta.end_of_text_token, meta.end_of_text, meta.tokenizer_sha256
         )
-    if split not in meta.splits or not meta.splits[split].shards:
+    records = meta.splits[split].shards if split in meta.splits else ()
+    if not records:
         raise UserError(
             f"data folder {folder} has no shards of the split {split!r}; {META_FILE} names "
             f"{', '.join(sorted(meta.splits)) or 'none'}. {PREPARE_AGAIN}"
         )
-    records = meta.splits[split].shards
     strangers = {name for name in present if name.startswith(f"{split}_") and name.endswith(".bin")}
     strangers -= {record.file for record in records}
     damage = []
@@ -583,25 +579,30 @@ def _locate(folder: Path, split: str, of_bare: np.dtype) -> tuple[DataMeta | Non
             damage.append(str(error))
     if damage:
         raise UserError("\n".join(damage))
-    return meta, files
+    return files
+
+
+def _shards_of_others(folder: Path, split: str, found: list[tuple[str, Path]]) -> list[ShardFile]:
+    """The shards of `split` among those that other tools wrote, (split, path)."""
+    splits = dict.fromkeys(side for side, _ in found)
+    if split not in splits:
+        raise UserError(
+            f"data folder {folder} holds shards of the split {' and '.join(splits)} only, and none with {split!r} "
+            f"in its name (like fineweb_{split}_000000.bin). Put them beside the others."
+        )
+    files = [(side, check_shard(path)) for side, path in found]
+    types = {file.dtype: f"{file.path.name} of {file.dtype.name}" for _, file in files}
+    if len(types) > 1:
+        raise UserError(
+            f"data folder {folder} mixes shards of two types, {' and '.join(types.values())}: they come from "
+            "different tokenizers. Give the shards of each tokenizer a folder of their own."
+        )
+    return [file for side, file in files if side == split]
 
 
 def _prepare(text: Path | None, out: Path | str = "NEW_FOLDER") -> str:
     """The advice to prepare the files in `text` into `out`, which must be new or empty."""
     return f"Prepare data{_WHERE} with: python -m data_prep.documents --out {out} --tokenizer gpt2 {text or 'FILES...'}"
-
-
-def _shards_of_others(names: set[str]) -> dict[str, list[str]]:
-    """Split → sorted file names of shards of other tools, PREFIX_SPLIT.bin or PREFIX_SPLIT_NUMBER.bin.
-
-    Shards of `ShardWriter` have no prefix: without meta.json they come from a preparation that has not finished.
-    """
-    found: dict[str, list[str]] = {}
-    for name in sorted(names):
-        match = re.fullmatch(rf".+_({'|'.join(SPLITS)})(_\d+)?\.bin", name)
-        if match and not name.startswith("."):
-            found.setdefault(match[1], []).append(name)
-    return found
 
 
 def check_shard(path: Path, tokens: int | None = None, dtype: np.dtype | None = None) -> ShardFile:

@@ -279,7 +279,7 @@ def _byte_level_backend(vocabulary: dict[str, int], merges: Iterable[Sequence[st
 
 
 def _tiktoken(name: str, vocabulary: dict[str, int]) -> tiktoken.Encoding:
-    """The tiktoken encoding of a vocabulary; its tokens are those of the backend if `_is_byte_level` holds."""
+    """The tiktoken encoding of a vocabulary; its tokens are those of the backend if `_same_in_tiktoken` holds."""
     end_of_text = vocabulary[END_OF_TEXT]
     # tiktoken uses a token's id as the priority of the merge that makes it.
     ranks = {
@@ -290,7 +290,7 @@ def _tiktoken(name: str, vocabulary: dict[str, int]) -> tiktoken.Encoding:
     return tiktoken.Encoding(name, pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end_of_text})
 
 
-def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
+def _same_in_tiktoken(backend: tokenizers.Tokenizer) -> bool:
     """Whether `backend` is as `_byte_level_backend` makes it, and `_tiktoken` of its vocabulary has the same tokens.
 
     Both encoders repeatedly merge the two neighbours whose union has the lowest id. tokenizers merges only pairs in its
@@ -408,7 +408,7 @@ def _from_file(spec: str) -> Tokenizer:
         )
     backend = _read_backend(path)
     end_of_text = _end_of_text(path, backend)
-    fast = _tiktoken(str(path), backend.get_vocab()) if _is_byte_level(backend) else None
+    fast = _tiktoken(str(path), backend.get_vocab()) if _same_in_tiktoken(backend) else None
     return Tokenizer(str(path), backend, end_of_text, fast)
 
 
