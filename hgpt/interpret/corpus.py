@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hgpt.data.baselines import training_counts
 from hgpt.data.shards import META_FILE, TokenShards
 from hgpt.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, token_ids, tokenizer_file
 from hgpt.errors import UserError
 from hgpt.interpret.models import LoadedModel, Outline, Source
 from hgpt.interpret.positions import Window
-
-COUNTED_TOKENS = 50_000_000  # training tokens for the frequencies; more would hardly move a token to another band
 
 
 class Passages(NamedTuple):
@@ -163,15 +162,9 @@ class Corpus:
         return self.val.vocab_size in (vocab_size, min(vocab_size, len(words)))
 
     def counts(self, vocab_size: int) -> np.ndarray:
-        """How often each token occurs in the first COUNTED_TOKENS of the training split, (V,)."""
-        counts = np.zeros(vocab_size, dtype=np.int64)
-        seen = 0
-        for chunk in self.train.chunks():
-            counts += np.bincount(chunk, minlength=vocab_size)[:vocab_size]
-            seen += len(chunk)
-            if seen >= COUNTED_TOKENS:
-                break
-        return counts
+        """How often each token occurs in the training split, (V,); 0 for rows beyond the data's vocabulary."""
+        counts = training_counts(self.train)[:vocab_size]
+        return np.pad(counts, (0, vocab_size - len(counts)))
 
 
 def _vocab_size(folder: str, sizes: Sequence[int]) -> int | None:

@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 
-from hgpt.interpret.corpus import COUNTED_TOKENS
 from hgpt.interpret.measure import Analysis, Block, Html, ModelResult, paragraph
 from hgpt.interpret.measures.centres import nearest_centres, nearest_contexts
 from hgpt.interpret.measures.centres import result_of as chosen_tokens
@@ -69,10 +68,7 @@ def _counts(subject: Subject) -> tuple[np.ndarray | None, str]:
         return None, ""
     size = subject.model.vocab_size
     if subject.read.fits:
-        part = "training data"
-        if len(subject.text.corpus.train) > COUNTED_TOKENS:
-            part = f"first {COUNTED_TOKENS:,} tokens of the {part}"
-        return subject.text.corpus.counts(size), part
+        return subject.text.corpus.counts(size), "training data"
     return np.bincount(subject.read.measures.positions.target, minlength=size), "text"
 
 
