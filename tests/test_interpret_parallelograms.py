@@ -24,11 +24,11 @@ from hgpt.interpret.measures.parallelograms import (
     shuffled_scores,
 )
 from hgpt.interpret.statistics import Estimate, bootstrap_counts, percentile_interval, sign_flip_test
-from hgpt.interpret.vectors import Matrix, RelationVectors, ScoreSettings, project
+from hgpt.interpret.vectors import Matrix, ScoreSettings, project
 
 
 def projected(vectors, ids, settings):
-    return project(RelationVectors(Matrix(vectors), ids), settings)
+    return project(Matrix(vectors), ids, settings)
 
 
 def random_ids(pairs, vocabulary, seed=0):

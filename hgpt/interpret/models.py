@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hgpt.data.tokenizer import encode, is_byte_level, piece_bytes, token_bytes
+from hgpt.data.tokenizer import encode, piece_bytes, token_bytes
 from hgpt.errors import UserError
 from hgpt.hardware import enough_memory
 from hgpt.model.harmax import squared_distances
@@ -177,11 +176,6 @@ class LoadedModel:
 
     def token_text(self, token: int) -> str:
         return token_text(self.tokenizer, token)
-
-    @cached_property
-    def byte_level(self) -> bool:
-        """Whether tokens are pieces of UTF-8, as GPT-2's are."""
-        return self.tokenizer.is_fast and is_byte_level(self.tokenizer.backend_tokenizer)
 
     def token_bytes(self) -> np.ndarray | None:
         """UTF-8 bytes of each token, (V,), int64, as `hgpt.data.tokenizer.token_bytes`."""

@@ -23,7 +23,7 @@ Window = tuple[np.ndarray, np.ndarray]  # input and target token ids, (T,) each
 class Positions:
     """One entry per target, (N,), in the order of the text."""
 
-    window: np.ndarray  # number of its window; positions of one window are dependent, windows nearly independent
+    window: np.ndarray  # 0, 1, …; positions of one window are dependent, windows nearly independent
     target: np.ndarray  # token id
     loss: np.ndarray  # −log p of the target in nats, unsmoothed
     confidence: np.ndarray  # largest probability
@@ -34,10 +34,9 @@ class Positions:
     log_margin: np.ndarray  # log(min_{i ≠ target} d_i / d_target), positive if the target's centre is the nearest
     target_ratio: np.ndarray  # d_target / median_i d_i
 
-    def window_sums(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Σ values and the number of positions of each window, (windows,) each."""
-        index = np.unique(self.window, return_inverse=True)[1]
-        return np.bincount(index, weights=values), np.bincount(index).astype(np.float64)
+    def window_sums(self, values: np.ndarray) -> np.ndarray:
+        """Σ values of each window, (windows,), float64."""
+        return np.bincount(self.window, weights=values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ class TextMeasures:
 
     @property
     def windows(self) -> int:
-        return len(np.unique(self.positions.window))
+        return int(self.positions.window[-1]) + 1
 
 
 def log_probability_measures(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -101,7 +100,7 @@ def measure_text(
     """One pass over `windows`.
 
     Args:
-        sample: number of positions whose hidden states are kept.
+        sample: positions whose hidden states are kept, chosen with `seed`.
         advance: called with the number of positions just measured, for a progress bar.
     """
     sample_at = sampled_positions(sum(len(inputs) for inputs, _ in windows), sample, seed)

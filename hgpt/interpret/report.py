@@ -19,7 +19,7 @@ from hgpt.errors import UserError
 from hgpt.hardware import choose_device
 from hgpt.interpret.corpus import data_of_runs, open_text
 from hgpt.interpret.drawing import STYLE, headings, inline_svg, save_figure, swatch
-from hgpt.interpret.measure import Analysis, Block, Cell, Details, Drawing, Html, ModelResult, Quantity
+from hgpt.interpret.measure import Analysis, Block, Cell, Details, Drawing, ModelResult, Quantity
 from hgpt.interpret.measures import MEASURES
 from hgpt.interpret.models import LoadedModel, find_sources, loaded, outlines, run_checkpoints
 from hgpt.interpret.relations import load_relations
@@ -239,11 +239,6 @@ def page(analysis: Analysis, sections: Sequence[Section], images: Mapping[str, s
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
-
-    def fragment(block: Html) -> Markup:
-        return Markup(environment.from_string(block.template).render(block.values))
-
     return environment.from_string(text["report.html"]).render(
         analysis=analysis,
         sections=sections,
@@ -252,7 +247,6 @@ def page(analysis: Analysis, sections: Sequence[Section], images: Mapping[str, s
         script=Markup("".join(text[name] for name in SCRIPTS)),
         headings=headings(analysis.models),
         swatch=swatch,
-        fragment=fragment,
         summary=summary(analysis),
         settings=", ".join(f"{key} = {value}" for key, value in asdict(analysis.settings).items()),
         page=PAGE,

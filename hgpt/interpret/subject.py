@@ -89,8 +89,8 @@ class Read:
     def mean(self, values: np.ndarray, inside: np.ndarray | None = None) -> Estimate:
         """Mean of `values`, (N,), over the positions `inside`, (N,) bool, or over all; windows are resampled."""
         weights = np.ones(len(values)) if inside is None else inside.astype(np.float64)
-        above, _ = self.measures.positions.window_sums(values.astype(np.float64) * weights)
-        below, _ = self.measures.positions.window_sums(weights)
+        above = self.measures.positions.window_sums(values.astype(np.float64) * weights)
+        below = self.measures.positions.window_sums(weights)
         return estimate(above.sum() / below.sum(), bootstrap_ratio(above, below, self.counts))
 
 

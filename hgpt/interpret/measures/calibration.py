@@ -97,10 +97,9 @@ def calibration_error_interval(gaps: np.ndarray, sizes: np.ndarray, counts: np.n
 
 def window_gaps(positions: Positions) -> tuple[np.ndarray, np.ndarray]:
     """Σ correct − confidence of each window in each bin, (windows, BINS), and the positions of each, (windows,)."""
-    windows = np.unique(positions.window, return_inverse=True)[1]
-    index = windows * BINS + confidence_bins(positions.confidence)
+    index = positions.window * BINS + confidence_bins(positions.confidence)
     gap = positions.correct.astype(np.float64) - positions.confidence
-    sizes = np.bincount(windows).astype(np.float64)
+    sizes = np.bincount(positions.window)
     return np.bincount(index, weights=gap, minlength=len(sizes) * BINS).reshape(len(sizes), -1), sizes
 
 

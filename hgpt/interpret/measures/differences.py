@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from hgpt.interpret.drawing import GREY, finished, headings, listed, rows_of_intervals
-from hgpt.interpret.measure import Analysis, Block, Cell, Drawing, ModelResult, Prose, Table, bold, paragraph
+from hgpt.interpret.measure import Analysis, Block, Cell, Drawing, ModelResult, Table, bold, bullets, paragraph
 from hgpt.interpret.measures.parallelograms import (
     BAEK2025,
     Scores,
@@ -103,7 +103,7 @@ def section(analysis: Analysis) -> list[Block]:
         "training and how well each was tuned. Intervals over word pairs show the variation with other words, not "
         "between runs."
     )
-    blocks: list[Block] = [Prose(sentences)]
+    blocks: list[Block] = [bullets(sentences)]
     if tested := [other for other in analysis.models[1:] if comparisons(analysis, other)]:
         blocks += _tests_table(analysis, tested)
         if (drawing := variants(analysis)) is not None:
@@ -180,29 +180,24 @@ def _tests_table(analysis: Analysis, tested: Sequence[ModelResult]) -> list[Bloc
 def variants(analysis: Analysis) -> Drawing | None:
     """The mean difference under each variant; None if no relation can be compared."""
     first = analysis.models[0]
-    points: list[tuple[int, ModelResult, dict[str, Estimate]]] = []
+    series: list[tuple[int, str, dict[str, Estimate]]] = []
+    left_out = []
     for index, other in enumerate(analysis.models[1:], start=1):
-        if other.vocabulary != first.vocabulary:
-            continue
-        found = {
-            name: difference_over_relations(result_of(other).get(name, {}), scores)
-            for name, scores in result_of(first).items()
-        }
-        if differences := {name: difference for name, difference in found.items() if difference is not None}:
-            points.append((index, other, differences))
-    if not points:
+        found = {}
+        for name in variants_of(analysis.models) if other.vocabulary == first.vocabulary else ():
+            scores = (result_of(model).get(name, {}) for model in (other, first))
+            if (difference := difference_over_relations(*scores)) is not None:
+                found[name] = difference
+        if found:
+            series.append((index, f"{other.label} minus {first.label}", found))
+        else:
+            left_out.append(other.label)
+    if not series:
         return None
-    known = [name for name in result_of(first) if any(name in differences for _, _, differences in points)]
-    names = [name for name in variants_of([first, *(other for _, other, _ in points)]) if name in known]
-    series = [
-        (index, f"{other.label} minus {first.label}", {name: found[name] for name in names if name in found})
-        for index, other, found in points
-    ]
+    names = [name for name in variants_of(analysis.models) if any(name in found for _, _, found in series)]
     figure, panel, _ = rows_of_intervals(names, series)
     panel.axvline(0, color=GREY, linewidth=1)
     panel.set_xlabel(f"difference of the mean score (below 0: lower than {first.label})")
-    shown = [other for _, other, _ in points]
-    left_out = [model.label for model in analysis.models[1:] if model not in shown]
     return finished(
         figure,
         "variants",

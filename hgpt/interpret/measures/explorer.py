@@ -3,8 +3,9 @@
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
-from hgpt.interpret.measure import Analysis, Block, Html, ModelResult, paragraph
+from hgpt.interpret.measure import Analysis, Block, ModelResult, page_data, paragraph
 from hgpt.interpret.measures.centres import nearest_centres, nearest_contexts
 from hgpt.interpret.measures.centres import result_of as chosen_tokens
 from hgpt.interpret.packing import pack_integers, pack_numbers
@@ -105,7 +106,7 @@ def _relations(subject: Subject) -> list[dict[str, Any]]:
     ]
 
 
-def page_data(analysis: Analysis) -> dict[str, Any]:
+def data_of(analysis: Analysis) -> dict[str, Any]:
     """Models of one vocabulary share it; `vocabulary` of a model is its number."""
     vocabularies: list[dict[str, Any]] = []
     models = []
@@ -117,7 +118,7 @@ def page_data(analysis: Analysis) -> dict[str, Any]:
     return {"models": models, "vocabularies": vocabularies, "pins": pins}
 
 
-TEMPLATE = """
+CONTROLS = """
 <div class="controls">
 <div class="search"><label>search <input id="search" type="search" autocomplete="off" placeholder="a token"
   role="combobox" aria-controls="matches" aria-expanded="false" aria-autocomplete="list"></label>
@@ -147,16 +148,15 @@ point.</p>
 <div id="card" aria-live="polite"></div>
 </div>
 <div id="pins"></div>
-<script type="application/json" id="explorer-data">{{ data|tojson }}</script>
 """
 
 
 def section(analysis: Analysis) -> list[Block]:
-    data = page_data(analysis)
+    data = data_of(analysis)
     introduction = (
         "The centre of every token in the first principal components of all centres. Distances in the whole space "
         "differ: a card lists a token's true neighbours, by the harmonic head's own distance (softmax: 1 − cosine)."
     )
     if any(len(vocabulary["texts"]) > MOST for vocabulary in data["vocabularies"]):
         introduction += f" Neighbours and contexts are those of the {MOST:,} most frequent tokens."
-    return [paragraph(introduction), Html(template=TEMPLATE, values={"data": data})]
+    return [paragraph(introduction), Markup(CONTROLS), page_data("explorer-data", data)]

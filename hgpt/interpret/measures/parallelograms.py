@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from tqdm import tqdm
 
 from hgpt.interpret import drawing
@@ -29,17 +30,17 @@ from hgpt.interpret.measure import (
     Details,
     Drawing,
     ModelResult,
-    Prose,
     Quantity,
     Table,
     bold,
+    bullets,
     paragraph,
     tied,
 )
-from hgpt.interpret.relations import SMALLEST_RELATION, TokenPairs, WordForm, distinct
+from hgpt.interpret.relations import SMALLEST_RELATION, TokenPairs, distinct
 from hgpt.interpret.statistics import SIGNIFICANT, Estimate, estimate, mean_estimate, smallest_shuffle_p
 from hgpt.interpret.subject import Subject
-from hgpt.interpret.vectors import Projection, RelationVectors, ScoreSettings, project
+from hgpt.interpret.vectors import Projection, ScoreSettings, project
 
 TITLE = "Parallelograms"
 EXPECTED_AT_RANDOM = 4.0
@@ -196,7 +197,7 @@ def relation_score(
 
 
 def compute(subject: Subject) -> dict[str, Scores]:
-    """Every variant of the score for every relation; variants with the same vectors share them."""
+    """Every variant of the score for every relation."""
     dimensions = subject.input.rows.shape[1]
     usable = {name: s for name, s in VARIANTS.items() if s.components is None or s.components <= dimensions}
     scores: dict[str, Scores] = {variant: {} for variant in usable}
@@ -204,7 +205,6 @@ def compute(subject: Subject) -> dict[str, Scores]:
     steps = len(subject.relations) * len(usable)
     with tqdm(total=steps, desc=f"{subject.label}: relations", unit="score", disable=None, leave=False) as bar:
         for relation in subject.relations:
-            located: dict[tuple[str, WordForm, bool], RelationVectors] = {}
             for variant, s in usable.items():
                 bar.update()
                 pairs = subject.pairs(s.words)[relation.name]
@@ -212,11 +212,8 @@ def compute(subject: Subject) -> dict[str, Scores]:
                 if len(pairs.words) < SMALLEST_RELATION:
                     small[variant].append(f"{relation.name} ({len(pairs.words)} of {len(relation.pairs)})")
                     continue
-                key = ("input" if subject.model.tied else s.vectors, s.words, s.distinct)
-                if key not in located:
-                    located[key] = RelationVectors(subject.matrices[key[0]], pairs.ids)
+                projected = project(subject.matrices[s.vectors], pairs.ids, s)
                 sampled = SAMPLED_SCORES if variant == BAEK2025 else 0
-                projected = project(located[key], s)
                 scores[variant][relation.name] = relation_score(projected, pairs, subject, relation.name, sampled)
     for variant in VARIANTS:
         if variant not in usable:
@@ -229,7 +226,7 @@ def compute(subject: Subject) -> dict[str, Scores]:
 
 def checkpoint(subject: Subject) -> dict[str, float]:
     """The mean over relations of the score of Baek et al."""
-    projected = [project(RelationVectors(subject.input, p.ids), VARIANTS[BAEK2025]) for p in subject.scored.values()]
+    projected = [project(subject.input, pairs.ids, VARIANTS[BAEK2025]) for pairs in subject.scored.values()]
     scores = [mean_parallelogram_score(each.offsets, each.scale) for each in projected]
     return {"parallelogram_score": float(np.mean(scores))} if scores else {}
 
@@ -280,7 +277,7 @@ def below_random(model: ModelResult) -> set[str]:
     return {name for name, result in results.items() if result.p_shuffled < SIGNIFICANT / len(results)}
 
 
-def findings(analysis: Analysis) -> Prose:
+def findings(analysis: Analysis) -> Markup:
     """Sentences on each model's scores and on their limits."""
     items: list[str] = []
     for model in analysis.models:
@@ -307,7 +304,7 @@ def findings(analysis: Analysis) -> Prose:
     )
     if any(model.skipped for model in analysis.models):
         items.append("The section Method lists scores that could not be computed, mostly for lack of one-token words.")
-    return Prose(items)
+    return bullets(items)
 
 
 def without_power(relations: Sequence[str], total: int) -> str:

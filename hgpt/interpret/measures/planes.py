@@ -11,7 +11,7 @@ from hgpt.interpret.measure import Analysis, Block, Details, Drawing, ModelResul
 from hgpt.interpret.relations import distinct
 from hgpt.interpret.subject import Subject
 from hgpt.interpret.token_distances import visible
-from hgpt.interpret.vectors import Projection, RelationVectors, ScoreSettings, project
+from hgpt.interpret.vectors import Projection, ScoreSettings, project
 
 TITLE = "Relations in a plane"
 MODELS, RELATIONS, PAIRS = 3, 4, 8  # as many as leave the labels legible
@@ -34,8 +34,7 @@ def compute(subject: Subject) -> dict[str, tuple[Tokens, dict[PlaneOf, Projectio
         if len(ids):
             names = [visible(subject.model.tokenizer, token) for token in ids.ravel().tolist()]
             tokens = tuple(zip(names[::2], names[1::2], strict=True))
-            vectors = RelationVectors(subject.input, ids)
-            found[name] = tokens, {plane: project(vectors, ScoreSettings(plane=plane)) for plane in FIGURES}
+            found[name] = tokens, {plane: project(subject.input, ids, ScoreSettings(plane=plane)) for plane in FIGURES}
     return found
 
 

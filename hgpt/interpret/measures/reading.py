@@ -1,16 +1,16 @@
 """The text browser: the models' predictions for each token of a text."""
 
-from collections.abc import Sequence
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from hgpt.errors import UserError
-from hgpt.interpret.measure import Analysis, Block, Html, ModelResult, paragraph
+from hgpt.interpret.measure import Analysis, Block, ModelResult, page_data, paragraph
 from hgpt.interpret.models import LoadedModel
 from hgpt.interpret.subject import Subject
 
@@ -36,7 +36,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Text:
+class Readings:
     """A text as a model read it: what came before the first target, and a reading for each target."""
 
     before: str
@@ -79,7 +79,7 @@ def _ratios(loaded: LoadedModel, x: Tensor, logits: Tensor) -> Tensor | None:
     return torch.exp(log_d - log_d.min())
 
 
-def compute(subject: Subject) -> Text | None:
+def compute(subject: Subject) -> Readings | None:
     passage = _passage(subject)
     if passage is None:
         return None
@@ -90,7 +90,7 @@ def compute(subject: Subject) -> Text | None:
         start = max(0, min(len(seen) - context // 2, len(inputs) - context))
         part = slice(start, start + context)
         seen += read_text(subject.model, inputs[part], targets[part], NEAREST)[len(seen) - start :]
-    return Text(subject.model.token_text(int(inputs[0])), seen)
+    return Readings(subject.model.token_text(int(inputs[0])), seen)
 
 
 def _passage(subject: Subject) -> tuple[np.ndarray, np.ndarray] | None:
@@ -111,7 +111,7 @@ def _passage(subject: Subject) -> tuple[np.ndarray, np.ndarray] | None:
     return inputs[:longest], targets[:longest]
 
 
-TEMPLATE = """
+CONTROLS = """
 <div class="controls">
 <label>text as read by <select class="pick" data-side="a"></select></label>
 <label>beside it <select class="pick" data-side="b"></select></label>
@@ -120,27 +120,15 @@ TEMPLATE = """
 </div>
 <p class="legend quiet" id="text-legend"></p>
 <div class="sides"><div class="side" data-side="a"></div><div class="side" data-side="b"></div></div>
-<script type="application/json" id="reading-data">{{ readings|tojson }}</script>
 """
 
 
-def page_data(models: Sequence[ModelResult]) -> list[dict[str, Any] | None]:
-    """Of each model the text before its first target and its readings, with 4 digits; None if it read nothing."""
-    return [_rounded(asdict(found)) if (found := model.found.get("reading")) else None for model in models]
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(entry) for entry in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
 def section(analysis: Analysis) -> list[Block]:
-    readings = page_data(analysis.models)
-    if not any(readings):
+    found = [model.found.get("reading") for model in analysis.models]
+    if not any(found):
         return []
+    readings = json.dumps([text and asdict(text) for text in found])
+    four_digits = json.loads(readings, parse_float=lambda digits: float(f"{float(digits):.4g}"))
     own = analysis.settings.text
     source = f"{own}, at most {OWN_POSITIONS} tokens" if own else "the start of the first window of validation text"
     return [
@@ -150,9 +138,10 @@ def section(analysis: Analysis) -> list[Block]:
             "radii ρ, those with the smallest d / ρ), with d / d_min; a softmax head's list is by probability alone."
         ),
         paragraph(f"Text: {source}.", quiet=True),
-        Html(template=TEMPLATE, values={"readings": readings}),
+        Markup(CONTROLS),
+        page_data("reading-data", four_digits),
     ]
 
 
-def rows(model: ModelResult) -> dict[str, Any]:
+def rows(model: ModelResult) -> dict[str, list[Reading]]:
     return {"reading": result_of(model)}
