@@ -180,6 +180,6 @@ def test_on_paper(page):
     assert page.pdf(format="A4", prefer_css_page_size=True).startswith(b"%PDF")
     page.emulate_media(media="print")
     assert not page.locator(".controls").first.is_visible() and not page.locator("#card").is_visible()
-    assert "opened in a browser" in page.locator("#explorer .print").inner_text()
+    assert "open the page in a browser" in page.locator("#explorer .print").inner_text()
     assert page.locator(".text").first.evaluate("text => text.scrollHeight <= text.clientHeight")
     assert page.locator("details:not(.pinned):not([open])").count() == 0

@@ -146,9 +146,9 @@ def section(analysis: Analysis) -> list[Block]:
             figure,
             "reliability",
             "Reliability",
-            caption="Accuracy against confidence in 15 bins of equal width. A calibrated model lies on the diagonal. "
-            "Bars: Wilson's 95 % interval for independent positions. Positions of one window are dependent, so the "
-            "bars are too short; the interval of the ECE accounts for that by resampling windows.",
+            caption=f"Accuracy against confidence in {BINS} bins of equal width. A calibrated model lies on the "
+            "diagonal. Bars: Wilson's 95 % intervals for independent positions. They are too short, because positions "
+            "of one window are dependent; the interval of the ECE resamples whole windows.",
             source=f"Measured on {tokens_text(shown)} validation tokens of: {analysis.data_source}. ECE "
             f"with 95 % interval over windows, {analysis.resampled}.",
         )

@@ -140,10 +140,10 @@ CONTROLS = """
 </div>
 <p class="legend quiet" id="map-legend"></p>
 <p class="quiet" id="share"></p>
-<p class="quiet screen">Drag to move, with three components to turn (Shift: move). Zoom with the buttons, + and −,
-two fingers, or the wheel after a click on the map. Click a point for its card; pin a card to keep it and label its
-point.</p>
-<p class="quiet print">Search, cards and pinned tokens are in the page itself, opened in a browser.</p>
+<p class="quiet screen">Drag to move the map; with three components, drag to turn it (Shift: move).
+Zoom with the buttons, + and −, two fingers, or the wheel after a click on the map. Click a point for its card. A pinned
+card stays below the map, and its point is labelled.</p>
+<p class="quiet print">To search and to see cards, open the page in a browser.</p>
 </div>
 <div id="card" aria-live="polite"></div>
 </div>
@@ -154,8 +154,9 @@ point.</p>
 def section(analysis: Analysis) -> list[Block]:
     data = data_of(analysis)
     introduction = (
-        "The centre of every token in the first principal components of all centres. Distances in the whole space "
-        "differ: a card lists a token's true neighbours, by the harmonic head's own distance (softmax: 1 − cosine)."
+        "The centre of every token, projected on the first principal components of all centres. Points that are close "
+        "on the map may be far apart in the whole space: a token's card lists its true neighbours, by the harmonic "
+        "head's own distance (softmax: 1 − cosine)."
     )
     if any(len(vocabulary["texts"]) > MOST for vocabulary in data["vocabularies"]):
         introduction += f" Neighbours and contexts are those of the {MOST:,} most frequent tokens."

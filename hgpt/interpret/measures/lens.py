@@ -1,4 +1,4 @@
-"""The logit lens: the loss, accuracy and target distance if the head reads the output of each block.
+"""The logit lens: loss, accuracy and distance of the target if the head is applied to the output of each block.
 
 nostalgebraist, *interpreting GPT: the logit lens* (2020); the distances are an addition.
 """
@@ -85,10 +85,10 @@ def section(analysis: Analysis) -> list[Block]:
             figure,
             "layers",
             "Logit lens with distances",
-            caption="The final norm and the head read the output of each block. Bars: 95 % intervals of the mean for "
-            "independent positions; the accuracy has none.",
+            caption="The final norm and the head are applied to the output of each block. Bars: 95 % intervals of the "
+            "mean, as if positions were independent; the accuracy has none.",
             source=f"On {states_text(shown, LENS_POSITIONS)} sampled validation positions of: {analysis.data_source}. "
-            "Distances by the metric of a harmonic head, Euclidean for softmax.",
+            "Distances: a harmonic head's own, Euclidean for softmax.",
         )
     ]
 

@@ -15,9 +15,9 @@ from hgpt.interpret.models import LoadedModel
 from hgpt.interpret.subject import Subject
 
 TITLE = "Text browser"
-NEAREST = 5
-POSITIONS = 160
-OWN_POSITIONS = 512  # of a text of the reader's own
+NEAREST = 5  # most probable tokens shown at each position
+POSITIONS = 160  # of the validation text
+OWN_POSITIONS = 512  # of --text
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def compute(subject: Subject) -> Readings | None:
 
 def _passage(subject: Subject) -> tuple[np.ndarray, np.ndarray] | None:
     """Inputs and targets from --text, or else from the start of the validation text; None without either."""
-    file, longest = subject.settings.text, min(POSITIONS, subject.model.context)
+    file = subject.settings.text
     if file is not None:
         try:
             text = Path(file).read_text(encoding="utf-8")
@@ -108,7 +108,7 @@ def _passage(subject: Subject) -> tuple[np.ndarray, np.ndarray] | None:
     if subject.read is None:
         return None
     inputs, targets = subject.read.passages.windows[0]
-    return inputs[:longest], targets[:longest]
+    return inputs[:POSITIONS], targets[:POSITIONS]
 
 
 CONTROLS = """
@@ -130,12 +130,12 @@ def section(analysis: Analysis) -> list[Block]:
     readings = json.dumps([text and asdict(text) for text in found])
     four_digits = json.loads(readings, parse_float=lambda digits: float(f"{float(digits):.4g}"))
     own = analysis.settings.text
-    source = f"{own}, at most {OWN_POSITIONS} tokens" if own else "the start of the first window of validation text"
+    source = f"{own}, at most {OWN_POSITIONS} tokens" if own else "the beginning of the validation text"
     return [
         paragraph(
-            "Point at a token or move with the arrow keys: what each model predicted before the token came, the most "
-            "probable tokens first. A click keeps the token. Of a harmonic head these are the nearest centres (with "
-            "radii ρ, those with the smallest d / ρ), with d / d_min; a softmax head's list is by probability alone."
+            "Point at a token, or move with the arrow keys, to see the token's probability and the tokens that each "
+            "model found most probable at its place. A click keeps the token. The most probable tokens of a harmonic "
+            "head are those with the nearest centres (with radii ρ: the smallest d / ρ); d / d_min stands beside them."
         ),
         paragraph(f"Text: {source}.", quiet=True),
         Markup(CONTROLS),

@@ -18,7 +18,7 @@ const QUANTITIES = {
   rank: { of: (seen) => seen.rank, place: (rank) => 1 - Math.log10(rank) / 3, ends: ["1,000", "1"] },
   "d / d_min": { of: (seen) => seen.ratio, place: (ratio) => (widest - ratio) / (widest - 1),
     ends: [widest.toFixed(2), "1"] },
-  "p beside the other": { of: (seen, other) => other && Math.log2(seen.p / other.p), place: (log) => 0.5 + log / 8,
+  "p over the other's": { of: (seen, other) => other && Math.log2(seen.p / other.p), place: (log) => 0.5 + log / 8,
     ends: ["16 times less", "16 times more"] },
 };
 
@@ -59,7 +59,7 @@ const predictions = (seen) => {
     ...(ratio === null ? [] : [element("td.number", {}, ratio.toFixed(3))]));
   const names = ["", "token", "p", ...(seen.ratio === null ? [] : ["d / d_min"])];
   return element("table", {}, element("thead", {}, element("tr", {}, ...names.map((name) => element("th", {}, name)))),
-    element("tbody", {}, row(`came, rank ${count(seen.rank)}`, seen.token, seen.p, seen.ratio),
+    element("tbody", {}, row(`target, rank ${count(seen.rank)}`, seen.token, seen.p, seen.ratio),
       ...seen.nearest.map(([token, p, ratio], i) => row(`${i + 1}.`, token, p, ratio))));
 };
 
