@@ -85,7 +85,14 @@ def test_frames_of_50_000_points(page):
         const [colours, shown] = [new Uint32Array(50000).fill(0xff000000), new Uint8Array(50000).fill(1)];
         Object.assign(chart, { colours, shown, marked: [], lines: [] });
     }""")
-    assert page.evaluate("chart.frameTime(30)") < 100
+    assert (
+        page.evaluate("""() => {
+        const start = performance.now();
+        for (let i = 0; i < 30; i++) { chart.view.yaw += 0.01; chart.draw(); }
+        return (performance.now() - start) / 30;
+    }""")
+        < 100
+    )
 
 
 def test_the_map_by_keyboard_and_its_selects(page):

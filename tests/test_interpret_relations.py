@@ -20,7 +20,7 @@ from hgpt.interpret.relations import (
     token_pairs,
     word_token,
 )
-from hgpt.interpret.report import SCRIPTS, STYLES
+from hgpt.interpret.report import SCRIPTS
 
 ROOT = Path(__file__).parent.parent
 # A tokenizer of the words "a" 1, "b" 2, "cd" → 3 4, " a" 5; everything else is unknown, 0, and "" has no token.
@@ -50,7 +50,7 @@ def test_an_installed_hgpt_has_the_sets_and_the_page(tmp_path):
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         names = set(wheel.namelist())
     expected = {f"hgpt/interpret/relation_sets/{path.name}" for path in SHIPPED.glob("*.json")}
-    expected |= {f"hgpt/interpret/page/{name}" for name in ("report.html", *STYLES, *SCRIPTS)}
+    expected |= {f"hgpt/interpret/page/{name}" for name in ("report.html", "style.css", *SCRIPTS)}
     assert expected | {"hgpt/interpret/measures/geometry.py"} <= names
 
 

@@ -186,7 +186,7 @@ def counts_text(counts: Mapping[str, int]) -> str:
 
 
 def tied(model: ModelResult) -> str:
-    """What stands in place of a measure of the centres that is listed for the input embedding, which is the same."""
+    """The cell of a number of the centres if the row of the input embedding has the same number; "" if not."""
     return "tied" if model.tied else ""
 
 
@@ -203,7 +203,7 @@ class Quantity:
     better: str = ""  # "lower", "higher", or "" if neither is
     key: str = ""  # its column in readability.csv of hgpt.compare; "": no column
     axis: str = ""  # its name in the figure of hgpt.compare; "": the label
-    # What its row says of a model whose value is that of another row; "" if it is not
+    # The text of the cell if another row has the same value of the model; "" if none has
     repeats: Callable[[ModelResult], str] = lambda model: ""
 
 

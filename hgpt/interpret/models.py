@@ -135,8 +135,10 @@ class LoadedModel:
 
     @torch.inference_mode()
     def hidden_states(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Hidden states after the embedding and after each block, layers + 1 of (B, T, D); the last after the final
-        norm. If a lift gives that one D + 1 coordinates, the others end with a 0."""
+        """Hidden states after the embedding and each block, layers + 1 of (B, T, D); the last after the final norm.
+
+        With a lift the last one has D + 1 coordinates, and the others are padded with a 0.
+        """
         output = self._trunk(tokens.to(self.device), output_hidden_states=True, use_cache=False)
         width = output.hidden_states[-1].shape[-1]
         return tuple(torch.nn.functional.pad(h, (0, width - h.shape[-1])) for h in output.hidden_states)

@@ -27,7 +27,6 @@ from hgpt.interpret.statistics import Estimate
 from hgpt.interpret.subject import HIDDEN_SAMPLE, AnalysisSettings, Subject, Task
 
 PAGE, RESULTS, FIGURE_FOLDER = "index.html", "results.json", "figures"
-STYLES = ("style.css", "explorer.css")
 SCRIPTS = ("data.js", "tokens.js", "map.js", "explorer.js", "reading.js")  # a later one uses earlier ones
 ARROWS = {"lower": "\N{NO-BREAK SPACE}↓", "higher": "\N{NO-BREAK SPACE}↑", "": ""}
 Section = tuple[str, str, Sequence[Block]]  # name, title, blocks
@@ -235,7 +234,7 @@ def drawings(blocks: Iterable[Block]) -> list[Drawing]:
 def page(analysis: Analysis, sections: Sequence[Section], images: Mapping[str, str]) -> str:
     """The page; it contains style, script, data and images (name → SVG)."""
     folder = resources.files("hgpt.interpret") / "page"
-    text = {name: (folder / name).read_text(encoding="utf-8") for name in ("report.html", *STYLES, *SCRIPTS)}
+    text = {name: (folder / name).read_text(encoding="utf-8") for name in ("report.html", "style.css", *SCRIPTS)}
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -243,7 +242,7 @@ def page(analysis: Analysis, sections: Sequence[Section], images: Mapping[str, s
         analysis=analysis,
         sections=sections,
         images=images,
-        style=Markup("".join(text[name] for name in STYLES)),
+        style=Markup(text["style.css"]),
         script=Markup("".join(text[name] for name in SCRIPTS)),
         headings=headings(analysis.models),
         swatch=swatch,

@@ -1,4 +1,4 @@
-"""The map of all centres, and what the page knows of every token: neighbours, contexts, occurrences and relations."""
+"""The map of all centres, and the cards of tokens: neighbours, contexts, occurrences and relations."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ from hgpt.interpret.subject import Read, Subject
 TITLE = "Map of all centres"
 MOST = 10_000  # tokens whose neighbours and contexts the page holds, for its size
 NEIGHBOURS, CONTEXTS = 10, 5
-TEXT_TOKENS = 65_536  # of the text in which the page finds a token
-BEFORE = 16  # tokens before a sampled position
+TEXT_TOKENS = 65_536  # of the text in which the page shows where a token stands
+BEFORE = 16  # tokens up to a sampled position
 PINS = 5
 
 
@@ -74,9 +74,10 @@ def _counts(subject: Subject) -> tuple[np.ndarray | None, str]:
 
 
 def _text(read: Read) -> tuple[dict[str, Any], np.ndarray]:
-    """The first TEXT_TOKENS targets and those before each sampled position, and the place of each sampled one, (S,).
+    """The text of the page: token ids and losses; and the place in it of each sampled position, (S,).
 
-    The text consists of pieces. Each begins with a token that was not predicted, whose loss is nan.
+    It has the first TEXT_TOKENS targets, and BEFORE targets up to each sampled one. Each piece of consecutive targets
+    begins with a token that was not predicted, whose loss is nan.
     """
     positions, sample_at = read.measures.positions, read.measures.sample_at
     inputs = np.concatenate([inputs for inputs, _ in read.passages.windows])

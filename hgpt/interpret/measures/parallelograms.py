@@ -334,9 +334,9 @@ def _every_variant(analysis: Analysis) -> Details:
                 cells += [mean_over_relations(results), f"{share:.1%}"] if results else [None, None]
     explanation = paragraph(
         "Score of a parallelogram a : b = c : d: ‖E(a) + E(d) − E(b) − E(c)‖² divided by the scale; 0 is perfect. The "
-        "mean is over all pairs of pairs of a relation; the interval comes from resampling pairs. A variant's name says "
-        f"in what it differs from {BAEK2025}; distinct: each pair of tokens is used once. The centres of tied models "
-        "have no scores of their own: they are the input embedding."
+        "mean is over all pairs of pairs of a relation; the interval comes from resampling pairs. A variant's name "
+        f"says in what it differs from {BAEK2025}; distinct: each pair of tokens is used once. The centres of tied "
+        "models are the input embedding and have no scores of their own."
     )
     return Details(title="All variants of the score", blocks=[explanation, Table(head=head, rows=rows, digits=2)])
 
