@@ -167,6 +167,12 @@ class Subject:
         counts = self.resamples(measures.windows, "windows")
         return Read(passages, fits, measures, counts)
 
+    @cached_property
+    def training_counts(self) -> np.ndarray | None:
+        """How often each token occurs in the training split, (V,); None if the data has other tokens than the model."""
+        fits = self.read is not None and self.read.fits
+        return self.text.corpus.counts(self.model.vocab_size) if self.text is not None and fits else None
+
     def _note_tokens(self, text: TextPlan, passages: Passages, fits: bool) -> None:
         """Notes if the model's tokenizer is not known to be the data's."""
         folder = text.corpus.val.folder

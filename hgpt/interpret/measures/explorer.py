@@ -26,7 +26,9 @@ def result_of(model: ModelResult) -> dict[str, Any] | None:
 
 def compute(subject: Subject) -> dict[str, Any]:
     model, read = subject.model, subject.read
-    counts, counted = _counts(subject)
+    counts, counted = subject.training_counts, "training data"
+    if counts is None and read is not None:
+        counts, counted = np.bincount(read.measures.positions.target, minlength=model.vocab_size), "text"
     tokens = np.arange(model.vocab_size) if counts is None else np.argsort(-counts, kind="stable")
     tokens = tokens[:MOST]
     near, distances = nearest_centres(model, tokens, NEIGHBOURS)
@@ -61,16 +63,6 @@ def compute(subject: Subject) -> dict[str, Any]:
 def _nearest(items: np.ndarray, values: np.ndarray) -> dict[str, Any]:
     """Items and values, (tokens, k) each."""
     return {"k": items.shape[1], "items": pack_integers(items), "values": pack_numbers(values)}
-
-
-def _counts(subject: Subject) -> tuple[np.ndarray | None, str]:
-    """How often each token occurs, (V,), and where: in the training data if it has the model's tokens."""
-    if subject.read is None or subject.text is None:
-        return None, ""
-    size = subject.model.vocab_size
-    if subject.read.fits:
-        return subject.text.corpus.counts(size), "training data"
-    return np.bincount(subject.read.measures.positions.target, minlength=size), "text"
 
 
 def _text(read: Read) -> tuple[dict[str, Any], np.ndarray]:
