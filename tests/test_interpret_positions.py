@@ -16,8 +16,7 @@ VOCAB, T, LAYERS = 61, 12, 2
 
 @pytest.mark.parametrize("kind", ["harmonic", "softmax", "gpt2"])
 def test_every_measure_is_that_of_the_whole_matrix(kind, monkeypatch):
-    for module in ("positions", "measures.lens"):
-        monkeypatch.setattr(f"hgpt.interpret.{module}.CHUNK", 5)  # chunks that end inside windows
+    monkeypatch.setattr("hgpt.interpret.positions.CHUNK", 5)  # chunks that end inside windows
     sizes = {"vocab_size": VOCAB, "n_positions": T, "n_embd": 16, "n_layer": LAYERS, "n_head": 2}
     model = GPT2LMHeadModel(GPT2Config(**sizes)) if kind == "gpt2" else HGPTForCausalLM(HGPTConfig(**sizes, head=kind))
     with torch.no_grad():

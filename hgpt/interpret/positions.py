@@ -78,10 +78,16 @@ def distance_measures(log_distances: Tensor, targets: Tensor) -> dict[str, Tenso
     return {"nearest": own <= others, "log_margin": others - own, "target_ratio": torch.exp(own - median)}
 
 
-def measure_states(loaded: LoadedModel, x: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """All quantities of `Positions` from hidden states after the final norm, (N, D), and targets, (N,)."""
-    logits = loaded.logits(x)
-    return log_probability_measures(logits, targets) | distance_measures(loaded.log_distances(x, logits), targets)
+def measure_states(loaded: LoadedModel, x: Tensor, targets: Tensor) -> dict[str, np.ndarray]:
+    """The quantities of `Positions` from hidden states after the final norm, (N, D), and targets, (N,)."""
+    found: dict[str, list[np.ndarray]] = {}
+    for start in range(0, len(targets), CHUNK):
+        states, y = x[start : start + CHUNK], targets[start : start + CHUNK]
+        logits = loaded.logits(states)
+        measured = log_probability_measures(logits, y) | distance_measures(loaded.log_distances(states, logits), y)
+        for name, values in measured.items():
+            found.setdefault(name, []).append(values.cpu().numpy())
+    return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 def sampled_positions(total: int, count: int, seed: int) -> np.ndarray:
@@ -110,11 +116,9 @@ def measure_text(
     for number, (inputs, window_targets) in enumerate(windows):
         hidden = loaded.hidden_states(torch.from_numpy(inputs.astype(np.int64))[None])
         targets = torch.from_numpy(window_targets.astype(np.int64)).to(loaded.device)
-        for start in range(0, len(inputs), CHUNK):
-            part = slice(start, start + CHUNK)
-            for name, value in measure_states(loaded, hidden[-1][0, part], targets[part]).items():
-                found[name].append(value.cpu().numpy())
-            advance(len(targets[part]))
+        for name, values in measure_states(loaded, hidden[-1][0], targets).items():
+            found[name].append(values)
+        advance(len(inputs))
         found["target"].append(window_targets.astype(np.int64))
         found["window"].append(np.full(len(inputs), number))
         chosen = sample_at[(sample_at >= done) & (sample_at < done + len(inputs))] - done
