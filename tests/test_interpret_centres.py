@@ -1,11 +1,11 @@
-"""Text browser and centres: p, rank and d / d_min of a position, neighbours and contexts, by direct computation."""
+"""Text browser and centres: p, rank and d / d_min of a position, and contexts, by direct computation."""
 
 import numpy as np
 import pytest
 import torch
 from small_models import TEXT, byte_pairs, export
 
-from hgpt.interpret.measures.centres import nearest_centres, nearest_contexts
+from hgpt.interpret.measures.centres import nearest_contexts
 from hgpt.interpret.measures.reading import read_text
 from hgpt.interpret.models import find_sources, loaded
 
@@ -73,15 +73,3 @@ def test_contexts_that_are_nearest_to_a_centre(model, monkeypatch):
         else:
             assert indices.tolist() == d[:, token].argsort()[:6].tolist()
             assert values.tolist() == pytest.approx((d[:, token] / d.amin(1))[indices].tolist(), rel=1e-4)
-
-
-def test_neighbours_of_centres(model, monkeypatch):
-    monkeypatch.setattr("hgpt.interpret.measures.centres.CHUNK", 7)
-    w = model.centre_rows().astype(np.float64)
-    tokens = np.arange(0, VOCAB, 20)
-    unit = w / np.linalg.norm(w, axis=1, keepdims=True)
-    distances = np.linalg.norm(w[tokens, None] - w, axis=-1) if model.harmonic else 1 - unit[tokens] @ unit.T
-    distances[np.arange(len(tokens)), tokens] = np.inf
-    found, values = nearest_centres(model, tokens, K)
-    assert found.tolist() == distances.argsort(1)[:, :K].tolist()
-    assert values == pytest.approx(np.sort(distances)[:, :K], rel=1e-3, abs=1e-5)

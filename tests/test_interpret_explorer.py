@@ -52,6 +52,7 @@ def test_the_text_consists_of_pieces(monkeypatch):
 @pytest.mark.parametrize("kind", ["radii", "softmax"])
 def test_the_data_of_the_page(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(explorer, "MOST", 50)
+    monkeypatch.setattr("hgpt.interpret.measures.centres.CHUNK", 7)
     settings = {"radius": "learned", "final_norm": "none"} if kind == "radii" else {}
     folder = export(tmp_path / "model", byte_pairs(VOCAB), kind.replace("radii", "harmonic"), **settings)
     relations = relation_set(tmp_path / "relations", [("with", "the"), ("zebra", "the"), ("on", "with")])

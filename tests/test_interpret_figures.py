@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,14 +23,12 @@ from hgpt.interpret.measure import (
     Quantity,
     Table,
     bullets,
-    counts_text,
     paragraph,
 )
-from hgpt.interpret.measures import MEASURES, calibration, planes
+from hgpt.interpret.measures import MEASURES, planes
 from hgpt.interpret.measures.differences import conclusions
 from hgpt.interpret.measures.parallelograms import BAEK2025, score_distributions, scores_by_relation
 from hgpt.interpret.models import Source
-from hgpt.interpret.positions import Positions, TextMeasures
 from hgpt.interpret.statistics import Estimate
 from hgpt.interpret.subject import AnalysisSettings
 from hgpt.interpret.vectors import Projection
@@ -46,14 +44,7 @@ def in_planes(points=POINTS, names=NAMES):
     return names, dict.fromkeys(("relation", "vocabulary"), Projection(*points, 1.0, 0.2, 0.2))
 
 
-def text(tokens: int, sampled: int) -> TextMeasures:
-    values = {field.name: RNG.uniform(0.1, 1, tokens) for field in fields(Positions)}
-    hits = {name: RNG.random(tokens) < 0.5 for name in ("correct", "top5", "nearest")}
-    positions = Positions(**values | hits | {"window": np.arange(tokens) // 16})
-    return TextMeasures(positions=positions, sample=RNG.normal(size=(3, sampled, 4)), sample_at=np.arange(sampled))
-
-
-def model(label, scores, *, text=None, history=(), checkpoints=()) -> ModelResult:
+def model(label, scores, *, history=(), checkpoints=()) -> ModelResult:
     """A softmax model with `scores`, relation → RelationScore."""
     shape = {"effective_rank": 2.0, "participation_ratio": 2.0, "isotropy": 0.5, "mean_cosine": 0.1,
              "norms": {"mean": 1.0}, "explained_variance": [0.5, 0.8, 1.0]}  # fmt: skip
@@ -63,13 +54,8 @@ def model(label, scores, *, text=None, history=(), checkpoints=()) -> ModelResul
         "geometry": {"input": shape, "centres": shape},
         "training": list(history),
     }
-    if text is not None:
-        curve = calibration.reliability_curve(text.positions.confidence, text.positions.correct)
-        ece = Estimate(value=0.1, low=0.05, high=0.2)
-        layer = {"loss": 3.0, "loss_error": 0.1, "accuracy": 0.2, "target_ratio": 0.9, "target_ratio_error": 0.01}
-        found |= {"calibration": calibration.Calibration(ece=ece, reliability=curve), "lens": [layer] * 3}
     return ModelResult(source=Source(label=label, folder=label), description="softmax, tied", harmonic=False,
-                       exponent=None, parameters=1000, tied=True, vocabulary=frozenset(), text=text, found=found,
+                       exponent=None, parameters=1000, tied=True, vocabulary=frozenset(), found=found,
                        checkpoints=list(checkpoints))  # fmt: skip
 
 
@@ -199,18 +185,6 @@ def test_a_lower_score_says_whether_it_shows_the_relation(differences, below_ran
     text = conclusions(found, found.models[1])[0]
     assert re.search(sentence, text) and "better" not in text
     assert ("not that they form parallelograms" in text) == bool(re.search("In [012] of", text))
-
-
-def test_figures_are_signed_with_the_counts_that_were_measured():
-    models = [model("a", {}, text=text(100, 60)), model("b", {}, text=text(80, 60)), model("c", {})]
-    figures = drawn(analysis(*models, data="folder", data_source="a book"), "calibration", "lens", "geometry")
-    assert "Measured on 100 (a), 80 (b) validation tokens of: a book" in figures["reliability"].source
-    assert "60 sampled validation positions of: a book" in figures["layers"].source
-    assert [legend(figures[name].figure) for name in ("layers", "explained_variance")] == [["a", "b"], ["a", "b", "c"]]
-    assert "hidden states" not in drawn(analysis(models[2]), "geometry")["explained_variance"].source
-    longer = drawn(analysis(model("a", {}, text=text(4000, 900)), data_source="a book"), "lens")
-    assert "512 sampled validation positions" in longer["layers"].source
-    assert counts_text({}) == "no"
 
 
 def test_curves_come_from_evaluations_or_from_checkpoints():

@@ -26,6 +26,7 @@ from hgpt.data.tokenizer import hf_tokenizer, load_tokenizer
 from hgpt.errors import UserError
 from hgpt.interpret import __main__ as command
 from hgpt.interpret.drawing import swatch
+from hgpt.interpret.measure import counts_text
 from hgpt.interpret.measures import centres, explorer, parallelograms, reading
 from hgpt.interpret.measures.differences import comparisons, relations_without_power
 from hgpt.interpret.measures.parallelograms import BAEK2025, OF_CENTRES, VARIANTS
@@ -160,6 +161,7 @@ def test_figures_are_whole_and_signed(text, report):
     assert sources.keys() | {"plane_of_relation_1", "plane_of_vocabulary_1"} == FIGURES
     counts = rf"{TOKENS:,} \(harmonic, softmax, gpt2\), \d+ \(foreign\)"
     assert re.search(f"Measured on {counts} validation tokens", sources["reliability"])
+    assert "On 512 sampled validation positions" in sources["layers"] and counts_text({}) == "no"
     assert re.search(rf"Measured on the whole validation text \({counts} tokens in \d+", text)
     assert "Relations: /" in text[text.index('<section id="planes"') : text.index('id="plane_of_relation_1"')]
     assert all(text.count(source) == 1 for name, source in sources.items() if name in ("cka", "layers"))
@@ -316,6 +318,7 @@ def test_a_model_alone_and_without_text_in_place_of_another_report(places, repor
     assert "nothing was measured on text" in captured.err and captured.out.startswith(f"{out}/index.html")
     text = (out / "index.html").read_text(encoding="utf-8")
     assert Page(text).open == []
+    assert "sampled validation positions" not in text
     # The model is tied: nothing about its centres is listed twice.
     assert "input embedding, also centres (tied)" in text
     assert not {"offset consistency, centres", "centres", OF_CENTRES} & rows_of(text).keys()
