@@ -343,7 +343,9 @@ def test_a_text_and_words_of_ones_own(places, settings, tmp_path):
     assert len(tokens) > 2 * CONTEXT and "".join(each.token for each in seen) == own[-sum(len(s.token) for s in seen) :]
     with loaded(find_sources([str(places["softmax"])])[0], CPU) as model:  # the last piece is a whole context
         last = reading.read_text(model, tokens[-CONTEXT - 1 : -1], tokens[-CONTEXT:], reading.NEAREST)[-1]
-    assert len(seen) == len(tokens) - 1 and seen[-1] == last
+        half = slice(CONTEXT // 2, CONTEXT + CONTEXT // 2)  # and others begin half a context before what is new
+        second = reading.read_text(model, tokens[:-1][half], tokens[1:][half], reading.NEAREST)
+    assert len(seen) == len(tokens) - 1 and seen[-1] == last and seen[CONTEXT] == second[CONTEXT // 2]
     (note,) = (note for note in analysis.notes if "--words" in note)
     assert f"--words Zebra is {len(encode(BACKEND, 'Zebra'))} tokens in the vocabulary of 320: Z · " in note
     assert centres.result_of(found)[0]["token"] in "with"
