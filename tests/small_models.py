@@ -140,3 +140,14 @@ def run_of(
     (folder / LATEST).symlink_to(checkpoint.relative_to(folder))
     (folder / "config.toml").write_text(f"[data]\n{data}\n")
     return folder
+
+
+def relation_score(score: float, *, shuffled: float = 2.0, spread: float = 0.2):
+    """A RelationScore by hand, of 30 pairs; its replicates are spread evenly over score ± spread."""
+    from hgpt.interpret.measures.parallelograms import RelationScore  # here: few tests need matplotlib
+    from hgpt.interpret.statistics import Estimate
+
+    interval = Estimate(value=score, low=score - spread, high=score + spread)
+    return RelationScore(pairs=30, dropped=2, score=interval, shuffled=shuffled, p_shuffled=0.5, plane_variance=0.1,
+                         plane_variance_of_words=0.3, replicates=score + spread * np.linspace(-1, 1, 401),
+                         disjoint=score + np.linspace(-1, 1, 15), sampled=np.linspace(0, 9, 400))  # fmt: skip

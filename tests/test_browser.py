@@ -48,10 +48,6 @@ def card(page) -> str:
     return page.locator("#card header code").inner_text()
 
 
-def lightness(colour: str) -> int:
-    return sum(map(int, re.findall(r"\d+", colour)))
-
-
 def test_every_width_light_and_dark(page):
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
@@ -59,8 +55,9 @@ def test_every_width_light_and_dark(page):
             page.set_viewport_size({"width": width, "height": 900})
             assert page.evaluate("document.documentElement.scrollWidth") == width
             assert page.locator("#map").bounding_box()["width"] > 300
-        ink, paper = (page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor"))
-        assert (lightness(ink) < lightness(paper)) == (scheme == "light")
+        colours = (page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor"))
+        ink, paper = (sum(map(int, re.findall(r"\d+", colour))) for colour in colours)
+        assert (ink < paper) == (scheme == "light")
 
 
 def test_pointing_at_the_map(page):
@@ -85,7 +82,14 @@ def test_frames_of_50_000_points(page):
         const [colours, shown] = [new Uint32Array(50000).fill(0xff000000), new Uint8Array(50000).fill(1)];
         Object.assign(chart, { colours, shown, marked: [], lines: [] });
     }""")
-    assert page.evaluate("chart.frameTime(30)") < 100
+    assert (
+        page.evaluate("""() => {
+        const start = performance.now();
+        for (let i = 0; i < 30; i++) { chart.view.yaw += 0.01; chart.draw(); }
+        return (performance.now() - start) / 30;
+    }""")
+        < 100
+    )
 
 
 def test_the_map_by_keyboard_and_its_selects(page):
@@ -95,7 +99,6 @@ def test_the_map_by_keyboard_and_its_selects(page):
     zoomed = page.evaluate("chart.view")
     assert zoomed["zoom"] == 1.5 and zoomed["x"] > 0
     page.select_option("#components", "3")
-    page.keyboard.press("Tab")
     page.focus("#map")
     page.keyboard.press("ArrowRight")
     assert page.evaluate("chart.view.yaw") != 0
@@ -120,14 +123,8 @@ def test_search_and_pins(page):
     page.keyboard.press("Enter")
     assert card(page) == options[1] and page.locator("#matches li").count() == 0
     facts = page.locator("#card").inner_text()
-    for part in (
-        "in the training data",
-        "nearest centres, d",
-        "nearest centres, 1 − cosine",
-        "in the text, ",
-        "planted: ",
-    ):
-        assert part in facts
+    parts = "in the training data", "nearest centres, d", "nearest centres, 1 − cosine", "in the text, ", "planted: "
+    assert all(part in facts for part in parts)
     assert page.locator("#card mark").first.inner_text() == options[1]
     pinned = page.locator("#pins summary")
     before = pinned.all_inner_texts()
@@ -180,6 +177,6 @@ def test_on_paper(page):
     assert page.pdf(format="A4", prefer_css_page_size=True).startswith(b"%PDF")
     page.emulate_media(media="print")
     assert not page.locator(".controls").first.is_visible() and not page.locator("#card").is_visible()
-    assert "opened in a browser" in page.locator("#explorer .print").inner_text()
+    assert "open the page in a browser" in page.locator("#explorer .print").inner_text()
     assert page.locator(".text").first.evaluate("text => text.scrollHeight <= text.clientHeight")
     assert page.locator("details:not(.pinned):not([open])").count() == 0

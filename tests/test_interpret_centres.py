@@ -1,11 +1,11 @@
-"""Text browser and centres: p, rank and d / d_min of a position, and nearest contexts, by direct computation."""
+"""Text browser and centres: p, rank and d / d_min of a position, and contexts, by direct computation."""
 
 import numpy as np
 import pytest
 import torch
 from small_models import TEXT, byte_pairs, export
 
-from hgpt.interpret.measures.centres import nearest_centres, nearest_contexts
+from hgpt.interpret.measures.centres import nearest_contexts
 from hgpt.interpret.measures.reading import read_text
 from hgpt.interpret.models import find_sources, loaded
 
@@ -40,57 +40,36 @@ def test_a_text_as_the_centres_see_it(model):
         x = model.model.transformer(torch.from_numpy(inputs)[None]).last_hidden_state[0]
     log_p, d = exact(model, x)
     found = read_text(model, inputs, targets, K)
-    assert len(found) == 20
-    for position, reading in enumerate(found):
-        row, target = log_p[position], targets[position]
-        assert reading.token == model.tokenizer.decode([target])
-        assert reading.p == pytest.approx(float(row[target].exp()), rel=1e-3)
-        assert reading.rank == 1 + sum(value > row[target] + 1e-5 for value in row.tolist())
+    for row, target, position, reading in zip(log_p, targets, range(20), found, strict=True):
         best = row.argsort(descending=True)[:K].tolist()
-        assert [token for token, _, _ in reading.nearest] == [model.token_text(token) for token in best]
-        assert [p for _, p, _ in reading.nearest] == pytest.approx(row[best].exp().tolist(), rel=1e-3)
+        assert (reading.token, reading.p) == (
+            model.tokenizer.decode([target]),
+            pytest.approx(float(row[target].exp()), rel=1e-3),
+        )
+        assert reading.rank == 1 + sum(value > row[target] + 1e-5 for value in row.tolist())
+        names, p, ratios = zip(*reading.nearest, strict=True)
+        assert list(names) == [model.token_text(token) for token in best]
+        assert list(p) == pytest.approx(row[best].exp().tolist(), rel=1e-3)
         if d is None:
-            assert reading.ratio is None and {ratio for _, _, ratio in reading.nearest} == {None}
+            assert {reading.ratio, *ratios} == {None}
         else:
-            ratios = (d[position] / d[position].min()).tolist()
-            assert reading.ratio == pytest.approx(ratios[target], rel=1e-4)
-            assert [ratio for _, _, ratio in reading.nearest] == pytest.approx([ratios[t] for t in best], rel=1e-4)
+            expected = (d[position] / d[position].min())[[target, *best]].tolist()
+            assert [reading.ratio, *ratios] == pytest.approx(expected, rel=1e-4)
             assert d[position].argsort()[:K].tolist() == best or model.log_weight is not None
     assert len({reading.rank for reading in found}) > 5  # targets are not the best at every position
 
 
 def test_contexts_that_are_nearest_to_a_centre(model, monkeypatch):
     monkeypatch.setattr("hgpt.interpret.measures.centres.CHUNK", 7)
-    states = np.random.default_rng(0).normal(size=(30, 32)).astype(np.float32) * np.linspace(0.2, 3, 30)[:, None]
+    states = np.random.default_rng(0).normal(size=(30, 32)) * np.linspace(0.2, 3, 30)[:, None]
     states = states.astype(np.float32)
     log_p, d = exact(model, states)
     tokens = np.array([5, 290])
-    for token, *nearest in zip(tokens, *nearest_contexts(model, states, tokens, 6), strict=True):
-        found = list(zip(*(values.tolist() for values in nearest), strict=True))
-        if d is None:
+    for token, indices, values in zip(tokens, *nearest_contexts(model, states, tokens, 6), strict=True):
+        if d is None:  # by the logit and not by the probability, which is what is shown
             logits = states.astype(np.float64) @ model.centre_rows()[token].astype(np.float64)
-            assert [index for index, _ in found] == np.argsort(-logits)[:6].tolist()
-            # By the logit and not by the probability, which is what is shown.
-            assert [value for _, value in found] == pytest.approx(
-                [float(log_p[index, token].exp()) for index, _ in found], rel=1e-3
-            )
+            assert indices.tolist() == np.argsort(-logits)[:6].tolist()
+            assert values.tolist() == pytest.approx(log_p[indices, token].exp().tolist(), rel=1e-3)
         else:
-            assert [index for index, _ in found] == d[:, token].argsort()[:6].tolist()
-            assert [value for _, value in found] == pytest.approx(
-                [float(d[index, token] / d[index].min()) for index, _ in found], rel=1e-4
-            )
-
-
-def test_neighbours_of_centres(model, monkeypatch):
-    monkeypatch.setattr("hgpt.interpret.measures.centres.CHUNK", 7)
-    w = model.centre_rows().astype(np.float64)
-    tokens = np.arange(0, VOCAB, 20)
-    if model.harmonic:
-        distances = np.linalg.norm(w[tokens, None] - w, axis=-1)
-    else:
-        length = np.linalg.norm(w, axis=1)
-        distances = 1 - w[tokens] @ w.T / (length[tokens, None] * length)
-    distances[np.arange(len(tokens)), tokens] = np.inf
-    found, values = nearest_centres(model, tokens, K)
-    assert found.tolist() == distances.argsort(1)[:, :K].tolist()
-    assert values == pytest.approx(np.sort(distances)[:, :K], rel=1e-3, abs=1e-5)
+            assert indices.tolist() == d[:, token].argsort()[:6].tolist()
+            assert values.tolist() == pytest.approx((d[:, token] / d.amin(1))[indices].tolist(), rel=1e-4)

@@ -16,27 +16,21 @@ from hgpt.interpret.subject import AnalysisSettings
 VOCAB = 300
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        np.random.default_rng(0).normal(size=1000).astype(np.float32) * 1e4,
-        np.array([np.nan, -1.5, 3.0, np.nan, 2.0]),
-        np.array([7.0, 7.0]),
-        np.array([np.nan]),
-        np.array([]),
-    ],
-)
-def test_numbers_are_packed_to_the_nearest_step(values):
-    packed = pack_numbers(values)
-    step = (packed["high"] - packed["low"]) / 65534
-    np.testing.assert_allclose(unpack(packed), values, rtol=0, atol=0.5001 * step)
-
-
-@pytest.mark.parametrize("most, bits", [(65_535, 16), (65_536, 32)])
-def test_integers_take_32_bits_only_if_one_needs_them(most, bits):
-    packed = pack_integers(values := np.array([0, 3, most]))
-    assert packed["bits"] == bits and unpack(packed).tolist() == values.tolist()
-    assert unpack(pack_integers(values[:0])).tolist() == []
+def test_packed_numbers():
+    """Floats are rounded to the nearest step; integers take 32 bits only if one needs them."""
+    for values in (
+        [*np.random.default_rng(0).normal(size=1000) * 1e4],
+        [np.nan, -1.5, 3.0, 2.0],
+        [7.0, 7.0],
+        [np.nan],
+        [],
+    ):
+        packed = pack_numbers(np.array(values))
+        step = (packed["high"] - packed["low"]) / 65534
+        np.testing.assert_allclose(unpack(packed), values, rtol=0, atol=0.5001 * step)
+    for values, bits in (([0, 3, 65_535], 16), ([0, 3, 65_536], 32), ([], 16)):
+        packed = pack_integers(np.array(values))
+        assert packed["bits"] == bits and unpack(packed).tolist() == values
 
 
 def test_the_text_consists_of_pieces(monkeypatch):
@@ -55,28 +49,20 @@ def test_the_text_consists_of_pieces(monkeypatch):
     np.testing.assert_allclose(losses[~np.isnan(losses)], (ids[~np.isnan(losses)] - 1000) / 10, atol=1e-3)
 
 
-@pytest.fixture(scope="module", params=["radii", "softmax"])
-def found(request, tmp_path_factory):
-    """A model's weights, the data of the page, and the introduction; 50 tokens have neighbours."""
-    root = tmp_path_factory.mktemp("explorer")
-    settings = {"radius": "learned", "final_norm": "none"} if request.param == "radii" else {}
-    folder = export(root / "model", byte_pairs(VOCAB), request.param.replace("radii", "harmonic"), **settings)
-    relations = relation_set(root / "relations", [("with", "the"), ("zebra", "the"), ("on", "with")])
-    data = str(prepare(root / "data", byte_pairs(VOCAB)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(explorer, "MOST", 50)
-        analysis = analyse([str(folder)], AnalysisSettings(data=data, relations=relations, bootstrap=100))
-        introduction = explorer.section(analysis)[0].items[0]
-    (source,) = find_sources([str(folder)])
-    with loaded(source, torch.device("cpu")) as model:
-        head = {name: value.double().numpy() for name, value in model.model.lm_head.state_dict().items()}
-        yield head, explorer.page_data(analysis), introduction, model
-
-
-def test_the_data_of_the_page(found):
-    head, data, introduction, model = found
+@pytest.mark.parametrize("kind", ["radii", "softmax"])
+def test_the_data_of_the_page(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(explorer, "MOST", 50)
+    monkeypatch.setattr("hgpt.interpret.measures.centres.CHUNK", 7)
+    settings = {"radius": "learned", "final_norm": "none"} if kind == "radii" else {}
+    folder = export(tmp_path / "model", byte_pairs(VOCAB), kind.replace("radii", "harmonic"), **settings)
+    relations = relation_set(tmp_path / "relations", [("with", "the"), ("zebra", "the"), ("on", "with")])
+    data = str(prepare(tmp_path / "data", byte_pairs(VOCAB)))
+    analysis = analyse([str(folder)], AnalysisSettings(data=data, relations=relations, bootstrap=100))
+    assert "Neighbours and contexts are those of the 50 most frequent tokens" in explorer.section(analysis)[0]
+    data = explorer.data_of(analysis)
     (about,), (vocabulary,) = data["models"], data["vocabularies"]
-    assert "Neighbours and contexts are those of the 50 most frequent tokens" in introduction
+    with loaded(find_sources([str(folder)])[0], torch.device("cpu")) as model:
+        head = {name: value.double().numpy() for name, value in model.model.lm_head.state_dict().items()}
     w = head["weight"][:VOCAB]
     u, sizes, _ = np.linalg.svd(w - w.mean(axis=0), full_matrices=False)
     for axis, packed in enumerate(about["points"]):
@@ -84,10 +70,9 @@ def test_the_data_of_the_page(found):
         np.testing.assert_allclose(np.abs(point), np.abs(u[:, axis] * sizes[axis]), atol=2e-3 * np.ptp(point))
     assert about["shares"] == pytest.approx(sizes[:3] ** 2 / np.sum(sizes**2), rel=1e-3)
     np.testing.assert_allclose(unpack(about["length"]), np.linalg.norm(w, axis=1), atol=1e-4)
-    if model.harmonic:
-        np.testing.assert_allclose(
-            unpack(about["radius"]), np.exp(head["log_weight"][:VOCAB] / model.exponent), rtol=1e-2
-        )
+    if kind == "radii":
+        radii = np.exp(head["log_weight"][:VOCAB] / model.exponent)
+        np.testing.assert_allclose(unpack(about["radius"]), radii, rtol=1e-2)
     else:
         assert about["radius"] is None
 
@@ -97,13 +82,11 @@ def test_the_data_of_the_page(found):
     tokens = unpack(about["tokens"])
     assert len(tokens) == 50 and counts[tokens].tolist() == sorted(counts, reverse=True)[:50]
     unit = w / np.linalg.norm(w, axis=1, keepdims=True)
-    distances = np.linalg.norm(w[tokens, None] - w, axis=-1) if model.harmonic else 1 - unit[tokens] @ unit.T
+    distances = np.linalg.norm(w[tokens, None] - w, axis=-1) if kind == "radii" else 1 - unit[tokens] @ unit.T
     distances[np.arange(50), tokens] = np.inf
-    near = unpack(about["neighbours"]["items"]).reshape(50, -1)
+    near, values = (unpack(about["neighbours"][name]).reshape(50, explorer.NEIGHBOURS) for name in ("items", "values"))
     assert near.tolist() == distances.argsort(axis=1)[:, : explorer.NEIGHBOURS].tolist()
-    np.testing.assert_allclose(
-        unpack(about["neighbours"]["values"]).reshape(50, -1), np.sort(distances)[:, : explorer.NEIGHBOURS], atol=1e-3
-    )
+    np.testing.assert_allclose(values, np.sort(distances)[:, : explorer.NEIGHBOURS], atol=1e-3)
     places = unpack(about["contexts"]["items"])
     assert not np.isnan(unpack(about["text"]["losses"])[places]).any() and len(places) == 50 * explorer.CONTEXTS
 

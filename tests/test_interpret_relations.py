@@ -20,7 +20,7 @@ from hgpt.interpret.relations import (
     token_pairs,
     word_token,
 )
-from hgpt.interpret.report import SCRIPTS, STYLES
+from hgpt.interpret.report import SCRIPTS
 
 ROOT = Path(__file__).parent.parent
 # A tokenizer of the words "a" 1, "b" 2, "cd" → 3 4, " a" 5; everything else is unknown, 0, and "" has no token.
@@ -50,14 +50,8 @@ def test_an_installed_hgpt_has_the_sets_and_the_page(tmp_path):
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         names = set(wheel.namelist())
     expected = {f"hgpt/interpret/relation_sets/{path.name}" for path in SHIPPED.glob("*.json")}
-    expected |= {f"hgpt/interpret/page/{name}" for name in ("report.html", *STYLES, *SCRIPTS)}
+    expected |= {f"hgpt/interpret/page/{name}" for name in ("report.html", "style.css", *SCRIPTS)}
     assert expected | {"hgpt/interpret/measures/geometry.py"} <= names
-
-
-def test_reading_strips_and_keeps_each_pair_once(tmp_path):
-    path = tmp_path / "x.json"
-    path.write_text('[{"input": " a", "output": "b"}, {"input": "a", "output": "b "}, {"input": "b", "output": "a"}]')
-    assert read_relation(path) == Relation(name="x", pairs=(("a", "b"), ("b", "a")))
 
 
 @pytest.mark.parametrize(
@@ -77,28 +71,25 @@ def test_wrong_shapes_are_named(tmp_path, content, found):
         read_relation(path)
 
 
-def test_folders_without_relations(tmp_path):
+def test_files_and_folders(tmp_path):
     with pytest.raises(UserError, match=r"holds no \.json file"):
         load_relations(tmp_path)
     with pytest.raises(UserError, match="there is no such folder; leave it out"):
         load_relations(tmp_path / "none")
+    path = tmp_path / "x.json"
+    path.write_text('[{"input": " a", "output": "b"}, {"input": "a", "output": "b "}, {"input": "b", "output": "a"}]')
+    assert load_relations(tmp_path) == [Relation(name="x", pairs=(("a", "b"), ("b", "a")))]
 
 
-def test_the_token_of_a_word():
-    """Expected tokens under the forms "last", "single" and "single_after_space"."""
+def test_the_tokens_of_words():
+    """Under the forms "last", "single" and "single_after_space"."""
     words = {"a": (1, 1, 5), "cd": (4, None, None), "zebra": (None, None, None), "": (None, None, None)}
     for word, expected in words.items():
         found = [word_token(word, encode, form, unknown=0) for form in ("last", "single", "single_after_space")]
         assert tuple(found) == expected, word
-
-
-def test_pairs_without_tokens_are_counted():
     relation = Relation(name="x", pairs=(("a", "b"), ("a", "zebra"), ("cd", "a")))
-    last = token_pairs(relation, encode, "last", unknown=0)
-    assert last.ids.tolist() == [[1, 2], [4, 1]]
-    assert last.words == (("a", "b"), ("cd", "a"))
-    assert last.dropped == 1
-    single = token_pairs(relation, encode, "single", unknown=0)
+    last, single = (token_pairs(relation, encode, form, unknown=0) for form in ("last", "single"))
+    assert (last.ids.tolist(), last.words, last.dropped) == ([[1, 2], [4, 1]], (("a", "b"), ("cd", "a")), 1)
     assert (single.ids.tolist(), single.dropped) == ([[1, 2]], 2)
     assert token_pairs(Relation(name="y", pairs=(("x", "y"),)), encode, "last", 0).ids.shape == (0, 2)
 

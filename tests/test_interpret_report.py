@@ -1,6 +1,5 @@
 """The command from end to end on small models (harmonic, softmax, GPT-2): what it writes, what it refuses."""
 
-import filecmp
 import json
 import pydoc_data.topics
 import re
@@ -19,7 +18,7 @@ import pytest
 import tokenizers
 import torch
 from matplotlib.image import imread
-from small_models import byte_pairs, encode, export, prepare, relation_set, run_of, unpack
+from small_models import TEXT, byte_pairs, encode, export, prepare, relation_set, run_of, unpack
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hgpt.cli import run
@@ -27,7 +26,8 @@ from hgpt.data.tokenizer import hf_tokenizer, load_tokenizer
 from hgpt.errors import UserError
 from hgpt.interpret import __main__ as command
 from hgpt.interpret.drawing import swatch
-from hgpt.interpret.measures import centres, explorer, parallelograms, predictions, reading
+from hgpt.interpret.measure import counts_text
+from hgpt.interpret.measures import centres, explorer, parallelograms, reading
 from hgpt.interpret.measures.differences import comparisons, relations_without_power
 from hgpt.interpret.measures.parallelograms import BAEK2025, OF_CENTRES, VARIANTS
 from hgpt.interpret.models import find_sources, loaded
@@ -40,10 +40,11 @@ main = partial(run, command.main)
 VOCAB, CONTEXT = 320, 24
 CPU = torch.device("cpu")
 LABELS = ["harmonic", "softmax", "gpt2", "foreign"]
-TEXT = pydoc_data.topics.topics["with"] + pydoc_data.topics.topics["while"]
 VAL = TEXT[:1000]
-TOKENS = len(encode(byte_pairs(VOCAB), VAL)) - 1
+BACKEND = byte_pairs(VOCAB)
+TOKENS = len(encode(BACKEND, VAL)) - 1
 WORDS = ["the", "with", "while", "item", "value", "class", "name", "suite", "test", "list"]
+PAIRS = [(word, word + "s") for word in WORDS]
 FIGURES = {"frequency_bands", "reliability", "scores_by_relation", "score_cdfs", "variants", "plane_of_relation_1",
            "plane_of_vocabulary_1", "explained_variance", "cka", "layers", "over_training"}  # fmt: skip
 
@@ -52,13 +53,11 @@ FIGURES = {"frequency_bands", "reliability", "scores_by_relation", "score_cdfs",
 def places(tmp_path_factory) -> dict[str, Path]:
     """A data folder, relations, a run with two checkpoints and a history, and models of every kind."""
     root = tmp_path_factory.mktemp("interpret")
-    backend = byte_pairs(VOCAB)
-    data = prepare(root / "data", backend, VAL)
-    pairs = [(word, word + "s") for word in WORDS]
-    relations = relation_set(root / "relations", pairs, "plural")
-    relation_set(root / "relations", pairs[:3], "tiny")
+    data = prepare(root / "data", BACKEND, VAL)
+    relations = relation_set(root / "relations", PAIRS, "plural")
+    relation_set(root / "relations", PAIRS[:3], "tiny")
     (root / "runs").mkdir()
-    folder = run_of(root / "runs" / "harmonic", f'path = "{data}"', backend, {10: CONTEXT, 20: CONTEXT}, "harmonic")
+    folder = run_of(root / "runs" / "harmonic", f'path = "{data}"', BACKEND, {10: CONTEXT, 20: CONTEXT}, "harmonic")
     history = [{"kind": "train", "step": 1, "loss": 6.0}]
     history += [{"kind": "eval", "step": s, "loss": 6.0 - s / 10, "w_norm_mean": 1 + s, "x_norm_mean": 2.0,
                  "target_over_median_distance": 0.9} for s in (0, 10, 20, 30)]  # fmt: skip
@@ -70,19 +69,22 @@ def places(tmp_path_factory) -> dict[str, Path]:
         "data": data,
         "relations": Path(relations),
         "harmonic": folder,
-        "softmax": export(root / "softmax", backend, "softmax", context=CONTEXT),
-        "gpt2": export(root / "gpt2", backend, "gpt2", context=2 * CONTEXT),
+        "softmax": export(root / "softmax", BACKEND, "softmax", context=CONTEXT),
+        "gpt2": export(root / "gpt2", BACKEND, "gpt2", context=2 * CONTEXT),
         "foreign": export(root / "foreign", byte_pairs(290), "softmax", context=CONTEXT),
     }
 
 
 @pytest.fixture(scope="module")
+def settings(places) -> AnalysisSettings:
+    return AnalysisSettings(relations=str(places["relations"]), tokens=0, bootstrap=100)
+
+
+@pytest.fixture(scope="module")
 def report(places) -> Path:
+    names, options = [str(places[name]) for name in LABELS], ["--tokens", "0", "--bootstrap", "100"]
     out = places["root"] / "report"
-    names = [str(places[name]) for name in ("harmonic", "softmax", "gpt2", "foreign")]
-    status = main([*names, "--relations", str(places["relations"]), "--tokens", "0", "--bootstrap", "100",
-                   "--out", str(out)])  # fmt: skip
-    assert status == 0
+    assert main([*names, "--relations", str(places["relations"]), *options, "--out", str(out)]) == 0
     return out
 
 
@@ -96,23 +98,27 @@ def results(report) -> dict:
     return json.loads((report / "results.json").read_text(encoding="utf-8"))
 
 
+@pytest.fixture(scope="module")
+def twins(places, settings):
+    """The analysis of two tied models without text."""
+    return analyse([str(places["softmax"]), str(places["gpt2"])], settings)
+
+
 class Page(HTMLParser):
     """Tags that are open at the end, every address and every id in the page."""
 
-    VOID = ("meta", "img", "br", "input", "link")
-
-    def __init__(self) -> None:
+    def __init__(self, text: str) -> None:
         super().__init__()
         self.open, self.addresses, self.tags, self.ids = [], [], [], []
+        self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.ids += [value for name, value in attrs if name == "id"]
         for name, value in attrs:
-            self.addresses += (
-                [value] if name in ("src", "href", "xlink:href") else re.findall(r"url\((.*?)\)", value or "")
-            )
-        if tag not in self.VOID:
+            self.ids += [value] if name == "id" else []
+            address = name in ("src", "href", "xlink:href")
+            self.addresses += [value] if address else re.findall(r"url\((.*?)\)", value or "")
+        if tag not in ("meta", "img", "br", "input", "link"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -120,8 +126,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_whole_and_fetches_nothing(text, report):
-    page = Page()
-    page.feed(text)
+    page = Page(text)
     assert page.open == []
     for address in page.addresses:
         inside = address.removeprefix("#") in page.ids or address.startswith("data:image/png;base64,")
@@ -142,17 +147,30 @@ def test_the_page_is_whole_and_fetches_nothing(text, report):
     assert all(f"<th>{name}</th>" in text for name in VARIANTS)
 
 
-def test_figures_are_written_and_signed(report):
-    names = {path.stem for path in (report / "figures").iterdir()}
-    assert names == FIGURES
-    for name in names:
-        svg = (report / "figures" / f"{name}.svg").read_text(encoding="utf-8")
-        assert svg.startswith("<?xml")
-        pixels = imread(report / "figures" / f"{name}.png")
-        assert pixels.shape[1] == 960
-        assert pixels[..., :3].std() > 0.02, f"{name} is blank"
+def test_figures_are_whole_and_signed(text, report):
+    """A caption is on the page once and says what was measured."""
+    assert {path.stem for path in (report / "figures").iterdir()} == FIGURES
+    for name in FIGURES:
+        assert (report / "figures" / f"{name}.svg").read_text(encoding="utf-8").startswith("<?xml")
+        pixels = imread(report / "figures" / f"{name}.png")[..., :3]
+        assert pixels.shape[1] == 960 and pixels.std() > 0.02, name
         # Nothing is cut off: the outermost columns and rows are empty.
-        assert pixels[:, [0, -1], :3].min() > 0.9 and pixels[[0, -1], :, :3].min() > 0.9, name
+        assert pixels[:, [0, -1]].min() > 0.9 and pixels[[0, -1]].min() > 0.9, name
+    figures = re.findall(r'<figure id="(\w+)">(.*?)</figure>', text, re.DOTALL)
+    sources = {name: found[1] for name, figure in figures if (found := re.search('"source">(.*?)</p>', figure))}
+    assert sources.keys() | {"plane_of_relation_1", "plane_of_vocabulary_1"} == FIGURES
+    counts = rf"{TOKENS:,} \(harmonic, softmax, gpt2\), \d+ \(foreign\)"
+    assert re.search(f"Measured on {counts} validation tokens", sources["reliability"])
+    assert "On 512 sampled validation positions" in sources["layers"] and counts_text({}) == "no"
+    assert re.search(rf"Measured on the whole validation text \({counts} tokens in \d+", text)
+    assert "Relations: /" in text[text.index('<section id="planes"') : text.index('id="plane_of_relation_1"')]
+    assert all(text.count(source) == 1 for name, source in sources.items() if name in ("cka", "layers"))
+    # The planes show the tokens at their points, not the words, of which most have several tokens.
+    last = {BACKEND.decode([encode(BACKEND, word)[-1]]).replace(" ", "␣") for pair in PAIRS for word in pair}
+    for figure in (figure for name, figure in figures if name.startswith("plane_")):
+        shown = set(re.findall(r"<text[^>]*>([^<>]*[a-z][^<>]*)</text>", figure))
+        labels = {label for label in shown if not re.search("component|pairs|variance|vocabulary's|relation's", label)}
+        assert labels and labels <= last, labels - last
 
 
 def data_of(text: str, name: str):
@@ -163,8 +181,8 @@ def test_the_reader_holds_every_position(text, results):
     readings = data_of(text, "reading-data")
     tokens = ["".join(seen["token"] for seen in found["seen"]) for found in readings]
     assert tokens[0] == tokens[1] == tokens[2] != tokens[3]  # read with another tokenizer, in fewer tokens at a time
-    for label, found, model in zip(LABELS, readings, results["models"], strict=True):
-        assert (found["before"] + tokens[LABELS.index(label)])[:40] == VAL[:40]
+    for label, found, own, model in zip(LABELS, readings, tokens, results["models"], strict=True):
+        assert (found["before"] + own)[:40] == VAL[:40]
         assert len(found["seen"]) == len(model["reading"])
         for seen in found["seen"]:
             assert 0 < seen["p"] <= 1
@@ -178,34 +196,20 @@ def test_what_the_page_reads_is_in_its_data(text, results):
     data, scripts = data_of(text, "explorer-data"), text[text.rindex("<script>") :]
     assert data.keys() == {"models", "vocabularies", "pins"}
     assert [model["vocabulary"] for model in data["models"]] == [0, 0, 0, 1]
-    for entry, names in ((data["models"], "model"), (data["vocabularies"], "vocabulary")):
-        keys = set(entry[0])
-        assert all(set(one) == keys for one in entry)
-        assert all(re.search(rf"\b{key}\b", scripts) for key in keys), names
+    for entries in (data["models"], data["vocabularies"]):
+        assert all(entry.keys() == entries[0].keys() for entry in entries)
+        assert all(re.search(rf"\b{key}\b", scripts) for key in entries[0])
     used = set(re.findall(r"(?:numbers|integers|nearest)\((?:model|vocabulary)\.(\w+)", scripts))
-    assert used >= {"length", "tokens", "neighbours", "contexts", "counts"}
-    assert used <= set(data["models"][0]) | set(data["vocabularies"][0])
+    assert {"length", "tokens", "neighbours", "contexts", "counts"} <= used
+    assert used <= data["models"][0].keys() | data["vocabularies"][0].keys()
     harmonic, _, _, foreign = data["models"]
     assert (harmonic["harmonic"], foreign["harmonic"]) == (True, False)
-    texts = data["vocabularies"][1]["texts"]
-    assert len(texts) == 290 and len(data["vocabularies"][0]["texts"]) == VOCAB
+    assert [len(vocabulary["texts"]) for vocabulary in data["vocabularies"]] == [VOCAB, 290]
     assert len(unpack(foreign["neighbours"]["items"])) == 290 * explorer.NEIGHBOURS
     # The text in the model's tokens. A piece of it, here a window, begins with a token that was not predicted.
     ids, losses = unpack(harmonic["text"]["ids"]), unpack(harmonic["text"]["losses"])
-    assert ids[~np.isnan(losses)].tolist() == encode(byte_pairs(VOCAB), VAL)[1:].tolist()
+    assert ids[~np.isnan(losses)].tolist() == encode(BACKEND, VAL)[1:].tolist()
     assert np.isnan(losses).sum() == results["data"]["windows"]
-
-
-def test_captions_are_on_the_page_once_and_say_what_was_measured(text):
-    figures = re.findall(r'<figure id="(\w+)">(.*?)</figure>', text, re.DOTALL)
-    sources = {name: found[1] for name, figure in figures if (found := re.search('"source">(.*?)</p>', figure))}
-    assert sources.keys() | {"plane_of_relation_1", "plane_of_vocabulary_1"} == FIGURES
-    counts = rf"{TOKENS:,} \(harmonic, softmax, gpt2\), \d+ \(foreign\)"
-    assert re.search(f"Measured on {counts} validation tokens", sources["reliability"])
-    assert re.search(rf"Measured on the whole validation text \({counts} tokens in \d+", text)
-    assert "On the whole validation text</th>" in text
-    assert "Relations: /" in text[text.index('<section id="planes"') : text.index('id="plane_of_relation_1"')]
-    assert all(text.count(source) == 1 for name, source in sources.items() if name in ("cka", "layers"))
 
 
 def rows_of(text: str) -> dict[str, list[str]]:
@@ -214,9 +218,10 @@ def rows_of(text: str) -> dict[str, list[str]]:
     return {name.strip("\N{NO-BREAK SPACE}↓↑"): re.findall("<td.*?> *(.*?)</td>", cells) for name, cells in rows}
 
 
-def test_a_number_that_repeats_another_row_is_a_word(text, results):
+def test_tables(text, results):
+    """A number that repeats another row is a word."""
     rows = rows_of(text)
-    for name in ("offset consistency, centres", f"parallelogram score, {OF_CENTRES}"):
+    for name in ("offset consistency, centres", f"parallelogram score ({OF_CENTRES})"):
         assert rows[name][0][0].isdigit() or rows[name][0][0] == "-"
         assert rows[name][1:] == ["tied"] * 3
     assert rows["centres"][2:4] == ["tied", "–"]  # in the table of variants
@@ -224,42 +229,26 @@ def test_a_number_that_repeats_another_row_is_a_word(text, results):
     assert rows["accuracy of the nearest centre"][0] == "= accuracy" != rows["accuracy of the nearest centre"][1]
     headings = re.findall('<tr class="group"><th colspan="5">(.*?)</th>', text)
     assert headings == ["On the whole validation text", "Relations between words", "Vectors", "Training"]
-
-
-def test_planes_name_the_tokens_at_their_points(text):
-    """Not the words, of which most have several tokens."""
-    backend = byte_pairs(VOCAB)
-    pairs = [(word, word + "s") for word in WORDS]
-    last = {backend.decode([encode(backend, word)[-1]]).replace(" ", "␣") for pair in pairs for word in pair}
-    for name in ("relation", "vocabulary"):
-        figure = re.search(f'<figure id="plane_of_{name}_1">.*?</figure>', text, re.DOTALL)[0]
-        shown = set(re.findall(r"<text[^>]*>([^<>]*[a-z][^<>]*)</text>", figure))
-        labels = {label for label in shown if not re.search("component|pairs|variance|vocabulary's|relation's", label)}
-        assert labels and labels <= last, labels - last
-
-
-def test_pairs_that_are_used(text):
+    # Energy up to the step of the model, and where it was measured.
+    assert [(model["energy"] or {}).get("step") for model in results["models"]] == [20, None, None, None]
+    assert rows["energy of the training, kWh"] == ["0.0002", "–", "–", "–"]
+    assert rows["training tokens per joule"][0] == "81.2" and rows["emissions of the training, kg CO2eq"][0] == "7e-06"
+    assert text.count("Energy of ") == 1 and re.search("Energy of harmonic, .*: CPU measured by a test", text)
+    # Models with the same tokenizer share a table of the pairs used.
     details = re.search(r"<summary>Number of pairs used.*?</details>", text, re.DOTALL)[0]
-    # Three models share a tokenizer and therefore a table.
     assert re.findall(r"<b>(.*?)</b>", details)[0] == "harmonic, softmax, gpt2"
     assert re.search(r'<tr><th>plural</th><td class="number">10 of 10</td>', details)
 
 
-def test_a_test_without_power_says_so(text):
+def test_equal_variants_count_once_and_tests_know_their_power(twins, text):
+    """The centres of two tied models are their input embeddings, so two variants repeat two others."""
+    other = twins.models[1]
+    tests = {test["variant"]: test["difference"] for test in comparisons(twins, other)}
+    assert tests["centres"] == tests[BAEK2025] and len(set(tests.values())) < len(tests)
+    assert f"of {len(set(tests.values()))} variants of the score" in page(twins, page_sections(twins), defaultdict(str))
     # 10 pairs give 5 differences: p is 2 / 2^5 > 0.05 at least.
     assert text.count("The test cannot become significant in any of them") == 2
     assert "foreign</b> against <b>harmonic</b>: no test compares their parallelograms, since their tokenizers" in text
-
-
-def test_equal_variants_count_once_and_tests_know_their_power(places):
-    """The centres of two tied models are their input embeddings, so two variants repeat two others."""
-    settings = AnalysisSettings(relations=str(places["relations"]), bootstrap=100)
-    found = analyse([str(places["softmax"]), str(places["gpt2"])], settings)
-    other = found.models[1]
-    tests = {test["variant"]: test["difference"] for test in comparisons(found, other)}
-    assert tests["centres"] == tests[BAEK2025]
-    text = page(found, page_sections(found), defaultdict(str))
-    assert f"of {len(set(tests.values()))} variants of the score" in text and len(set(tests.values())) < len(tests)
     row = {"variant": BAEK2025, "relation": "plural"}
     assert relations_without_power([row], other) == ["plural"]
     scores = parallelograms.baek2025_scores(other)
@@ -268,7 +257,7 @@ def test_equal_variants_count_once_and_tests_know_their_power(places):
     assert relations_without_power([row] * 2, other) == ["plural"] * 2  # twice that, by Holm
 
 
-def test_results(results, places):
+def test_results(results):
     assert [model["label"] for model in results["models"]] == LABELS
     assert results["data"]["evaluated_tokens"] == TOKENS
     harmonic, softmax, gpt2, foreign = results["models"]
@@ -278,34 +267,22 @@ def test_results(results, places):
     assert harmonic["checkpoints"][-1]["centre_norm"] == pytest.approx(harmonic["geometry"]["centres"]["norms"]["mean"])
     assert harmonic["geometry"]["centres"] != harmonic["geometry"]["input"]
     assert softmax["geometry"]["centres"] == softmax["geometry"]["input"]
+    text_bytes = len(BACKEND.decode(encode(BACKEND, VAL)[1:]).encode())
     for model in (harmonic, softmax, gpt2):
         quality = model["quality"]
-        assert quality["loss"]["low"] < quality["loss"]["value"] < quality["loss"]["high"]
+        for name in ("loss", "bits_per_byte"):
+            assert quality[name]["low"] < quality[name]["value"] < quality[name]["high"]
+        nats = quality["loss"]["value"] * TOKENS
+        assert quality["bits_per_byte"]["value"] == pytest.approx(nats / np.log(2) / text_bytes)
         assert sum(band["positions"] for band in model["bands"]) == TOKENS
-        losses = [band["loss"]["value"] * band["positions"] for band in model["bands"]]
-        assert sum(losses) / TOKENS == pytest.approx(quality["loss"]["value"])
+        assert sum(band["loss"]["value"] * band["positions"] for band in model["bands"]) == pytest.approx(nats)
         assert len(model["logit_lens"]) == 3
         assert "baek2025: fewer than 4 pairs can be used of tiny (3 of 3)" in model["skipped"]
         assert any(entry.startswith("100 components: the model has only 32 dimensions") for entry in model["skipped"])
         assert set(model["parallelograms"][BAEK2025]["relations"]) == {"plural"}
     assert foreign["bands"] == []
-
-
-def test_energy_up_to_the_step_of_the_model_and_where_it_was_measured(text, results):
-    assert [(model["energy"] or {}).get("step") for model in results["models"]] == [20, None, None, None]
-    rows = rows_of(text)
-    for name, first in (
-        ("energy of the training, kWh", "0.0002"),
-        ("training tokens per joule", "81.2"),
-        ("emissions of the training, kg CO2eq", "7e-06"),
-    ):
-        assert rows[name] == [first, "–", "–", "–"]
-    assert text.count("Energy of ") == 1 and re.search("Energy of harmonic, .*: CPU measured by a test", text)
-
-
-def test_tests_between_models_are_corrected_and_only_where_they_make_sense(results):
-    compared = {row["model"] for row in results["comparisons"]}
-    assert compared == {"softmax", "gpt2"} == set(results["cka_with_the_first"])
+    # Tests between models are corrected, and only where they make sense.
+    assert {row["model"] for row in results["comparisons"]} == {"softmax", "gpt2"} == set(results["cka_with_the_first"])
     assert any("foreign and harmonic have different tokenizers" in note for note in results["notes"])
     assert any("foreign has another tokenizer than" in note and "Bits per byte" in note for note in results["notes"])
     for row in results["comparisons"]:
@@ -313,60 +290,64 @@ def test_tests_between_models_are_corrected_and_only_where_they_make_sense(resul
     assert np.array(results["cka_with_the_first"]["softmax"]).shape == (3, 3)
 
 
-def test_the_same_command_gives_the_same_numbers(places, results):
-    settings = AnalysisSettings(relations=str(places["relations"]), tokens=0, bootstrap=100)
+def test_the_same_command_gives_the_same_numbers(places, results, settings):
     again = analyse([str(places["harmonic"]), str(places["softmax"])], settings)
-    assert (
-        predictions.result_of(again.models[0])["quality"]["loss"].value
-        == results["models"][0]["quality"]["loss"]["value"]
-    )
+    loss = again.models[0].found["predictions"]["quality"]["loss"].value
+    assert loss == results["models"][0]["quality"]["loss"]["value"]
     first = [row for row in results["comparisons"] if row["model"] == "softmax"]
-    repeated = comparisons(again, again.models[1])
-    assert [row["p_holm"] for row in repeated] == [row["p_holm"] for row in first]
-    assert [row["low"] for row in repeated] == [row["low"] for row in first]
+    assert comparisons(again, again.models[1]) == first
     assert readability(again.models[0]).keys() == READABILITY.keys()
     alone = restricted(again, 1)
     assert len(alone.models) == 1 and not any(alone.compared.values())
 
 
-def test_a_model_alone_and_without_text_in_place_of_another_report(places, report, tmp_path, capsys):
-    shutil.copytree(report, tmp_path / "out")
-    stranger = tmp_path / "out" / "figures" / "of_a_stranger.png"
+def test_a_model_alone_and_without_text_in_place_of_another_report(places, report, text, tmp_path, capsys):
+    out = shutil.copytree(report, tmp_path / "out")
+    stranger = out / "figures" / "of_a_stranger.png"
     stranger.write_bytes(b"mine")
-    options = ["--relations", str(places["relations"]), "--out", str(tmp_path / "out"), "--bootstrap", "100"]
+    options = ["--relations", str(places["relations"]), "--out", str(out), "--bootstrap", "100"]
     assert main([str(places["softmax"]), *options]) == 2
     error = capsys.readouterr().err
     assert "out holds a report" in error and "--overwrite" in error
-    assert filecmp.cmp(report / "index.html", tmp_path / "out" / "index.html")
+    assert (out / "index.html").read_text(encoding="utf-8") == text
     assert main([str(places["softmax"]), *options, "--overwrite"]) == 0
     captured = capsys.readouterr()
-    names = {path.stem for path in (tmp_path / "out" / "figures").iterdir()} - {stranger.stem}
-    assert names == set(json.loads((tmp_path / "out" / "results.json").read_text())["figures"]) < FIGURES
+    names = {path.stem for path in (out / "figures").iterdir()} - {stranger.stem}
+    assert names == set(json.loads((out / "results.json").read_text())["figures"]) < FIGURES
     assert stranger.read_bytes() == b"mine"
-    assert "nothing was measured on text" in captured.err
-    assert captured.out.startswith(f"{tmp_path}/out/index.html")
-    page, text = Page(), (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
-    page.feed(text)
-    assert page.open == []
+    assert "nothing was measured on text" in captured.err and captured.out.startswith(f"{out}/index.html")
+    text = (out / "index.html").read_text(encoding="utf-8")
+    assert Page(text).open == []
+    assert "sampled validation positions" not in text
     # The model is tied: nothing about its centres is listed twice.
     assert "input embedding, also centres (tied)" in text
     assert not {"offset consistency, centres", "centres", OF_CENTRES} & rows_of(text).keys()
 
 
-def test_a_text_and_words_of_ones_own(places, tmp_path):
+def test_a_report_is_written_where_there_is_room_only(twins, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match=r"cannot be written: .*No space left on device; choose another folder"):
+        write_report(restricted(twins, 1), tmp_path / "out")
+
+
+def test_a_text_and_words_of_ones_own(places, settings, tmp_path):
     (tmp_path / "text.txt").write_text(own := VAL[:200])  # several times the context
-    few = {"relations": str(places["relations"]), "bootstrap": 100}
-    settings = AnalysisSettings(text=str(tmp_path / "text.txt"), words=("with", " the", "Zebra"), **few)
-    analysis = analyse([str(places["softmax"])], settings)  # without data
+    own_settings = replace(settings, text=str(tmp_path / "text.txt"), words=("with", " the", "Zebra"))
+    analysis = analyse([str(places["softmax"])], own_settings)  # without data
     found = analysis.models[0]
-    tokens = encode(byte_pairs(VOCAB), own)
+    tokens = encode(BACKEND, own)
     seen = reading.result_of(found)
     assert len(tokens) > 2 * CONTEXT and "".join(each.token for each in seen) == own[-sum(len(s.token) for s in seen) :]
     with loaded(find_sources([str(places["softmax"])])[0], CPU) as model:  # the last piece is a whole context
         last = reading.read_text(model, tokens[-CONTEXT - 1 : -1], tokens[-CONTEXT:], reading.NEAREST)[-1]
-    assert len(seen) == len(tokens) - 1 and seen[-1] == last
+        half = slice(CONTEXT // 2, CONTEXT + CONTEXT // 2)  # and others begin half a context before what is new
+        second = reading.read_text(model, tokens[:-1][half], tokens[1:][half], reading.NEAREST)
+    assert len(seen) == len(tokens) - 1 and seen[-1] == last and seen[CONTEXT] == second[CONTEXT // 2]
     (note,) = (note for note in analysis.notes if "--words" in note)
-    assert f"--words Zebra is {len(encode(byte_pairs(VOCAB), 'Zebra'))} tokens in the vocabulary of 320: Z · " in note
+    assert f"--words Zebra is {len(encode(BACKEND, 'Zebra'))} tokens in the vocabulary of 320: Z · " in note
     assert centres.result_of(found)[0]["token"] in "with"
     text = page(analysis, page_sections(analysis), defaultdict(str))
     assert "the last token of each of --words" in text
@@ -374,54 +355,21 @@ def test_a_text_and_words_of_ones_own(places, tmp_path):
     assert all(len(word["neighbours"]) == 10 and word["contexts"] == [] for word in centres.result_of(found))
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"text": "short.txt"}, r"short\.txt has 1 tokens, but at least 2"),
-        ({"text": "none.txt"}, "cannot be read as UTF-8"),
-        ({"words": ("",)}, "--words '' has no token"),
-        ({"data": "data", "tokens": 30}, r"validation tokens are too few .* raise --tokens to at least 64"),
-    ],
-)
-def test_texts_and_words_that_cannot_be_measured(places, tmp_path, monkeypatch, options, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "short.txt").write_text("a")
-    (tmp_path / "data").symlink_to(places["data"])
-    with pytest.raises(UserError, match=message):
-        analyse([str(places["softmax"])], AnalysisSettings(relations=str(places["relations"]), **options))
-
-
-@pytest.mark.parametrize(
-    "files, message",
-    [
-        (None, "there is no such folder"),
-        ([], r"model is no model: a run folder holds latest/"),
-        (["config.json"], "no model can be loaded from"),
-        (["config.json", "model.safetensors"], "no tokenizer can be loaded from"),
-    ],
-)
-def test_what_is_no_model(tmp_path, places, files, message):
-    if files is not None:
-        (tmp_path / "model").mkdir()
-    for name in files or []:
-        (tmp_path / "model" / name).symlink_to(places["softmax"] / name)
-    with pytest.raises(UserError, match=message), loaded(find_sources([str(tmp_path / "model")])[0], CPU):
-        pass
-
-
-def test_sources(places):
+def test_sources(places, tmp_path):
     run, step = places["harmonic"], places["harmonic"] / "checkpoints" / "step_0000010"
     sources = find_sources([str(run), str(step), str(places["gpt2"])])
-    assert [source.label for source in sources] == ["harmonic", "harmonic step 10", "gpt2"]
-    assert [source.step for source in sources] == [20, 10, None]
+    assert [(source.label, source.step) for source in sources] == [
+        ("harmonic", 20), ("harmonic step 10", 10), ("gpt2", None)]  # fmt: skip
     assert find_sources(["gpt2-medium"])[0].folder == "gpt2-medium"  # a name on the hub
     with pytest.raises(UserError, match="is named twice"):
         find_sources([str(run), str(run / LATEST)])
-    # Two folders of one name have different labels.
-    (twin := places["root"] / "elsewhere" / "softmax").mkdir(parents=True)
-    (twin / "config.json").symlink_to(places["softmax"] / "config.json")
-    labels = {source.label for source in find_sources([str(places["softmax"]), str(twin)])}
-    assert len(labels) == 2 and all(label.startswith("softmax (") for label in labels)
+    (twin := tmp_path / "softmax").mkdir()  # two folders of one name have different labels
+    for name in ("config.json", "model.safetensors"):
+        (twin / name).symlink_to(places["softmax"] / name)
+    first, second = find_sources([str(places["softmax"]), str(twin)])
+    assert first.label != second.label and second.label.startswith("softmax (")
+    with pytest.raises(UserError, match="no tokenizer can be loaded from"), loaded(second, CPU):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -436,17 +384,24 @@ def test_sources(places):
         (["--frobnicate"], "there is no option --frobnicate .*--help lists every option"),
         (["--out", __file__], "is a file; name a folder"),
         (["--out", "site", "--overwrite"], "site holds an index.html or a results.json that is not of a report"),
+        (["--distance-file", "none.py"], "--distance-file: "),
+        (["--text", "short.txt"], r"short\.txt has 1 tokens, but at least 2"),
+        (["--text", "none.txt"], "cannot be read as UTF-8"),
+        (["--words", ""], "--words '' has no token"),
+        (["--data", "data", "--tokens", "30"], r"validation tokens are too few .* raise --tokens to at least 64"),
     ],
 )
 def test_wrong_options_are_one_line_with_status_2(places, tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("a")
+    (tmp_path / "data").symlink_to(places["data"])
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "index.html").write_text("of a stranger")
-    assert main([str(places["softmax"]), "--out", str(tmp_path / "x"), *options]) == 2
+    relations = ["--relations", str(places["relations"])]
+    assert main([str(places["softmax"]), "--out", str(tmp_path / "x"), *relations, *options]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
-    assert "Traceback" not in error
-    assert not (tmp_path / "x").exists()
+    assert "Traceback" not in error and not (tmp_path / "x").exists()
 
 
 @pytest.mark.slow
@@ -483,14 +438,3 @@ def test_gpt2_small_with_twelve_relations_in_four_gigabytes(tmp_path):
         [sys.executable, "-m", "hgpt.interpret", folder, "--data", data, "--out", tmp_path / "out"], check=True
     )
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4e6  # kB
-
-
-def test_a_report_is_written_where_there_is_room_only(places, tmp_path, monkeypatch):
-    analysis = analyse([str(places["softmax"])], AnalysisSettings(relations=str(places["relations"]), bootstrap=100))
-
-    def full(*arguments, **options):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(UserError, match=r"cannot be written: .*No space left on device; choose another folder"):
-        write_report(analysis, tmp_path / "out")

@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hgpt.data.baselines import training_counts
 from hgpt.data.shards import META_FILE, TokenShards
 from hgpt.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, token_ids, tokenizer_file
 from hgpt.errors import UserError
 from hgpt.interpret.models import LoadedModel, Outline, Source
 from hgpt.interpret.positions import Window
-
-COUNTED_TOKENS = 50_000_000  # training tokens for the frequencies; more would hardly move a token to another band
 
 
 class Passages(NamedTuple):
@@ -69,9 +68,9 @@ class Corpus:
     def read(self, model: LoadedModel, seq_len: int, tokens: int, longest: int | None = None) -> Passages:
         """Windows of `seq_len` tokens of the data, evenly spread over the validation split, in the tokens of `model`.
 
-        A model with another tokenizer reads the same text: each window is decoded and encoded again. If it then has
-        more tokens than the model can read at once, it is split into windows of about equal length. Every token but
-        the first of a window of the data is a target once.
+        For a model with another tokenizer each window is decoded and encoded again. If it then has more tokens than the
+        model can read at once, it is split into windows of about equal length. Every token is a target once, but for
+        the first of each window of the data.
 
         Args:
             tokens: about how many targets the windows have together; 0: the whole split.
@@ -163,15 +162,9 @@ class Corpus:
         return self.val.vocab_size in (vocab_size, min(vocab_size, len(words)))
 
     def counts(self, vocab_size: int) -> np.ndarray:
-        """How often each token occurs in the first COUNTED_TOKENS of the training split, (V,)."""
-        counts = np.zeros(vocab_size, dtype=np.int64)
-        seen = 0
-        for chunk in self.train.chunks():
-            counts += np.bincount(chunk, minlength=vocab_size)[:vocab_size]
-            seen += len(chunk)
-            if seen >= COUNTED_TOKENS:
-                break
-        return counts
+        """How often each token occurs in the training split, (V,); 0 for rows beyond the data's vocabulary."""
+        counts = training_counts(self.train)[:vocab_size]
+        return np.pad(counts, (0, vocab_size - len(counts)))
 
 
 def _vocab_size(folder: str, sizes: Sequence[int]) -> int | None:
@@ -185,8 +178,8 @@ def _vocab_size(folder: str, sizes: Sequence[int]) -> int | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text:
-    """A corpus and how it is divided into windows."""
+class TextPlan:
+    """Which windows of a corpus the models read."""
 
     corpus: Corpus
     seq_len: int  # tokens of a window, in the data's tokens
@@ -223,10 +216,10 @@ def data_of_runs(sources: Sequence[Source]) -> str | None:
     return next((str(path) for path in paths if path is not None and Path(path).is_dir()), None)
 
 
-def open_text(folder: str, known: Sequence[Outline], tokens: int, sample: int, notes: list[str]) -> Text:
-    """The data in `folder`. Models with the same tokenizer read the same windows, as long as their shortest context.
+def open_text(folder: str, known: Sequence[Outline], tokens: int, sample: int, notes: list[str]) -> TextPlan:
+    """The data in `folder` and its windows. Models with the same tokenizer read the same ones.
 
-    Adds a note for each model that therefore reads less than its context at a time.
+    These are as long as the shortest context of the models. Adds a note for each model whose context is longer.
     """
     trained = [
         outline
@@ -251,10 +244,10 @@ def open_text(folder: str, known: Sequence[Outline], tokens: int, sample: int, n
         if limit.context < outline.context:
             notes.append(
                 f"{outline.source.label} read windows of {limit.context:,} tokens, not of its whole context of "
-                f"{outline.context:,}: models with the same tokenizer read the same windows, and the context of "
-                f"{limit.source.label} is no longer."
+                f"{outline.context:,}: models with the same tokenizer read the same windows, and "
+                f"{limit.source.label} has the shortest context."
             )
-    return Text(
+    return TextPlan(
         corpus=corpus,
         seq_len=seq_len,
         tokens=tokens,

@@ -4,11 +4,12 @@ A measure computes something for each model while the model is in memory. Its re
 results.json, in the summary, in a section of the page, and in curves over the checkpoints of a run.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import ModuleType
 from typing import Any, ClassVar
 
+from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
@@ -18,18 +19,9 @@ from hgpt.interpret.statistics import Estimate
 from hgpt.interpret.subject import AnalysisSettings, Subject
 
 # ------------------------------------------------------------------------------------------------------------
-# Blocks of a section; page/report.html renders each kind
+# Blocks of a section: HTML, or an object that page/report.html renders
 
 Cell = Estimate | float | str | None
-
-
-@dataclass(frozen=True)
-class Prose:
-    """A paragraph, or a list of several items; `quiet`: small print."""
-
-    kind: ClassVar[str] = "prose"
-    items: Sequence[str]
-    quiet: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +36,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """A figure; `name` is its file name, `source` says what was measured. Its file has no title and no caption."""
+    """A figure. Its files NAME.png and NAME.svg have neither title nor caption; `source` says what was measured."""
 
     kind: ClassVar[str] = "drawing"
     name: str
@@ -64,24 +56,26 @@ class Details:
     open: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Html:
-    """A Jinja template with its values, which are escaped."""
-
-    kind: ClassVar[str] = "html"
-    template: str
-    values: dict[str, Any]
+Block = Markup | Table | Drawing | Details
 
 
-Block = Prose | Table | Drawing | Details | Html
+def paragraph(text: str, *, quiet: bool = False) -> Markup:
+    """A paragraph; `quiet`: in small print."""
+    return Markup("<p{}>{}</p>").format(Markup(' class="quiet"' if quiet else ""), text)
 
 
-def paragraph(text: str, *, quiet: bool = False) -> Prose:
-    return Prose([text], quiet)
+def bullets(items: Iterable[str]) -> Markup:
+    return Markup("<ul>{}</ul>").format(Markup("").join(Markup("<li>{}</li>").format(item) for item in items))
 
 
 def bold(label: str) -> Markup:
     return Markup("<b>{}</b>").format(label)
+
+
+def page_data(name: str, value: Any) -> Markup:
+    """A value as JSON; the scripts of the page read it with `load(name)`."""
+    data = htmlsafe_json_dumps(value, ensure_ascii=False)
+    return Markup('<script type="application/json" id="{}">{}</script>').format(name, data)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -192,7 +186,7 @@ def counts_text(counts: Mapping[str, int]) -> str:
 
 
 def tied(model: ModelResult) -> str:
-    """What stands in place of a measure of the centres that is listed for the input embedding, which is the same."""
+    """The cell of a number of the centres if the row of the input embedding has the same number; "" if not."""
     return "tied" if model.tied else ""
 
 
@@ -209,7 +203,7 @@ class Quantity:
     better: str = ""  # "lower", "higher", or "" if neither is
     key: str = ""  # its column in readability.csv of hgpt.compare; "": no column
     axis: str = ""  # its name in the figure of hgpt.compare; "": the label
-    # What its row says of a model whose value is that of another row; "" if it is not
+    # The text of the cell if another row has the same value of the model; "" if none has
     repeats: Callable[[ModelResult], str] = lambda model: ""
 
 

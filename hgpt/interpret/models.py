@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hgpt.data.tokenizer import encode, is_byte_level, piece_bytes, token_bytes
+from hgpt.data.tokenizer import encode, piece_bytes, token_bytes
 from hgpt.errors import UserError
 from hgpt.hardware import enough_memory
 from hgpt.model.harmax import squared_distances
@@ -136,8 +135,10 @@ class LoadedModel:
 
     @torch.inference_mode()
     def hidden_states(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Hidden states after the embedding and after each block, layers + 1 of (B, T, D); the last after the final
-        norm. If a lift gives that one D + 1 coordinates, the others end with a 0."""
+        """Hidden states after the embedding and each block, layers + 1 of (B, T, D); the last after the final norm.
+
+        With a lift the last one has D + 1 coordinates, and the others are padded with a 0.
+        """
         output = self._trunk(tokens.to(self.device), output_hidden_states=True, use_cache=False)
         width = output.hidden_states[-1].shape[-1]
         return tuple(torch.nn.functional.pad(h, (0, width - h.shape[-1])) for h in output.hidden_states)
@@ -177,11 +178,6 @@ class LoadedModel:
 
     def token_text(self, token: int) -> str:
         return token_text(self.tokenizer, token)
-
-    @cached_property
-    def byte_level(self) -> bool:
-        """Whether tokens are pieces of UTF-8, as GPT-2's are."""
-        return self.tokenizer.is_fast and is_byte_level(self.tokenizer.backend_tokenizer)
 
     def token_bytes(self) -> np.ndarray | None:
         """UTF-8 bytes of each token, (V,), int64, as `hgpt.data.tokenizer.token_bytes`."""

@@ -23,7 +23,7 @@ Window = tuple[np.ndarray, np.ndarray]  # input and target token ids, (T,) each
 class Positions:
     """One entry per target, (N,), in the order of the text."""
 
-    window: np.ndarray  # number of its window; positions of one window are dependent, windows nearly independent
+    window: np.ndarray  # 0, 1, …; positions of one window are dependent, windows nearly independent
     target: np.ndarray  # token id
     loss: np.ndarray  # −log p of the target in nats, unsmoothed
     confidence: np.ndarray  # largest probability
@@ -34,10 +34,9 @@ class Positions:
     log_margin: np.ndarray  # log(min_{i ≠ target} d_i / d_target), positive if the target's centre is the nearest
     target_ratio: np.ndarray  # d_target / median_i d_i
 
-    def window_sums(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Σ values and the number of positions of each window, (windows,) each."""
-        index = np.unique(self.window, return_inverse=True)[1]
-        return np.bincount(index, weights=values), np.bincount(index).astype(np.float64)
+    def window_sums(self, values: np.ndarray) -> np.ndarray:
+        """Σ values of each window, (windows,), float64."""
+        return np.bincount(self.window, weights=values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ class TextMeasures:
 
     @property
     def windows(self) -> int:
-        return len(np.unique(self.positions.window))
+        return int(self.positions.window[-1]) + 1
 
 
 def log_probability_measures(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -79,10 +78,16 @@ def distance_measures(log_distances: Tensor, targets: Tensor) -> dict[str, Tenso
     return {"nearest": own <= others, "log_margin": others - own, "target_ratio": torch.exp(own - median)}
 
 
-def measure_states(loaded: LoadedModel, x: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """All quantities of `Positions` from hidden states after the final norm, (N, D), and targets, (N,)."""
-    logits = loaded.logits(x)
-    return log_probability_measures(logits, targets) | distance_measures(loaded.log_distances(x, logits), targets)
+def measure_states(loaded: LoadedModel, x: Tensor, targets: Tensor) -> dict[str, np.ndarray]:
+    """The quantities of `Positions` from hidden states after the final norm, (N, D), and targets, (N,)."""
+    found: dict[str, list[np.ndarray]] = {}
+    for start in range(0, len(targets), CHUNK):
+        states, y = x[start : start + CHUNK], targets[start : start + CHUNK]
+        logits = loaded.logits(states)
+        measured = log_probability_measures(logits, y) | distance_measures(loaded.log_distances(states, logits), y)
+        for name, values in measured.items():
+            found.setdefault(name, []).append(values.cpu().numpy())
+    return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 def sampled_positions(total: int, count: int, seed: int) -> np.ndarray:
@@ -101,7 +106,7 @@ def measure_text(
     """One pass over `windows`.
 
     Args:
-        sample: number of positions whose hidden states are kept.
+        sample: positions whose hidden states are kept, chosen with `seed`.
         advance: called with the number of positions just measured, for a progress bar.
     """
     sample_at = sampled_positions(sum(len(inputs) for inputs, _ in windows), sample, seed)
@@ -111,11 +116,9 @@ def measure_text(
     for number, (inputs, window_targets) in enumerate(windows):
         hidden = loaded.hidden_states(torch.from_numpy(inputs.astype(np.int64))[None])
         targets = torch.from_numpy(window_targets.astype(np.int64)).to(loaded.device)
-        for start in range(0, len(inputs), CHUNK):
-            part = slice(start, start + CHUNK)
-            for name, value in measure_states(loaded, hidden[-1][0, part], targets[part]).items():
-                found[name].append(value.cpu().numpy())
-            advance(len(targets[part]))
+        for name, values in measure_states(loaded, hidden[-1][0], targets).items():
+            found[name].append(values)
+        advance(len(inputs))
         found["target"].append(window_targets.astype(np.int64))
         found["window"].append(np.full(len(inputs), number))
         chosen = sample_at[(sample_at >= done) & (sample_at < done + len(inputs))] - done

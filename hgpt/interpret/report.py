@@ -19,7 +19,7 @@ from hgpt.errors import UserError
 from hgpt.hardware import choose_device
 from hgpt.interpret.corpus import data_of_runs, open_text
 from hgpt.interpret.drawing import STYLE, headings, inline_svg, save_figure, swatch
-from hgpt.interpret.measure import Analysis, Block, Cell, Details, Drawing, Html, ModelResult, Quantity
+from hgpt.interpret.measure import Analysis, Block, Cell, Details, Drawing, ModelResult, Quantity
 from hgpt.interpret.measures import MEASURES
 from hgpt.interpret.models import LoadedModel, find_sources, loaded, outlines, run_checkpoints
 from hgpt.interpret.relations import load_relations
@@ -27,7 +27,6 @@ from hgpt.interpret.statistics import Estimate
 from hgpt.interpret.subject import HIDDEN_SAMPLE, AnalysisSettings, Subject, Task
 
 PAGE, RESULTS, FIGURE_FOLDER = "index.html", "results.json", "figures"
-STYLES = ("style.css", "explorer.css")
 SCRIPTS = ("data.js", "tokens.js", "map.js", "explorer.js", "reading.js")  # a later one uses earlier ones
 ARROWS = {"lower": "\N{NO-BREAK SPACE}↓", "higher": "\N{NO-BREAK SPACE}↑", "": ""}
 Section = tuple[str, str, Sequence[Block]]  # name, title, blocks
@@ -235,24 +234,18 @@ def drawings(blocks: Iterable[Block]) -> list[Drawing]:
 def page(analysis: Analysis, sections: Sequence[Section], images: Mapping[str, str]) -> str:
     """The page; it contains style, script, data and images (name → SVG)."""
     folder = resources.files("hgpt.interpret") / "page"
-    text = {name: (folder / name).read_text(encoding="utf-8") for name in ("report.html", *STYLES, *SCRIPTS)}
+    text = {name: (folder / name).read_text(encoding="utf-8") for name in ("report.html", "style.css", *SCRIPTS)}
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
-
-    def fragment(block: Html) -> Markup:
-        return Markup(environment.from_string(block.template).render(block.values))
-
     return environment.from_string(text["report.html"]).render(
         analysis=analysis,
         sections=sections,
         images=images,
-        style=Markup("".join(text[name] for name in STYLES)),
+        style=Markup(text["style.css"]),
         script=Markup("".join(text[name] for name in SCRIPTS)),
         headings=headings(analysis.models),
         swatch=swatch,
-        fragment=fragment,
         summary=summary(analysis),
         settings=", ".join(f"{key} = {value}" for key, value in asdict(analysis.settings).items()),
         page=PAGE,

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from hgpt.data.tokenizer import TOKENIZER_FILE
 from hgpt.errors import UserError
-from hgpt.interpret.corpus import Passages, Text
+from hgpt.interpret.corpus import Passages, TextPlan
 from hgpt.interpret.models import LoadedModel
 from hgpt.interpret.positions import TextMeasures, measure_text
 from hgpt.interpret.relations import SMALLEST_RELATION, Relation, TokenPairs, WordForm, token_pairs
@@ -33,8 +33,8 @@ class AnalysisSettings:
         tokens: validation tokens that every model predicts, spread evenly over the split; 0: all of them
         bootstrap: resamples per interval
         text: UTF-8 text to show token by token; left out: the beginning of the validation text
-        words: tokens whose centres to show, a leading space in quotes: ' the'; left out: the most frequent words
-        seed: of every random choice: pairs of pairs, resamples, positions
+        words: tokens whose centres to show (quote a leading space: ' the'); left out: frequent words of the text
+        seed: seed of all random choices: pairs of pairs, resamples, positions
         device: cpu, cuda, cuda:1, mps, ...
     """
 
@@ -56,7 +56,7 @@ class AnalysisSettings:
             raise UserError(f"--seed must be 0 or more; got {self.seed}")
 
     def seed_of(self, *words: str) -> int:
-        """A seed that depends on `seed` and the words alone, so all models share the random draws of a relation."""
+        """A seed that depends on `seed` and the words alone, so that all models share the draws for a relation."""
         return zlib.crc32("/".join((str(self.seed), *words)).encode())
 
 
@@ -66,10 +66,10 @@ class Task:
 
     settings: AnalysisSettings
     relations: Sequence[Relation]
-    text: Text | None
+    text: TextPlan | None
 
     def for_checkpoints(self, on_text: bool) -> "Task":
-        """The same with less text, or without any."""
+        """The task for the kept checkpoints of a run: less text, or none unless `on_text`."""
         if self.text is None or not on_text:
             return replace(self, text=None)
         window = min(self.text.seq_len, CHECKPOINT_WINDOW)
@@ -89,8 +89,8 @@ class Read:
     def mean(self, values: np.ndarray, inside: np.ndarray | None = None) -> Estimate:
         """Mean of `values`, (N,), over the positions `inside`, (N,) bool, or over all; windows are resampled."""
         weights = np.ones(len(values)) if inside is None else inside.astype(np.float64)
-        above, _ = self.measures.positions.window_sums(values.astype(np.float64) * weights)
-        below, _ = self.measures.positions.window_sums(weights)
+        above = self.measures.positions.window_sums(values.astype(np.float64) * weights)
+        below = self.measures.positions.window_sums(weights)
         return estimate(above.sum() / below.sum(), bootstrap_ratio(above, below, self.counts))
 
 
@@ -148,8 +148,8 @@ class Subject:
         if not fits and corpus.tokenizer is None:
             self.notes.append(
                 f"{self.label} predicts {self.model.vocab_size:,} tokens, and the vocabulary of {folder} has "
-                f"{corpus.val.vocab_size:,}: nothing was measured on text. With the data's {TOKENIZER_FILE} in that "
-                "folder the text can be encoded again."
+                f"{corpus.val.vocab_size:,}: nothing was measured on text. Put the data's {TOKENIZER_FILE} into that "
+                "folder, and the text is encoded again for the model."
             )
             return None
         passages = corpus.read(self.model, self.text.seq_len, self.text.tokens, self.text.longest.get(self.label))
@@ -167,13 +167,19 @@ class Subject:
         counts = self.resamples(measures.windows, "windows")
         return Read(passages, fits, measures, counts)
 
-    def _note_tokens(self, text: Text, passages: Passages, fits: bool) -> None:
+    @cached_property
+    def training_counts(self) -> np.ndarray | None:
+        """How often each token occurs in the training split, (V,); None if the data has other tokens than the model."""
+        fits = self.read is not None and self.read.fits
+        return self.text.corpus.counts(self.model.vocab_size) if self.text is not None and fits else None
+
+    def _note_tokens(self, text: TextPlan, passages: Passages, fits: bool) -> None:
         """Notes if the model's tokenizer is not known to be the data's."""
         folder = text.corpus.val.folder
         if text.corpus.vocabulary is None and self.label not in text.trained:
             self.notes.append(
-                f"{folder} has no {TOKENIZER_FILE}. From the size of its vocabulary it is assumed that its tokens are "
-                f"those of {self.label}; a loss that is much too high means that they are not."
+                f"{folder} has no {TOKENIZER_FILE}. Its vocabulary is as large as that of {self.label}, so the same "
+                "tokens are assumed; a loss far too high means that they are others."
             )
         if not fits:
             longest = max(len(inputs) for inputs, _ in passages.windows)
@@ -185,6 +191,6 @@ class Subject:
             )
         if passages.text_bytes is None:
             self.notes.append(
-                f"{self.label} has no bits per byte: its tokens are not pieces of UTF-8, and the data does not state "
-                "how many bytes they are."
+                f"{self.label} has no bits per byte: its tokens are not sequences of bytes, and the data does not "
+                "state how many bytes its text has."
             )

@@ -88,26 +88,11 @@ class ScoreSettings:
     distinct: bool = False
 
 
-class RelationVectors:
-    """The vectors of a relation before projection.
-
-    Attributes:
-        pairs: (pairs, 2, D), float64, minus the vocabulary's mean.
-        words: mean and covariance of the relation's words, each token once.
-    """
-
-    def __init__(self, vocabulary: Matrix, ids: np.ndarray) -> None:
-        """`ids`: tokens of the pairs, (pairs, 2)."""
-        self.vocabulary = vocabulary
-        self.pairs = vocabulary.rows[ids].astype(np.float64) - vocabulary.covariance.mean
-        self.words = covariance(vocabulary.rows[np.unique(ids)])
-
-
 class Projection(NamedTuple):
-    """The vectors of a relation under one `ScoreSettings`."""
+    """The vectors of a relation's pairs under one `ScoreSettings`, minus the vocabulary's mean."""
 
     inputs: np.ndarray  # (pairs, k), float64
-    outputs: np.ndarray
+    outputs: np.ndarray  # (pairs, k), float64
     scale: float  # > 0
     plane_variance: float  # the plane's share of the vocabulary's variance
     plane_variance_of_words: float  # the plane's share of the variance of the relation's words
@@ -118,22 +103,22 @@ class Projection(NamedTuple):
         return self.outputs - self.inputs
 
 
-def project(relation: RelationVectors, settings: ScoreSettings) -> Projection:
-    """The vectors of a relation in the plane of `settings`, and the scale."""
-    vocabulary, words = relation.vocabulary.covariance.matrix, relation.words.matrix
+def project(matrix: Matrix, ids: np.ndarray, settings: ScoreSettings) -> Projection:
+    """The pairs of tokens `ids`, (pairs, 2), as vectors of `matrix` in the plane of `settings`, and the scale."""
+    mean, vocabulary = matrix.covariance
+    words = covariance(matrix.rows[np.unique(ids)]).matrix  # of the relation's words, each token once
     axes = None
     if settings.components is not None:
-        own = settings.plane == "relation"
-        principal = principal_axes(words, settings.components) if own else relation.vocabulary.principal
+        of_words = settings.plane == "relation"
+        principal = principal_axes(words, settings.components) if of_words else matrix.principal
         axes = principal.axes[:, : settings.components]  # (D, k)
 
-    def inside(matrix: np.ndarray) -> float:
-        """Mean ‖E‖² inside the plane of vectors of this covariance: the trace of Aᵀ C A."""
-        return float(np.trace(matrix) if axes is None else np.sum(axes * (matrix @ axes)))
+    def inside(c: np.ndarray) -> float:
+        """The mean ‖E‖² inside the plane of vectors with covariance C: the trace of Aᵀ C A."""
+        return float(np.trace(c) if axes is None else np.sum(axes * (c @ axes)))
 
-    scale = {"vocabulary": inside(vocabulary), "relation": inside(words), "full_space": float(np.trace(vocabulary))}[
-        settings.normalisation
-    ]
-    pairs = relation.pairs if axes is None else relation.pairs @ axes
-    shares = (inside(matrix) / float(np.trace(matrix)) for matrix in (vocabulary, words))
-    return Projection(pairs[:, 0], pairs[:, 1], scale, *shares)
+    scales = {"vocabulary": inside(vocabulary), "relation": inside(words), "full_space": float(np.trace(vocabulary))}
+    pairs = matrix.rows[ids].astype(np.float64) - mean
+    pairs = pairs if axes is None else pairs @ axes
+    shares = (inside(c) / float(np.trace(c)) for c in (vocabulary, words))
+    return Projection(pairs[:, 0], pairs[:, 1], scales[settings.normalisation], *shares)

@@ -97,10 +97,9 @@ def calibration_error_interval(gaps: np.ndarray, sizes: np.ndarray, counts: np.n
 
 def window_gaps(positions: Positions) -> tuple[np.ndarray, np.ndarray]:
     """Σ correct − confidence of each window in each bin, (windows, BINS), and the positions of each, (windows,)."""
-    windows = np.unique(positions.window, return_inverse=True)[1]
-    index = windows * BINS + confidence_bins(positions.confidence)
+    index = positions.window * BINS + confidence_bins(positions.confidence)
     gap = positions.correct.astype(np.float64) - positions.confidence
-    sizes = np.bincount(windows).astype(np.float64)
+    sizes = np.bincount(positions.window)
     return np.bincount(index, weights=gap, minlength=len(sizes) * BINS).reshape(len(sizes), -1), sizes
 
 
@@ -147,9 +146,9 @@ def section(analysis: Analysis) -> list[Block]:
             figure,
             "reliability",
             "Reliability",
-            caption="Accuracy against confidence in 15 bins of equal width. A calibrated model lies on the diagonal. "
-            "Bars: Wilson's 95 % interval for independent positions. Positions of one window are dependent, so the "
-            "bars are too short; the interval of the ECE accounts for that by resampling windows.",
+            caption=f"Accuracy against confidence in {BINS} bins of equal width. A calibrated model lies on the "
+            "diagonal. Bars: Wilson's 95 % intervals for independent positions. They are too short, because positions "
+            "of one window are dependent; the interval of the ECE resamples whole windows.",
             source=f"Measured on {tokens_text(shown)} validation tokens of: {analysis.data_source}. ECE "
             f"with 95 % interval over windows, {analysis.resampled}.",
         )

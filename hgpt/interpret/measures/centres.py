@@ -26,9 +26,9 @@ def result_of(model: ModelResult) -> list[dict[str, Any]]:
 
 @torch.inference_mode()
 def nearest_centres(loaded: LoadedModel, tokens: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `k` centres nearest to the centre of each of `tokens`, without itself: tokens and distances, (T, k) each.
+    """The `k` other centres nearest to the centre of each of `tokens`: their tokens and distances, (T, k) each.
 
-    By the metric of a harmonic head. By 1 − cosine for a softmax head, whose rows vary in length with the frequency of
+    By a harmonic head's own distance. By 1 − cosine for a softmax head, whose rows vary in length with the frequency of
     the token.
     """
     found = []
@@ -43,9 +43,9 @@ def nearest_centres(loaded: LoadedModel, tokens: np.ndarray, k: int) -> tuple[np
 def nearest_contexts(
     loaded: LoadedModel, states: np.ndarray, tokens: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The `k` of the hidden states (S, D) nearest to the centre of each of `tokens`: indices and d / d_min.
+    """The `k` of the hidden states (S, D) nearest to the centre of each of `tokens`: indices, d / d_min, (T, k) each.
 
-    (T, k) each. For a softmax head the `k` states with the largest logit of the token, and its probability.
+    For a softmax head the `k` states with the largest logit of the token: indices and the token's probability.
     """
     chosen = torch.from_numpy(tokens).to(loaded.device)
     best: tuple[Tensor, ...] = ()  # scores, values and indices of the best states so far, (k, T) each
@@ -56,7 +56,7 @@ def nearest_contexts(
             scores, values = -logits[:, chosen], logits.log_softmax(-1)[:, chosen].exp()
         else:
             log_d = loaded.log_distances(x, logits)
-            scores = log_d[:, chosen]  # the scale counts, so the nearest of all states
+            scores = log_d[:, chosen]  # by d, not by d / d_min: the nearest of all states
             values = torch.exp(scores - log_d.amin(-1, keepdim=True))
         index = torch.arange(start, start + len(x), device=loaded.device)[:, None].expand_as(scores)
         parts: tuple[Tensor, ...] = (scores, values, index)
@@ -90,7 +90,7 @@ def compute(subject: Subject) -> list[dict[str, Any]]:
 
 
 def _chosen_tokens(subject: Subject) -> list[int]:
-    """The last token of each of --words, by default the text's most frequent tokens that are words of 4 letters."""
+    """The last token of each of --words; by default the text's most frequent words of 4 letters and more."""
     model, words = subject.model, subject.settings.words
     if words:
         tokens = [(word, model.encode(word)) for word in words]
@@ -130,11 +130,11 @@ def section(analysis: Analysis) -> list[Block]:
     if not models:
         return []
     chosen = "the last token of each of --words" if analysis.settings.words else "frequent words of the text"
-    introduction = f"Tokens: {chosen}. Each token is shown with the centres nearest to its own"
+    introduction = f"Tokens: {chosen}. Of each token: the centres nearest to its own"
     if analysis.data is not None:
         introduction += (
-            f", and with the contexts, among {states_text(models)} sampled positions, whose hidden states are nearest "
-            "to its centre (softmax head: with the largest logit)"
+            f"; and, of {states_text(models)} sampled positions, those whose hidden state is nearest to its centre "
+            "(softmax head: whose logit of the token is largest)"
         )
     blocks: list[Block] = [paragraph(f"{introduction}.")]
     for model in models:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from hgpt.interpret.drawing import GREY, finished, headings, listed, rows_of_intervals
-from hgpt.interpret.measure import Analysis, Block, Cell, Drawing, ModelResult, Prose, Table, bold, paragraph
+from hgpt.interpret.measure import Analysis, Block, Cell, Drawing, ModelResult, Table, bold, bullets, paragraph
 from hgpt.interpret.measures.parallelograms import (
     BAEK2025,
     Scores,
@@ -30,9 +30,9 @@ TITLE = "Differences between models"
 
 
 def compare(first: ModelResult, other: ModelResult) -> list[dict[str, Any]]:
-    """For each variant and relation: other minus first, its interval over pairs, and the p-value before and after Holm.
+    """For each variant and relation: other minus first, its interval over pairs, and its p-value.
 
-    Holm's correction is for the number of relations of a variant.
+    `p_holm` is p after Holm's correction for the number of relations of the variant.
     """
     tests: list[dict[str, Any]] = []
     for variant, results in result_of(other).items():
@@ -77,9 +77,9 @@ def difference_over_relations(mine: Scores, theirs: Scores) -> Estimate | None:
 
 
 def relations_without_power(tests: Sequence[dict[str, Any]], other: ModelResult) -> list[str]:
-    """The relations, of the tests of one variant, whose p-value after Holm's correction cannot be significant.
+    """The relations in the tests of one variant that cannot be significant after Holm's correction.
 
-    That is, not even if all relations had the smallest p-values that their numbers of pairs allow.
+    Not even if all relations had the smallest p-values that their numbers of pairs allow.
     """
     disjoint = [len(result_of(other)[test["variant"]][test["relation"]].disjoint) for test in tests]
     adjusted = holm([smallest_sign_flip_p(m) for m in disjoint])
@@ -87,7 +87,7 @@ def relations_without_power(tests: Sequence[dict[str, Any]], other: ModelResult)
 
 
 def mean_differences(tests: Sequence[dict[str, Any]]) -> list[float]:
-    """The mean difference over relations under each variant; equal values, of variants with the same data, once."""
+    """The mean difference over relations of each variant; variants with equal values, such as tied ones, count once."""
     by_variant: dict[str, list[float]] = {}
     for test in tests:
         by_variant.setdefault(test["variant"], []).append(test["difference"])
@@ -103,7 +103,7 @@ def section(analysis: Analysis) -> list[Block]:
         "training and how well each was tuned. Intervals over word pairs show the variation with other words, not "
         "between runs."
     )
-    blocks: list[Block] = [Prose(sentences)]
+    blocks: list[Block] = [bullets(sentences)]
     if tested := [other for other in analysis.models[1:] if comparisons(analysis, other)]:
         blocks += _tests_table(analysis, tested)
         if (drawing := variants(analysis)) is not None:
@@ -133,19 +133,21 @@ def conclusions(analysis: Analysis, other: ModelResult) -> list[str]:
         f"{len(tests)} relations).{_meaning(len(significant), shown)}"
         f"{without_power(relations_without_power(tests, other), len(tests))}",
         names
-        + f": the mean difference over relations is below 0 under {lower} and above 0 under {higher} of {len(means)} "
-        "variants of the score with different values. The variants are dependent: this is a check of robustness, not a "
+        + f": of {len(means)} variants of the score (equal ones counted once), the mean difference over relations "
+        f"is below 0 in {lower} and above 0 in {higher}. The variants are dependent: this checks robustness, and is no "
         "test.",
     ]
 
 
 def _meaning(different: int, shown: int) -> str:
-    """What the significant differences say, of which `shown` have a lower score that is also below random pairs."""
+    """Which significant differences show a relation: in `shown` of them the lower score is also below random pairs."""
     if not different:
         return ""
     text = f" In {shown} of these {different} the lower score is also below that of the same words paired at random."
     if shown < different:
-        text += " Where it is not, it shows where the words lie, not that they form parallelograms."
+        text += (
+            " Where it is not, it may only show that the words lie close together, not that they form parallelograms."
+        )
     return text
 
 
@@ -169,9 +171,9 @@ def _tests_table(analysis: Analysis, tested: Sequence[ModelResult]) -> list[Bloc
     return [
         paragraph(
             f"Differences of the score {BAEK2025}; below 0: lower than that of {first.label}. The permutation test "
-            "exchanges the models in disjoint pairs of pairs, which are independent. Holm's correction is for the "
-            f"number of relations. Bold: p < {SIGNIFICANT:.2f} after correction. results.json has the tests under all "
-            "variants."
+            "exchanges the two models' scores of disjoint pairs of pairs, which are independent. p is corrected by "
+            f"Holm's method for the number of relations, and bold below {SIGNIFICANT:.2f}. results.json has the tests "
+            "under all variants."
         ),
         Table(head=head, rows=list(rows.items()), digits=2),
     ]
@@ -180,37 +182,32 @@ def _tests_table(analysis: Analysis, tested: Sequence[ModelResult]) -> list[Bloc
 def variants(analysis: Analysis) -> Drawing | None:
     """The mean difference under each variant; None if no relation can be compared."""
     first = analysis.models[0]
-    points: list[tuple[int, ModelResult, dict[str, Estimate]]] = []
+    series: list[tuple[int, str, dict[str, Estimate]]] = []
+    left_out = []
     for index, other in enumerate(analysis.models[1:], start=1):
-        if other.vocabulary != first.vocabulary:
-            continue
-        found = {
-            name: difference_over_relations(result_of(other).get(name, {}), scores)
-            for name, scores in result_of(first).items()
-        }
-        if differences := {name: difference for name, difference in found.items() if difference is not None}:
-            points.append((index, other, differences))
-    if not points:
+        found = {}
+        for name in variants_of(analysis.models) if other.vocabulary == first.vocabulary else ():
+            scores = (result_of(model).get(name, {}) for model in (other, first))
+            if (difference := difference_over_relations(*scores)) is not None:
+                found[name] = difference
+        if found:
+            series.append((index, f"{other.label} minus {first.label}", found))
+        else:
+            left_out.append(other.label)
+    if not series:
         return None
-    known = [name for name in result_of(first) if any(name in differences for _, _, differences in points)]
-    names = [name for name in variants_of([first, *(other for _, other, _ in points)]) if name in known]
-    series = [
-        (index, f"{other.label} minus {first.label}", {name: found[name] for name in names if name in found})
-        for index, other, found in points
-    ]
+    names = [name for name in variants_of(analysis.models) if any(name in found for _, _, found in series)]
     figure, panel, _ = rows_of_intervals(names, series)
     panel.axvline(0, color=GREY, linewidth=1)
     panel.set_xlabel(f"difference of the mean score (below 0: lower than {first.label})")
-    shown = [other for _, other, _ in points]
-    left_out = [model.label for model in analysis.models[1:] if model not in shown]
     return finished(
         figure,
         "variants",
         "Differences under each variant of the score",
-        caption="The mean difference over relations, with intervals over pairs. If the sign depends on the plane, the "
-        "scale or the tokens, the difference is an effect of the method. Variants have different scales: compare "
-        "signs and intervals, not lengths. If all models have tied embeddings, variants of the centres are left out, "
-        "since they have the values of the input embedding.",
+        caption="The mean difference over relations, with intervals over pairs. If its sign depends on the plane, the "
+        "scale or the tokens, the difference is an effect of the method. Variants have different scales: compare the "
+        "signs of the differences, not their sizes. If all models are tied, variants of the centres are left out: the "
+        "centres are the input embedding.",
         source=f"Relations: {analysis.relations}. Input embedding unless the variant names the centres. Intervals: 95 "
         f"%, {analysis.resampled} of the pairs.",
         remarks=listed(f"Left out, with no relation that can be compared with {first.label}", left_out),

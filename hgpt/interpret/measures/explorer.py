@@ -1,11 +1,11 @@
-"""The map of all centres, and what the page knows of every token: neighbours, contexts, occurrences and relations."""
+"""The map of all centres, and the cards of tokens: neighbours, contexts, occurrences and relations."""
 
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
-from hgpt.interpret.corpus import COUNTED_TOKENS
-from hgpt.interpret.measure import Analysis, Block, Html, ModelResult, paragraph
+from hgpt.interpret.measure import Analysis, Block, ModelResult, page_data, paragraph
 from hgpt.interpret.measures.centres import nearest_centres, nearest_contexts
 from hgpt.interpret.measures.centres import result_of as chosen_tokens
 from hgpt.interpret.packing import pack_integers, pack_numbers
@@ -14,8 +14,8 @@ from hgpt.interpret.subject import Read, Subject
 TITLE = "Map of all centres"
 MOST = 10_000  # tokens whose neighbours and contexts the page holds, for its size
 NEIGHBOURS, CONTEXTS = 10, 5
-TEXT_TOKENS = 65_536  # of the text in which the page finds a token
-BEFORE = 16  # tokens before a sampled position
+TEXT_TOKENS = 65_536  # of the text in which the page shows where a token stands
+BEFORE = 16  # tokens up to a sampled position
 PINS = 5
 
 
@@ -26,7 +26,9 @@ def result_of(model: ModelResult) -> dict[str, Any] | None:
 
 def compute(subject: Subject) -> dict[str, Any]:
     model, read = subject.model, subject.read
-    counts, counted = _counts(subject)
+    counts, counted = subject.training_counts, "training data"
+    if counts is None and read is not None:
+        counts, counted = np.bincount(read.measures.positions.target, minlength=model.vocab_size), "text"
     tokens = np.arange(model.vocab_size) if counts is None else np.argsort(-counts, kind="stable")
     tokens = tokens[:MOST]
     near, distances = nearest_centres(model, tokens, NEIGHBOURS)
@@ -63,23 +65,11 @@ def _nearest(items: np.ndarray, values: np.ndarray) -> dict[str, Any]:
     return {"k": items.shape[1], "items": pack_integers(items), "values": pack_numbers(values)}
 
 
-def _counts(subject: Subject) -> tuple[np.ndarray | None, str]:
-    """How often each token occurs, (V,), and where: in the training data if it has the model's tokens."""
-    if subject.read is None or subject.text is None:
-        return None, ""
-    size = subject.model.vocab_size
-    if subject.read.fits:
-        part = "training data"
-        if len(subject.text.corpus.train) > COUNTED_TOKENS:
-            part = f"first {COUNTED_TOKENS:,} tokens of the {part}"
-        return subject.text.corpus.counts(size), part
-    return np.bincount(subject.read.measures.positions.target, minlength=size), "text"
-
-
 def _text(read: Read) -> tuple[dict[str, Any], np.ndarray]:
-    """The first TEXT_TOKENS targets and those before each sampled position, and the place of each sampled one, (S,).
+    """The text of the page: token ids and losses; and the place in it of each sampled position, (S,).
 
-    The text consists of pieces. Each begins with a token that was not predicted, whose loss is nan.
+    It has the first TEXT_TOKENS targets, and BEFORE targets up to each sampled one. Each piece of consecutive targets
+    begins with a token that was not predicted, whose loss is nan.
     """
     positions, sample_at = read.measures.positions, read.measures.sample_at
     inputs = np.concatenate([inputs for inputs, _ in read.passages.windows])
@@ -109,7 +99,7 @@ def _relations(subject: Subject) -> list[dict[str, Any]]:
     ]
 
 
-def page_data(analysis: Analysis) -> dict[str, Any]:
+def data_of(analysis: Analysis) -> dict[str, Any]:
     """Models of one vocabulary share it; `vocabulary` of a model is its number."""
     vocabularies: list[dict[str, Any]] = []
     models = []
@@ -121,7 +111,7 @@ def page_data(analysis: Analysis) -> dict[str, Any]:
     return {"models": models, "vocabularies": vocabularies, "pins": pins}
 
 
-TEMPLATE = """
+CONTROLS = """
 <div class="controls">
 <div class="search"><label>search <input id="search" type="search" autocomplete="off" placeholder="a token"
   role="combobox" aria-controls="matches" aria-expanded="false" aria-autocomplete="list"></label>
@@ -143,24 +133,24 @@ TEMPLATE = """
 </div>
 <p class="legend quiet" id="map-legend"></p>
 <p class="quiet" id="share"></p>
-<p class="quiet screen">Drag to move, with three components to turn (Shift: move). Zoom with the buttons, + and −,
-two fingers, or the wheel after a click on the map. Click a point for its card; pin a card to keep it and label its
-point.</p>
-<p class="quiet print">Search, cards and pinned tokens are in the page itself, opened in a browser.</p>
+<p class="quiet screen">Drag to move the map; with three components, drag to turn it (Shift: move).
+Zoom with the buttons, + and −, two fingers, or the wheel after a click on the map. Click a point for its card. A pinned
+card stays below the map, and its point is labelled.</p>
+<p class="quiet print">To search and to see cards, open the page in a browser.</p>
 </div>
 <div id="card" aria-live="polite"></div>
 </div>
 <div id="pins"></div>
-<script type="application/json" id="explorer-data">{{ data|tojson }}</script>
 """
 
 
 def section(analysis: Analysis) -> list[Block]:
-    data = page_data(analysis)
+    data = data_of(analysis)
     introduction = (
-        "The centre of every token in the first principal components of all centres. Distances in the whole space "
-        "differ: a card lists a token's true neighbours, by the harmonic head's own distance (softmax: 1 − cosine)."
+        "The centre of every token, projected on the first principal components of all centres. Points that are close "
+        "on the map may be far apart in the whole space: a token's card lists its true neighbours, by the harmonic "
+        "head's own distance (softmax: 1 − cosine)."
     )
     if any(len(vocabulary["texts"]) > MOST for vocabulary in data["vocabularies"]):
         introduction += f" Neighbours and contexts are those of the {MOST:,} most frequent tokens."
-    return [paragraph(introduction), Html(template=TEMPLATE, values={"data": data})]
+    return [paragraph(introduction), Markup(CONTROLS), page_data("explorer-data", data)]

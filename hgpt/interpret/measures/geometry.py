@@ -131,16 +131,16 @@ def section(analysis: Analysis) -> list[Block]:
     hidden = f"; hidden states: {states_text(analysis.models)} sampled validation positions of: {analysis.data_source}"
     return [
         paragraph(
-            "The summary lists ranks, participation ratio, isotropy, mean cosine and norms. Those of the centres have "
-            "no interval, because they are computed from all the weights. The rank of the hidden states depends on "
-            "the size of the sample."
+            "The summary lists ranks, participation ratio, isotropy, mean cosine and norms. They have no intervals: "
+            "those of the centres are computed from all centres, and the rank of the hidden states depends on the size "
+            "of the sample."
         ),
         finished(
             figure,
             "explained_variance",
             "Explained variance",
-            caption="The share of the variance in the first principal components. A curve that rises early shows that "
-            "the vectors use few directions.",
+            caption="The share of the variance in the first principal components. If a curve rises early, the vectors "
+            "use few directions.",
             source=f"Principal components of all rows{hidden if 'hidden' in sets else ''}.",
         ),
     ]

@@ -1,4 +1,4 @@
-"""The logit lens: the loss, accuracy and target distance if the head reads the output of each block.
+"""The logit lens: loss, accuracy and distance of the target if the head is applied to the output of each block.
 
 nostalgebraist, *interpreting GPT: the logit lens* (2020); the distances are an addition.
 """
@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from hgpt.interpret.drawing import finished, look, new_figure
 from hgpt.interpret.measure import Analysis, Block, ModelResult, states_text
 from hgpt.interpret.models import LoadedModel
-from hgpt.interpret.positions import CHUNK, measure_states, sampled_positions
+from hgpt.interpret.positions import measure_states, sampled_positions
 from hgpt.interpret.subject import Subject
 
 TITLE = "Logit lens"
@@ -36,21 +35,12 @@ def logit_lens(loaded: LoadedModel, states: np.ndarray, targets: np.ndarray) -> 
     y = torch.from_numpy(targets.astype(np.int64)).to(loaded.device)
     bar = tqdm(states, desc=f"{loaded.source.label}: logit lens", unit="layer", disable=None, leave=False)
     for layer, layer_states in enumerate(bar):
-        found: dict[str, list[Tensor]] = {"loss": [], "correct": [], "target_ratio": []}
-        for start in range(0, len(targets), CHUNK):
-            part = slice(start, start + CHUNK)
-            x = torch.from_numpy(layer_states[part]).to(loaded.device)
-            if layer < len(states) - 1:
-                x = loaded.final_norm(x)
-            measured = measure_states(loaded, x, y[part])
-            for name, parts in found.items():
-                parts.append(measured[name].double())
-        row: dict[str, float] = {"layer": layer}
-        for name, parts in found.items():
-            values = torch.cat(parts)
+        x = torch.from_numpy(layer_states).to(loaded.device)
+        measured = measure_states(loaded, x if layer == len(states) - 1 else loaded.final_norm(x), y)
+        row: dict[str, float] = {"layer": layer, "accuracy": float(measured["correct"].mean())}
+        for name in ("loss", "target_ratio"):  # the normal interval does not suit a proportion
+            values = torch.from_numpy(measured[name]).double()
             row |= {name: float(values.mean()), f"{name}_error": float(values.std() / len(values) ** 0.5)}
-        row["accuracy"] = row.pop("correct")
-        del row["correct_error"]  # the normal interval does not suit a proportion
         lens.append(row)
     return lens
 
@@ -85,10 +75,10 @@ def section(analysis: Analysis) -> list[Block]:
             figure,
             "layers",
             "Logit lens with distances",
-            caption="The final norm and the head read the output of each block. Bars: 95 % intervals of the mean for "
-            "independent positions; the accuracy has none.",
+            caption="The final norm and the head are applied to the output of each block. Bars: 95 % intervals of the "
+            "mean, as if positions were independent; the accuracy has none.",
             source=f"On {states_text(shown, LENS_POSITIONS)} sampled validation positions of: {analysis.data_source}. "
-            "Distances by the metric of a harmonic head, Euclidean for softmax.",
+            "Distances: a harmonic head's own, Euclidean for softmax.",
         )
     ]
 

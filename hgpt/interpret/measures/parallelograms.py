@@ -1,15 +1,15 @@
 """Parallelograms: a is to b as c is to d if E(a) − E(b) = E(c) − E(d).
 
-The score of Baek et al. (arXiv:2502.01628) and variants with other planes, scales and words, with intervals over pairs,
-and compared with the same words paired at random.
+The score of Baek et al. (arXiv:2502.01628) and variants with other planes, scales and words: with intervals over pairs,
+and beside the score of the same words paired at random.
 
-A relation is given by the vectors of its pairs, `inputs` and `outputs`, (pairs, k), rows in the same order. With the
-offsets o_i = E(b_i) − E(a_i), the score of the parallelogram of pairs i and j is
+The pairs of a relation are the rows of `inputs` and `outputs`, (pairs, k) each. With the offsets o_i = E(b_i) − E(a_i),
+the score of the parallelogram of pairs i and j is
 
     s_ij = ‖E(a_i) + E(b_j) − E(b_i) − E(a_j)‖² / scale = ‖o_i − o_j‖² / scale
 
-0 for a perfect parallelogram; 4 on average for four independent vectors if `scale` is the mean of ‖E‖² around their
-mean.
+0 for a perfect parallelogram. Four independent vectors have 4 on average if `scale` is the mean squared distance of
+vectors from their mean.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from tqdm import tqdm
 
 from hgpt.interpret import drawing
@@ -29,21 +30,21 @@ from hgpt.interpret.measure import (
     Details,
     Drawing,
     ModelResult,
-    Prose,
     Quantity,
     Table,
     bold,
+    bullets,
     paragraph,
     tied,
 )
-from hgpt.interpret.relations import SMALLEST_RELATION, TokenPairs, WordForm, distinct
+from hgpt.interpret.relations import SMALLEST_RELATION, TokenPairs, distinct
 from hgpt.interpret.statistics import SIGNIFICANT, Estimate, estimate, mean_estimate, smallest_shuffle_p
 from hgpt.interpret.subject import Subject
-from hgpt.interpret.vectors import Projection, RelationVectors, ScoreSettings, project
+from hgpt.interpret.vectors import Projection, ScoreSettings, project
 
 TITLE = "Parallelograms"
 EXPECTED_AT_RANDOM = 4.0
-INPUTS_AT_A_TIME = 64  # with 5,000 pairs a block of products takes 2.6 MB and stays in the cache
+INPUTS_AT_A_TIME = 64  # with 5,000 pairs a block of products has 2.6 MB and stays in the cache
 SAMPLED_SCORES = 10_000  # random pairs of pairs per relation, for the distribution of the score
 SHUFFLES = 999
 SCORE_AXIS = 100.0  # end of the axis of the distribution: a few scores are thousands
@@ -51,7 +52,7 @@ SCORE_AXIS = 100.0  # end of the axis of the distribution: a few scores are thou
 BAEK2025, OWN_SCALE = "baek2025", "full space, scale of the relation, distinct"
 OF_CENTRES = f"{OWN_SCALE}, centres"
 IN_FULL_SPACE = ScoreSettings(components=None, normalisation="relation", distinct=True)
-# The score of Baek et al., variants that differ from it in one setting, and two that do not depend on a plane.
+# The score of Baek et al., variants that differ from it in one or two settings, and two that depend on no plane.
 VARIANTS: dict[str, ScoreSettings] = {
     BAEK2025: ScoreSettings(),
     "centres": ScoreSettings(vectors="centres"),
@@ -80,7 +81,7 @@ class RelationScore:
     score: Estimate  # mean over all pairs of pairs, its interval over pairs
     shuffled: float  # mean score of the same words paired at random
     p_shuffled: float  # p-value of the hypothesis that the words are paired at random
-    plane_variance: float
+    plane_variance: float  # as in `Projection`
     plane_variance_of_words: float
     replicates: np.ndarray  # of the score
     disjoint: np.ndarray  # scores of disjoint pairs of pairs, which are independent
@@ -96,7 +97,7 @@ def result_of(model: ModelResult) -> dict[str, Scores]:
 
 
 def variants_of(models: Sequence[ModelResult]) -> list[str]:
-    """Those of `VARIANTS` without repetition: the centres of models that are all tied are their input embedding."""
+    """The names in `VARIANTS`, without those of the centres if all models are tied: they repeat others."""
     return [name for name, s in VARIANTS.items() if s.vectors == "input" or not all(model.tied for model in models)]
 
 
@@ -112,7 +113,7 @@ def pairs_of_pairs(pairs: int, count: int, seed: int) -> np.ndarray:
 
 
 def disjoint_pairs_of_pairs(pairs: int, seed: int) -> np.ndarray:
-    """The pairs in random order, grouped by two, (⌊pairs / 2⌋, 2): no pair occurs twice, so scores are independent."""
+    """The pairs in random order, two by two, (⌊pairs / 2⌋, 2). No pair occurs twice, so the scores are independent."""
     order = np.random.default_rng(seed).permutation(pairs)
     return order[: pairs // 2 * 2].reshape(-1, 2)
 
@@ -143,7 +144,7 @@ def mean_parallelogram_score(offsets: np.ndarray, scale: float, counts: np.ndarr
     return scores[0] if counts is None else scores
 
 
-@lru_cache(maxsize=4)  # variants and models use the same pairings in succession
+@lru_cache(maxsize=4)  # successive variants use the same pairings
 def random_pairings(pairs: int, count: int, seed: int) -> np.ndarray:
     """`count` random permutations of the pairs as columns, (pairs, count) int32, read-only."""
     rng = np.random.default_rng(seed)
@@ -196,7 +197,7 @@ def relation_score(
 
 
 def compute(subject: Subject) -> dict[str, Scores]:
-    """Every variant of the score for every relation; variants with the same vectors share them."""
+    """Every variant of the score for every relation."""
     dimensions = subject.input.rows.shape[1]
     usable = {name: s for name, s in VARIANTS.items() if s.components is None or s.components <= dimensions}
     scores: dict[str, Scores] = {variant: {} for variant in usable}
@@ -204,7 +205,6 @@ def compute(subject: Subject) -> dict[str, Scores]:
     steps = len(subject.relations) * len(usable)
     with tqdm(total=steps, desc=f"{subject.label}: relations", unit="score", disable=None, leave=False) as bar:
         for relation in subject.relations:
-            located: dict[tuple[str, WordForm, bool], RelationVectors] = {}
             for variant, s in usable.items():
                 bar.update()
                 pairs = subject.pairs(s.words)[relation.name]
@@ -212,11 +212,8 @@ def compute(subject: Subject) -> dict[str, Scores]:
                 if len(pairs.words) < SMALLEST_RELATION:
                     small[variant].append(f"{relation.name} ({len(pairs.words)} of {len(relation.pairs)})")
                     continue
-                key = ("input" if subject.model.tied else s.vectors, s.words, s.distinct)
-                if key not in located:
-                    located[key] = RelationVectors(subject.matrices[key[0]], pairs.ids)
+                projected = project(subject.matrices[s.vectors], pairs.ids, s)
                 sampled = SAMPLED_SCORES if variant == BAEK2025 else 0
-                projected = project(located[key], s)
                 scores[variant][relation.name] = relation_score(projected, pairs, subject, relation.name, sampled)
     for variant in VARIANTS:
         if variant not in usable:
@@ -229,7 +226,7 @@ def compute(subject: Subject) -> dict[str, Scores]:
 
 def checkpoint(subject: Subject) -> dict[str, float]:
     """The mean over relations of the score of Baek et al."""
-    projected = [project(RelationVectors(subject.input, p.ids), VARIANTS[BAEK2025]) for p in subject.scored.values()]
+    projected = [project(subject.input, pairs.ids, VARIANTS[BAEK2025]) for pairs in subject.scored.values()]
     scores = [mean_parallelogram_score(each.offsets, each.scale) for each in projected]
     return {"parallelogram_score": float(np.mean(scores))} if scores else {}
 
@@ -240,10 +237,10 @@ def mean_over_relations(results: Scores) -> Estimate:
 
 
 def relative_to_random_pairs(results: Scores) -> Estimate:
-    """Mean over relations of the score divided by that of the same words paired at random: 1 without a relation.
+    """The score divided by that of the same words paired at random, mean over relations: 1 without a relation.
 
-    Independent of the scale and of the region in which the words lie. The interval is over pairs, with the score of the
-    random pairs fixed.
+    It depends neither on the scale nor on how close together the words lie. The interval is over pairs, with the score
+    of the random pairs fixed.
     """
     found = results.values()
     return mean_estimate([r.score.value / r.shuffled for r in found], [r.replicates / r.shuffled for r in found])
@@ -280,7 +277,7 @@ def below_random(model: ModelResult) -> set[str]:
     return {name for name, result in results.items() if result.p_shuffled < SIGNIFICANT / len(results)}
 
 
-def findings(analysis: Analysis) -> Prose:
+def findings(analysis: Analysis) -> Markup:
     """Sentences on each model's scores and on their limits."""
     items: list[str] = []
     for model in analysis.models:
@@ -301,13 +298,14 @@ def findings(analysis: Analysis) -> Prose:
             f"Bonferroni's correction).{without_power(powerless, len(results))}"
         )
     items.append(
-        "Scores of different variants, or of models with different spectra, have different scales. Four independent "
-        f"random tokens score {EXPECTED_AT_RANDOM:g} on average under {BAEK2025}, but frequent words can score less "
-        "without any relation. So compare with the same words paired at random."
+        "Scores of different variants, and of models with different spectra, are on different scales. Four random "
+        f"tokens score {EXPECTED_AT_RANDOM:g} on average under {BAEK2025}, but words that lie close together score "
+        "less without any relation. So compare a score with that of the same words paired at random."
     )
     if any(model.skipped for model in analysis.models):
-        items.append("The section Method lists scores that could not be computed, mostly for lack of one-token words.")
-    return Prose(items)
+        items.append("The section Method lists the scores that could not be computed, mostly because too few words "
+                     "are one token.")  # fmt: skip
+    return bullets(items)
 
 
 def without_power(relations: Sequence[str], total: int) -> str:
@@ -316,8 +314,8 @@ def without_power(relations: Sequence[str], total: int) -> str:
         return ""
     which = "any" if len(relations) == total else f"{len(relations)} ({', '.join(relations)})"
     return (
-        f" The test cannot become significant in {which} of them, whatever the models: there are too few pairs, or too "
-        "many relations to correct for."
+        f" The test cannot become significant in {which} of them, whatever the models: the pairs are too few, or the "
+        "relations to correct for too many."
     )
 
 
@@ -336,9 +334,9 @@ def _every_variant(analysis: Analysis) -> Details:
                 cells += [mean_over_relations(results), f"{share:.1%}"] if results else [None, None]
     explanation = paragraph(
         "Score of a parallelogram a : b = c : d: ‖E(a) + E(d) − E(b) − E(c)‖² divided by the scale; 0 is perfect. The "
-        "mean is over all pairs of pairs of a relation; the interval comes from resampling pairs. Each variant "
-        f"differs from {BAEK2025} in what its name says; distinct: each pair of tokens is used once. The centres of "
-        "tied embeddings are the input embedding and are not listed again."
+        "mean is over all pairs of pairs of a relation; the interval comes from resampling pairs. A variant's name "
+        f"says in what it differs from {BAEK2025}; distinct: each pair of tokens is used once. The centres of tied "
+        "models are the input embedding and have no scores of their own."
     )
     return Details(title="All variants of the score", blocks=[explanation, Table(head=head, rows=rows, digits=2)])
 
@@ -354,7 +352,7 @@ def _pairs_used(analysis: Analysis) -> Details:
         tables.setdefault(tuple(zip(names, map(tuple, used), strict=True)), []).append(model.label)
     blocks: list[Block] = [
         paragraph(
-            "A pair is left out if a word contains the tokenizer's unknown token. The variants in the other columns "
+            "Every variant leaves out pairs with a word that contains the tokenizer's unknown token. The last three "
             f"also leave out words of several tokens, or repeated pairs of tokens. –: fewer than {SMALLEST_RELATION} "
             "pairs, so no score."
         )
@@ -366,7 +364,7 @@ def _pairs_used(analysis: Analysis) -> Details:
 
 def _without_score(analysis: Analysis) -> list[str]:
     labels = [model.label for model in analysis.models if not baek2025_scores(model)]
-    return drawing.listed("Left out, without a relation that has enough usable pairs", labels)
+    return drawing.listed("Left out, because no relation has enough usable pairs", labels)
 
 
 def scores_by_relation(analysis: Analysis, names: Sequence[str]) -> Drawing:
@@ -383,8 +381,8 @@ def scores_by_relation(analysis: Analysis, names: Sequence[str]) -> Drawing:
         figure,
         "scores_by_relation",
         "Parallelogram score of each relation",
-        caption="Lower is better. The bars | are the scores of the same words paired at random. A low score that is "
-        "not below its bar shows where the words lie, not that they form parallelograms.",
+        caption="Lower is better. A bar | is the score of the same words paired at random. A low score that is not "
+        "below its bar only shows that the words lie close together, not that they form parallelograms.",
         source=f"Score {BAEK2025}: first 2 components of the vocabulary. Relations: {analysis.relations}. "
         f"Input embedding. Intervals: 95 %, {analysis.resampled} of the pairs.",
         remarks=_without_score(analysis),
@@ -410,8 +408,8 @@ def score_distributions(analysis: Analysis, names: Sequence[str]) -> Drawing:
         figure,
         "score_cdfs",
         "Distribution of the parallelogram score",
-        caption=f"The share of {SAMPLED_SCORES:,} random pairs of pairs (drawn with replacement) with a score below "
-        f"the value on the axis. Curves further left are better. At most {beyond:.2%} of a curve lies beyond the end "
+        caption=f"The share of {SAMPLED_SCORES:,} random pairs of pairs (drawn with replacement) whose score is below "
+        f"the value on the axis. A curve further left is better. At most {beyond:.2%} of a curve lies beyond the end "
         f"of the axis, {SCORE_AXIS:g}.",
         source=f"Score {BAEK2025}. Relations: {analysis.relations}. Input embedding.",
         remarks=_without_score(analysis),
@@ -428,13 +426,13 @@ def overall(analysis: Analysis) -> dict[str, Any]:
 
 MEAN, RELATIVE = mean_over_relations, relative_to_random_pairs
 QUANTITIES = (
-    Quantity(f"parallelogram score, {BAEK2025}", _number(BAEK2025, MEAN), "lower", "preset_score"),
-    Quantity(f"parallelogram score, {BAEK2025}, over that of random pairs", _number(BAEK2025, RELATIVE), "lower",
+    Quantity(f"parallelogram score ({BAEK2025})", _number(BAEK2025, MEAN), "lower", "preset_score"),
+    Quantity(f"parallelogram score ({BAEK2025}) over that of random pairs", _number(BAEK2025, RELATIVE), "lower",
              "preset_relative"),
-    Quantity(f"parallelogram score, {OWN_SCALE}", _number(OWN_SCALE, MEAN), "lower", "own_scale_score"),
-    Quantity(f"parallelogram score, {OWN_SCALE}, over that of random pairs", _number(OWN_SCALE, RELATIVE), "lower"),
-    Quantity(f"parallelogram score, {OF_CENTRES}", _number(OF_CENTRES, MEAN), "lower", repeats=tied),
-    Quantity(f"parallelogram score, {OF_CENTRES}, over that of random pairs", _number(OF_CENTRES, RELATIVE), "lower",
+    Quantity(f"parallelogram score ({OWN_SCALE})", _number(OWN_SCALE, MEAN), "lower", "own_scale_score"),
+    Quantity(f"parallelogram score ({OWN_SCALE}) over that of random pairs", _number(OWN_SCALE, RELATIVE), "lower"),
+    Quantity(f"parallelogram score ({OF_CENTRES})", _number(OF_CENTRES, MEAN), "lower", repeats=tied),
+    Quantity(f"parallelogram score ({OF_CENTRES}) over that of random pairs", _number(OF_CENTRES, RELATIVE), "lower",
              "own_scale_relative_centres", repeats=tied),
 )  # fmt: skip
 CURVES = (Curve("parallelogram_score", f"parallelogram score ({BAEK2025}), mean over relations"),)

@@ -11,7 +11,7 @@ from hgpt.interpret.measure import Analysis, Block, Details, Drawing, ModelResul
 from hgpt.interpret.relations import distinct
 from hgpt.interpret.subject import Subject
 from hgpt.interpret.token_distances import visible
-from hgpt.interpret.vectors import Projection, RelationVectors, ScoreSettings, project
+from hgpt.interpret.vectors import Projection, ScoreSettings, project
 
 TITLE = "Relations in a plane"
 MODELS, RELATIONS, PAIRS = 3, 4, 8  # as many as leave the labels legible
@@ -34,8 +34,7 @@ def compute(subject: Subject) -> dict[str, tuple[Tokens, dict[PlaneOf, Projectio
         if len(ids):
             names = [visible(subject.model.tokenizer, token) for token in ids.ravel().tolist()]
             tokens = tuple(zip(names[::2], names[1::2], strict=True))
-            vectors = RelationVectors(subject.input, ids)
-            found[name] = tokens, {plane: project(vectors, ScoreSettings(plane=plane)) for plane in FIGURES}
+            found[name] = tokens, {plane: project(subject.input, ids, ScoreSettings(plane=plane)) for plane in FIGURES}
     return found
 
 
@@ -75,11 +74,11 @@ def section(analysis: Analysis) -> list[Block]:
     figures = {plane: [draw(models, name, plane, n) for n, name in enumerate(names, start=1)] for plane in FIGURES}
     return [
         paragraph(
-            "Arrows go from the first to the second token of a pair, which is bold. Parallel arrows of equal length "
-            "are parallelograms. The plane is fitted to the relation's tokens, so it looks as regular as possible; "
-            "note its share of the variance. A word of several tokens is represented by its last one, as in the "
-            f"scores. At most {PAIRS} pairs of a relation are drawn, those that lie far apart. A label that would "
-            "cover another one is left out."
+            "An arrow goes from the first to the second token of a pair; the second is bold. Parallel arrows of equal "
+            "length are parallelograms. The plane is fitted to the relation's tokens, so the arrows look as regular as "
+            "possible; note the plane's share of the variance. A word of several tokens is represented by its last "
+            f"one, as in the scores. At most {PAIRS} pairs of a relation are drawn, those that lie far apart. A label "
+            "that would cover another one is left out."
         ),
         paragraph(" ".join([f"Input embedding. Relations: {analysis.relations}.", *remarks]), quiet=True),
         *figures["relation"],
@@ -87,8 +86,8 @@ def section(analysis: Analysis) -> list[Block]:
             title="The same relations in the plane of the vocabulary",
             blocks=[
                 paragraph(
-                    "The first two components of the whole vocabulary; baek2025, the score of Baek et al., is computed "
-                    "in this plane."
+                    "The plane of the first two components of the whole vocabulary, in which the score baek2025 is "
+                    "computed."
                 ),
                 *figures["vocabulary"],
             ],

@@ -57,13 +57,12 @@ def compute(subject: Subject) -> dict[str, Any] | None:
     quality = {name: read.mean(getattr(positions, name)) for name in means}
     quality |= {"accuracy": read.mean(positions.correct), "nearest_accuracy": read.mean(positions.nearest)}
     if read.passages.text_bytes is not None:
-        losses, _ = positions.window_sums(positions.loss.astype(np.float64))
+        losses = positions.window_sums(positions.loss.astype(np.float64))
         replicates = bootstrap_ratio(losses / np.log(2), read.passages.text_bytes, read.counts)
         quality["bits_per_byte"] = estimate(bits_per_byte(losses, read.passages.text_bytes), replicates)
     bands = []
-    if read.fits:
-        assert subject.text is not None
-        band_of = frequency_bands(subject.text.corpus.counts(subject.model.vocab_size))[positions.target]
+    if subject.training_counts is not None:
+        band_of = frequency_bands(subject.training_counts)[positions.target]
         bands = [_band(read, band, band_of == band) for band in range(len(BANDS)) if (band_of == band).any()]
     return {"quality": quality, "bands": bands}
 

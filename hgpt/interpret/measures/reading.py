@@ -1,23 +1,23 @@
 """The text browser: the models' predictions for each token of a text."""
 
-from collections.abc import Sequence
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from hgpt.errors import UserError
-from hgpt.interpret.measure import Analysis, Block, Html, ModelResult, paragraph
+from hgpt.interpret.measure import Analysis, Block, ModelResult, page_data, paragraph
 from hgpt.interpret.models import LoadedModel
 from hgpt.interpret.subject import Subject
 
 TITLE = "Text browser"
-NEAREST = 5
-POSITIONS = 160
-OWN_POSITIONS = 512  # of a text of the reader's own
+NEAREST = 5  # most probable tokens shown at each position
+POSITIONS = 160  # of the validation text
+OWN_POSITIONS = 512  # of --text
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Text:
+class Readings:
     """A text as a model read it: what came before the first target, and a reading for each target."""
 
     before: str
@@ -79,7 +79,7 @@ def _ratios(loaded: LoadedModel, x: Tensor, logits: Tensor) -> Tensor | None:
     return torch.exp(log_d - log_d.min())
 
 
-def compute(subject: Subject) -> Text | None:
+def compute(subject: Subject) -> Readings | None:
     passage = _passage(subject)
     if passage is None:
         return None
@@ -90,12 +90,12 @@ def compute(subject: Subject) -> Text | None:
         start = max(0, min(len(seen) - context // 2, len(inputs) - context))
         part = slice(start, start + context)
         seen += read_text(subject.model, inputs[part], targets[part], NEAREST)[len(seen) - start :]
-    return Text(subject.model.token_text(int(inputs[0])), seen)
+    return Readings(subject.model.token_text(int(inputs[0])), seen)
 
 
 def _passage(subject: Subject) -> tuple[np.ndarray, np.ndarray] | None:
     """Inputs and targets from --text, or else from the start of the validation text; None without either."""
-    file, longest = subject.settings.text, min(POSITIONS, subject.model.context)
+    file = subject.settings.text
     if file is not None:
         try:
             text = Path(file).read_text(encoding="utf-8")
@@ -108,10 +108,10 @@ def _passage(subject: Subject) -> tuple[np.ndarray, np.ndarray] | None:
     if subject.read is None:
         return None
     inputs, targets = subject.read.passages.windows[0]
-    return inputs[:longest], targets[:longest]
+    return inputs[:POSITIONS], targets[:POSITIONS]
 
 
-TEMPLATE = """
+CONTROLS = """
 <div class="controls">
 <label>text as read by <select class="pick" data-side="a"></select></label>
 <label>beside it <select class="pick" data-side="b"></select></label>
@@ -120,39 +120,28 @@ TEMPLATE = """
 </div>
 <p class="legend quiet" id="text-legend"></p>
 <div class="sides"><div class="side" data-side="a"></div><div class="side" data-side="b"></div></div>
-<script type="application/json" id="reading-data">{{ readings|tojson }}</script>
 """
 
 
-def page_data(models: Sequence[ModelResult]) -> list[dict[str, Any] | None]:
-    """Of each model the text before its first target and its readings, with 4 digits; None if it read nothing."""
-    return [_rounded(asdict(found)) if (found := model.found.get("reading")) else None for model in models]
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(entry) for entry in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
 def section(analysis: Analysis) -> list[Block]:
-    readings = page_data(analysis.models)
-    if not any(readings):
+    found = [model.found.get("reading") for model in analysis.models]
+    if not any(found):
         return []
+    readings = json.dumps([text and asdict(text) for text in found])
+    four_digits = json.loads(readings, parse_float=lambda digits: float(f"{float(digits):.4g}"))
     own = analysis.settings.text
-    source = f"{own}, at most {OWN_POSITIONS} tokens" if own else "the start of the first window of validation text"
+    source = f"{own}, at most {OWN_POSITIONS} tokens" if own else "the beginning of the validation text"
     return [
         paragraph(
-            "Point at a token or move with the arrow keys: what each model predicted before the token came, the most "
-            "probable tokens first. A click keeps the token. Of a harmonic head these are the nearest centres (with "
-            "radii ρ, those with the smallest d / ρ), with d / d_min; a softmax head's list is by probability alone."
+            "Point at a token, or move with the arrow keys, to see the token's probability and the tokens that each "
+            "model found most probable at its place. A click keeps the token. The most probable tokens of a harmonic "
+            "head are those with the nearest centres (with radii ρ: the smallest d / ρ); d / d_min stands beside them."
         ),
         paragraph(f"Text: {source}.", quiet=True),
-        Html(template=TEMPLATE, values={"readings": readings}),
+        Markup(CONTROLS),
+        page_data("reading-data", four_digits),
     ]
 
 
-def rows(model: ModelResult) -> dict[str, Any]:
+def rows(model: ModelResult) -> dict[str, list[Reading]]:
     return {"reading": result_of(model)}

@@ -78,8 +78,8 @@ def section(analysis: Analysis) -> list[Block]:
             figure,
             "cka",
             "Debiased CKA, block by block",
-            caption="Debiased linear CKA between the layers of the first model and of each other model on the same "
-            "text: 1 for representations that are equal up to rotation and scale, 0 for unrelated ones.",
+            caption="Debiased linear CKA between the layers of the first model and those of each other model on the "
+            "same text: 1 for hidden states that are equal up to rotation and scale, 0 for unrelated ones.",
             source=f"On {states_text(models)} sampled validation positions of: {analysis.data_source}.",
         )
     ]

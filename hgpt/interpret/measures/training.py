@@ -58,18 +58,18 @@ def section(analysis: Analysis) -> list[Block]:
             figure,
             "over_training",
             "Norms, distances and ranks over training",
-            caption="Values of the run's own evaluations if it logged them, otherwise of the checkpoints that it kept. "
-            "Hidden states and distances are averages over part of the validation text: in evaluations over "
-            f"eval.diagnostic_windows windows (16 unless set), for checkpoints over about {CHECKPOINT_TOKENS:,} tokens "
-            f"in windows of at most {CHECKPOINT_WINDOW} (norms: {CHECKPOINT_SAMPLE} of the tokens). The other figures "
-            "of this page use other text. For the loss over training see python -m hgpt.runs.",
+            caption="From the run's own evaluations, or from the checkpoints that it kept if these are more. Hidden "
+            "states and distances are means over part of the validation text, which is not that of the other figures: "
+            "in evaluations over eval.diagnostic_windows windows (16 unless set), for checkpoints over about "
+            f"{CHECKPOINT_TOKENS:,} tokens in windows of at most {CHECKPOINT_WINDOW} (norms: {CHECKPOINT_SAMPLE} of "
+            "them). python -m hgpt.runs shows the loss over training.",
             source="From metrics.jsonl and the checkpoints in each run folder.",
         )
         blocks.append(drawing)
     for model in analysis.models:
         if (spent := energy(model)) is not None:
-            measured = f"Energy of {model.label}, with all programs on its machines: {spent['method']}."
-            blocks.append(paragraph(f"{measured} Estimates are comparable on one machine only.", quiet=True))
+            measured = f"Energy of {model.label}, including all other programs on its machines: {spent['method']}."
+            blocks.append(paragraph(f"{measured} Compare estimates of the same machine only.", quiet=True))
     return blocks
 
 

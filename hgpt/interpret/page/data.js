@@ -24,13 +24,13 @@ const fillSelect = (select, pairs) => { // pairs of value and title; what was ch
     ...pairs.map(([value, title]) => element("option", { value, selected: value === kept }, title)));
 };
 
-// Bytes that are not a whole character in one token, \xe4, may be one together.
+// Each of these tokens holds part of a character, as \xe4; together they may hold all of it.
 const joined = (texts) =>
   texts.join("").replace(/(\\x[0-9a-f]{2})+/g, (escapes) =>
     new TextDecoder().decode(Uint8Array.from(escapes.match(/[0-9a-f]{2}/g), (digits) => parseInt(digits, 16))));
 const visible = (text) => text.replace(/ /g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥");
 const code = (text) => element("code", {}, visible(text));
-const count = (number) => number.toLocaleString("en");
+const grouped = (number) => number.toLocaleString("en");
 const probability = (p) => (p >= 0.001 ? p.toFixed(3) : p.toExponential(0));
 
 // Colours. A scale has stops from low to high for a light page and for a dark one, so that neither end is lost.

@@ -1,5 +1,5 @@
-// The map, the search, the card of the chosen token, and pinned tokens. Tokens are known by their text, which models of
-// different tokenizers share.
+// The map, the search, the card of the chosen token, and pinned tokens. A token is named by its text, which is the same
+// in models with different tokenizers.
 const explorer = load("explorer-data");
 const vocabularies = explorer.vocabularies.map(unpackedVocabulary);
 const models = explorer.models.map(() => null);
@@ -30,7 +30,7 @@ const colourings = () => {
   if (counts) {
     const most = counts.reduce((a, b) => Math.max(a, b), 1);
     const at = (token) => Math.log1p(counts[token]) / Math.log1p(most);
-    found.frequency = { at, title: `in the ${vocabulary().counted}`, ends: ["never", `${count(most)} times`] };
+    found.frequency = { at, title: `in the ${vocabulary().counted}`, ends: ["never", `${grouped(most)} times`] };
   }
   found["length |w|"] = spread(model().length, "length of the centre, |w|");
   if (model().radius) found["radius ρ"] = spread(model().radius.map(Math.log), "log of the radius, log ρ");
@@ -62,14 +62,14 @@ const colour = () => {
   chart.redraw();
 };
 
-const place = () => {
+const placePoints = () => {
   const components = Number(get("components").value);
   chart.setPoints(model().points, components === 3);
   const share = model().shares.slice(0, components).reduce((a, b) => a + b);
   get("share").textContent = `${components} components hold ${(100 * share).toPrecision(2)} % of the centres' variance.`;
 };
 
-// Label the chosen and the pinned tokens, and the hovered one; lines go to the neighbours of one.
+// Label the hovered, the chosen and the pinned tokens. Lines lead from the hovered or else the chosen one to its neighbours.
 const mark = (hovered = null) => {
   const { idOf } = vocabulary();
   const texts = [...new Set([chosen, ...pins])].filter((text) => idOf.has(text));
@@ -86,7 +86,7 @@ const hover = (token, x, y) => {
   if (token === null) return;
   const { texts, counts } = vocabulary();
   const near = (nearestOf(model(), "neighbours", token) ?? []).slice(0, 6);
-  box.replaceChildren(code(texts[token]), counts ? ` ${count(counts[token])} times` : "",
+  box.replaceChildren(code(texts[token]), counts ? ` ${grouped(counts[token])} times` : "",
     element("div.quiet", {}, near.map(([other]) => visible(texts[other])).join("  ")));
   const { clientWidth, clientHeight } = get("map");
   box.style.left = `${Math.max(0, Math.min(x + 12, clientWidth - box.offsetWidth - 4))}px`;
@@ -98,7 +98,7 @@ const cardOf = (text) => {
   const token = words.idOf.get(text);
   const known = token === undefined ? "" : `token ${token}`;
   const frequency = known && words.counts
-    ? `, ${count(words.counts[token])} times in the ${words.counted} (rank ${count(words.ranks[token])})` : "";
+    ? `, ${grouped(words.counts[token])} times in the ${words.counted} (rank ${grouped(words.ranks[token])})` : "";
   const pinned = pins.includes(text);
   const pin = element("button.pin", { type: "button", onclick: () => togglePin(text) }, pinned ? "unpin" : "pin");
   const shown = [pair.a, pair.b].filter((number) => number !== null);
@@ -123,7 +123,7 @@ const refresh = () => {
   mark();
 };
 
-// Show the card of a token; `centre`: and bring its point into the middle of the map.
+// Show the card of a token; `centre`: also move its point into the middle of the map.
 const show = (text, centre = false) => {
   chosen = text;
   get("hover").hidden = true;
@@ -154,7 +154,7 @@ const search = () => {
   hits = new Set(found);
   const options = found.slice(0, 30).map((token, i) =>
     element("li", { id: `match-${i}`, role: "option", onpointerdown: () => choose(token) }, code(texts[token])));
-  const note = found.length ? `${count(found.length)} found, coloured on the map` : "no token contains this";
+  const note = found.length ? `${grouped(found.length)} found, coloured on the map` : "no token contains this";
   get("matches").replaceChildren(...options, element("li.quiet", {}, note));
   get("search").setAttribute("aria-expanded", "true");
   activate(0);
@@ -181,14 +181,14 @@ const offerColours = () => {
   fillSelect(get("colour"), Object.keys(colourings()).map((name) => [name, name]));
   const { ranks, texts } = vocabulary();
   const tops = ranks ? [100, 1000, 10000].filter((top) => top < texts.length) : [];
-  const frequent = tops.map((top) => [`top${top}`, `the ${count(top)} most frequent`]);
+  const frequent = tops.map((top) => [`top${top}`, `the ${grouped(top)} most frequent`]);
   fillSelect(get("part"), [["all", "all tokens"], ...frequent, ...KINDS.map(([title], i) => [`kind${i}`, title])]);
 };
-const rebuild = () => { offerColours(); place(); colour(); refresh(); };
+const rebuild = () => { offerColours(); placePoints(); colour(); refresh(); };
 
 offerScales(get("map-scale"), "violet–yellow");
 ["colour", "map-scale", "part"].forEach((id) => get(id).addEventListener("change", colour));
-get("components").addEventListener("change", place);
+get("components").addEventListener("change", placePoints);
 document.querySelectorAll("[data-zoom]").forEach((button) => button.addEventListener("click", () => {
   if (button.dataset.zoom) chart.zoom(Number(button.dataset.zoom));
   else chart.reset();

@@ -46,7 +46,7 @@ class PointMap {
     this.annotate();
   }
 
-  // The width of a pixel in the space of the points: all of them fit at zoom 1, turned as they may be.
+  // The width of a pixel in the space of the points. At zoom 1 all points fit, however the view is turned.
   perPixel() {
     const [x, y] = this.solid ? [0.85 * this.radius, 0.85 * this.radius] : this.extent;
     return (2.1 * Math.max(x / this.canvas.width, y / this.canvas.height)) / this.view.zoom;
@@ -140,7 +140,7 @@ class PointMap {
     return found;
   }
 
-  // Zoom so that the place (x, y) of the canvas stays where it is.
+  // Zoom around the place (x, y) of the canvas.
   zoom(factor, x = this.canvas.width / 2, y = this.canvas.height / 2) {
     const before = this.perPixel();
     this.view.zoom = Math.min(Math.max(this.view.zoom * factor, 0.5), 200);
@@ -165,12 +165,6 @@ class PointMap {
     const [x, y] = [0, 1].map((axis) => this.axes[axis][i] - this.middle[axis]);
     Object.assign(this.view, { x, y, yaw: 0, pitch: 0, zoom: Math.max(this.view.zoom, 3) });
     this.redraw();
-  }
-
-  frameTime(frames) { // milliseconds
-    const start = performance.now();
-    for (let i = 0; i < frames; i++) { this.view.yaw += 0.01; this.draw(); }
-    return (performance.now() - start) / frames;
   }
 
   listen() {

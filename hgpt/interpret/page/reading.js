@@ -1,4 +1,4 @@
-// The reader: one text as two models read it, coloured by a quantity that the person chooses.
+// The text browser: one text as two models read it, coloured by a quantity of choice.
 const readings = load("reading-data"); // of each model, null if it read nothing
 const seenBy = (model) => readings[model].seen;
 const sides = () => ["a", "b"].filter((side) => pair[side] !== null && readings[pair[side]]);
@@ -18,7 +18,7 @@ const QUANTITIES = {
   rank: { of: (seen) => seen.rank, place: (rank) => 1 - Math.log10(rank) / 3, ends: ["1,000", "1"] },
   "d / d_min": { of: (seen) => seen.ratio, place: (ratio) => (widest - ratio) / (widest - 1),
     ends: [widest.toFixed(2), "1"] },
-  "p beside the other": { of: (seen, other) => other && Math.log2(seen.p / other.p), place: (log) => 0.5 + log / 8,
+  "p over the other's": { of: (seen, other) => other && Math.log2(seen.p / other.p), place: (log) => 0.5 + log / 8,
     ends: ["16 times less", "16 times more"] },
 };
 
@@ -59,11 +59,11 @@ const predictions = (seen) => {
     ...(ratio === null ? [] : [element("td.number", {}, ratio.toFixed(3))]));
   const names = ["", "token", "p", ...(seen.ratio === null ? [] : ["d / d_min"])];
   return element("table", {}, element("thead", {}, element("tr", {}, ...names.map((name) => element("th", {}, name)))),
-    element("tbody", {}, row(`came, rank ${count(seen.rank)}`, seen.token, seen.p, seen.ratio),
+    element("tbody", {}, row(`target, rank ${grouped(seen.rank)}`, seen.token, seen.p, seen.ratio),
       ...seen.nearest.map(([token, p, ratio], i) => row(`${i + 1}.`, token, p, ratio))));
 };
 
-// Show a position of a side, and the same place of the text on the other. `fix`: also when the pointer has left.
+// Show a position of a side, and the same place of the text on the other. `fix`: keep it when the pointer leaves.
 const point = (side, position, fix = true) => {
   const at = { [side]: position };
   const other = otherOf(side);
@@ -78,7 +78,7 @@ const point = (side, position, fix = true) => {
   }
 };
 
-// The token above (−1) or below (1): of the next line, the one nearest to `position`.
+// The nearest token of the line above (direction −1) or below (1).
 const vertical = (spans, position, direction) => {
   const here = spans[position].getBoundingClientRect();
   let [found, least] = [position, Infinity];

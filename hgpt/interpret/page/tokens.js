@@ -77,7 +77,7 @@ const occurrences = (model, token, most = 5) => {
     places[Math.floor((i * places.length) / Math.min(most, places.length))]);
   const items = shown.map((at) =>
     [...passage(model, at), `\u00a0p\u00a0${probability(Math.exp(-model.text.losses[at]))}`]);
-  return listed(`in the text, ${places.length === 1 ? "once" : `${count(places.length)} times`}`, items);
+  return listed(`in the text, ${places.length === 1 ? "once" : `${grouped(places.length)} times`}`, items);
 };
 
 const relationsOf = ({ relations, texts }, token, show) =>
@@ -99,7 +99,7 @@ const modelPart = (model, number, text, show) => {
     [...passage(model, at), `\u00a0${value.toFixed(3)}`]);
   return element("div", {}, title, element("p.quiet", {}, `|w| ${model.length[token].toFixed(2)}${radius}`),
     element("h4", {}, `nearest centres, ${model.harmonic ? "d" : "1 − cosine"}`),
-    element("p", {}, ...(near ?? [`only of the ${count(model.rowOf.size)} most frequent tokens`])),
+    element("p", {}, ...(near ?? [`only of the ${grouped(model.rowOf.size)} most frequent tokens`])),
     ...occurrences(model, token),
     ...listed(`contexts nearest to the centre, ${model.harmonic ? "d / d_min" : "p"}`, contexts));
 };
