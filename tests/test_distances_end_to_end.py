@@ -199,7 +199,7 @@ def test_a_distance_of_ones_own_needs_its_file(
     reporting = [str(folder), "--out", str(out), "--bootstrap", "100", "--final-only", "--relations", relations]
     for command, arguments in ((sample.main, sampling), (report, reporting)):
         monkeypatch.delitem(hgpt.model.distances._REGISTRY, "lorentzian")
-        hgpt.model.distances._load_distances.cache_clear()
+        hgpt.model.distances.load_distances.cache_clear()
         assert cli.run(command, arguments) == 2
         assert "got 'lorentzian'" in capsys.readouterr().err
         assert cli.run(command, [*arguments, "--distance-file", str(tmp_path / "none.py")]) == 2
