@@ -1,16 +1,13 @@
 """A head of ours on other models of transformers: harmonize, [model] backbone, what is saved, and what is refused."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from processes import finish, run, start
-from remote_code import WITHOUT_HGPT
+from remote_code import run_without_hgpt
 from small_run import HARMONIC, losses, make_config, markov_tokens, write_data
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -142,13 +139,8 @@ for folder in sys.argv[1:]:
     model = kind.from_pretrained(folder, trust_remote_code=True)
     assert torch.equal(model(expected["ids"]).logits, expected["logits"]), folder
     assert masked or model.generate(expected["ids"], max_new_tokens=2).shape[1] > 9
-print("compared")
 """
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    environment.pop("PYTHONPATH", None)
-    command = [sys.executable, "-c", WITHOUT_HGPT + script, *map(str, folders.values())]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert "compared" in done.stdout, done.stderr[-3000:]
+    run_without_hgpt(script, [str(folder) for folder in folders.values()], tmp_path)
 
 
 def causal(config) -> PreTrainedModel:
