@@ -8,7 +8,7 @@ import pytest
 import torch
 from processes import finish, run, start
 from remote_code import run_without_hgpt
-from small_run import HARMONIC, losses, make_config, markov_tokens, write_data
+from small_run import HARMONIC, losses, make_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
@@ -182,11 +182,6 @@ def test_configurations_of_another_version_or_kind_are_refused(folders, tmp_path
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Runs
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data") / "shards", markov_tokens(6000, 1), markov_tokens(500, 2))
 
 
 def backbone_run(data, runs, name="run", values=None, **sections):

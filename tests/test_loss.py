@@ -87,11 +87,14 @@ class Result(NamedTuple):
     loss: Tensor
     grad_x: Tensor
     grad_w: Tensor
+    learned: tuple[Tensor, ...]  # gradients by what else requires one: the exponent, the log-weights
 
 
 def differentiate(loss_of: Callable[..., Tensor], problem: Problem, **options: Any) -> Result:
     loss = loss_of(*problem, **options)
-    return Result(loss.detach(), *torch.autograd.grad(loss.sum(), problem[:2]))
+    learned = [option for option in options.values() if isinstance(option, Tensor) and option.requires_grad]
+    grad_x, grad_w, *others = torch.autograd.grad(loss.sum(), [*problem[:2], *learned])
+    return Result(loss.detach(), grad_x, grad_w, tuple(others))
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
@@ -184,37 +187,21 @@ def test_no_less_accurate_than_dense_in_the_same_dtype(
     """Both against float64 on the same (rounded) values; `scale` is that of x, whose norm need not be w's."""
     problem = make_problem(mean, planted=False)
     problem = problem._replace(x=problem.x * scale).to(dtype)
+
+    def found(loss_of: Callable[..., Tensor], problem: Problem, **options: Any) -> Result:
+        wide = torch.promote_types(problem.x.dtype, torch.float32)
+        learned = {"n": torch.tensor(EXPONENT, dtype=wide)} if kind != SOFTMAX else {}
+        learned |= {"a": options.pop("a").to(wide, copy=True)} if "a" in options else {}
+        learned = {name: value.requires_grad_() for name, value in learned.items()}
+        return differentiate(loss_of, problem, **learned, **options)
+
     same = {name: value for name, value in options.items() if name != "recompute"}
-    truth = differentiate(kind.dense, problem.to(torch.float64), **same)
-    ours, theirs = differentiate(kind.loss, problem, **options), differentiate(kind.dense, problem, **same)
+    truth, theirs = (found(kind.dense, problem.to(kept), **same) for kept in (torch.float64, dtype))
+    ours = found(kind.loss, problem, **options)
     assert ours.loss.dtype == torch.float32 and ours.grad_x.dtype == ours.grad_w.dtype == dtype
     assert relative_error(ours.loss, truth.loss) < relative_error(theirs.loss, truth.loss) + 1e-6
-    for value, other, exact in zip(ours[1:], theirs[1:], truth[1:], strict=True):
+    for value, other, exact in zip(*((*r[1:3], *r.learned) for r in (ours, theirs, truth)), strict=True):
         assert relative_error(value, exact) < 1.3 * relative_error(other, exact) + 1e-6
-
-
-@pytest.mark.parametrize(
-    ("kind", "learned"), [(HARMONIC, "n"), (BLOCKS, "n"), (HARMONIC, "a"), (BLOCKS, "a"), (SOFTMAX, "a")], ids=str
-)
-@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"label_smoothing": 0.1}], ids=str)
-@pytest.mark.parametrize("dtype", NARROW)
-def test_an_exponent_or_log_weights_learned_alone(
-    kind: Kind, learned: str, dtype: torch.dtype, options: dict[str, Any]
-) -> None:
-    problem = make_problem(planted=False).to(dtype)
-    same = {name: value for name, value in options.items() if name != "recompute"}
-
-    def gradient(loss_of: Callable, dtype: torch.dtype, **options: Any) -> Tensor:
-        wide = torch.promote_types(dtype, torch.float32)
-        learnt = {"n": torch.tensor(EXPONENT, dtype=wide), "a": LOG_WEIGHT.to(wide, copy=True)}
-        x, w = problem.x.detach().to(dtype), problem.w.detach().to(dtype)
-        learnt[learned].requires_grad_()
-        return torch.autograd.grad(loss_of(x, w, problem.targets, **learnt, **options), learnt[learned])[0]
-
-    truth, theirs = gradient(kind.dense, torch.float64, **same), gradient(kind.dense, dtype, **same)
-    ours = gradient(kind.loss, dtype, **options)
-    assert ours.dtype == torch.float32
-    assert relative_error(ours, truth) < relative_error(theirs, truth) + 1e-6
 
 
 def test_what_x_and_w_have_in_common_costs_bfloat16_nothing() -> None:
@@ -222,11 +209,9 @@ def test_what_x_and_w_have_in_common_costs_bfloat16_nothing() -> None:
     errors = []
     for mean in (0.0, 10.0):
         problem = make_problem(mean, planted=False).to(torch.bfloat16)
-        truth = differentiate(HARMONIC.dense, problem.to(torch.float64))
-        errors.append(
-            [relative_error(*pair) for pair in zip(differentiate(HARMONIC.loss, problem), truth, strict=True)]
-        )
-    assert all(with_mean < 1.2 * without for without, with_mean in zip(*(row[1:] for row in errors), strict=True))
+        truth, ours = differentiate(HARMONIC.dense, problem.to(torch.float64)), differentiate(HARMONIC.loss, problem)
+        errors.append([relative_error(value, exact) for value, exact in zip(ours[1:3], truth[1:3], strict=True)])
+    assert all(with_mean < 1.2 * without for without, with_mean in zip(*errors, strict=True))
 
 
 @DISTANCES
@@ -234,14 +219,14 @@ def test_what_x_and_w_have_in_common_costs_bfloat16_nothing() -> None:
 def test_planted_zero_distances(kind: Kind, dtype: torch.dtype) -> None:
     problem = make_problem().to(dtype)
     ours = differentiate(kind.loss, problem)
-    assert all(value.isfinite().all() for value in ours)
+    assert all(value.isfinite().all() for value in ours[:3])
     torch.testing.assert_close(ours.loss, kind.dense(*problem).detach(), rtol=1e-5, atol=0)
     # Pairs at distance zero are clamped in either, and all others have their gradient: what those of the dense loss in
     # float32 are on the same values, but for the rounding to this dtype. Of the sum, for float16's range ends above the
     # gradients of the mean.
     summed = differentiate(kind.loss, problem, reduction="sum")
     expected = differentiate(kind.dense, problem.to(torch.float32), reduction="sum")
-    for value, reference in zip(summed[1:], expected[1:], strict=True):
+    for value, reference in zip(summed[1:3], expected[1:3], strict=True):
         assert relative_error(value, reference.double()) < 3e-6 + torch.finfo(dtype).eps
     # On their own centre: no loss and no gradient.
     result = differentiate(kind.loss, Problem(problem.x[:5], problem.w, problem.targets[:5]).to(dtype))
@@ -268,7 +253,8 @@ def test_float16_up_to_its_largest_values() -> None:
         problem.x[0, 0], problem.w[problem.targets[0], 0] = 4e4, 3.9e4
         problem.x[1, 3], problem.w[7, 3] = -6e4, 6e4
     expected = differentiate(HARMONIC.dense, problem.to(torch.float64), reduction="sum")
-    for value, reference in zip(differentiate(HARMONIC.loss, problem, reduction="sum"), expected, strict=True):
+    found = differentiate(HARMONIC.loss, problem, reduction="sum")
+    for value, reference in zip(found[:3], expected[:3], strict=True):
         assert relative_error(value, reference) < 2e-3
 
 
@@ -294,7 +280,7 @@ def test_exponents(n: float, spread: float, dtype: torch.dtype) -> None:
     options = {"n": n, "reduction": "sum"}
     truth = differentiate(HARMONIC.dense, problem.to(torch.float64), **options)
     ours, theirs = differentiate(HARMONIC.loss, problem, **options), differentiate(HARMONIC.dense, problem, **options)
-    for value, other, exact in zip(ours, theirs, truth, strict=True):
+    for value, other, exact in zip(ours[:3], theirs[:3], truth[:3], strict=True):
         bound = 1e-12 if dtype == torch.float64 else relative_error(other, exact) + torch.finfo(value.dtype).eps
         assert relative_error(value, exact) < bound
     counted = targets != -100
@@ -313,11 +299,11 @@ def test_ignored_positions(kind: Kind) -> None:
     problem.x[5::11] = 1e4
     problem = problem.to(torch.float32)
     result = differentiate(kind.loss, problem)
-    torch.testing.assert_close(result[::2], expected[::2])
+    torch.testing.assert_close((result.loss, result.grad_w), (expected.loss, expected.grad_w))
     assert (result.grad_x[5::11] == 0).all()
     for num_items in (None, 7):
         result = differentiate(kind.loss, problem._replace(targets=problem.targets * 0 - 100), num_items=num_items)
-        assert all((value == 0).all() for value in result)
+        assert all((value == 0).all() for value in result[:3])
         assert kind.loss(problem.x[:0], problem.w, problem.targets[:0], num_items=num_items) == 0
 
 
@@ -377,6 +363,12 @@ def test_frozen_operands(kind: Kind, recompute: bool) -> None:
         torch.testing.assert_close(value, expected.loss)
     torch.testing.assert_close(torch.autograd.grad(loss(x, w.detach()), x)[0], expected.grad_x)
     torch.testing.assert_close(torch.autograd.grad(loss(x.detach(), w), w)[0], expected.grad_w)
+    for name in ("a",) if kind == SOFTMAX else ("a", "n"):
+        alone = {"a": LOG_WEIGHT.double(), "n": torch.tensor(EXPONENT, dtype=torch.float64)}
+        alone[name].requires_grad_()
+        ours = kind.loss(x.detach(), w.detach(), targets, recompute=recompute, **alone)
+        theirs = kind.dense(x.detach(), w.detach(), targets, **alone)
+        torch.testing.assert_close(*(torch.autograd.grad(value, alone[name]) for value in (ours, theirs)))
 
 
 @EVERY
@@ -405,7 +397,7 @@ def test_within_autograd(kind: Kind, options: dict[str, Any]) -> None:
     value = loss(*problem)
     for retain_graph in (True, False):  # twice through one graph
         grads = torch.autograd.grad(value, problem[:2], retain_graph=retain_graph)
-        torch.testing.assert_close(grads, expected[1:], rtol=0, atol=0)
+        torch.testing.assert_close(grads, expected[1:3], rtol=0, atol=0)
     with pytest.raises(RuntimeError, match=r"no second derivative.*cross_entropy on its logits"):
         torch.autograd.grad(loss(*problem), problem.x, create_graph=True)
     with pytest.raises(RuntimeError):  # no derivative in forward mode, and no silent zero
@@ -416,7 +408,7 @@ def test_within_autograd(kind: Kind, options: dict[str, Any]) -> None:
         repeated = problem.to(torch.float32)
         value = checkpoint(loss, *repeated, use_reentrant=use_reentrant)
         value.backward()
-        results.append(Result(value.detach(), repeated.x.grad, repeated.w.grad))
+        results.append(Result(value.detach(), repeated.x.grad, repeated.w.grad, ()))
     for result in results:
         torch.testing.assert_close(result, expected, rtol=0, atol=0)
 

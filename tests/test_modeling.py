@@ -143,10 +143,8 @@ def test_logits_are_log_harmax_of_the_final_hidden_states(radius: str) -> None:
     hidden, logits = model.transformer(tokens()).last_hidden_state, model(tokens()).logits
     d = torch.cdist(hidden, model.transformer.wte.weight[:V].expand(2, V, 32)) / model.lm_head.radii
     assert (model.lm_head.radii.std() > 0.01) == (radius == "learned")
-    for temperature in (1.0, 1.5):  # which divides the exponent
-        p = d ** -(4 * 32**0.5 / temperature)
-        p = p / p.sum(-1, keepdim=True)
-        torch.testing.assert_close((logits / temperature).softmax(-1), p, rtol=1e-3, atol=1e-6)
+    p = d ** -(4 * 32**0.5)
+    torch.testing.assert_close(logits.softmax(-1), p / p.sum(-1, keepdim=True), rtol=1e-3, atol=1e-6)
 
 
 @HEADS
@@ -165,15 +163,6 @@ def test_no_final_norm(head: str) -> None:
 
 
 # Attention, cache, padding on the left
-
-
-def test_a_token_sees_no_later_token() -> None:
-    model, ids = tiny_model(), tokens()
-    changed = ids.clone()
-    changed[:, 7] = (changed[:, 7] + 1) % V
-    before, after = model(ids).logits, model(changed).logits
-    assert torch.equal(before[:, :7], after[:, :7])
-    assert ((before[:, 7:] - after[:, 7:]).abs().amax(-1) > 1e-3).all()
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
@@ -397,20 +386,6 @@ def test_optional_outputs() -> None:
     assert isinstance(model.transformer(tokens(), return_dict=False), tuple)
 
 
-# Generation
-
-
-@HEADS
-def test_beam_search_finds_the_best_of_all_continuations(head: str) -> None:
-    model, ids = tiny_model(head=head), tokens(1, 5)
-    beams = model.generate(ids, num_beams=V, max_new_tokens=2, do_sample=False, length_penalty=0.0)
-    first = model(ids).logits[0, -1].log_softmax(-1)  # (V,)
-    every = torch.cat([ids.expand(V, -1), torch.arange(V)[:, None]], dim=1)
-    total = first[:, None] + model(every).logits[:, -1].log_softmax(-1)  # (V, V)
-    best = total.flatten().argmax().item()
-    assert beams[0, 5:].tolist() == [best // V, best % V]
-
-
 # Checkpoints
 
 
@@ -419,7 +394,7 @@ def test_beam_search_finds_the_best_of_all_continuations(head: str) -> None:
 def test_save_and_load_give_the_same_weights_and_logits(tmp_path: Path, head: str, tied: bool) -> None:
     """Also that loading randomises nothing that was loaded (transformers #46620)."""
     free = {"radius": "learned", "final_norm": "none"} if tied else {}
-    model = tiny_model(head=head, tie_word_embeddings=tied, bias=True, **free)
+    model = tiny_model(head=head, tie_word_embeddings=tied, bias=True, dropout=0.1, eos_token_id=7, **free)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -439,7 +414,8 @@ def test_save_and_load_give_the_same_weights_and_logits(tmp_path: Path, head: st
     assert torch.equal(trunk(tokens()).last_hidden_state, hidden)
     config = AutoConfig.from_pretrained(tmp_path)
     assert type(config) is HGPTConfig
-    assert config.exponent == model.config.exponent and config.final_norm_gain == LIVELY["final_norm_gain"]
+    ours, theirs = ({k: v for k, v in c.to_dict().items() if k != "auto_map"} for c in (model.config, config))
+    assert ours == theirs and config.final_norm_gain == LIVELY["final_norm_gain"]
     requirements = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     assert f"transformers{config.transformers_tested}" in requirements
 
@@ -565,17 +541,6 @@ def test_transformers_trainer_trains_and_evaluates(head: str, tmp_path: Path) ->
     assert trainer.evaluate()["eval_loss"] < before - 0.5
 
 
-def test_bfloat16_autocast() -> None:
-    model, ids = tiny_model(**LIVELY | {"initializer_range": 0.05}), tokens()
-    expected = model(ids, labels=ids)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = model(ids, labels=ids)
-    assert out.logits.dtype == out.loss.dtype == torch.float32
-    torch.testing.assert_close(out.loss, expected.loss, rtol=2e-2, atol=0)
-    out.loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
 def test_initial_weights() -> None:
     sizes = {"n_embd": 64, "n_layer": 3, "vocab_size": 1000, "initializer_range": 0.02, "bias": True}
     scales = {"final_norm_gain": 0.05, "centre_init_std": 0.07}
@@ -648,18 +613,9 @@ def test_inductor_compiles(compiled: str) -> None:
 # Configuration
 
 
-def test_config_round_trip(tmp_path: Path) -> None:
-    config = tiny_config(exponent="2*sqrt_dim", bias=True, dropout=0.1, tie_word_embeddings=False, eos_token_id=7)
-    assert config.exponent == pytest.approx(2 * 32**0.5)
-    config.save_pretrained(tmp_path)
-    loaded = HGPTConfig.from_pretrained(tmp_path)
-    ours, theirs = ({k: v for k, v in c.to_dict().items() if k != "auto_map"} for c in (config, loaded))
-    assert ours == theirs
-    assert loaded.hidden_size == 32 and loaded.num_hidden_layers == 2 and loaded.max_position_embeddings == 32
-
-
 def test_config_defaults() -> None:
     config = HGPTConfig()
+    assert (config.hidden_size, config.num_hidden_layers, config.max_position_embeddings) == (768, 12, 1024)
     assert config.padded_vocab_size == 50304 and config.exponent == pytest.approx(2 * 768**0.5)
     gains = {"harmonic": 0.05, "softmax": 1.0}
     assert {head: HGPTConfig(head=head).final_norm_gain for head in gains} == gains
