@@ -210,7 +210,7 @@ def test_degenerate_vectors_are_finite(distance: str, options: dict[str, Any], d
     with torch.no_grad():
         head.weight.copy_(w)
     for targets in (torch.tensor([0, 1, 2, 2, 4, 5, 6, 1, 7]), torch.full((9,), 8)):
-        inputs = [x.to(dtype).requires_grad_(), *head.parameters()]
+        inputs = [x.to(dtype, copy=True).requires_grad_(), *head.parameters()]
         for value in (head(inputs[0], targets), F.cross_entropy(head(inputs[0]), targets)):
             assert value.isfinite()
             assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(value, inputs))

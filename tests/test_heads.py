@@ -175,7 +175,7 @@ def test_autocast_rounds_the_operands_and_nothing_else(which: int, radius: bool)
 def test_dtypes_without_autocast(dtype: torch.dtype) -> None:
     for head in heads(ROWS, dtype):
         x, targets = torch.randn(7, D, dtype=dtype), torch.randint(V, (7,))
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(dtype, torch.float32)
         assert head(x).dtype == head(x, targets).dtype == wide
         # A float32 weight follows a narrower x, as the float32 master weights of mixed precision do.
         assert head.float()(x, targets).dtype == wide
