@@ -70,7 +70,8 @@ class HarmonizedConfig(HGPTConfig):
         rows = self.padded_vocab_size
         self._require("task", self.task in ("causal_lm", "masked_lm"), "must be one of causal_lm, masked_lm")
         for name, needed in (("tie_word_embeddings", False), ("radius", "learned")):
-            self._require(name, not self.lift or getattr(self, name) == needed, f"must be {needed!r} for a lifted head")
+            if self.lift and getattr(self, name) != needed:
+                raise InvalidSetting(name, f"a lifted head needs {name} = {needed!r}; got {getattr(self, name)!r}")
         self._require("vocab_size", self.vocab_size <= rows, f"exceeds the backbone's {rows} rows")
 
     @property
