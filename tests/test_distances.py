@@ -254,9 +254,10 @@ def test_small_angles_survive_bfloat16() -> None:
 
 def test_a_clamped_distance_passes_no_gradient() -> None:
     head = make_head("manhattan", {})
-    x = head.weight[2:3].detach().clone().requires_grad_()
+    centre = head.weight[2:3].detach()
+    x = torch.nextafter(centre, centre + 1).requires_grad_()
     d = pairwise_distances(head.metric, x, head.weight)
-    assert 0 < d[0, 2] == head.metric.floor(x)[0, 0] < 1e-14
+    assert 0 < (x - centre).norm() < d[0, 2] == head.metric.floor(x)[0, 0] < 1e-14
     assert all((gradient == 0).all() for gradient in torch.autograd.grad(d[0, 2], [x, head.weight], retain_graph=True))
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(d.sum(), x, create_graph=True)
