@@ -1,5 +1,6 @@
 """A head of ours on other models of transformers: harmonize, [model] backbone, what is saved, and what is refused."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +50,7 @@ IDS = torch.arange(2, 20).reshape(2, 9)
 def plain(name: str) -> PreTrainedModel:
     torch.manual_seed(1)
     kind = AutoModelForMaskedLM if name in MASKED else AutoModelForCausalLM
-    model = kind.from_config((CAUSAL | MASKED)[name]).eval()
+    model = kind.from_config(copy.deepcopy((CAUSAL | MASKED)[name])).eval()  # harmonize changes it
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
