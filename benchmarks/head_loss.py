@@ -23,8 +23,9 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from operator import truediv
 from pathlib import Path
 
 import torch
@@ -93,32 +94,26 @@ def quack() -> Loss:
 LIBRARIES = {"Liger": liger, "Apple CCE": apple_cce, "quack": quack}  # softmax losses for GPUs
 
 
-@dataclass
 class DistanceLoss:
     """The loss of a harmonic head with this distance, such as "minkowski:p=3", with the weight as an argument.
 
     `parameters`: the learned parameters of the distance. Their gradients are computed with the loss.
     """
 
-    text: str
-    settings: Settings
-    head: HarmonicHead = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.head = HarmonicHead(self.settings.dim, 1, self.settings.n, **distance_and_options(self.text))
-        self.head.metric.to(self.settings.device)
-
-    @property
-    def parameters(self) -> tuple[Tensor, ...]:
-        return tuple(self.head.metric.parameters())
+    def __init__(self, text: str, settings: Settings) -> None:
+        self.head = HarmonicHead(settings.dim, 1, settings.n, **distance_and_options(text))
+        self.head.metric.to(settings.device)
+        self.parameters = tuple(self.head.metric.parameters())
 
     def __call__(self, x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
-        self.head.num_classes = len(w)  # fewer rows than in the settings during the warm-up
-        return torch.func.functional_call(self.head, {"weight": w}, (x, targets))
+        return self._called(w, x, targets)
 
     def dense(self, x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
-        self.head.num_classes = len(w)
-        return F.cross_entropy(torch.func.functional_call(self.head, {"weight": w}, (x,)), targets)
+        return F.cross_entropy(self._called(w, x), targets)
+
+    def _called(self, w: Tensor, *operands: Tensor) -> Tensor:
+        self.head.num_classes = len(w)  # fewer rows than in the settings during the warm-up
+        return torch.func.functional_call(self.head, {"weight": w}, operands)
 
 
 def distance_and_options(text: str) -> dict[str, object]:
@@ -336,17 +331,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     torch.set_num_threads(options.threads)
     positions, dim, rows = options.shape
-    settings = Settings(
-        positions=positions,
-        dim=dim,
-        rows=rows,
-        dtype=getattr(torch, options.dtype),
-        device=options.device,
-        threads=options.threads,
-        chunk=options.chunk,
-        exponent=options.exponent,
-        distances=tuple(options.distances),
-    )
+    where = getattr(torch, options.dtype), options.device, options.threads
+    settings = Settings(*options.shape, *where, options.chunk, options.exponent, tuple(options.distances))
     try:
         losses = variants(settings)
     except ValueError as error:
@@ -355,44 +341,45 @@ def main(arguments: list[str] | None = None) -> None:
         if unknown := set(options.only) - set(losses):
             parser.error(f"--only: no variant {sorted(unknown)} here; there are {sorted(losses)}")
         losses = {name: loss for name, loss in losses.items() if name in options.only or isinstance(loss, DistanceLoss)}
-
     threads = f", {options.threads} threads" if options.device == "cpu" else ""
     print(f"{machine_name(options.device)}{threads}, torch {torch.__version__}, {options.dtype}")
     print(f"{positions} positions x {dim} x {rows} rows, n = {settings.n:.4g}, {options.rounds} rounds\n")
-    header, columns = ["loss"], [[name] for name in losses]
-    operands = {harmonic: problem(settings, harmonic) for harmonic in {is_harmonic(name) for name in losses}}
+    columns = measure(losses, settings, options.rounds, options.skip)
+    print_table(["loss", *columns], [[name, *(column[name] for column in columns.values())] for name in losses])
 
-    if "time" not in options.skip:
-        times = measure_times(losses, operands, options.rounds, options.device)
-        references = [name for name in REFERENCES if name in losses]
-        references += ["fused harmonic"] if options.distances and "fused harmonic" in losses else []
-        header += ["time, s (quartiles)", *(f"/ {name}" for name in references)]
-        for column in columns:
-            own = times[column[0]]
-            low, middle, high = statistics.quantiles(own, n=4, method="inclusive") if len(own) > 1 else own * 3
-            column.append(f"{middle:.3f} ({low:.3f} to {high:.3f})")
-            for name in references:
-                column.append(f"{statistics.median(a / b for a, b in zip(own, times[name], strict=True)):.3f}")
-    if "memory" not in options.skip:
+
+def measure(losses: dict[str, Loss], settings: Settings, rounds: int, skip: list[str]) -> dict[str, dict[str, str]]:
+    """Title of a column → loss → cell."""
+    columns: dict[str, dict[str, str]] = {}
+    operands = {harmonic: problem(settings, harmonic) for harmonic in {is_harmonic(name) for name in losses}}
+    if "time" not in skip:
+        times = measure_times(losses, operands, rounds, settings.device)
+        references = [*REFERENCES, *(["fused harmonic"] if settings.distances else [])]
+        columns["time, s (quartiles)"] = {name: median_and_quartiles(own) for name, own in times.items()}
+        for reference in filter(times.get, references):
+            ratios = {name: map(truediv, own, times[reference]) for name, own in times.items()}
+            columns[f"/ {reference}"] = {name: f"{statistics.median(every):.3f}" for name, every in ratios.items()}
+    if "memory" not in skip:
         if settings.device == "cpu":
             memory = {name: in_a_process_of_its_own(name, settings)[1] for name in losses}
         else:
             memory = {name: peak_memory(loss, operands[is_harmonic(name)]) for name, loss in losses.items()}
-        header.append("memory, MiB")
-        for column in columns:
-            column.append(f"{memory[column[0]] / 2**20:.0f}")
-        if "dense harmonic" in memory:
-            header.append("/ dense harmonic")
-            for column in columns:
-                column.append(f"{memory[column[0]] / memory['dense harmonic']:.3f}")
-    if "errors" not in options.skip:
-        header.append("errors: loss, dx, dw")
-        for column in columns:
-            loss, harmonic = losses[column[0]], is_harmonic(column[0])
+        columns["memory, MiB"] = {name: f"{extra / 2**20:.0f}" for name, extra in memory.items()}
+        if dense := memory.get("dense harmonic"):
+            columns["/ dense harmonic"] = {name: f"{extra / dense:.3f}" for name, extra in memory.items()}
+    if "errors" not in skip:
+        columns["errors: loss, dx, dw"] = {}
+        for name, loss in losses.items():
+            harmonic = is_harmonic(name)
             exact = truth(dense_of(loss, settings, harmonic), settings, operands[harmonic])
             errors = measure_errors(loss, settings, operands[harmonic], exact)
-            column.append(", ".join(f"{error:.1e}" for error in errors))
-    print_table(header, columns)
+            columns["errors: loss, dx, dw"][name] = ", ".join(f"{error:.1e}" for error in errors)
+    return columns
+
+
+def median_and_quartiles(times: list[float]) -> str:
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ A_i = κ n with κ > 1 is better; κ is the one with the least divergence from s
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,6 @@ class Lift:
     centres: Tensor
     log_weight: Tensor
 
-    def to(self, dtype: torch.dtype) -> "Lift":
-        tensors = {name: getattr(self, name).to(dtype) for name in ("matrix", "offset", "centres", "log_weight")}
-        return replace(self, **tensors)
-
     def logits(self, h: Tensor) -> Tensor:
         d_sq = squared_distances(h @ self.matrix.T + self.offset, self.centres)
         return self.log_weight - 0.5 * self.n * d_sq.log()
@@ -104,33 +100,29 @@ def balance(softmax: Softmax) -> Balanced:
     return Balanced(t=t, mean=mean, u=u, a=softmax.b.double() + w @ mean, x_sq=x_sq, u_sq=u_sq)
 
 
-def lift(balanced: Balanced, n: float, flatter: float = 1.0) -> Lift:
-    """The lift for the exponent n, with κ = `flatter`, in float64."""
-    least = balanced.x_sq + balanced.u_sq
+def lift(balanced: Balanced, n: float, flatter: float = 1.0, dtype: torch.dtype = torch.float64) -> Lift:
+    """The lift for the exponent n, with κ = `flatter`, computed in float64."""
+    least, t = balanced.x_sq + balanced.u_sq, balanced.t
     r_sq = (flatter * n - least).clamp_min(0)
     log_weight = balanced.a + 0.5 * n * (least + r_sq).log()
-    t = balanced.t
     return Lift(
         n=n,
-        matrix=torch.cat((t.T, torch.zeros_like(t[:1]))),
-        offset=torch.cat((-balanced.mean @ t, t.new_zeros(1))),
-        centres=torch.cat((balanced.u, r_sq.sqrt()[:, None]), dim=1),
-        log_weight=log_weight - log_weight.mean(),
+        matrix=torch.cat((t.T, torch.zeros_like(t[:1]))).to(dtype),
+        offset=torch.cat((-balanced.mean @ t, t.new_zeros(1))).to(dtype),
+        centres=torch.cat((balanced.u, r_sq.sqrt()[:, None]), dim=1).to(dtype),
+        log_weight=(log_weight - log_weight.mean()).to(dtype),
     )
 
 
 def best_lift(softmax: Softmax, balanced: Balanced, n: float) -> Lift:
     """The lift with the κ in `FLATTER` that has the least divergence on some of `softmax.h`; in w's dtype."""
-    some = softmax.h[:: -(-len(softmax.h) // 256)]
+    some, dtype = softmax.h[:: -(-len(softmax.h) // 256)], softmax.w.dtype
 
-    def made(flatter: float) -> Lift:
-        return lift(balanced, n, flatter).to(softmax.w.dtype)
+    def divergence(flatter: float) -> float:
+        return compare(softmax, lift(balanced, n, flatter, dtype), some)[0]
 
-    options = {"xatol": 0.01, "maxiter": 12}
-    found = minimize_scalar(
-        lambda k: compare(softmax, made(k), some)[0], bounds=FLATTER, method="bounded", options=options
-    )
-    return made(found.x)
+    found = minimize_scalar(divergence, bounds=FLATTER, method="bounded", options={"xatol": 0.01, "maxiter": 12})
+    return lift(balanced, n, found.x, dtype)
 
 
 @torch.no_grad()
@@ -264,8 +256,9 @@ def report(softmax: Softmax, lifts: Sequence[Lift], h: Tensor, targets: Tensor |
     layers: list[Softmax | Lift] = [softmax, *lifts]
     for layer in layers:
         kl, same, loss = compare(softmax, layer, h, targets)
-        n = layer.n if isinstance(layer, Lift) else 0.0
-        shown = f"{n:8.4g}  {n / softmax.w.shape[1] ** 0.5:6.3g}" if n else f"{'softmax':>8}  {'':6}"
+        shown = f"{'softmax':>8}  {'':6}"
+        if isinstance(layer, Lift):
+            shown = f"{layer.n:8.4g}  {layer.n / softmax.w.shape[1] ** 0.5:6.3g}"
         lines.append(f"{shown}  {kl:9.5f}  {same:15.2%}" + (f"  {loss:7.4f}" if targets is not None else ""))
     return "\n".join(lines)
 

@@ -82,7 +82,7 @@ def generate_captured(
     with head.unchanged_centres() if isinstance(head, HarmonicHead) else nullcontext():
         for count in range(1, new + 1):
             step()
-            if streamer is not None or count % CHECK_EVERY == 0:
+            if streamer is not None or count % CHECK_EVERY == 0 or count == new:
                 found, ended = _padded(step.tokens[:, :count], ends, config.pad_token_id)
                 if streamer is not None:
                     streamer.put(found[:, -1].cpu())
@@ -90,7 +90,6 @@ def generate_captured(
                     break
     if streamer is not None:
         streamer.end()
-    found, ended = _padded(step.tokens[:, :count], ends, config.pad_token_id)
     if bool(ended.all()):
         found = found[:, : 1 + int(torch.isin(step.tokens[:, :count], ends).int().argmax(1).max())]
     return torch.cat((prompt, found), dim=1)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -69,20 +70,20 @@ def write_expected(model: PreTrainedModel, folder: Path, ids: Tensor) -> None:
     torch.save(expected, folder / "expected.pt")
 
 
+def run_without_hgpt(script: str, arguments: Sequence[str], working: Path) -> str:
+    """What `script` prints with these arguments in a process that cannot import hgpt; it has to succeed."""
+    environment = os.environ | {"HF_MODULES_CACHE": str(working / "modules"), "HF_HOME": str(working / "hub")}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, "-c", WITHOUT_HGPT + script, *arguments]
+    done = subprocess.run(command, cwd=working, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
 def assert_same_without_hgpt(folders: list[Path], working: Path, then: str = "") -> None:
     """Each exported folder computes what `write_expected` wrote, in a process that cannot import hgpt.
 
     `then`: code that this process executes at its end.
     """
-    environment = os.environ | {"HF_MODULES_CACHE": str(working / "modules"), "HF_HOME": str(working / "hub")}
-    environment.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_HGPT + COMPARE + then + "\nprint('compared')", *map(str, folders)],
-        cwd=working,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "compared" in done.stdout
+    printed = run_without_hgpt(COMPARE + then + "\nprint('compared')", [str(folder) for folder in folders], working)
+    assert "compared" in printed

@@ -78,11 +78,6 @@ def test_counts_that_do_not_fit(tmp_path, content, message):
         training_counts(shards)
 
 
-def test_the_first_token_is_no_target(tmp_path):
-    train, val = nanogpt(tmp_path, 3, train=[0, 0, 0], val=[2, 0])
-    assert unigram_loss(train, val) == pytest.approx(-math.log(4 / 6))
-
-
 def test_unigram_loss_needs_one_vocabulary_and_a_target(tmp_path):
     train, val = nanogpt(tmp_path, 5, train=[1, 2, 3], val=[4])
     with pytest.raises(UserError, match="holds 1 token and so no target"):

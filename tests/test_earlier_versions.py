@@ -1,16 +1,13 @@
 """What an earlier version left behind still works: settings, checkpoints and exported models of tests/fixtures."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
-from remote_code import WITHOUT_HGPT
+from remote_code import run_without_hgpt
 from small_run import losses, records
 from transformers import AutoModelForCausalLM
 
@@ -82,16 +79,8 @@ for name, (path, prompt) in json.loads(sys.argv[1]).items():
 print(json.dumps(found))
 """
     models = {name: (str(folder / "runs" / name / MODEL), expected["prompt"]) for name, expected in EXPECTED.items()}
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_HGPT + script, json.dumps(models)],
-        env=environment | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    for name, (logits, tokens) in json.loads(done.stdout.splitlines()[-1]).items():
+    printed = run_without_hgpt(script, [json.dumps(models)], tmp_path)
+    for name, (logits, tokens) in json.loads(printed.splitlines()[-1]).items():
         assert_as_recorded(torch.tensor(logits), tokens, name)
 
 

@@ -40,29 +40,32 @@ def rms(error: Tensor) -> float:
 
 
 def test_hand_worked_values_use_n_on_d_not_on_d_squared() -> None:
-    x, w = torch.zeros(1, 1), torch.tensor([[1.0], [-2.0], [4.0]])
+    x, w, p = torch.zeros(1, 1), torch.tensor([[1.0], [-2.0], [4.0]]), torch.tensor([[16 / 21, 4 / 21, 1 / 21]])
     d_sq = squared_distances(x, w)
     torch.testing.assert_close(d_sq, torch.tensor([[1.0, 4.0, 16.0]]))
     # n = 2: d^-2 = 1, 1/4, 1/16 with the sum 21/16. On d² it would be 1, 1/16, 1/256.
-    torch.testing.assert_close(harmax(d_sq, 2.0), torch.tensor([[16 / 21, 4 / 21, 1 / 21]]))
-    torch.testing.assert_close(log_harmax(d_sq, 2.0).exp(), torch.tensor([[16 / 21, 4 / 21, 1 / 21]]))
+    torch.testing.assert_close(harmax(d_sq, 2.0), p)
+    torch.testing.assert_close(log_harmax(d_sq, 2.0), p.log())
     torch.testing.assert_close(harmonic_scores(d_sq, 2.0), torch.tensor([[0.0, -math.log(4), -math.log(16)]]))
-    torch.testing.assert_close(
-        harmonic_loss(x, w, torch.tensor([1]), 2.0), torch.tensor(-math.log(4 / 21)), rtol=1e-6, atol=0
-    )
 
 
-@pytest.mark.parametrize("exponent", [1.0, 5.0, 27.7, 1536.0])
-@pytest.mark.parametrize(("dim", "rows"), [(D, V), (1, 9), (1, 2), (6, 2), (6, 1)])
+@pytest.mark.parametrize("exponent", [1.0, 27.7, 1536.0])
+@pytest.mark.parametrize(("dim", "rows"), [(D, V), (1, 9), (6, 1)])
 def test_equals_cdist_in_float64(exponent: float, dim: int, rows: int) -> None:
     x, w = operands(dim=dim, rows=rows)
-    d_sq = squared_distances(x, w)
-    torch.testing.assert_close(d_sq, torch.cdist(x, w).square())
+    d, d_sq = torch.cdist(x, w), squared_distances(x, w)
+    torch.testing.assert_close(d_sq, d.square())
     expected = reference_log_harmax(x, w, exponent)
-    torch.testing.assert_close(log_harmax(d_sq, exponent), expected, rtol=1e-9, atol=1e-9)
+    log_p = log_harmax(d_sq, exponent)
+    torch.testing.assert_close(log_p, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(harmax(d_sq, exponent), expected.exp(), rtol=1e-9, atol=1e-12)
     targets = torch.randint(rows, (N,))
     torch.testing.assert_close(harmonic_loss(x, w, targets, exponent), F.nll_loss(expected, targets))
+    # And back, from log p or scores; a masked class is infinitely far away.
+    ratios = d / d.amin(-1, keepdim=True)
+    for shift in (0.0, 7.0):
+        torch.testing.assert_close(relative_distances(log_p + shift, exponent), ratios)
+    assert (relative_distances(F.pad(log_p, (0, 1), value=-torch.inf), exponent)[:, -1] == torch.inf).all()
 
 
 def test_exponents_whose_powers_leave_float32() -> None:
@@ -88,20 +91,7 @@ def test_leading_dimensions_and_reductions() -> None:
     torch.testing.assert_close(harmonic_loss(x, w, targets.where(targets >= 0, 9), 3.0, ignore_index=9), each.sum() / 4)
 
 
-# Inverse
-
-
-@pytest.mark.parametrize("exponent", [2.0, 27.7])
-def test_inverse_recovers_the_distance_ratios(exponent: float) -> None:
-    x, w = operands()
-    d = torch.cdist(x, w)
-    expected = d / d.amin(-1, keepdim=True)
-    log_probs = log_harmax(squared_distances(x, w), exponent)
-    torch.testing.assert_close(relative_distances(log_probs, exponent), expected)
-    torch.testing.assert_close(relative_distances(log_probs + 7.0, exponent), expected)
-    assert (relative_distances(log_probs, exponent).amin(-1) == 1).all()
-    log_probs[:, 3] = -torch.inf  # a masked class
-    assert (relative_distances(log_probs, exponent)[:, 3] == torch.inf).all()
+# Radii
 
 
 def test_radii() -> None:
@@ -127,31 +117,6 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda x, w: harmonic_loss(x, w, targets, 3.3), (x, w))
 
 
-def test_gradient_is_the_formula_of_the_design() -> None:
-    x, w = (tensor.requires_grad_() for tensor in operands())
-    targets, n = torch.randint(V, (N,)), 5.0
-    harmonic_loss(x, w, targets, n, reduction="sum").backward()
-    with torch.no_grad():
-        d_sq = torch.cdist(x, w).square()
-        p = d_sq.pow(-n / 2) / d_sq.pow(-n / 2).sum(-1, keepdim=True)
-        g = -n * (p - F.one_hot(targets, V)) / d_sq
-        torch.testing.assert_close(x.grad, g.sum(1)[:, None] * x - g @ w)
-        torch.testing.assert_close(w.grad, g.sum(0)[:, None] * w - g.T @ x)
-
-
-# Invariances
-
-
-def test_scale_translation_and_rotation_change_nothing() -> None:
-    x, w = operands()
-    expected = log_harmax(squared_distances(x, w), 6.5)
-    rotation = torch.linalg.qr(torch.randn(D, D, dtype=torch.float64)).Q
-    shift = torch.randn(D, dtype=torch.float64)
-    for other_x, other_w in ((37 * x, 37 * w), (x + shift, w + shift), (x @ rotation, w @ rotation)):
-        torch.testing.assert_close(log_harmax(squared_distances(other_x, other_w), 6.5), expected)
-    assert not torch.allclose(log_harmax(squared_distances(x + shift, w), 6.5), expected, atol=0.1)
-
-
 # Edges
 
 
@@ -159,36 +124,23 @@ def test_scale_translation_and_rotation_change_nothing() -> None:
 @pytest.mark.parametrize("exponent", [2.0, 28.0, 768.0])
 def test_x_on_its_centre(dtype: torch.dtype, exponent: float) -> None:
     w = torch.randn(V, D).to(dtype).requires_grad_()
-    x = w[:N].detach().clone().requires_grad_()
-    targets = torch.arange(N)
+    x, targets = w[:N].detach().clone().requires_grad_(), torch.arange(N)
+    own = squared_distances(x, w).gather(1, targets[:, None])
+    torch.testing.assert_close(own, distance_floor(squared_norms(x.detach())[:, None]))
+    assert all((grad == 0).all() for grad in torch.autograd.grad(own.sum(), (x, w)))  # clamped: no gradient
     loss = harmonic_loss(x, w, targets, exponent)
-    assert 0 <= loss < 1e-4
-    assert (squared_distances(x, w).gather(1, targets[:, None]) > 0).all()
-    loss.backward()
-    for grad in (x.grad, w.grad):
-        assert grad is not None and grad.isfinite().all()
-        assert grad.abs().max() < 1e-2
+    assert 0 <= loss < 1e-4 and all(grad.abs().max() < 1e-2 for grad in torch.autograd.grad(loss, (x, w)))
     # On a centre that is not the target, the loss is large and still finite.
     wrong = harmonic_loss(x, w, targets + 1, exponent)
     assert wrong.isfinite() and wrong > 5
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(wrong, (x, w)))
 
 
-def test_a_clamped_entry_passes_no_gradient() -> None:
-    w = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
-    x = w[:1].detach().clone().requires_grad_()
-    d_sq = squared_distances(x, w)
-    assert d_sq[0, 0] == distance_floor(x.detach().square().sum(-1, keepdim=True))
-    grads = torch.autograd.grad(d_sq[0, 0], (x, w))
-    assert all((grad == 0).all() for grad in grads)
-
-
 def test_everything_zero() -> None:
     x, w = torch.zeros(3, D, requires_grad=True), torch.zeros(V, D, requires_grad=True)
     loss = harmonic_loss(x, w, torch.tensor([0, 1, 2]), 5.0)
     torch.testing.assert_close(loss, torch.tensor(math.log(V)))
-    loss.backward()
-    assert (x.grad == 0).all() and (w.grad == 0).all()
+    assert all((grad == 0).all() for grad in torch.autograd.grad(loss, (x, w)))
 
 
 def test_one_centre_far_away() -> None:
@@ -220,13 +172,6 @@ def test_operands_that_do_not_fit() -> None:
 
 
 # Precision: D = 768 and n = 27.7 as in DESIGN.md §2, with a smaller vocabulary
-
-
-def autocast_log_harmax(x: Tensor, w: Tensor, exponent: float) -> Tensor:
-    """What autocast makes of the formula: norms of the float32 values, a product rounded to bfloat16."""
-    product = (x.bfloat16() @ w.bfloat16().T).float()
-    d_sq = x.square().sum(-1, keepdim=True) + w.square().sum(-1) - 2 * product
-    return log_harmax(d_sq.clamp_min(1e-6), exponent)
 
 
 @pytest.mark.parametrize(
@@ -261,9 +206,9 @@ def test_low_precision_errors(mean: float, near: float | None, float32_limit: fl
 
 
 def test_resolve_exponent() -> None:
-    for given, expected in ((27.7, 27.7), (1536, 1536.0), ("27.7", 27.7), ("dim", 256.0), ("sqrt_dim", 16.0)):
-        assert resolve_exponent(given, 256) == pytest.approx(expected)
-    for given, expected in (("2*sqrt_dim", 32.0), (" 0.5 * dim ", 128.0), ("1e-1*dim", 25.6)):
+    numbers = {27.7: 27.7, 1536: 1536.0, "27.7": 27.7}
+    multiples = {"dim": 256.0, "sqrt_dim": 16.0, "2*sqrt_dim": 32.0, " 0.5 * dim ": 128.0, "1e-1*dim": 25.6}
+    for given, expected in (numbers | multiples).items():
         assert resolve_exponent(given, 256) == pytest.approx(expected)
 
 

@@ -1,17 +1,15 @@
 """A head of ours on other models of transformers: harmonize, [model] backbone, what is saved, and what is refused."""
 
+import copy
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from processes import finish, run, start
-from remote_code import WITHOUT_HGPT
-from small_run import HARMONIC, losses, make_config, markov_tokens, write_data
+from remote_code import run_without_hgpt
+from small_run import HARMONIC, losses, make_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
@@ -52,7 +50,7 @@ IDS = torch.arange(2, 20).reshape(2, 9)
 def plain(name: str) -> PreTrainedModel:
     torch.manual_seed(1)
     kind = AutoModelForMaskedLM if name in MASKED else AutoModelForCausalLM
-    model = kind.from_config((CAUSAL | MASKED)[name]).eval()
+    model = kind.from_config(copy.deepcopy((CAUSAL | MASKED)[name])).eval()  # harmonize changes it
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -142,13 +140,8 @@ for folder in sys.argv[1:]:
     model = kind.from_pretrained(folder, trust_remote_code=True)
     assert torch.equal(model(expected["ids"]).logits, expected["logits"]), folder
     assert masked or model.generate(expected["ids"], max_new_tokens=2).shape[1] > 9
-print("compared")
 """
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    environment.pop("PYTHONPATH", None)
-    command = [sys.executable, "-c", WITHOUT_HGPT + script, *map(str, folders.values())]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert "compared" in done.stdout, done.stderr[-3000:]
+    run_without_hgpt(script, [str(folder) for folder in folders.values()], tmp_path)
 
 
 def causal(config) -> PreTrainedModel:
@@ -190,11 +183,6 @@ def test_configurations_of_another_version_or_kind_are_refused(folders, tmp_path
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Runs
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data") / "shards", markov_tokens(6000, 1), markov_tokens(500, 2))
 
 
 def backbone_run(data, runs, name="run", values=None, **sections):

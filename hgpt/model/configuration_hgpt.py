@@ -11,8 +11,6 @@ from .distances import distance_names, make_distance
 from .harmax import resolve_exponent
 
 HEADS = ("harmonic", "softmax")
-RADII = ("none", "learned")
-FINAL_NORMS = ("layer_norm", "none")
 
 
 class InvalidSetting(ValueError):
@@ -124,15 +122,17 @@ class HGPTConfig(PreTrainedConfig):
             raise InvalidSetting("exponent", str(error)) from error
         super().__post_init__(**kwargs)
 
-    def _check_ranges(self) -> None:
-        def require(name: str, holds: bool, rule: str) -> None:
-            if not holds:
-                raise InvalidSetting(name, f"{name} {rule}; got {getattr(self, name)!r}")
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise InvalidSetting(name, f"{name} {rule}; got {getattr(self, name)!r}")
 
+    def _check_ranges(self) -> None:
+        require = self._require
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "pad_vocab_to_multiple_of"):
             require(name, getattr(self, name) >= 1, "must be at least 1")
         require("n_embd", self.n_embd % self.n_head == 0, f"must be divisible by n_head = {self.n_head}")
-        for name, known in (("head", HEADS), ("radius", RADII), ("final_norm", FINAL_NORMS)):
+        choices = {"head": HEADS, "radius": ("none", "learned"), "final_norm": ("layer_norm", "none")}
+        for name, known in choices.items():
             require(name, getattr(self, name) in known, f"must be one of {', '.join(known)}")
         if self.head == "softmax":
             for name, default in (("distance", "euclidean"), ("learn_exponent", False)):

@@ -146,18 +146,14 @@ def register_distance(name: str) -> Callable[[type[Distance]], type[Distance]]:
     return register
 
 
+@functools.cache
 def load_distances(file: str) -> None:
     """Execute a Python file that calls `register_distance`, unless that was done before.
 
     Raises:
         ValueError: a file that cannot be executed, or that registers nothing.
     """
-    _load_distances(Path(file).resolve())
-
-
-@functools.cache
-def _load_distances(path: Path) -> None:
-    before = dict(_REGISTRY)
+    path, before = Path(file).resolve(), dict(_REGISTRY)
     try:
         runpy.run_path(str(path))
     except Exception as error:  # the file may raise anything

@@ -17,7 +17,6 @@ from .configuration_hgpt import HGPTConfig, InvalidSetting
 from .modeling_hgpt import CACHE, Gain, HGPTForCausalLM, named_cache
 
 HEAD_VERSION = 1  # of the meaning of HarmonizedConfig's fields and of the weights beside them
-TASKS = ("causal_lm", "masked_lm")
 # What the backbone's own configuration says; HGPTConfig has these fields for its GPT-2.
 FROM_BACKBONE = (
     *("n_positions", "n_embd", "n_layer", "n_head", "bias", "dropout", "activation_function", "layer_norm_epsilon"),
@@ -68,15 +67,12 @@ class HarmonizedConfig(HGPTConfig):
 
     def _check_ranges(self) -> None:
         super()._check_ranges()
-        if self.task not in TASKS:
-            raise InvalidSetting("task", f"task must be one of {', '.join(TASKS)}; got {self.task!r}")
+        rows = self.padded_vocab_size
+        self._require("task", self.task in ("causal_lm", "masked_lm"), "must be one of causal_lm, masked_lm")
         for name, needed in (("tie_word_embeddings", False), ("radius", "learned")):
             if self.lift and getattr(self, name) != needed:
                 raise InvalidSetting(name, f"a lifted head needs {name} = {needed!r}; got {getattr(self, name)!r}")
-        if self.vocab_size > self.padded_vocab_size:
-            raise InvalidSetting(
-                "vocab_size", f"vocab_size = {self.vocab_size} exceeds the backbone's {self.padded_vocab_size} rows"
-            )
+        self._require("vocab_size", self.vocab_size <= rows, f"exceeds the backbone's {rows} rows")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -168,7 +164,7 @@ class Backbone(nn.Module):
         self, input_ids: Tensor | None = None, *, cache: Any = None, return_dict: bool = True, **kwargs: Any
     ) -> BaseModelOutputWithPast:
         """The head's x, (B, T, D). Arguments are those of the backbone; None is not passed on."""
-        given = {"input_ids": input_ids, **named_cache(cache), **kwargs}
+        given = {"input_ids": input_ids, CACHE: cache, **kwargs}
         output = self.model(**{name: value for name, value in given.items() if value is not None}, return_dict=True)
         x = self.ln_f(output.logits.to(self.ln_f.weight.dtype))
         hidden = output.get("hidden_states")

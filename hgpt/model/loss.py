@@ -37,8 +37,6 @@ from torch import Tensor
 from .distances import Distance, add_gradients_in_blocks, distances_in_blocks, score_chunk
 from .harmax import accumulation_dtype, distance_floor, inner_products, squared_norms
 
-REDUCTIONS = ("mean", "sum", "none")
-
 # Bytes of a chunk's products, measured with V = 50304, D = 768. CPU, two threads: 384 positions (74 MiB) take 3 to 5 %
 # less time than 256. H200, bf16: 4096 positions; 2048 take 7 % longer, 3264 3 %, and 5504 and 8192 no less time.
 _CHUNK_BYTES_CPU, _CHUNK_BYTES_GPU = 78 * 2**20, 786 * 2**20
@@ -83,8 +81,8 @@ class LossParams:
     def __post_init__(self) -> None:
         if isinstance(self.n, int | float) and not 0 < self.n < math.inf:
             raise ValueError(f"exponent must be a positive number; got {self.n}")
-        if self.reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {self.reduction!r}")
+        if self.reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction must be one of mean, sum, none; got {self.reduction!r}")
         if self.num_items is not None and self.reduction != "mean":
             raise ValueError(f'num_items divides the sum of reduction="mean"; it has no effect with {self.reduction!r}')
         if not 0 <= self.label_smoothing < 1:
@@ -188,23 +186,21 @@ class HeadLoss(torch.autograd.Function):
             )
         targets, weights, *operands = ctx.saved_tensors
         # Removed from ctx: w.grad may share their memory, so a second backward pass must not use them.
-        needed, grads, ctx.grads = ctx.needs_input_grad[4:], ctx.grads, None
-        finish: Callable[[Tensor, Tensor], Tensor] = functools.partial(_times, factor=grad_output)
-        if grads is None:
-            finish = Tensor.to
+        needed, stored, ctx.grads = ctx.needs_input_grad[4:], ctx.grads, None
+        grads = stored
+        if stored is None:
             weights = grad_output if weights is None else weights * grad_output
             with torch.autocast(targets.device.type, enabled=False):
                 _, grads = ctx.kernel(ctx.params, operands, targets, weights, needed)
-        wanted = (
-            finish(grad, o) if need and grad is not None else None
-            for grad, o, need in zip(grads, operands, needed, strict=True)
-        )
-        return None, None, None, None, *wanted
 
+        def finished(grad: Tensor, operand: Tensor) -> Tensor:
+            """The gradient of the output in the operand's dtype: one pass over memory, in place if the dtype stays."""
+            if stored is None:
+                return grad.to(operand)
+            return torch.mul(grad, grad_output, out=grad if grad.dtype == operand.dtype else torch.empty_like(operand))
 
-def _times(grad: Tensor, like: Tensor, factor: Tensor) -> Tensor:
-    """grad · factor in the dtype of `like`: one pass over memory, in place where the dtype stays."""
-    return torch.mul(grad, factor, out=grad if grad.dtype == like.dtype else torch.empty_like(like))
+        every = zip(grads, operands, needed, strict=True)
+        return None, None, None, None, *(finished(g, o) if need and g is not None else None for g, o, need in every)
 
 
 def slices(count: int, size: int) -> list[slice]:
@@ -311,47 +307,36 @@ def product_rows(
     weights: Tensor | None,
     learned: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Losses of R positions and ∂losses/∂log n, (R, 1), and ∂L/∂a (V,), None without log-weights.
+    """Losses of a chunk and ∂losses/∂log n, (C, 1), and ∂L/∂a (V,), None without log-weights.
 
-    `products` is overwritten by G times the weights.
+    `products` is overwritten by G times the weights, on a CPU a few rows at a time, so that they stay in its cache.
 
     Args:
-        products: x·w_i, (R, V), in the accumulation dtype.
-        x, w_sq: (R, D) and |w_i|² (V,), for the harmonic head.
-        targets, weights: (R, 1). Without weights only the losses are meaningful.
+        products: x·w_i, (C, V), in the accumulation dtype.
+        x, w_sq: (C, D) and |w_i|² (V,), for the harmonic head.
+        targets, weights: (C, 1). Without weights only the losses are meaningful.
         learned: whether ∂losses/∂log n is needed.
     """
     n, log_weight = params.n, params.log_weight
-    if n is None:
-        if log_weight is not None:
-            products.add_(log_weight)
-        scores = products.sub_(products.amax(-1, keepdim=True)).mul_(_LOG2_E)
-        losses, residual, slopes = cross_entropy(scores, targets, weights, params.label_smoothing, None)
-        return losses, slopes, None if log_weight is None or weights is None else residual.sum(0)
-    x_sq = x.to(w_sq.dtype).square().sum(-1, keepdim=True)
-    d_sq = torch.add(w_sq, products, alpha=-2, out=products).add_(x_sq)
-    factor = None if weights is None else weights * n
-    losses, slopes, residual_sums = harmonic_rows(params, d_sq, distance_floor(x_sq), 0.5 * n, targets, factor, learned)
-    return losses, slopes, None if residual_sums is None else residual_sums / n
-
-
-def chunk_rows(
-    params: LossParams,
-    products: Tensor,
-    x: Tensor,
-    w_sq: Tensor,
-    targets: Tensor,
-    weights: Tensor | None,
-    learned: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`product_rows` of a chunk: on a CPU a few rows at a time, so that they stay in its cache; else all at once."""
+    found: list[tuple[Tensor, Tensor, Tensor | None]] = []
     size = _CACHE_BYTES // (products.shape[1] * products.itemsize) if products.is_cpu else len(products)
-    found = [
-        product_rows(params, products[r], x[r], w_sq, targets[r], None if weights is None else weights[r], learned)
-        for r in slices(len(products), max(1, size))
-    ]
-    losses, slopes, residual_sums = zip(*found, strict=True)
-    return torch.cat(losses), torch.cat(slopes), None if residual_sums[0] is None else torch.stack(residual_sums).sum(0)
+    for rows in slices(len(products), max(1, size)):
+        scores, own, factor = products[rows], targets[rows], None if weights is None else weights[rows]
+        if n is None:
+            if log_weight is not None:
+                scores.add_(log_weight)
+            scores.sub_(scores.amax(-1, keepdim=True)).mul_(_LOG2_E)
+            losses, residual, slopes = cross_entropy(scores, own, factor, params.label_smoothing, None)
+            residual_sums = None if log_weight is None or factor is None else residual.sum(0)
+        else:
+            x_sq = x[rows].to(w_sq.dtype).square().sum(-1, keepdim=True)
+            d_sq = torch.add(w_sq, scores, alpha=-2, out=scores).add_(x_sq)
+            factor, floor = None if factor is None else factor * n, distance_floor(x_sq)
+            losses, slopes, residual_sums = harmonic_rows(params, d_sq, floor, 0.5 * n, own, factor, learned)
+            residual_sums = None if residual_sums is None else residual_sums / n
+        found.append((losses, slopes, residual_sums))
+    each_loss, each_slope, each_sum = zip(*found, strict=True)
+    return torch.cat(each_loss), torch.cat(each_slope), None if each_sum[0] is None else torch.stack(each_sum).sum(0)
 
 
 @functools.cache
@@ -397,11 +382,12 @@ def by_products(
 
     for rows in slices(len(x), params.chunk or chunk_positions(len(w), x.dtype, x.device.type)):
         x_c, weights_c = x[rows], None if weights is None else weights[rows, None]
-        products = inner_products(x_c, w)  # (C, V); `chunk_rows` overwrites them with G
-        own = products[:, :classes], x_c, w_sq, targets[rows, None], weights_c
-        losses[rows], slopes, residual_sums = chunk_rows(params, *own, learned)
+        products = inner_products(x_c, w)  # (C, V); `product_rows` overwrites them with G
+        losses[rows], slopes, residual_sums = product_rows(
+            params, products[:, :classes], x_c, w_sq, targets[rows, None], weights_c, learned
+        )
         if weights_c is None:
-            del products, own
+            del products
             continue
         if residual_sums is not None:
             grad_a += residual_sums
@@ -419,7 +405,7 @@ def by_products(
             column_sums += sums(products, g, 0) if harmonic else 0
         if learned:
             grad_n += (slopes * weights_c).sum()
-        del products, own, g  # free them before the next chunk's products are allocated
+        del products, g  # free them before the next chunk's products are allocated
     if need_w and harmonic:
         subtract_sums(grad_w, w, x_mean, column_sums)
     return losses[:, 0], [grad_x, grad_w, grad_n / params.n if params.n is not None else grad_n, grad_a]

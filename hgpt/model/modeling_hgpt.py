@@ -163,13 +163,13 @@ class HGPTMLP(nn.Module):
 
     def __init__(self, config: HGPTConfig) -> None:
         super().__init__()
-        self.config = config
+        self.dropout = config.dropout
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.act = ACT2FN[config.activation_function]
         self.c_proj = ResidualProjection(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.dropout(self.c_proj(self.act(self.c_fc(hidden))), self.config.dropout, self.training)
+        return F.dropout(self.c_proj(self.act(self.c_fc(hidden))), self.dropout, self.training)
 
 
 class HGPTBlock(GradientCheckpointingLayer):
@@ -183,11 +183,7 @@ class HGPTBlock(GradientCheckpointingLayer):
         self.mlp = HGPTMLP(config)
 
     def forward(
-        self,
-        hidden: Tensor,
-        attention_mask: Tensor | None = None,
-        cache: Cache | None = None,
-        **kwargs: Any,
+        self, hidden: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         mixed, weights = self.attn(self.ln_1(hidden), attention_mask, cache, **kwargs)
         hidden = hidden + mixed
