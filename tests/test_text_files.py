@@ -227,8 +227,8 @@ def test_a_document_that_is_too_large_is_named_and_can_be_left_out(tmp_path, mon
     ("name", "content", "message"),
     [
         ("a.txt.gz", b"no gzip", "cannot be read"),
-        ("a.txt.gz", gzip.compress(b"x" * 999)[:-12], "cannot be read"),
-        ("a.jsonl.gz", gzip.compress(json_lines(TEXTS))[:-500], "cannot be read"),
+        ("a.txt.gz", gzip.compress(b"x" * 999, mtime=0)[:-12], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(json_lines(TEXTS), mtime=0)[:-500], "cannot be read"),
         ("a.txt.zst", b"no zstd", "cannot be read"),
         ("a.txt.zst", zstandard.compress(random.Random(0).randbytes(99999))[:-2000], "cannot be read"),
         ("a.parquet", b"no parquet", "cannot be read"),
@@ -237,8 +237,8 @@ def test_a_document_that_is_too_large_is_named_and_can_be_left_out(tmp_path, mon
         ("a.arrow", b"", "cannot be read"),
         ("a.json", b'[{"text": "x"}', "cannot be read: it is not valid JSON"),
         ("a.json", b"[" * 100_000, "cannot be read: it is not valid JSON"),
-        ("a.txt", gzip.compress(b"x"), "is no text; .*.txt.gz"),
-        ("a.jsonl.gz", gzip.compress(gzip.compress(LINES)), "is no text; .*.jsonl.gz"),  # twice
+        ("a.txt", gzip.compress(b"x", mtime=0), "is no text; .*.txt.gz"),
+        ("a.jsonl.gz", gzip.compress(gzip.compress(LINES), mtime=0), "is no text; .*.jsonl.gz"),  # twice
         ("a.md", zstandard.compress(b"x"), "is no text; .*.txt.zst"),
         ("a.jsonl", b"PAR1\x15", "is no text; .*.parquet"),
         ("a.json", b"ARROW1\0\0", "is no text; .*.arrow"),
