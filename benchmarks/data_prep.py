@@ -14,14 +14,14 @@ of Python and its imports. Reading is measured on 2 billion tokens in shards of 
 OpenWebText. The shards are sparse files, which take no space on the disk.
 """
 
-import argparse
 import multiprocessing
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +35,7 @@ from data_prep.encoding import decode_utf8, read_documents
 from data_prep.engine import prepare
 from data_prep.openwebtext import SEED, VAL_FRACTION, OpenWebText
 from data_prep.text_files import Fields, find_files, find_sections
+from hgpt import cli
 from hgpt.data.batches import TrainingBatches, epoch_permutation, num_windows
 from hgpt.data.shards import (
     HEADER_BYTES,
@@ -274,8 +275,8 @@ def measure_reading(folder: Path, *, tokens: int, seq_len: int, micro_batch: int
     print(f"read ahead, on {device:<13}{waited / 49 * 1e6:8.0f} us, {waited / 49 / compute:.2%}")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str]) -> None:
+    parser = cli.Parser("python -m benchmarks.data_prep", __doc__)
     parser.add_argument("--source", help="folder of Parquet files to prepare; without it only reading is measured")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--copies", type=int, default=32, help="copies of the source, to make start-up times small")
@@ -301,4 +302,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

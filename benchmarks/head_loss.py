@@ -20,8 +20,9 @@ import multiprocessing
 import platform
 import re
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hgpt import cli
 from hgpt.hardware import device_name
 from hgpt.model.harmax import harmonic_loss, resolve_exponent
 from hgpt.model.heads import HarmonicHead
@@ -313,8 +315,8 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     return positions, dim, rows
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str]) -> None:
+    parser = cli.Parser("python -m benchmarks.head_loss", __doc__)
     parser.add_argument("--shape", type=parse_shape, default=(2048, 768, 50304), help="positions x dim x rows")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, xpu")
@@ -324,7 +326,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--distances", nargs="+", default=[], metavar="NAME[:OPTION=VALUE,...]", help="also measure these distances"
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=cli.at_least_1, default=5)
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="variants by name; default all")
     parser.add_argument("--skip", nargs="+", choices=("time", "memory", "errors"), default=[])
     options = parser.parse_args(arguments)
@@ -383,4 +385,4 @@ def median_and_quartiles(times: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))
