@@ -348,7 +348,8 @@ def train_all(
         place = free.get()
         try:
             outcomes[config.name] = train(config, place, out)
-            diverged.extend([config.name] if outcomes[config.name].evaluation is None else [])
+            if outcomes[config.name].evaluation is None:
+                diverged.append(config.name)
         except UserError as error:
             failed.append(str(error))
         finally:
