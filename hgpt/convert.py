@@ -158,7 +158,7 @@ def plain(model: Any) -> Any:
         linear.weight.copy_((logits[:-1] - logits[-1]).T)
         linear.bias.copy_(logits[-1])
     linear.num_classes = head.num_classes
-    trunk.close(linear)
+    trunk.set_output_embedding(linear)
     return trunk.model
 
 

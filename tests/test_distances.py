@@ -431,7 +431,7 @@ def test_a_file_without_a_distance(tmp_path: Path, text: str | None, message: st
 @pytest.mark.parametrize(
     ("distance", "options", "message"),
     [
-        ("cosinus", {}, r"distance must be one of euclidean, cosine, mahalanobis, .*; got 'cosinus'. Your own"),
+        ("cosinus", {}, r"distance must be one of euclidean, cosine, mahalanobis, .*; got 'cosinus'. your own"),
         ("minkowski", {}, 'p is required with distance = "minkowski"'),
         ("minkowski", {"p": 0.5}, r"p must be a number of at least 1 .*; got 0.5"),
         ("minkowski", {"p": math.inf}, r'p must be .*for infinity: distance = "chebyshev"\); got inf'),

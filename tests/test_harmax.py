@@ -165,9 +165,9 @@ def test_a_nan_stays_a_nan() -> None:
 
 
 def test_operands_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match=r"one dtype: x is torch.bfloat16, w is torch.float32"):
+    with pytest.raises(ValueError, match=r"same dtype: x is torch.bfloat16, w is torch.float32"):
         squared_distances(torch.zeros(2, D, dtype=torch.bfloat16), torch.zeros(V, D))
-    with pytest.raises(ValueError, match=r"one width: x is \(2, 5\), w is \(57, 24\)"):
+    with pytest.raises(ValueError, match=r"same width: x is \(2, 5\), w is \(57, 24\)"):
         squared_distances(torch.zeros(2, 5), torch.zeros(V, D))
 
 

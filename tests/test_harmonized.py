@@ -156,7 +156,7 @@ def causal(config) -> PreTrainedModel:
         (lambda: causal(OPTConfig(**SHAPE, ffn_dim=48, word_embed_proj_dim=16)), r"\(2, 2, 32\); it got \(2, 2, 16\)"),
         (lambda: BertModel(BertConfig(**SHAPE)), "no output embedding"),
         (lambda: causal(BertConfig(**SHAPE)), "sees later tokens"),
-        (lambda: harmonized("llama"), "has a head of hgpt already"),
+        (lambda: harmonized("llama"), "already has a head of hgpt"),
     ],
 )
 def test_models_that_cannot_bear_the_head_are_refused(make, message):

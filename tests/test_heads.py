@@ -236,7 +236,7 @@ def test_errors() -> None:
     by_products, in_blocks = (HarmonicHead(D, V, distance=distance) for distance in ("cosine", "manhattan"))
     for head in (HarmonicHead(D, V), SoftmaxHead(D, V), by_products, in_blocks):
         for arguments in ((x,), (x, targets)):
-            with pytest.raises(ValueError, match=r"one width: x is \(3, 11\), w is \(29, 12\)"):
+            with pytest.raises(ValueError, match=r"same width: x is \(3, 11\), w is \(29, 12\)"):
                 head(*arguments)
         with pytest.raises(ValueError, match=r"targets \(\.\.\.\) must fit"):
             head(torch.zeros(2, D), targets)

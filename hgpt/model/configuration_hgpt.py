@@ -153,7 +153,7 @@ class HGPTConfig(PreTrainedConfig):
 
     @property
     def trunk_in_words(self) -> str:
-        """What stands before the head."""
+        """The trunk's name for a reader."""
         return "GPT-2"
 
     @property

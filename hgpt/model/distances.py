@@ -19,8 +19,8 @@ HarMax is p_i = d_i^(−n) / Σ_j d_j^(−n) with the same n for every distance.
     bray_curtis   Σ |x_k − w_k| / Σ (|x_k| + |w_k|), 0/0 = 0        blocks
     hamming       (1/D) Σ |σ(x_k/τ) − σ(w_k/τ)|                     blocks
 
-They agree with scipy.spatial.distance, with two exceptions. SciPy's braycurtis divides by Σ |x_k + w_k|, which is the
-same for non-negative vectors and no distance for others; SciPy's hamming counts unequal entries. The selection follows
+They agree with scipy.spatial.distance, with two exceptions: SciPy's braycurtis divides by Σ |x_k + w_k|, equal for
+non-negative vectors but no distance for others; SciPy's hamming counts unequal entries. The selection follows
 Miller-Golub et al., arXiv:2603.10225.
 
 Near zero. A d below `Distance.floor(x)`, a few epsilons of d(x, 0), is rounding noise: it is clamped to the floor and
@@ -52,7 +52,7 @@ class Distance(nn.Module):
     """A distance between hidden states and centres; d = |x − w|₂ unless a subclass says otherwise.
 
     A subclass whose d is no power of a Euclidean distance sets `power = None` and defines `pairwise`. By default
-    `gradients` recomputes a block and calls autograd; a subclass may override it where that is slow. Options are
+    `gradients` recomputes a block and calls autograd; a subclass may override it with faster code. Options are
     keyword-only arguments of `__init__`. Learned tensors are `nn.Parameter`s, which `reset_parameters` initialises by
     `torch.nn.init`.
 
@@ -62,7 +62,7 @@ class Distance(nn.Module):
             text, not once per token.
         traffic: how often the loss and its gradients read or write a tensor (tokens, V, D), from which `hgpt.plan`
             estimates their time; used only if `power` is None.
-        options: the options that were given, and the defaults of the others, as `make_distance` takes them.
+        options: given options and the defaults of the others, as `make_distance` takes them.
     """
 
     power: float | None = 1.0
@@ -90,8 +90,8 @@ class Distance(nn.Module):
     def pairwise(self, x: Tensor, w: Tensor) -> Tensor:
         """d of every pair in a block of `forward`'s results, (C, D), (V′, D) → (C, V′).
 
-        d and its derivatives must be finite, also at x = w and x = 0. `floor` is 5e-7 · d(x, 0) in float32; override it
-        where d(x, 0) is no measure of the rounding error.
+        d and its derivatives must be finite, also at x = w and x = 0. `floor` is 5e-7 · d(x, 0) in float32; override
+        `floor` if the rounding error is not proportional to d(x, 0).
         """
         raise NotImplementedError(f"{type(self).__name__} has no power and no pairwise value")
 
@@ -128,7 +128,7 @@ def register_distance(name: str) -> Callable[[type[Distance]], type[Distance]]:
     """Class decorator: registers a `Distance` under `name` for heads, configurations and checkpoints.
 
     Raises:
-        ValueError: another class has that name already.
+        ValueError: another class already has that name.
         TypeError: the class is no subclass of `Distance`.
     """
 
@@ -139,7 +139,7 @@ def register_distance(name: str) -> Callable[[type[Distance]], type[Distance]]:
         # A notebook cell or a file that is executed again may replace its own class.
         own = known is not None and known.__module__ == __name__ != cls.__module__
         if known is not None and (own or known.__qualname__ != cls.__qualname__):
-            raise ValueError(f"there is a distance {name!r} already, {known.__qualname__}: choose another name")
+            raise ValueError(f"there already is a distance {name!r}, {known.__qualname__}: choose another name")
         _REGISTRY[name] = cls
         return cls
 
@@ -148,10 +148,10 @@ def register_distance(name: str) -> Callable[[type[Distance]], type[Distance]]:
 
 @functools.cache
 def load_distances(file: str) -> None:
-    """Execute a Python file that calls `register_distance`, unless that was done before.
+    """Execute a Python file that calls `register_distance`, once per process.
 
     Raises:
-        ValueError: a file that cannot be executed, or that registers nothing.
+        ValueError: the file cannot be executed, or registers nothing.
     """
     path, before = Path(file).resolve(), dict(_REGISTRY)
     try:
@@ -171,13 +171,12 @@ def make_distance(name: str, dim: int, **options: Any) -> Distance:
     """The distance `name` for vectors of width `dim`; an option that is None counts as not given.
 
     Raises:
-        ValueError: an unknown name (the message lists the known ones), an option that the distance does not have, or
-            that is missing or out of range.
+        ValueError: an unknown name (the message lists the known ones), or an unknown, missing or invalid option.
     """
     if name not in _REGISTRY:
         raise ValueError(
-            f"distance must be one of {', '.join(distance_names())}; got {name!r}. Your own distance is known only "
-            "after the file that calls hgpt.register_distance was imported, a newer hgpt's only to that version"
+            f"distance must be one of {', '.join(distance_names())}; got {name!r}. For your own distance import the "
+            "file that calls hgpt.register_distance first; a newer hgpt may have more"
         )
     cls = _REGISTRY[name]
     given = {option: value for option, value in options.items() if value is not None}
@@ -264,8 +263,8 @@ class Mahalanobis(Distance):
             a lower triangular C (M = C Cᵀ): `factor` (D, D) below the diagonal, exp of its diagonal on it.
         rank: r of "low_rank", at most D.
 
-    w′ and its gradients cost 12 V D r FLOPs ("low_rank") or 6 V D² ("full") for any number of tokens: for N tokens at
-    a time that is 2 r/N or D/N of the cost of the loss's products.
+    w′ and its gradients cost 12 V D r FLOPs ("low_rank") or 6 V D² ("full") for any number of tokens: 2 r/N or D/N of
+    the loss's products for N tokens.
     """
 
     METRICS: ClassVar = ("diagonal", "low_rank", "full")
@@ -411,11 +410,11 @@ class Canberra(Distance):
     def gradients(self, x: Tensor, w: Tensor, d: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         differences, sums = _differences(x, w), self._sums(x, w)
         # ∂/∂x_k with s = |x_k| + |w_k|: sign(x_k − w_k) / s − sign(x_k) |x_k − w_k| / s².
-        falling = differences.abs().div_(sums)
+        through_sums = differences.abs().div_(sums)
         weights = g[..., None] / sums
-        falling.mul_(weights)
+        through_sums.mul_(weights)
         grad_x, grad_w = _difference_gradients(differences.sign_().mul_(weights))
-        return grad_x.sub_(x.sign() * falling.sum(1)), grad_w.sub_(w.sign() * falling.sum(0))
+        return grad_x.sub_(x.sign() * through_sums.sum(1)), grad_w.sub_(w.sign() * through_sums.sum(0))
 
 
 @register_distance("bray_curtis")
@@ -437,10 +436,10 @@ class BrayCurtis(Distance):
     def gradients(self, x: Tensor, w: Tensor, d: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         weights = g / self._sums(x, w)
         grad_x, grad_w = _difference_gradients(_differences(x, w).sign_().mul_(weights[..., None]))
-        falling = weights * d
+        through_sums = weights * d
         return (
-            grad_x.sub_(x.sign() * falling.sum(1, keepdim=True)),
-            grad_w.sub_(w.sign() * falling.sum(0)[:, None]),
+            grad_x.sub_(x.sign() * through_sums.sum(1, keepdim=True)),
+            grad_w.sub_(w.sign() * through_sums.sum(0)[:, None]),
         )
 
 
@@ -448,7 +447,7 @@ class BrayCurtis(Distance):
 class Hamming(Manhattan):
     """(1/D) Σ |σ(x_k/τ) − σ(w_k/τ)|, with σ(a) = 1/(1 + e^(−a)): a smooth share of coordinates that differ.
 
-    For τ → 0 it is the share of coordinates whose signs differ; for τ far above the coordinates, Manhattan / (4 D τ).
+    For τ → 0 the share of coordinates whose signs differ; for τ far above the coordinates, Manhattan / (4 D τ).
     Coordinates far above τ have almost no gradient. Computed as ½ |tanh(x_k/2τ) − tanh(w_k/2τ)|, which keeps small
     differences exact.
 
@@ -485,20 +484,20 @@ def score_chunk(num_classes: int, itemsize: int, device: torch.device | str) -> 
 def _blocks(x: Tensor, w: Tensor) -> Iterator[tuple[slice, slice]]:
     """Blocks (rows of x, rows of w), nearly square, whose eight (C, V′, D) tensors take half of `memory_of`."""
     pairs = max(1, memory_of(x.device) // (2 * _BLOCK_TENSORS * x.shape[1] * x.itemsize))
-    rows = _even(len(x), max(1, math.isqrt(pairs)))
-    columns = _even(len(w), max(1, pairs // rows))
+    rows = _part_size(len(x), max(1, math.isqrt(pairs)))
+    columns = _part_size(len(w), max(1, pairs // rows))
     for i in range(0, len(x), rows):
         for j in range(0, len(w), columns):
             yield slice(i, i + rows), slice(j, j + columns)
 
 
-def _even(count: int, most: int) -> int:
-    """The size of nearly equal parts of `count`, at most `most` and at least 1."""
-    return max(1, -(-count // max(1, -(-count // most))))
+def _part_size(count: int, largest: int) -> int:
+    """Size of nearly equal parts of `count`, between 1 and `largest`."""
+    return max(1, -(-count // max(1, -(-count // largest))))
 
 
 def distances_in_blocks(metric: Distance, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """x (C, D), w (V, D) → d (C, V) of all pairs, clamped at the floor, and the floor (C, 1); without a gradient."""
+    """x (C, D), w (V, D) → d (C, V) of all pairs, clamped at the floor, and the floor (C, 1); no gradient."""
     d, floor = x.new_empty(len(x), len(w)), x.new_empty(len(x), 1)
     for rows, _ in _blocks(x, x[:1]):
         floor[rows] = metric.floor(x[rows])

@@ -7,11 +7,11 @@ For a hidden state x ∈ R^D and a centre w_i ∈ R^D for each of V classes
 (Baek, Liu, Tyagi, Tegmark, *Harmonic Loss Trains Interpretable AI Models*, arXiv:2502.01628, §2). The
 exponent n is defined on the distance d everywhere in this project, never on d².
 
-It is computed in log space, as softmax(z) of the scores z_i = −(n/2) · log d_i²: d^(−n) leaves float32's range
-long before p does.
+Computed in log space, as softmax(z) of the scores z_i = −(n/2) · log d_i²: d^(−n) leaves float32's range long before p
+does.
 
-With a radius ρ_i for each class, p_i ∝ (d_i / ρ_i)^(−n). The functions take it as the log-weight a_i = n log ρ_i, which
-is added to the score.
+With a radius ρ_i for each class, p_i ∝ (d_i / ρ_i)^(−n). The functions take the log-weight a_i = n log ρ_i, and add it
+to the score.
 """
 
 import math
@@ -110,9 +110,9 @@ def squared_distances(x: Tensor, w: Tensor, w_sq: Tensor | None = None) -> Tenso
         ValueError: the dtypes or the last dimensions of `x` and `w` differ.
     """
     if x.dtype != w.dtype:
-        raise ValueError(f"x and w must have one dtype: x is {x.dtype}, w is {w.dtype}; cast both once before")
+        raise ValueError(f"x and w must have the same dtype: x is {x.dtype}, w is {w.dtype}; cast one of them")
     if x.shape[-1] != w.shape[-1]:
-        raise ValueError(f"x and w must have one width: x is {tuple(x.shape)}, w is {tuple(w.shape)}")
+        raise ValueError(f"x and w must have the same width: x is {tuple(x.shape)}, w is {tuple(w.shape)}")
     rows = x.reshape(-1, x.shape[-1])  # (N, D)
     dtype = accumulation_dtype(x.dtype)
     x_sq = rows.to(dtype).square().sum(-1, keepdim=True)  # (N, 1)
@@ -164,13 +164,13 @@ def relative_distances(log_probs: Tensor, exponent: float | Tensor, log_weight: 
         (..., V), at least 1. d_min itself cannot be recovered: HarMax is invariant to d → c·d.
 
     Raises:
-        ValueError: a log-weight is not of the classes of `log_probs`, for example with the rows of padding.
+        ValueError: `log_weight` is not one number per class of `log_probs`, for example because it has padding rows.
     """
     if log_weight is not None:
         if log_weight.shape != log_probs.shape[-1:]:
             raise ValueError(
                 f"log_weight must have one number for each of the {log_probs.shape[-1]} classes of log_probs; got "
-                f"{tuple(log_weight.shape)}: HarmonicHead.relative_distances takes those of its classes"
+                f"{tuple(log_weight.shape)}: HarmonicHead.relative_distances leaves out padding rows"
             )
         log_probs = log_probs - log_weight
     return torch.exp((log_probs.amax(dim=-1, keepdim=True) - log_probs) / exponent)

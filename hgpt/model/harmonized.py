@@ -1,8 +1,8 @@
-"""A head of ours on any causal or masked language model of transformers: `harmonize(model, exponent=...)`.
+"""An hgpt head on any causal or masked language model of transformers: `harmonize(model, exponent=...)`.
 
-Only the output embedding of the model changes: it becomes an identity, so `backbone(...).logits` are its inputs, the
-hidden states h (B, T, D). The head's x is g ⊙ h with a learned gain g, because the scale of h does not fit HarMax; a
-model that `hgpt.convert` made has x = L h + b in D + 1 dimensions instead.
+Only the model's output embedding changes: it becomes an identity, so `backbone(...).logits` are the hidden states h
+(B, T, D). The head's x is g ⊙ h with a learned gain g, because the scale of h does not fit HarMax; models made by
+`hgpt.convert` have x = L h + b in D + 1 dimensions instead.
 """
 
 from typing import Any, Literal
@@ -16,8 +16,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from .configuration_hgpt import HGPTConfig, InvalidSetting
 from .modeling_hgpt import CACHE, Gain, HGPTForCausalLM, named_cache
 
-HEAD_VERSION = 1  # of the meaning of HarmonizedConfig's fields and of the weights beside them
-# What the backbone's own configuration says; HGPTConfig has these fields for its GPT-2.
+HEAD_VERSION = 1  # changes when the meaning of HarmonizedConfig's fields or of the head's weights changes
+# Fields of HGPTConfig that the backbone's own configuration sets.
 FROM_BACKBONE = (
     *("n_positions", "n_embd", "n_layer", "n_head", "bias", "dropout", "activation_function", "layer_norm_epsilon"),
     *("scale_attn_by_inverse_layer_idx", "initializer_range", "final_norm"),
@@ -25,14 +25,14 @@ FROM_BACKBONE = (
 
 
 class HarmonizedConfig(HGPTConfig):
-    """Configuration of a backbone with a head of ours; HGPTConfig describes the head's fields.
+    """Configuration of a backbone with an hgpt head; HGPTConfig describes the head's fields.
 
     Args:
         backbone: the configuration of the language model whose output embedding the head replaces, as an object or as
             a dictionary with its model_type. Its vocab_size is the number of rows of the embedding.
-        task: "causal_lm" or "masked_lm": which of the two the backbone is.
+        task: "causal_lm" or "masked_lm": the backbone's kind.
         lift: whether x = L h + b in D + 1 dimensions, instead of x = g ⊙ h.
-        head_version: of the code that made the head.
+        head_version: HEAD_VERSION of the code that made the head.
 
     Raises:
         InvalidSetting: a value out of range; a `head_version` that this code does not know; an encoder-decoder.
@@ -53,11 +53,11 @@ class HarmonizedConfig(HGPTConfig):
                 f"{HEAD_VERSION}; load it with the version that made it (pip install --upgrade hgpt)",
             )
         self.backbone = _configuration(self.backbone)
-        self.backbone.tie_word_embeddings = False  # its own output embedding is gone; `tie_word_embeddings` ties ours
-        self.backbone.dtype = None  # that of the whole
+        self.backbone.tie_word_embeddings = False  # its output embedding is gone; our setting ties the head
+        self.backbone.dtype = None  # the whole model's
         text = self.get_text_config()
         self.n_embd = text.hidden_size + self.lift
-        self.n_layer, self.n_head = text.num_hidden_layers, 1  # until D % n_head is checked: heads have any width here
+        self.n_layer, self.n_head = text.num_hidden_layers, 1  # 1 passes the check of D % n_head, no rule for backbones
         self.n_positions = getattr(text, "max_position_embeddings", None) or 2**20  # relative positions: no limit
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(self, name) is None:
@@ -109,7 +109,7 @@ def _configuration(backbone: Any) -> Any:
         raise InvalidSetting("backbone", "it must be the configuration of a causal or a masked language model")
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
         if not isinstance(getattr(backbone.get_text_config(), name, None), int):
-            raise InvalidSetting("backbone", f"a {backbone.model_type} configuration has no {name}: this code needs it")
+            raise InvalidSetting("backbone", f"a {backbone.model_type} configuration has no {name}, which hgpt needs")
     return backbone
 
 
@@ -120,9 +120,9 @@ class PassThrough(nn.Identity):
 
 
 class Backbone(nn.Module):
-    """A language model of transformers whose output embedding is a `PassThrough`, and the gain or the lift behind it.
+    """A language model of transformers whose output embedding is a `PassThrough`, followed by the gain or the lift.
 
-    Its attributes have the names of `HGPTModel`: `wte`, `h` (the blocks), `ln_f` (what makes x).
+    Its attributes have the names of `HGPTModel`: `wte`, `h` (the blocks), `ln_f` (the gain or the lift).
     """
 
     def __init__(self, config: HarmonizedConfig, model: PreTrainedModel) -> None:
@@ -143,14 +143,14 @@ class Backbone(nn.Module):
 
     @property
     def norm(self) -> nn.Module:
-        """The final norm of the backbone; an `nn.Identity` if it has none, as BERT."""
+        """The backbone's final norm; an `nn.Identity` if there is none, as in BERT."""
         names = ("norm", "ln_f", "final_layer_norm", "final_norm")
         outside = ((name.split("."), module) for name, module in self.model.named_modules())
         found = [module for name, module in outside if name[-1] in names and not any(map(str.isdigit, name))]
         return found[0] if found else nn.Identity()
 
-    def close(self, head: nn.Module) -> None:
-        """Put an output embedding in the place of the `PassThrough`."""
+    def set_output_embedding(self, head: nn.Module) -> None:
+        """Replace the `PassThrough` by an output embedding."""
         name = next(name for name, module in self.model.named_modules() if isinstance(module, PassThrough))
         self.model.set_submodule(name, head)
 
@@ -163,7 +163,7 @@ class Backbone(nn.Module):
     def forward(
         self, input_ids: Tensor | None = None, *, cache: Any = None, return_dict: bool = True, **kwargs: Any
     ) -> BaseModelOutputWithPast:
-        """The head's x, (B, T, D). Arguments are those of the backbone; None is not passed on."""
+        """The head's x, (B, T, D). Arguments are the backbone's; None is not passed on."""
         given = {"input_ids": input_ids, CACHE: cache, **kwargs}
         output = self.model(**{name: value for name, value in given.items() if value is not None}, return_dict=True)
         x = self.ln_f(output.logits.to(self.ln_f.weight.dtype))
@@ -177,7 +177,7 @@ class Backbone(nn.Module):
 
 
 class HarmonizedForCausalLM(HGPTForCausalLM):
-    """A causal language model of transformers with a head of ours. `forward` and the loss are HGPTForCausalLM's."""
+    """A causal language model of transformers with an hgpt head. `forward` and the loss are HGPTForCausalLM's."""
 
     config_class = HarmonizedConfig
     config: HarmonizedConfig
@@ -189,10 +189,11 @@ class HarmonizedForCausalLM(HGPTForCausalLM):
     def _new_trunk(self) -> nn.Module:
         config = self.config
         if config.task != self.task:
-            raise ValueError(f'the configuration says task = "{config.task}", and {type(self).__name__} is another')
-        # transformers chooses by itself unless something else than the default was asked for.
-        asked = config._attn_implementation
-        options = {"dtype": torch.get_default_dtype(), "attn_implementation": None if asked == "sdpa" else asked}
+            raise ValueError(f'{type(self).__name__} does not fit task = "{config.task}" of the configuration')
+        # With the default, transformers chooses.
+        attention = config._attn_implementation
+        attention = None if attention == "sdpa" else attention
+        options = {"dtype": torch.get_default_dtype(), "attn_implementation": attention}
         make = self.auto_class.from_config
         if isinstance(config.backbone, HGPTConfig):
             make = HGPTForCausalLM._from_config
@@ -201,7 +202,7 @@ class HarmonizedForCausalLM(HGPTForCausalLM):
         except Exception as error:  # not for this task, or its sizes do not fit: models raise anything
             reason = " ".join(str(error).split())[:200]
             raise InvalidSetting("backbone", f"transformers makes no {self.task} model of it: {reason}") from error
-        _open(model)
+        _remove_output_embedding(model)
         embedding: Any = model.get_input_embeddings()
         if config.tie_word_embeddings:
             nn.init.normal_(embedding.weight, std=config.centre_init_std)
@@ -212,7 +213,7 @@ class HarmonizedForCausalLM(HGPTForCausalLM):
 
 
 class HarmonizedForMaskedLM(HarmonizedForCausalLM):
-    """A masked language model of transformers with a head of ours: `labels` are not shifted."""
+    """A masked language model of transformers with an hgpt head: `labels` are not shifted."""
 
     task = "masked_lm"
     auto_class = AutoModelForMaskedLM
@@ -232,7 +233,7 @@ class HarmonizedForMaskedLM(HarmonizedForCausalLM):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput | tuple:
-        """Logits (B, T, vocab_size) and, with labels, the mean of −log p_y over the labels that are not −100."""
+        """Logits (B, T, vocab_size) and, with labels, the mean −log p_y over labels that are not −100."""
         found: Any = super().forward(
             input_ids,
             attention_mask=attention_mask,
@@ -251,10 +252,10 @@ class HarmonizedForMaskedLM(HarmonizedForCausalLM):
 def harmonize(
     model: PreTrainedModel, exponent: float | str = "2*sqrt_dim", *, vocab_size: int | None = None, **settings: Any
 ) -> HarmonizedForCausalLM:
-    """`model` with a harmonic head instead of its output embedding, tied if that was tied. Changes `model` in place.
+    """`model` with a harmonic head instead of its output embedding, and equally tied. Changes `model` in place.
 
-    The centres start as the rows of the output embedding. `python -m hgpt.convert` keeps what a trained softmax model
-    predicts; this does not.
+    The centres start as the rows of the output embedding. A trained softmax model loses its predictions; `python -m
+    hgpt.convert` keeps them.
 
     Args:
         model: a causal or masked language model of transformers (GPT-2, Llama, Qwen, BERT, …).
@@ -263,11 +264,11 @@ def harmonize(
         settings: further fields of HGPTConfig that concern the head: radius, distance, final_norm_gain, …
 
     Raises:
-        ValueError: `model` has a head of ours already, is no causal or masked language model, has hidden states that
-            are not (B, T, D), or caps or scales its logits.
+        ValueError: `model` already has an hgpt head, is no causal or masked language model, has hidden states that are
+            not (B, T, D), or caps or scales its logits.
     """
     if isinstance(model, HarmonizedForCausalLM) or getattr(model.config, "head", None) == "harmonic":
-        raise ValueError("the model has a head of hgpt already, which cannot be replaced")
+        raise ValueError("the model already has a head of hgpt, which cannot be replaced")
     masked = type(model).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
     kind = HarmonizedForMaskedLM if masked else HarmonizedForCausalLM
     head = output_embedding(model)
@@ -287,10 +288,10 @@ def harmonize(
     if type(whole.transformer.model) is not type(model):
         made = type(whole.transformer.model).__name__
         raise ValueError(
-            f"transformers makes a {made} of this configuration, and the model is a {type(model).__name__}"
+            f"transformers makes a {made} of this configuration, but the model is a {type(model).__name__}"
         )
     model.config.tie_word_embeddings = False
-    _open(model)
+    _remove_output_embedding(model)
     whole.transformer.model, config.backbone = model, model.config
     with torch.device(head.weight.device):
         whole.lm_head, ln_f = whole._new_head(len(head.weight)).to(head.weight.dtype), whole.transformer.ln_f
@@ -305,12 +306,12 @@ def harmonize(
 
 
 def model_class(config: HGPTConfig) -> type[HGPTForCausalLM]:
-    """The class of a causal language model of `config`, which may be a HarmonizedConfig."""
+    """The causal language model class of `config`."""
     return HarmonizedForCausalLM if isinstance(config, HarmonizedConfig) else HGPTForCausalLM
 
 
 def load(folder: str, **options: Any) -> Any:
-    """The model in a folder that hgpt or transformers wrote, or of an id on the hub; `options` of `from_pretrained`."""
+    """The model of a folder (of hgpt or transformers) or of an id on the hub; `options` of `from_pretrained`."""
     config = AutoConfig.from_pretrained(folder)
     return auto_class(config).from_pretrained(folder, **options)
 
@@ -331,7 +332,7 @@ def output_embedding(model: PreTrainedModel) -> Any:
 
 @torch.no_grad()
 def check_backbone(model: PreTrainedModel, end: nn.Module, *, causal: bool) -> None:
-    """Run `model` on four tokens, and raise ValueError unless a head of ours can stand where `end` stands."""
+    """Run `model` on four tokens, and raise ValueError unless an hgpt head can replace `end`."""
     width, rows = model.config.get_text_config().hidden_size, model.config.get_text_config().vocab_size
     seen: list[tuple[Tensor, Tensor]] = []
     hook = end.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
@@ -357,13 +358,13 @@ def check_backbone(model: PreTrainedModel, end: nn.Module, *, causal: bool) -> N
         )
     if causal and not torch.allclose(hidden[0, 0], hidden[1, 0], rtol=1e-3, atol=1e-5):
         raise ValueError(
-            f"a {name} of this configuration sees later tokens: it is no causal language model (for BERT and the like "
-            "use the class ...ForMaskedLM, or set is_decoder = true)"
+            f"a {name} of this configuration sees later tokens: it is not a causal language model (for BERT use "
+            "...ForMaskedLM, or set is_decoder = true)"
         )
 
 
-def _open(model: Any) -> None:
-    """Replace the output embedding by a `PassThrough`, and remove a bias that is kept beside it."""
+def _remove_output_embedding(model: Any) -> None:
+    """Replace the output embedding by a `PassThrough`, and remove its separate bias."""
     head: Any = output_embedding(model)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):

@@ -3,8 +3,8 @@
     harmonic    z_i = −n log d_i    so p_i = d_i^(−n) / Σ_j d_j^(−n), HarMax; d_i = |x − w_i|₂, or another distance
     softmax     z_i = w_i · x       a linear layer without bias, as `lm_head` of nanoGPT and GPT-2
 
-With `radius=True` a learned log-weight a_i is added to z_i. Of the harmonic head it is n times the logarithm of a
-radius, a_i = n log ρ_i, so p_i ∝ (d_i / ρ_i)^(−n); of softmax it is the bias.
+With `radius=True` a learned log-weight a_i is added to z_i. In the harmonic head a_i = n log ρ_i with a radius ρ_i, so
+p_i ∝ (d_i / ρ_i)^(−n); in softmax a_i is the bias.
 
 `HarmonicHead` is the harmonic distance layer of Baek et al., arXiv:2502.01628. `HGPTForCausalLM` uses either head; both
 work as the last layer of any classifier.
@@ -32,10 +32,10 @@ from .loss import LossParams, head_loss
 
 
 class _Head(nn.Module):
-    """What the heads share.
+    """Base class of both heads.
 
     Attributes:
-        weight: (rows, D), one row per class, then rows of padding, which are no classes.
+        weight: (rows, D), one row per class, then padding rows.
         log_weight: a_i (rows,), in nats, initially 0; None without radii.
     """
 
@@ -71,7 +71,7 @@ class _Head(nn.Module):
     def forward(self, x: Tensor, targets: Tensor | None = None, **options: Any) -> Tensor:
         """`logits(x)`, or with `targets` `loss(x, targets, **options)`.
 
-        Call the module, not its methods, under an engine that shards parameters: calls gather the weight.
+        Under an engine that shards parameters, call the module, not its methods: the call gathers the weight.
         """
         return self.logits(x) if targets is None else self.loss(x, targets, **options)
 
@@ -107,15 +107,15 @@ class _Head(nn.Module):
     def _operands(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """x and w in the dtype of the products: autocast's if it is enabled, otherwise that of x."""
         if x.shape[-1] != w.shape[-1]:
-            raise ValueError(f"x and w must have one width: x is {tuple(x.shape)}, w is {tuple(w.shape)}")
+            raise ValueError(f"x and w must have the same width: x is {tuple(x.shape)}, w is {tuple(w.shape)}")
         dtype = _compute_dtype(x)
         return x.to(dtype), w.to(dtype)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "bias":  # whoever asks for it is about to compute x @ weight.T + bias
+        if name == "bias":  # a caller that reads it would compute x @ weight.T + bias
             raise AttributeError(
-                f"{type(self).__name__} has no bias: its logits are not x @ weight.T + bias (distances, rows of "
-                "padding, log-weights); call the head, or the model without this shortcut"
+                f"{type(self).__name__} has no bias: its logits are not x @ weight.T + bias (distances, padding rows, "
+                "log-weights); call the head, or the model without this shortcut"
             )
         return super().__getattr__(name)
 
@@ -168,8 +168,8 @@ class HarmonicHead(_Head):
             "2*sqrt_dim".
         distance: what d is, by default |x − w_i|₂; `hgpt.model.distances` has the list.
         init_std: standard deviation of the normal distribution of the initial centres; default 1/√D, for centres of
-            norm about 1. A common scale of x and w has no effect on HarMax, but it has one on optimisers whose
-            steps do not scale with the weights: hidden states should have about the norm of the centres.
+            norm about 1. Scaling x and w together does not change HarMax, but the optimiser's steps do not scale with
+            the weights: hidden states should have about the norm of the centres.
         rows: rows of the weight, at least `num_classes` (the default); the rest is padding without probability.
         learn_exponent: train n as the parameter `log_exponent` = log n, (1,): n stays positive, and the optimiser's
             steps are relative to n.
@@ -253,8 +253,8 @@ class HarmonicHead(_Head):
     def unchanged_centres(self) -> Iterator[None]:
         """Context in which w′ and |w′|² are computed once and cached, for logits and distances without gradients.
 
-        Generation uses it. The cache is the calling thread's own. It notices a weight that is changed in place, but not
-        in compiled code, in inference mode or through `.data`.
+        Generation uses it. Each thread has its own cache. It detects in-place changes of a weight, except in compiled
+        code, in inference mode or through `.data`.
         """
         outer, self._cache.entries = self._cache.entries, {}
         try:
@@ -295,7 +295,7 @@ class HarmonicHead(_Head):
 
 
 class HarmonicLoss(nn.Module):
-    """−log p_y of distances, p = HarMax: in the place of `nn.CrossEntropyLoss` where a network puts out distances.
+    """−log p_y with p = HarMax, for networks that return distances: replaces `nn.CrossEntropyLoss`.
 
         >>> loss = HarmonicLoss(exponent=8)(distances, labels)
 
@@ -314,22 +314,22 @@ class HarmonicLoss(nn.Module):
         self.cross_entropy = nn.CrossEntropyLoss(**options)
 
     def forward(self, distances: Tensor, targets: Tensor) -> Tensor:
-        """`distances` d ≥ 0 (N, V) or (N, V, ...), `targets` (N) or (N, ...). 0 counts as the smallest number above."""
+        """`distances` d ≥ 0 (N, V) or (N, V, ...), `targets` (N) or (N, ...). d is clamped at the smallest float."""
         d = distances.to(accumulation_dtype(distances.dtype))
         return self.cross_entropy(-self.exponent * d.clamp_min(torch.finfo(d.dtype).tiny).log(), targets)
 
 
 class _Cache(threading.local):
-    """Of `unchanged_centres`, for each thread: key → (w′ or None, |w′|²). None outside the context."""
+    """Cache of `unchanged_centres`, one per thread: key → (w′ or None, |w′|²). None outside the context."""
 
     entries: dict[Any, tuple[Tensor | None, Tensor]] | None = None
 
     def __reduce__(self) -> Any:
-        return _Cache, ()  # a copied or unpickled head has an empty one
+        return _Cache, ()  # copying or unpickling a head empties the cache
 
 
 def _versions(*tensors: Tensor) -> tuple[int, ...]:
-    """How often each tensor was changed in place; () where PyTorch does not say it."""
+    """How often each tensor was changed in place; () where PyTorch does not count."""
     if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
         return ()
     return tuple(tensor._version for tensor in tensors)

@@ -1,11 +1,11 @@
 """The loss of a head and its gradients, without a (tokens, vocabulary) matrix.
 
-It computes, in two lines of PyTorch (as `harmax.harmonic_loss` does, with which the tests compare it):
+In two lines of PyTorch (`harmax.harmonic_loss`, the tests' reference):
 
     scores = -n * torch.log(distance(x, w)) + a    # (N, V); softmax head: x @ w.T + a; a (V,): log-weights, if any
     loss = F.cross_entropy(scores, targets, label_smoothing=ε)
 
-Positions are processed in chunks. A chunk's distances or products, (C, V), are overwritten with the probabilities p and
+Positions are processed in chunks. A chunk's distances or products, (C, V), are overwritten with the probabilities p,
 then with G, the derivative of the loss with respect to them. With q_i = (1 − ε) 1[i = y] + ε/V,
 
     harmonic, by matrix products    G_ti = n (p_ti − q_ti) / d²_ti, for the product x_t·w_i
@@ -193,14 +193,14 @@ class HeadLoss(torch.autograd.Function):
             with torch.autocast(targets.device.type, enabled=False):
                 _, grads = ctx.kernel(ctx.params, operands, targets, weights, needed)
 
-        def finished(grad: Tensor, operand: Tensor) -> Tensor:
-            """The gradient of the output in the operand's dtype: one pass over memory, in place if the dtype stays."""
+        def scaled(grad: Tensor, operand: Tensor) -> Tensor:
+            """In the operand's dtype; a stored one times grad_output, in one pass and in place if the dtype stays."""
             if stored is None:
                 return grad.to(operand)
             return torch.mul(grad, grad_output, out=grad if grad.dtype == operand.dtype else torch.empty_like(operand))
 
-        every = zip(grads, operands, needed, strict=True)
-        return None, None, None, None, *(finished(g, o) if need and g is not None else None for g, o, need in every)
+        each = zip(grads, operands, needed, strict=True)
+        return None, None, None, None, *(scaled(g, o) if need and g is not None else None for g, o, need in each)
 
 
 def slices(count: int, size: int) -> list[slice]:
@@ -259,13 +259,13 @@ def harmonic_rows(
         log-weights.
 
     Args:
-        params: of which only `log_weight` and `label_smoothing` are used.
+        params: only `log_weight` and `label_smoothing` are used.
         d: (R, V), distances or squared distances. Values up to `floor`, (R, 1), are clamped to it and have no gradient.
         targets, factor: as in `cross_entropy`; `learned`: whether the second result is needed.
     """
     log_weight = params.log_weight
     nearest = d.amin(-1, keepdim=True)
-    # On a CPU the mask is made only if something is clamped. On a GPU asking that would be a sync.
+    # On a CPU the mask is made only if something is clamped. On a GPU this test would be a sync.
     clamped = None
     if torch.compiler.is_compiling() or not d.is_cpu or bool((nearest <= floor).any()):
         clamped = d <= floor  # false for nan, which stays
@@ -341,9 +341,9 @@ def product_rows(
 
 @functools.cache
 def kernel_for_products(device: torch.device, dtype: torch.dtype) -> Kernel:
-    """`row_kernels.by_rows` on a GPU on which Triton works, else `by_products`; a warning says why Triton does not.
+    """`row_kernels.by_rows` on a GPU if Triton works there, else `by_products` with a warning that says why.
 
-    The row kernels are no part of an exported model, which runs without them.
+    Exported models do not contain the row kernels, and run without them.
     """
     if device.type not in ("cuda", "xpu") or dtype == torch.float64:
         return by_products
@@ -363,9 +363,9 @@ def by_products(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The kernel for softmax and for powers of |x − w|₂; see `Kernel`.
 
-    With bfloat16 operands the products use R, which is G rounded to bfloat16. rowsum and colsum are taken of G: they
-    are nearly 0, so a rounding error in them times x would be large. The products' error is Σ_i (R − G)_ti w_i; its
-    part along the mean of w, rowsum(R − G) w̄, is known and subtracted, and likewise along the mean of x in ∂L/∂w.
+    With bfloat16 operands the products use R, G rounded to bfloat16. rowsum and colsum are those of G: they are nearly
+    0, so their rounding errors times x would be large. The products' error is Σ_i (R − G)_ti w_i; its part along the
+    mean of w, rowsum(R − G) w̄, is known and subtracted, and likewise along the mean of x in ∂L/∂w.
     """
     x, w, *_ = operands
     need_x, need_w, learned, _ = needed

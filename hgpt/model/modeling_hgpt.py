@@ -1,7 +1,7 @@
 """GPT-2 as in nanoGPT (pre-norm blocks, learned positions), as a transformers model with either head.
 
-The trunk computes the same as `transformers.GPT2Model`, with nanoGPT's parameter names and layouts; a test compares
-them.
+The trunk computes the same as `transformers.GPT2Model` (a test compares them), with nanoGPT's parameter names and
+layouts.
 """
 
 import math
@@ -48,7 +48,7 @@ WITHOUT_EFFECT = {
 
 
 def attention_keywords(keywords: dict[str, Any], attention_mask: Any) -> dict[str, Any]:
-    """The keywords in FOR_ATTENTION, out of those that are no parameters of `forward`.
+    """The keywords for the attention function, out of `forward`'s **kwargs.
 
     Raises:
         ValueError: `is_causal=False` without a 4-dimensional mask.
@@ -59,8 +59,7 @@ def attention_keywords(keywords: dict[str, Any], attention_mask: Any) -> dict[st
     if unknown:
         raise TypeError(
             f"HGPT's forward does not know {', '.join(unknown)}, which may change the result: do not pass it. If "
-            "transformers passes it by itself, use a version that this code was tested with (config.json: "
-            "transformers_tested)"
+            "transformers passes it, use a version that this code was tested with (config.json: transformers_tested)"
         )
     if keywords.get("is_causal") is False and (attention_mask is None or attention_mask.ndim != 4):
         raise ValueError("is_causal=False needs a 4-dimensional attention_mask: this is a causal language model")
@@ -87,11 +86,11 @@ def count_attended(attention_mask: Tensor | None, past: int | Tensor, length: in
 
 
 def packed(position_ids: Tensor | None, past: int | Tensor, n_positions: int) -> bool:
-    """Whether a row longer than the model may be several texts one after the other: all its positions exist."""
+    """Whether a row longer than the context may be several packed texts: no position exceeds the context."""
     if position_ids is None or not isinstance(past, int) or past > 0:
         return False
     if torch.compiler.is_compiling() or (position_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return True  # the device cannot be asked now
+        return True  # the positions cannot be read now
     return int(position_ids.max()) < n_positions
 
 
@@ -141,7 +140,7 @@ class HGPTAttention(nn.Module):
         query, key, value = (part.view(heads).transpose(1, 2) for part in self.c_attn(hidden).split(D, dim=2))
         if isinstance(cache, Cache) or (cache is not None and CACHE == "cache"):
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
-        elif cache is not None:  # that of `generate_batch`, which before 5.24 the attention function updates
+        elif cache is not None:  # of `generate_batch`; before 5.24 the attention function updates it
             kwargs["cache"] = cache
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         mixed, weights = attend(
@@ -191,7 +190,7 @@ class HGPTBlock(GradientCheckpointingLayer):
 
 
 class Gain(nn.Module):
-    """x = g ⊙ h with a learned g (D,): what stands in the place of the final norm with final_norm = "none"."""
+    """x = g ⊙ h with a learned g (D,): replaces the final norm with final_norm = "none"."""
 
     bias = None
 
@@ -216,9 +215,9 @@ class HGPTBlocks(nn.ModuleList):
         n_layer: int | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Any, ...]]:
-        """The last hidden states, and if asked for those before each block and the attention weights of each block.
+        """The last hidden states and, if requested, those before each block and each block's attention weights.
 
-        `n_layer`: how many blocks, from the first; default: all.
+        `n_layer`: run only the first `n_layer` blocks.
         """
         all_hidden: tuple[Tensor, ...] = ()
         all_weights: tuple[Any, ...] = ()  # None where the attention implementation gives none
@@ -351,8 +350,7 @@ class HGPTModel(HGPTPreTrainedModel):
                 f"the model has {config.n_positions} positions (n_positions), and the sequence has {length} "
                 "tokens: shorten the prompt or generate fewer tokens"
             )
-        # Made before the default positions are: given positions without a mask, transformers looks for packed
-        # sequences, which is a sync.
+        # Before the default positions: with positions but no mask, transformers looks for packed sequences, a sync.
         mask = create_causal_mask(
             config=config,
             inputs_embeds=inputs_embeds,
@@ -364,7 +362,7 @@ class HGPTModel(HGPTPreTrainedModel):
             position_ids = count_attended(attention_mask, past, T, inputs_embeds.device)
         hidden = inputs_embeds + self.wpe(position_ids)  # (B, T, D)
         hidden = F.dropout(hidden, config.dropout, self.training)
-        # transformers lowers config.n_layer for a moment to draft with the first blocks (assistant_early_exit).
+        # assistant_early_exit temporarily lowers config.n_layer to draft with the first blocks.
         hidden, all_hidden, all_weights = self.h(
             hidden, mask, cache, output_hidden_states, output_attentions, config.n_layer, **kwargs
         )
@@ -381,7 +379,7 @@ class HGPTModel(HGPTPreTrainedModel):
 
 @torch.no_grad()
 def like_the_first_rows(weight: Tensor, rows: int) -> None:
-    """Draw the rows behind the first `rows` anew, with the mean and the covariance of those."""
+    """Redraw the rows after the first `rows`, with the mean and the covariance of the first."""
     old = weight[:rows].float()
     mean = old.mean(0)
     noise = torch.randn(max(0, len(weight) - rows), len(old), device=weight.device) / len(old) ** 0.5
@@ -391,9 +389,9 @@ def like_the_first_rows(weight: Tensor, rows: int) -> None:
 class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
     """The language model: trunk and head.
 
-    `logits` are those of the head over the `vocab_size` tokens, without padding, in float32. With the harmonic head
-    they are −n log d_i (plus the learned log-weights, if any), so softmax(logits) is HarMax, and sampling and losses
-    for logits work unchanged.
+    `logits` are the head's over the `vocab_size` tokens, without padding, in float32. With the harmonic head they are
+    −n log d_i (plus the learned log-weights, if any), so softmax(logits) is HarMax, and sampling and losses for logits
+    work unchanged.
     """
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
@@ -442,10 +440,9 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
     ) -> nn.Embedding:
         """As in transformers, but `vocab_size` is the number of tokens, and the rows are padded.
 
-        New centres of a harmonic head are drawn from the normal distribution that has the mean and the covariance of
-        the old ones, whatever `mean_resizing` is. transformers draws them near the mean or near 0, which is near every
-        hidden state: they would take much of the probability. A new token gets the smallest log-weight there is: it
-        has been seen less often than any other.
+        New centres of a harmonic head are drawn from the normal distribution with the mean and covariance of the old
+        ones, whatever `mean_resizing` is. transformers draws them near the mean or near 0, which is near every hidden
+        state: they would take much of the probability. New tokens get the smallest existing log-weight.
         """
         if new_num_tokens is None:
             return self.transformer.wte
@@ -482,7 +479,7 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
         return head
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. The harmonic head transforms its centres once, not for every token."""
+        """As in transformers, but the harmonic head transforms its centres once, not for every token."""
         with self.lm_head.unchanged_centres() if isinstance(self.lm_head, HarmonicHead) else nullcontext():
             return super().generate(*args, **kwargs)
 
@@ -507,12 +504,12 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, T), shifted inside: position t is scored on label t + 1. −100 is ignored.
-            shift_labels: (B, T), labels that are already shifted, instead of `labels`. A keyword, no named parameter:
-                transformers' Trainer expects parameters with "label" in their name in every evaluation batch.
+            shift_labels: (B, T), already shifted labels, instead of `labels`. Not a named parameter: transformers'
+                Trainer expects parameters with "label" in their name in every evaluation batch.
             num_items_in_batch: divisor of the summed loss; default: the number of labels that are not ignored.
             loss_only: with labels, compute no logits (they are None), so that no (B · T, vocab_size) tensor is
                 allocated. Default: true in training mode.
-            logits_to_keep: compute logits of the last `logits_to_keep` positions, or of an index tensor; 0: of all.
+            logits_to_keep: compute logits only of the last `logits_to_keep` positions or of an index tensor; 0: of all.
 
         The other arguments and the errors are those of `HGPTModel.forward`.
         """

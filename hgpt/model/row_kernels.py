@@ -29,7 +29,7 @@ from triton.language.extra import libdevice
 from .harmax import distance_floor
 from .loss import LossParams, chunk_positions, slices
 
-# Tiles (rows, columns) and warps, the fastest of those tried on an H200 (benchmarks/gpu.py measures the whole).
+# Tiles (rows, columns) and warps, the fastest of those tried on an H200.
 _LOSS_TILE, _LOSS_WARPS = {"ROWS": 1, "COLUMNS": 2048}, 8
 _GRADIENT_TILE, _GRADIENT_WARPS = {"STEPS": 32, "ROWS": 1, "COLUMNS": 256}, 1
 _VECTOR_TILE = {"ROWS": 16, "COLUMNS": 256}  # of x and w
@@ -98,12 +98,12 @@ def _losses(
     HARMONIC: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTHED: tl.constexpr, LEARNED: tl.constexpr,
     NEAREST: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Losses of rows of products, their derivatives by log n, and what `_gradients` needs of each row.
+    """Losses of rows of products, their derivatives by log n, and the values per row that `_gradients` needs.
 
     REFERENCE is d² (softmax: the product) of the class that scores are relative to: the target, or the nearest class
     if NEAREST, which costs one more pass and keeps float32's digits where the target is far. SCALES (4, count) receives
     the largest z, 1 / Σ 2^(z − largest), (1 − ε) reference / d² of the target, and 1 / reference.
-    Each lane keeps a maximum and a sum of its own, so that lanes meet once, at the end.
+    Each lane keeps its own maximum and sum; lanes are combined once, at the end.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = rows < count
@@ -181,9 +181,9 @@ def _gradients(
     """G of a tile (STEPS · ROWS, COLUMNS), times the weights of the positions, and the tile's sums.
 
     ROW_SUMS (tiles across, planes, count) and COLUMN_SUMS (tiles down, planes, width) receive the sums of G and, in a
-    second plane if ROUNDED, of what rounding adds to G. WEIGHT_SUMS (tiles down, width) receives the sums of p − q over
-    the rows. The sums over rows are added to those of earlier chunks. With one warp a program, a lane owns its columns:
-    it sums over rows alone, and the lanes meet only for the sums over columns.
+    second plane if ROUNDED, of (rounded G − G). WEIGHT_SUMS (tiles down, width) receives the sums of p − q over the
+    rows. The sums over rows are added to those of earlier chunks. With one warp a program, a lane owns its columns: it
+    sums over rows alone, and lanes are combined only for the sums over columns.
     """
     down, across = tl.program_id(0), tl.program_id(1)
     columns = across * COLUMNS + tl.arange(0, COLUMNS)
@@ -335,7 +335,7 @@ class _Buffers:
         self.g_dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
         self.rounded = self.harmonic and self.g_dtype != torch.float32
         self.chunk = min(len(x), params.chunk or chunk_positions(len(w), x.dtype, "cuda"))
-        # float32 keeps its digits; AMD's library has no such function, and Triton's interpreter none at all.
+        # Not for float32, which would lose precision; AMD's library and Triton's interpreter lack the function.
         self.fast = x.dtype != torch.float32 and x.is_cuda and torch.version.hip is None
 
         def new(*shape: int, zero: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
