@@ -404,7 +404,7 @@ def test_a_distance_of_ones_own_with_an_option_and_frozen() -> None:
 def test_the_registry() -> None:
     assert distance_names()[0] == "euclidean" and hgpt.register_distance is register_distance
     for name in ("Mine", "Manhattan"):
-        with pytest.raises(ValueError, match="there is a distance 'manhattan' already, Manhattan: choose another name"):
+        with pytest.raises(ValueError, match="there already is a distance 'manhattan', Manhattan: choose another name"):
             register_distance("manhattan")(type(name, (Distance,), {}))
     with pytest.raises(TypeError, match=r"subclasses of hgpt\.Distance; got"):
         register_distance("mine")(int)
@@ -431,7 +431,7 @@ def test_a_file_without_a_distance(tmp_path: Path, text: str | None, message: st
 @pytest.mark.parametrize(
     ("distance", "options", "message"),
     [
-        ("cosinus", {}, r"distance must be one of euclidean, cosine, mahalanobis, .*; got 'cosinus'. your own"),
+        ("cosinus", {}, r"distance must be one of euclidean, cosine, mahalanobis, .*; got 'cosinus'.*your own"),
         ("minkowski", {}, 'p is required with distance = "minkowski"'),
         ("minkowski", {"p": 0.5}, r"p must be a number of at least 1 .*; got 0.5"),
         ("minkowski", {"p": math.inf}, r'p must be .*for infinity: distance = "chebyshev"\); got inf'),
