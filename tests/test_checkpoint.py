@@ -192,7 +192,7 @@ def test_damage_is_seen_and_passed_over(tmp_path, harm, fault):
     warnings = []
     assert newest_checkpoint(tmp_path, warnings.append) == first
     assert len(warnings) == 1
-    assert f"{second} is damaged and passed over: " in warnings[0] and fault in warnings[0]
+    assert f"{second} is damaged and skipped: " in warnings[0] and fault in warnings[0]
     harm(first)
     assert newest_checkpoint(tmp_path, warnings.append) is None
 

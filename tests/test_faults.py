@@ -71,7 +71,7 @@ def test_a_run_that_was_set_back_and_killed_goes_on_from_its_new_course(tmp_path
             train.main(other)
     assert steps_in(config.run_folder) == [3, 4]
     assert damage(config.run_folder / "abandoned" / "step_0000006") is None
-    assert "step_0000006 is later than the checkpoint that is resumed: moved to " in capsys.readouterr().out
+    assert "step_0000006 is later than the resumed checkpoint: moved to " in capsys.readouterr().out
     train.main(replace(other, resume="auto"))
     assert "step_0000004" in capsys.readouterr().out
     assert steps_in(config.run_folder) == [3, 4, 8]

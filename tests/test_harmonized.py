@@ -235,7 +235,7 @@ def test_another_backbone_in_the_file_is_not_resumed(data, tmp_path):
     config = backbone_run(data, tmp_path)
     train.main(config)
     backbone_run(data, tmp_path, values={"model_type": "llama", **GROUPED, "hidden_act": "relu"})
-    with pytest.raises(UserError, match=r"backbone\.hidden_act = 'silu', and the run 'relu'"):
+    with pytest.raises(UserError, match=r"backbone\.hidden_act = 'silu', but the run 'relu'"):
         train.main(replace(config, resume="auto"))
 
 

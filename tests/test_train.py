@@ -204,7 +204,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, capsys, finishe
     os.truncate(newest / "model" / "model.safetensors", 1000)
     train.main(config)
     out = capsys.readouterr().out
-    assert f"{newest} is damaged and passed over: model/model.safetensors has" in out
+    assert f"{newest} is damaged and skipped: model/model.safetensors has" in out
     assert f"resuming from {older}" in out
     assert_same_end(config, finished())
 
@@ -230,7 +230,7 @@ def test_what_a_resumed_run_may_not_change(tmp_path, finished):
         (replace(config, data=replace(config.data, path=str(other))), "is not the data it was trained on"),
         (replace(config, train=replace(config.train, steps=5)), r"train\.steps = 5 is less than its 6 steps"),
         (replace(config, resume=str(tmp_path / "nothing")), r'"never", "auto" or the folder of a checkpoint'),
-        (replace(config, resume="never"), r"harmonic exists already and is never overwritten.*--resume auto"),
+        (replace(config, resume="never"), r"harmonic already exists and is never overwritten.*--resume auto"),
     ):
         with pytest.raises(UserError, match=message):
             train.main(changed)

@@ -8,9 +8,9 @@
       manifest.json             size and SHA-256 of every file above; written last
 
 A checkpoint is written under a temporary name and renamed, so it is complete or absent. The weights are stored once: a
-run resumes from the exported model. Any engine with any number of processes can resume a checkpoint. Its files are
-safetensors and JSON, so that reading them executes no code. RUN_FOLDER/latest is a link to the newest one, where the
-file system has links. A run that is set back to an earlier checkpoint moves the later ones to RUN_FOLDER/abandoned.
+run resumes from the exported model. Any engine with any number of processes can resume a checkpoint. All files are
+safetensors and JSON, so reading them executes no code. RUN_FOLDER/latest links to the newest checkpoint, if the file
+system has links. Resuming an earlier checkpoint moves the later ones to RUN_FOLDER/abandoned.
 """
 
 import copy
@@ -46,7 +46,7 @@ from hgpt.run.settings import CONFIG_FILE, check_resume, flatten, settings, writ
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
-ABANDONED = "abandoned"  # checkpoints later than one to which the run was set back
+ABANDONED = "abandoned"  # checkpoints later than a resumed one
 MODEL = "model"
 LOCK = ".lock"  # locked by the process that trains in the folder
 PREEMPTED = "preempted"  # marks a run that a cluster stopped, because launchers do not pass on exit codes
@@ -54,14 +54,14 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 RANDOM_STATE = "rng_{:05d}.safetensors"
-# Fields of HGPTConfig by which a checkpoint's model must be that of the run.
+# Fields of HGPTConfig that must be equal in the checkpoint and the run.
 COMPARED = {*MODEL_SETTINGS, *HEAD_SETTINGS, "head", "vocab_size", "n_positions", "backbone", "lift"}
 ESSENTIAL = {STATE, OPTIMIZER, f"{MODEL}/config.json"}  # every checkpoint has these, and weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """state.json: what a run needs besides tensors to resume, and what describes a checkpoint to a reader.
+    """state.json: what a run needs besides tensors to resume, and a description for readers.
 
     `step` counts finished optimiser steps, `tokens` their training tokens; `validation_loss` was measured at
     `validation_step`. `settings` are the resolved settings by dotted name; `data` identifies the token shards
@@ -122,10 +122,10 @@ class Checkpoints:
     def to_resume(self) -> "Checkpoint | None":
         """The checkpoint that `resume` asks for, None for a new run. Nothing is written. Collective.
 
-        The main process chooses and verifies it. The others compare the manifest that they see, and the first process
-        of each node verifies the files. All raise UserError if a run folder would be overwritten, if the checkpoint is
-        damaged, differs between processes or was trained on other data or by another teacher, if a setting differs that
-        must not, and if train.steps is less than the checkpoint's step.
+        The main process chooses and verifies it; the others compare its manifest, and the first process of each node
+        verifies the files. All raise UserError if a run folder would be overwritten, if the checkpoint is damaged,
+        differs between processes or was trained on other data or by another teacher, if an essential setting differs,
+        or if train.steps is less than the checkpoint's step.
         """
         engine = self.engine
         path = engine.from_main(lambda: find_checkpoint(self.config, engine.say))
@@ -140,7 +140,7 @@ class Checkpoints:
         return self.resumed
 
     def _check(self, path: Path, verify: bool) -> "tuple[Checkpoint, list[str]]":
-        """The checkpoint in `path`, and how its settings differ. Raises UserError if this run cannot resume it."""
+        """The checkpoint in `path` and its differing settings. Raises UserError if this run cannot resume it."""
         if verify and (fault := damage(path)):
             raise UserError(f"{path} is damaged: {fault}; copy it again from the machine that wrote it")
         found, steps = Checkpoint(path), self.config.train.steps
@@ -167,8 +167,8 @@ class Checkpoints:
     def claim(self) -> Iterator[None]:
         """Create the run folder and hold its lock; on exit, wait for the checkpoint that is being written.
 
-        Enter it only after all input was checked. Collective. Raises UserError if another process trains in the folder,
-        or if the folder cannot be written.
+        Enter after all input was checked. Collective. Raises UserError if another process trains in the folder, or if
+        the folder cannot be written.
         """
         with ExitStack() as held:
             self.engine.together(lambda: self._claim(held) if self.engine.is_main else None)
@@ -177,7 +177,7 @@ class Checkpoints:
     def _claim(self, held: ExitStack) -> None:
         folder, config, resumed = self.config.run_folder, self.config, self.resumed
         branch = resumed is not None and not _is_of_run(resumed.path, folder)
-        if resumed is not None and branch:  # until the first checkpoint, config.toml alone says where it began
+        if resumed is not None and branch:  # until the first checkpoint, only config.toml names the origin
             config = replace(config, resume=str(resumed.path.resolve()))
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,7 @@ class Checkpoints:
                 for path in checkpoints(folder):
                     if checkpoint_step(path) > resumed.state.step:
                         moved = set_aside(folder, path)
-                        self.engine.say(f"{path} is later than the checkpoint that is resumed: moved to {moved}")
+                        self.engine.say(f"{path} is later than the resumed checkpoint: moved to {moved}")
                 point_latest(folder, resumed.path)  # a crash may have come before the link was made
             write_toml(config, folder / CONFIG_FILE)
             (folder / PREEMPTED).unlink(missing_ok=True)
@@ -197,7 +197,7 @@ class Checkpoints:
         held.enter_context(self.writer)
 
     def due(self, step: int, *, last: bool = False, stopping: bool = False) -> bool:
-        """Whether to save after `step` steps; not at the step of the resumed checkpoint, which exists."""
+        """Whether to save after `step` steps; not at the resumed checkpoint's step."""
         if self.resumed is not None and step == self.resumed.state.step:
             return False
         return last or stopping or self.config.checkpoint.due(step)
@@ -221,7 +221,7 @@ class Checkpoints:
             self.writer.submit(lambda: self._write(full, random_states, state))
 
     def _write(self, full: FullState, random_states: list[dict[str, Tensor]], state: TrainState) -> None:
-        """Write a checkpoint; into a new run folder if the run folder was renamed or deleted while the run trains."""
+        """Write a checkpoint; if the run folder was renamed or deleted during training, into a new one."""
         run_folder = self.config.run_folder
         mark = run_folder / CONFIG_FILE
         try:
@@ -242,7 +242,7 @@ class Checkpoints:
         with whole_folder(target) as folder:
             save_training_state(folder, full, random_states, state)
             save_model(folder / MODEL, config, full.weights)
-            if (tokenizer := tokenizer_file(Path(run.data.path))) is not None:  # shards of others may have none
+            if (tokenizer := tokenizer_file(Path(run.data.path))) is not None:  # foreign shards may have none
                 hf_tokenizer(tokenizer, config.n_positions, self.shards.end_of_text).save_pretrained(folder / MODEL)
             facts = {
                 "data": run.data.path if self.shards.meta is None else self.shards.meta.source,
@@ -286,9 +286,9 @@ def checkpoints(run_folder: Path) -> list[Path]:
 
 
 def damage(checkpoint: Path, beginning: str = "") -> str | None:
-    """The first fault of a checkpoint, None if it has none. Checks size and SHA-256 of every file in the manifest.
+    """The first fault of a checkpoint, or None. Checks size and SHA-256 of every file in the manifest.
 
-    `beginning`: only of the files whose names begin so.
+    `beginning`: check only files whose names begin with this.
     """
     try:
         manifest = read_json(checkpoint / MANIFEST, "")["files"]
@@ -317,24 +317,24 @@ def damage(checkpoint: Path, beginning: str = "") -> str | None:
 
 
 def newest_checkpoint(run_folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest complete checkpoint of a run, or None; each damaged one is reported to `warn` and skipped."""
+    """The newest complete checkpoint of a run, or None; damaged ones are reported to `warn` and skipped."""
     for checkpoint in reversed(checkpoints(run_folder)):
         fault = damage(checkpoint)
         if fault is None:
             return checkpoint
-        warn(f"{checkpoint} is damaged and passed over: {fault}")
+        warn(f"{checkpoint} is damaged and skipped: {fault}")
     return None
 
 
 def find_checkpoint(config: RunConfig, warn: Callable[[str], None]) -> Path | None:
-    """The checkpoint that `resume` asks for, None for a new run. UserError rather than overwrite a run folder."""
+    """The checkpoint that `resume` asks for, None for a new run. UserError if a run folder would be overwritten."""
     run_folder = config.run_folder
     try:
         occupied = run_folder.exists() and any(run_folder.iterdir())
         if config.resume == "never":
             if occupied:
                 raise UserError(
-                    f"{run_folder} exists already and is never overwritten: resume it with --resume auto, or choose "
+                    f"{run_folder} already exists and is never overwritten: resume it with --resume auto, or choose "
                     "another --name"
                 )
             return None
@@ -365,7 +365,7 @@ def _is_of_run(checkpoint: Path, run_folder: Path) -> bool:
 
 
 def _origin(run_folder: Path) -> Path | None:
-    """The checkpoint of another run from which a run that has saved nothing yet resumed; None if there is none."""
+    """For a run that has saved nothing yet: the checkpoint of another run that it resumed, or None."""
     try:
         origin = tomllib.loads((run_folder / CONFIG_FILE).read_text(encoding="utf-8")).get("resume")
     except (OSError, ValueError, RecursionError):
@@ -374,8 +374,8 @@ def _origin(run_folder: Path) -> Path | None:
         return None
     if fault := damage(Path(origin)):
         raise UserError(
-            f"{run_folder} resumed from {origin}, which is damaged or not there any more: {fault}. Resume another "
-            "checkpoint under another --name"
+            f"{run_folder} resumed from {origin}, which is damaged or missing: {fault}. Resume another checkpoint "
+            "under another --name"
         )
     return Path(origin)
 
@@ -412,7 +412,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def random_state() -> dict[str, Tensor]:
-    """State of this process's generators that dropout draws from: "torch" and the GPU's by its type; uint8 tensors."""
+    """State of this process's generators: "torch" and the GPU's under its device type; uint8 tensors."""
     generators = {"torch": torch.get_rng_state()}
     gpu = torch.accelerator.current_accelerator(check_available=True)
     if gpu is not None:
@@ -436,7 +436,7 @@ class Writer:
             self.wait()
 
     def wait(self, *, only_look: bool = False) -> None:
-        """Wait for the submitted write and raise its error. `only_look`: return at once if it has not finished."""
+        """Wait for the submitted write and raise its error. `only_look`: return at once if it is not finished."""
         if self._pending is not None and not (only_look and not self._pending.done()):
             pending, self._pending = self._pending, None
             pending.result()
@@ -445,7 +445,7 @@ class Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Finish the submitted write, however the run ends. Raises its UserError unless another error ends the run."""
+        """Finish the submitted write. Raises its UserError unless another error ends the run."""
         try:
             self.wait()
         except UserError:
@@ -456,10 +456,10 @@ class Writer:
 
 
 def point_latest(run_folder: Path, checkpoint: Path) -> None:
-    """Make run_folder/latest a link to `checkpoint`, atomically. A file system without links gets only a warning."""
+    """Make run_folder/latest a link to `checkpoint`, atomically. Without links in the file system, only warns."""
     link = run_folder / LATEST
     try:
-        if link.is_dir() and not link.is_symlink():  # a copy of the run in which links were followed
+        if link.is_dir() and not link.is_symlink():  # a copy of the run that followed links
             set_aside(run_folder, link)
         with whole_file(link) as partial:
             partial.symlink_to(os.path.relpath(checkpoint.resolve(), run_folder.resolve()))
@@ -476,7 +476,7 @@ def latest_checkpoint(run_folder: Path) -> Path | None:
 
 
 def set_aside(run_folder: Path, path: Path) -> Path:
-    """Move a folder into run_folder/abandoned, under a name that is free there; returns its new path."""
+    """Move a folder into run_folder/abandoned, under a free name; returns its new path."""
     target, number = run_folder / ABANDONED / path.name, 1
     while target.exists():
         target, number = target.with_name(f"{path.name}.{number}"), number + 1
@@ -486,7 +486,7 @@ def set_aside(run_folder: Path, path: Path) -> Path:
 
 
 def remove_old(run_folder: Path, config: CheckpointConfig) -> None:
-    """Delete checkpoints but the newest `keep_last` and those that are kept for good."""
+    """Delete all checkpoints but the newest `keep_last` and those kept for good."""
     for checkpoint in checkpoints(run_folder)[: -config.keep_last] if config.keep_last else ():
         if not config.for_good(checkpoint_step(checkpoint)):
             try:
@@ -505,7 +505,7 @@ def _warn(message: str) -> None:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn any error of reading `path` into a UserError: its content may be wrong although its checksum is right."""
+    """Turn any error of reading `path` into a UserError: wrong content may have a right checksum."""
     try:
         yield
     except MemoryError:
@@ -529,10 +529,10 @@ class Checkpoint:
                 raise UserError(f"step = {self.state.step} is not the step in the name {path.name}")
 
     def load_model(self, expected: HGPTConfig) -> HGPTForCausalLM:
-        """The model, in float32. Raises UserError unless it is one of the configuration `expected`, with all weights.
+        """The model, in float32. Raises UserError unless it has the configuration `expected` and all weights.
 
         Weights are copied out of the memory-mapped file, where they are aligned to 4 bytes only: some small matrix
-        products round differently at addresses that are no multiple of 16 (measured: MKL, 320 × 32 times 32 × 4), so
+        products round differently at addresses that are no multiple of 16 (measured: MKL, 320 × 32 times 32 × 4), and
         the run would not resume bit for bit.
         """
         with _reading(self.path / MODEL):
@@ -541,7 +541,7 @@ class Checkpoint:
             for name in sorted(before.keys() | asked.keys()):
                 saved, now = before.get(name), asked.get(name)
                 if name.split(".")[0] in COMPARED and saved != now:
-                    raise UserError(f"its config.json says {name} = {saved!r}, and the run {now!r}")
+                    raise UserError(f"its config.json says {name} = {saved!r}, but the run {now!r}")
             load: Any = model_class(config).from_pretrained  # with output_loading_info it returns a pair
             model, loading = load(self.path / MODEL, config=config, dtype=torch.float32, output_loading_info=True)
             if missing := loading["missing_keys"]:
@@ -553,7 +553,7 @@ class Checkpoint:
     def load_optimizer(self, model: HGPTForCausalLM, optimizer: torch.optim.Optimizer) -> OptimizerState:
         """The optimiser state; empty if it was saved before the first step.
 
-        Raises UserError unless it has, for each trained parameter, what `optimizer` keeps, in its shape and dtype.
+        Raises UserError unless it has `optimizer`'s tensors of each trained parameter, with the same shapes and dtypes.
         """
         muon = {id(p) for group in optimizer.param_groups if group["muon"] for p in group["params"]}
         due: dict[str, torch.Size] = {}
@@ -585,7 +585,7 @@ class Checkpoint:
         return saved
 
     def load_random_state(self, rank: int) -> bool:
-        """Set this process's generators; False if the checkpoint has none for `rank`, saved by fewer processes."""
+        """Set this process's generators; False if fewer processes saved the checkpoint, so it has none for `rank`."""
         path = self.path / RANDOM_STATE.format(rank)
         if not path.exists():
             return False
