@@ -225,7 +225,7 @@ def test_a_tracker_that_fails_is_said_once_and_ends_nothing(tmp_path, capsys, fa
     for step in range(3):
         log.write("train", step, {"loss": 1.0})
     log.close()
-    assert capsys.readouterr().err.count("the tracker tensorboard fails and is left out: ") == 1
+    assert capsys.readouterr().err.count("the tracker tensorboard failed and is left out: ") == 1
     assert broken.calls[-1] == fails and broken.calls.count(fails) == 1
     assert whole.calls == ["start", "store_init_configuration", "log", "log", "log", "finish"]
     assert len(records(tmp_path)) == 3

@@ -13,7 +13,7 @@ from hgpt.cli import run
 from hgpt.errors import UserError
 from hgpt.model.configuration_hgpt import HGPTConfig
 from hgpt.run.config import HEAD, MODEL, HeadConfig, ModelConfig, RunConfig
-from hgpt.run.settings import check_resume, flatten, gone, known_settings, load_run_config, settings, write_toml
+from hgpt.run.settings import check_resume, flatten, known_settings, load_run_config, removed, settings, write_toml
 
 CONFIG = """
 name = "x"
@@ -143,7 +143,7 @@ def test_settings_that_are_gone_are_read_if_they_say_what_holds_now(file):
     lines += ["model.initializer_range=0.02", "model.pad_vocab_to_multiple_of=64", "train.loss_chunk=null"]
     assert load(file, " ".join(lines)) == load(file)
     assert load(file, "log.energy=true log.energy_country=DEU") == load(file, "log.energy_country=DEU")
-    assert not gone({}).keys() & known_settings().keys()
+    assert not removed({}).keys() & known_settings().keys()
 
 
 def test_the_shape_of_the_model_comes_from_init_from_unless_it_is_given(file):

@@ -382,7 +382,7 @@ def test_what_the_launcher_cannot_have_and_a_runs_dir_that_cannot_be_written(dat
             train.main(make_config(data, runs))
     with (
         monkeypatch.context() as patch,
-        pytest.raises(UserError, match=r"fp16, and train\.precision is fp32"),
+        pytest.raises(UserError, match=r"fp16, but train\.precision is fp32"),
     ):
         patch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
         train.main(make_config(data, tmp_path))

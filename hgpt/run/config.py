@@ -53,7 +53,7 @@ def _positive(value: float) -> bool:
     return 0 < value < math.inf
 
 
-# Bounds far above every use: they catch a mistyped number that would train or allocate for hours.
+# Bounds far above every use catch mistyped numbers that would train or allocate for hours.
 MOST = 1_000_000
 YEAR = 31_536_000.0  # seconds
 
@@ -105,9 +105,9 @@ class ModelConfig(_fields_of_hgpt_config(MODEL)):  # type: ignore[misc]  # a bas
     Args:
         init_from: initial weights: a Hugging Face GPT-2 (folder or id), an hgpt model folder, or a nanoGPT checkpoint
             (.pt file). Random if not set.
-        backbone: a config.json of transformers, or a folder that holds one: train this causal language model (Llama,
-            Qwen, …), with a head of ours, instead of our GPT-2. Its blocks are as the file says. The folder may be one
-            that hgpt.convert or `harmonize` made; init_from, of the same folder, loads its weights.
+        backbone: a config.json of transformers, or its folder: train this causal language model (Llama, Qwen, …) with
+            an hgpt head, instead of our GPT-2. The folder may come from hgpt.convert or `harmonize`; init_from with the
+            same folder loads its weights.
     """
 
     init_from: str | None = None
@@ -124,8 +124,8 @@ class ModelConfig(_fields_of_hgpt_config(MODEL)):  # type: ignore[misc]  # a bas
                 raise UserError(f"model.backbone = {self.backbone}: {error}") from error
             if self.init_from is not None and read_backbone(self.backbone)["model_type"] != HarmonizedConfig.model_type:
                 raise UserError(
-                    f"model.init_from = {self.init_from}: with model.backbone = {self.backbone}, which has no head of "
-                    "hgpt, weights cannot be loaded: remove one of them, or make both a folder of hgpt.convert"
+                    f"model.init_from = {self.init_from}: its weights cannot be loaded into model.backbone = "
+                    f"{self.backbone}, which has no head of hgpt: remove one, or set both to a folder of hgpt.convert"
                 )
             known = {entry.name: entry.default for entry in fields(HGPTConfig)}
             for name in set(MODEL) - {"tie_word_embeddings"}:
@@ -147,7 +147,7 @@ class ModelConfig(_fields_of_hgpt_config(MODEL)):  # type: ignore[misc]  # a bas
                 values |= {name: getattr(self, name) for name in MODEL} | {"n_positions": seq_len}
                 return HGPTConfig(**{name: value for name, value in values.items() if value is not None})
             backbone = read_backbone(self.backbone)
-            if backbone["model_type"] == HarmonizedConfig.model_type:  # rows and positions are as it learned them
+            if backbone["model_type"] == HarmonizedConfig.model_type:  # keeps its rows and positions
                 values |= {name: backbone[name] for name in ("lift", "head_version") if name in backbone}
                 backbone = backbone["backbone"]
             else:
@@ -176,7 +176,7 @@ def read_backbone(path: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"model.backbone = {path}: there is no such file. {way_out}") from error
     if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
-        raise UserError(f"model.backbone = {path}: it says no model_type. {way_out}")
+        raise UserError(f"model.backbone = {path}: it has no model_type. {way_out}")
     harmonized = found["model_type"] == HarmonizedConfig.model_type
     if found["model_type"] == HGPTConfig.model_type or (harmonized and not isinstance(found.get("backbone"), dict)):
         raise UserError(
@@ -193,7 +193,7 @@ class DataConfig:
         path: a folder that data_prep wrote, a nanoGPT folder (train.bin, val.bin, meta.pkl if there is one), or a
             folder of shards with llm.c's header.
         seq_len: tokens per sequence T, and the context length of the model.
-        vocab_size: number of classes; needed where the folder has neither meta.json nor a tokenizer.
+        vocab_size: number of classes; needed if the folder has neither meta.json nor a tokenizer.
         verify: at the start, check the checksums and the range of all tokens: about a second per GB.
     """
 
@@ -223,14 +223,14 @@ class TrainConfig:
             Logged training losses contain it, validation losses do not.
         distill_from: a teacher, i.e. a run, checkpoint, exported model or id on the Hugging Face hub, with the
             tokenizer of the data. The training loss is then (1 − w) · cross-entropy + w · T² · KL(teacher ‖ model),
-            where logits of both are divided by T in the KL. Validation losses do not contain it.
+            with both models' logits divided by T in the KL. Validation losses do not contain the KL.
         distill_weight: w of the KL.
         distill_temperature: T of the KL.
         exponent_start: n at the first step, as a multiple of model.head.exponent.
-        exponent_steps: steps in which n goes from exponent_start to model.head.exponent, by the same factor in each.
+        exponent_steps: steps in which n goes from exponent_start to model.head.exponent, by the same factor each.
         skip_non_finite: number of steps with a non-finite gradient that are skipped before the run stops; 0 stops at
             the first. non_finite.jsonl lists the data of these steps. Not with DeepSpeed and FSDP2.
-        hang_timeout: seconds without progress after which a process ends and names the processes that it waits for.
+        hang_timeout: seconds without progress after which a process exits and names the processes it waits for.
             Must be longer than the checks at the start, the longest evaluation and the saving of a checkpoint.
     """
 
@@ -281,9 +281,9 @@ class OptimConfig:
     """Optimisation: the algorithm and the learning-rate schedule.
 
     Args:
-        algorithm: "adamw", or "muon": torch.optim.Muon for the matrices in the blocks, AdamW for all else. Muon's steps
-            have AdamW's root mean square (arXiv:2502.16982), so that one learning rate and one weight decay serve both.
-            Not with DeepSpeed and FSDP2.
+        algorithm: "adamw", or "muon": torch.optim.Muon for the matrices in the blocks, AdamW for the rest. Muon's steps
+            have AdamW's root mean square (arXiv:2502.16982), so one learning rate and one weight decay serve both. Not
+            with DeepSpeed and FSDP2.
         lr: peak learning rate, reached after the warm-up.
         min_lr: learning rate at the last step, unless the schedule is "constant".
         warmup_steps: steps of linear warm-up.
@@ -355,7 +355,7 @@ class CheckpointConfig:
         log_spaced_until: also save at the steps 0, 1, 2, 4, 8, … up to this one, and never delete these, to study how a
             model learns; 0: none.
         background: write while training continues, from a copy in the main process's memory (weights and optimiser
-            state, 12 bytes a parameter). The next checkpoint and the end of the run wait until it is written.
+            state, 12 bytes a parameter). The next checkpoint and the end of the run wait for it.
     """
 
     every: int = 1000
@@ -442,7 +442,7 @@ class RunConfig:
         if self.optim.warmup_steps >= self.train.steps:
             raise UserError(
                 f"optim.warmup_steps = {self.optim.warmup_steps} must be fewer than train.steps = {self.train.steps}: "
-                "lower the one or raise the other"
+                "lower the first or raise the second"
             )
         model = self.model.to_hf(vocab_size=1, seq_len=1)
         if self.train.exponent_steps and (model.head == "softmax" or model.learn_exponent):

@@ -11,7 +11,7 @@ core. RAM is always estimated, from its size. CODECARBON_FORCE_CPU_POWER sets P 
 power of RAM, in watts. Estimates may be wrong by a factor: use them to compare runs on one machine, not machines.
 
 One process of each node measures the whole machine, with every process on it, but only the GPUs in
-CUDA_VISIBLE_DEVICES. Nothing is sent over the network, and nothing is written but the run's metrics.
+CUDA_VISIBLE_DEVICES. Nothing is sent over the network, and only the run's metrics are written.
 """
 
 import difflib
@@ -154,9 +154,9 @@ class EnergyMeter:
         self._failure = self._failure or f"{type(error).__name__}: {error}"
 
     def _hear(self, record: logging.LogRecord) -> bool:
-        """Print each warning of codecarbon once, in place of its log. What it warns of at its start is in `method`.
+        """Print each warning of codecarbon once, instead of its log; `method` covers warnings at the start.
 
-        This is a logging filter, because codecarbon replaces the handlers of its logger.
+        A logging filter, because codecarbon replaces its logger's handlers.
         """
         if record.exc_info:
             self._cause = record.exc_info[1]
@@ -267,7 +267,7 @@ def last_record(run_folder: Path, step: int) -> dict[str, Any] | None:
 
 
 def in_words(record: Mapping[str, float], method: str) -> str:
-    """What `RunEnergy.read` returned, as one line for a reader."""
+    """A result of `RunEnergy.read` as one line for a reader."""
     return (
         f"energy {record['energy_kwh']:.3g} kWh ({method}), {record['emissions_kg']:.3g} kg CO2eq, "
         f"{record['tokens_per_joule']:.3g} tokens per joule"

@@ -1,8 +1,8 @@
 """The engines that train a model: one process, DDP, DeepSpeed's ZeRO stages 1 to 3, FSDP2.
 
-`Engine` is what train.py calls for all of them. A checkpoint does not depend on the engine: `collect` gathers sharded
-weights and optimiser state into whole float32 tensors by parameter name, and `prepare` shards such tensors again. A run
-may therefore resume under another engine and with another number of processes.
+train.py calls `Engine` for all of them. A checkpoint does not depend on the engine: `collect` gathers sharded weights
+and optimiser state into whole float32 tensors by parameter name, and `prepare` shards them again. So a run may resume
+under another engine and with another number of processes.
 """
 
 import copy
@@ -113,7 +113,7 @@ class Engine:
         return engine
 
     def compare(self, mine: dict[str, Any], same: Callable[[Any, Any], bool] = operator.eq) -> None:
-        """Raise UserError on every process that lists the values of `mine` in which processes differ. Collective."""
+        """If `mine` differs between processes, raise UserError with the differing values everywhere. Collective."""
         everywhere = self.gather_objects(mine)
         lines = [
             f"  {name}: {everywhere[0].get(name)!r} on process 0, {theirs.get(name)!r} on process {rank}"
@@ -128,9 +128,9 @@ class Engine:
             )
 
     def together(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns here. If it fails on any process, all of them raise a UserError. Collective.
+        """This process's result of `work`. If `work` fails on any process, all raise a UserError. Collective.
 
-        An error of one process alone would leave the others waiting for it in their next collective.
+        Otherwise the others would wait for the failed process in their next collective.
         """
         result, fault = None, None
         try:
@@ -145,7 +145,7 @@ class Engine:
         return result  # type: ignore[return-value]  # Result may be None
 
     def from_main(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns on the main process, which alone does it; errors are as in `together`. Collective."""
+        """The result of `work`, which only the main process runs; errors as in `together`. Collective."""
         return self.gather_objects(self.together(lambda: work() if self.is_main else None))[0]
 
     @property
@@ -163,10 +163,9 @@ class Engine:
         return "fp32" if self.accelerator.mixed_precision == "no" else self.accelerator.mixed_precision
 
     def configure(self, accumulation: int) -> None:
-        """Give the engine the run's settings and `accumulation`, the micro-batches per step; call it before `prepare`.
+        """Give the engine the run's settings and `accumulation`, the micro-batches per step, before `prepare`.
 
-        Raises UserError when the launcher's DeepSpeed file contradicts a setting of the run, and when the engine does
-        not support one.
+        Raises UserError if the launcher's DeepSpeed file contradicts a setting, or if the engine does not support one.
         """
         self.accelerator.gradient_accumulation_steps = accumulation
         train, optim, plugin = self.config.train, self.config.optim, self.accelerator.deepspeed_plugin
@@ -230,9 +229,9 @@ class Engine:
         return prepared, self.optimizer
 
     def learn_from(self, teacher: Any) -> None:
-        """Take the model of train.distill_from, which is neither trained nor saved; None without one. Collective.
+        """Set the teacher (train.distill_from; or None), which is neither trained nor saved. Collective.
 
-        Raises UserError if processes have different ones.
+        Raises UserError if processes have different teachers.
         """
         if teacher is not None:
             head = getattr(teacher.config, "head_in_words", teacher.config.model_type)  # n is no weight
@@ -241,7 +240,7 @@ class Engine:
         self.compare({"the model of train.distill_from": self.teacher_fingerprint})
 
     def set_exponent(self, step: int) -> None:
-        """Give the head, and the configuration that is saved, the n of `step`, see train.exponent_start."""
+        """Set the n of `step` (train.exponent_start) in the head and in the saved configuration."""
         if self.config.train.exponent_steps:
             n = self._last_exponent * self.config.train.exponent_factor(step)
             self.plain_model.lm_head.initial_exponent = n
@@ -327,8 +326,8 @@ def build_accelerator(precision: str, hang_timeout: float) -> Accelerator:
 
     Args:
         precision: "fp32", "bf16" or "auto" (bf16 on GPUs that have it).
-        hang_timeout: train.hang_timeout. Collectives time out after 1.5 times as long, so that the watchdog, whose
-            message names the processes that are late, comes first.
+        hang_timeout: train.hang_timeout. Collectives time out after 1.5 times as long, so that the watchdog comes
+            first: its message names the late processes.
 
     Raises UserError as `Engine.start` does.
     """
@@ -396,8 +395,8 @@ def _mixed_precision(precision: str, on_gpu: bool) -> str:
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launcher not in ("no", precision):
         raise UserError(
-            f"the launcher asks for mixed precision {launcher}, and train.precision is {precision}: only the run's "
-            "configuration sets it; set mixed_precision to no in the launcher's"
+            f"the launcher asks for mixed precision {launcher}, but train.precision is {precision}: only the run's "
+            "configuration sets it; set mixed_precision to no in the launcher's file"
         )
     return "no" if precision == "fp32" else precision
 
@@ -450,14 +449,14 @@ def compile_blocks(model: HGPTForCausalLM, together: bool = False) -> None:
     """torch.compile the blocks in place, so that parameters keep their names.
 
     Args:
-        together: compile all blocks as one function. A step then launches fewer kernels, which is what limits small
-            micro-batches. But its backward pass gives out all gradients at its end, so that several processes could not
-            exchange gradients during it, and hooks that an engine puts on single blocks would not be called.
+        together: compile all blocks as one function, which launches fewer kernels: launches limit small micro-batches.
+            But its backward pass returns all gradients at its end, so processes cannot exchange gradients during it,
+            and an engine's hooks on single blocks are not called.
     """
     if together and isinstance(model.transformer, HGPTModel):
         return model.transformer.h.compile()
-    # Blocks share one compilation, unless each scales attention by a constant of its own. A backbone's blocks are a
-    # plain list, which is never called.
+    # Blocks share one compilation, unless each scales attention by its own constant. A backbone's blocks are a plain
+    # list, which is never called.
     apart, blocks = model.config.scale_attn_by_inverse_layer_idx, model.transformer.h
     for block in blocks:
         try:
@@ -470,7 +469,7 @@ def compile_blocks(model: HGPTForCausalLM, together: bool = False) -> None:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what a run computes."""
+    """Versions of Python and of the packages that affect a run's results."""
     return {"python": platform.python_version(), **installed_versions(*_PACKAGES)}
 
 
@@ -531,8 +530,8 @@ def _partitions(zero: Any) -> list[tuple[Tensor, dict[str, Any]]]:
 
 def _fill_zero(zero: Any, model: nn.Module, weights: dict[str, Tensor], states: OptimizerState) -> None:
     """Write this process's shards of the float32 weights and optimiser states into DeepSpeed's `zero`. Collective."""
-    # A new optimiser gets a state of zeros too: with several parameter groups DeepSpeed links the state to the
-    # parameters of the first group only, unless it exists before the first step.
+    # A new optimiser gets a state of zeros too: if there is none before the first step, DeepSpeed links the state only
+    # to the parameters of the first group.
     step = float(next(iter(states.values()))["step"]) if states else 0.0
     on_cpu = type(zero.optimizer).__module__.startswith("deepspeed.")  # DeepSpeedCPUAdam counts steps in an int
     for flat, state in _partitions(zero):

@@ -18,8 +18,7 @@ from hgpt.run.engines import Engine, whole
 class Validation(NamedTuple):
     """An evaluation after `step` steps.
 
-    `values`: "loss" in nats per token, the same as "bits_per_byte" where the data has a tokenizer, and
-    `Evaluation.diagnostics`.
+    `values`: "loss" in nats per token, "bits_per_byte" if the data has a tokenizer, and `Evaluation.diagnostics`.
     """
 
     step: int
@@ -77,8 +76,8 @@ class Evaluation:
     def loss(self, model: nn.Module, engine: Engine) -> float:
         """−(1/N) Σ log p(token) over all N targets of the split, in nats; no smoothing, no sampling.
 
-        The windows lie end to end, and each process takes every world_size-th one. The losses and the number of targets
-        are summed in float64, so the last, shorter window weighs as much as its targets, and the number of processes
+        The windows lie end to end, and each process takes every world_size-th one. Losses and targets are summed in
+        float64, so each target has the same weight, also in the shorter last window, and the number of processes
         changes only the order of the sum.
         """
         mine = range(engine.rank, self.windows, engine.world_size)
@@ -105,8 +104,8 @@ class Evaluation:
         of |w_i| over the vocabulary and of |x| over the positions. For a harmonic head also the means over positions of
         d_target / d_median and d_min / d_median, with d = exp(−z / n) from the logits z and d_median the median of the
         position's distances. A d_target / d_median near 1 means that the distances hardly differ, and that the head
-        acts like a softmax head. If n is learned, `exponent` is its value. With radii d = exp((a − z) / n), and for
-        either head `log_weight_mean` and `log_weight_std` are those of the log-weights a over the vocabulary.
+        acts like a softmax head. `exponent`: a learned n. With radii d = exp((a − z) / n), and with either head
+        `log_weight_mean` and `log_weight_std` over the vocabulary.
         """
         plain: HGPTForCausalLM = engine.accelerator.unwrap_model(model)
         config, head = plain.config, plain.lm_head
@@ -122,7 +121,7 @@ class Evaluation:
         x_norm_max, positions, count = 0.0, 0, min(self.config.diagnostic_windows, self.windows)
         for window in sorted({int(i * self.windows / count) for i in range(count)}):
             inputs, targets = (t.to(engine.device) for t in read_windows(self.shards, [window], self.seq_len))
-            # A few windows do not pay for the compilation of a forward pass of their own.
+            # For a few windows, compiling another forward pass does not pay.
             with engine.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
                 output = model(inputs, output_hidden_states=True, use_cache=False)
             counted = targets[0] != -100

@@ -21,13 +21,13 @@ DISTILLING = 28
 
 
 def training_loss(model: nn.Module, inputs: Tensor, targets: Tensor, engine: Engine) -> Tensor:
-    """The loss of a micro-batch, (), with its graph; `inputs` and `targets` (B, T), where targets of -100 do not count.
+    """The loss of a micro-batch, (), with its graph; `inputs` and `targets` (B, T); targets of -100 are ignored.
 
     −log p_target, or with a teacher, w = train.distill_weight and T = train.distill_temperature
 
         (1 − w) · (−log p_target) + w · T² · KL(softmax(teacher's logits / T) ‖ softmax(logits / T))
 
-    Both are means over the positions that count. The logits of both models, (B, T, V), are in memory (`DISTILLING`).
+    Both are means over the other positions. The logits of both models, (B, T, V), are in memory (`DISTILLING`).
     """
     if engine.teacher is None:
         return model(inputs, shift_labels=targets, use_cache=False).loss
@@ -67,7 +67,7 @@ def parameter_groups(model: HGPTForCausalLM, config: OptimConfig) -> list[dict]:
     """Groups of all trained parameters, each with `weight_decay`, `lr_multiplier` and `muon` (whether Muon trains it).
 
     Matrices decay; vectors and the parameters of the head's distance do not. Centres, the final norm and the distance
-    have learning-rate multipliers of their own.
+    have their own learning-rate multipliers.
     """
     special = {model.lm_head.weight: config.centre_lr_multiplier}
     special |= dict.fromkeys(model.transformer.ln_f.parameters(), config.final_norm_lr_multiplier)
@@ -96,7 +96,7 @@ def build_optimizer(model: HGPTForCausalLM, config: OptimConfig) -> torch.optim.
     matrices = [group for group in groups if group["muon"]]
     if config.algorithm == "muon" and not matrices:
         raise UserError(
-            'optim.algorithm = "muon" trains the matrices of the blocks, of which none requires a gradient: set '
+            'optim.algorithm = "muon" trains the matrices of the blocks, but none requires a gradient: set '
             'optim.algorithm = "adamw"'
         )
     rest = [group for group in groups if not group["muon"]]
@@ -110,8 +110,8 @@ def build_optimizer(model: HGPTForCausalLM, config: OptimConfig) -> torch.optim.
 class BatchedMuon(torch.optim.Muon):
     """torch.optim.Muon, with one Newton-Schulz iteration for all matrices of one shape: GPT-2 small has 48 of 4 shapes.
 
-    The iteration is in bfloat16 as torch's, but in float32 on a CPU: one without bfloat16 units needs 20 to 90 times as
-    long in bfloat16 (24 s for one 768 x 3072 matrix on an AMD EPYC with AVX2, 0.3 s in float32).
+    The iteration runs in bfloat16, as torch's; on a CPU in float32, because without bfloat16 units bfloat16 takes 20 to
+    90 times as long (one 768 x 3072 matrix on an AMD EPYC with AVX2: 24 s, and 0.3 s in float32).
     """
 
     found_inf: Tensor | None = None  # as in fused AdamW: 1 skips the step, without a sync

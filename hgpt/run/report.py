@@ -178,7 +178,7 @@ class Report:
         self._bar.update()
 
     def due(self, step: int) -> bool:
-        """Whether a log line belongs after `step` steps."""
+        """Whether to log after `step` steps."""
         return step % self.config.log.every == 0 or step in (self.first_step + 1, self.config.train.steps)
 
     def read(self, step: int, lr: float, batches: TrainingBatches) -> Recent:
@@ -272,7 +272,7 @@ class PhaseTimes:
             ...
 
     On CUDA, phases outside HOST are timed by events in the stream, which only `read` waits for: kernels are queued, so
-    the host's clock does not measure them, and a sync in each phase would slow the training down.
+    the host's clock does not measure them, and a sync in each phase would slow training down.
     """
 
     PAUSES = ("save", "evaluation", "energy")
@@ -380,11 +380,11 @@ class MetricsLog:
                 call(tracker)
             except Exception as error:
                 self._trackers.remove(tracker)
-                print(f"\nwarning: the tracker {tracker.name} fails and is left out: {error}", file=sys.stderr)
+                print(f"\nwarning: the tracker {tracker.name} failed and is left out: {error}", file=sys.stderr)
 
 
 def _store_settings(tracker: GeneralTracker, settings: dict[str, Any]) -> None:
-    """As text for TensorBoard: as hyper-parameters they would be a second run, without a loss."""
+    """Settings as text for TensorBoard: hyper-parameters would appear as a second run without a loss."""
     if isinstance(tracker, TensorBoardTracker):
         table = "".join(f"    {name} = {value}\n" for name, value in settings.items())
         tracker.writer.add_text("settings", table)
@@ -395,7 +395,7 @@ def _store_settings(tracker: GeneralTracker, settings: dict[str, Any]) -> None:
 def build_trackers(config: LogConfig, run_folder: Path, run_name: str, step: int = 0) -> list[GeneralTracker]:
     """Accelerate's trackers for `log.trackers` of a run that starts or resumes at `step`.
 
-    Raises UserError for one that is not installed.
+    Raises UserError if a tracker is not installed.
     """
     trackers: list[GeneralTracker] = []
     for name in config.trackers:

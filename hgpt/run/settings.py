@@ -32,7 +32,7 @@ OPTIONS = "model.head.distance_options"  # the only table whose keys are not fie
 
 
 class Setting(NamedTuple):
-    """What is known of a setting from its dataclass."""
+    """A setting in its dataclass."""
 
     kind: Any  # the type, as the dataclass has it
     default: Any  # MISSING for a required setting
@@ -68,8 +68,8 @@ def _docs(section: type) -> dict[str, str]:
 RENAMED = {f"model.head.{name}": f"{OPTIONS}.{name}" for name in ("p", "temperature", "metric", "rank")}
 
 
-def gone(settings: dict[str, Any]) -> dict[str, tuple[Any, str]]:
-    """Settings of earlier versions that were removed: the one value that is still accepted, and the reason."""
+def removed(settings: dict[str, Any]) -> dict[str, tuple[Any, str]]:
+    """Removed settings of earlier versions: the one value that is still accepted, and the reason."""
     return {
         "model.initializer_range": (0.02, "it is always 0.02, as in GPT-2"),
         "model.pad_vocab_to_multiple_of": (64, "it is always 64"),
@@ -103,16 +103,16 @@ def load_run_config(
     shape_of: Callable[..., dict[str, int]] | None = None,
     other_options: Sequence[str] = (),
 ) -> RunConfig:
-    """A run from command-line arguments: `--config FILE.toml`, repeatable, and `--section.key VALUE`.
+    """The run of command-line arguments: `--config FILE.toml`, repeatable, and `--section.key VALUE`.
 
     A later file overrides an earlier one, and the command line overrides all files. `--help` prints every setting and
     exits; `--print_config` prints the resolved settings as TOML and exits. With `shape_of` (hgpt.source), n_layer,
-    n_head and n_embd come from model.init_from unless they are given. If the command line asks for no more steps than a
-    file's warm-up has, the warm-up becomes a tenth of the steps. `other_options` of the calling command are suggested
-    for names that are misspelled.
+    n_head and n_embd come from model.init_from unless given. If the command line asks for no more steps than a file's
+    warm-up, the warm-up becomes a tenth of the steps. `other_options` of the calling command are suggested for
+    misspelled names.
 
-    Raises UserError for a file that is missing or not TOML, an unknown setting (and names the nearest known ones), a
-    missing one, and a value of the wrong type or out of range.
+    Raises UserError for a missing or invalid file, an unknown setting (with the nearest known ones), a missing setting,
+    and a value of the wrong type or out of range.
     """
     parser = Parser("python train.py", ABOUT + _every_setting())
     parser.add_argument("--config", action="append", default=[], metavar="FILE.toml",
@@ -129,7 +129,7 @@ def load_run_config(
         found = shape_of(values["model.init_from"], values.get("resume", "never"), run_folder)
         values |= {f"model.{name}": found[name] for name in shape}
     config = _build(RunConfig, values)
-    if config.model.backbone is not None:  # its file says its shape
+    if config.model.backbone is not None:  # its file has the shape
         found = config.model.to_hf(vocab_size=1, seq_len=1)
         config = _build(RunConfig, values | {f"model.{name}": getattr(found, name) for name in shape})
     if own.print_config:
@@ -160,7 +160,7 @@ def _read_toml(file: str) -> dict[str, Any]:
         shipped = {path.stem: str(path) for path in sorted(Path("configs").rglob("*.toml"))}
         close = difflib.get_close_matches(Path(file).stem, shipped, n=2)
         near = " or ".join(shipped[name] for name in close)
-        hint = f"did you mean {near}?" if near else "configs/ holds those that ship"
+        hint = f"did you mean {near}?" if near else "configs/ has the shipped files"
         raise UserError(f"--config {file}: cannot read the file ({error}); {hint}") from error
     except RecursionError as error:
         raise UserError(f"--config {file}: not valid TOML: nested too deeply") from error
@@ -182,7 +182,7 @@ def _merged(given: list[tuple[str, str, Any]], options: Sequence[str]) -> dict[s
             values |= {f"{OPTIONS}.{key}": option for key, option in (value or {}).items()}
         else:
             values[name] = value
-    for name, (fixed, reason) in gone(values).items():
+    for name, (fixed, reason) in removed(values).items():
         if values.get(name) not in (None, fixed):
             raise UserError(f"{name} = {values[name]!r}: there is no such setting any more, {reason}: remove it")
         values.pop(name, None)
@@ -196,7 +196,7 @@ def _merged(given: list[tuple[str, str, Any]], options: Sequence[str]) -> dict[s
 
 
 def _shorten_warmup(values: dict[str, Any], typed: set[str]) -> None:
-    """Lower a file's warm-up to a tenth of the steps if fewer steps were `typed`, and say so once a run."""
+    """Lower a file's warm-up to a tenth of the steps if fewer steps were `typed`, and print this once."""
     steps, warmup = values["train.steps"], values.get("optim.warmup_steps", 0)
     if 0 < steps <= warmup and "train.steps" in typed and "optim.warmup_steps" not in typed:
         values["optim.warmup_steps"] = steps // 10
@@ -212,7 +212,7 @@ def _say_once(text: str) -> None:
 def _check_name(name: str, place: str, options: Sequence[str]) -> None:
     """Raise UserError for a name that is no setting."""
     known = known_settings()
-    if name in known or name in gone({}) or name.rpartition(".")[0] == OPTIONS:
+    if name in known or name in removed({}) or name.rpartition(".")[0] == OPTIONS:
         return
     if any(key.startswith(f"{name}.") for key in known):
         raise UserError(f"{place}{name} is a section: give its settings one by one, as {name}.KEY")
@@ -323,7 +323,7 @@ def _placeholder(kind: Any) -> str:
 
 
 def _every_setting() -> str:
-    """The part of --help on settings: a group a section; name, description and default of each."""
+    """--help on settings: by section, each setting's name, default and description."""
     text, section = "settings, here as --section.key VALUE, in a TOML file as key = VALUE under [section]:\n\n", ""
     for name, (kind, default, doc) in known_settings().items():
         if name.rpartition(".")[0] != section:
@@ -360,8 +360,8 @@ def write_toml(config: RunConfig, path: Path) -> None:
 def to_toml(values: dict[str, Any]) -> str:
     """Settings by dotted name as TOML, a table per section.
 
-    Values are written as JSON, which is valid TOML but for the control character U+007F, which JSON does not escape.
-    The package toml is not used, because it turns the path C:\\x41 into C:A.
+    Values are written as JSON, which is valid TOML except for the control character U+007F, which JSON does not escape.
+    The package toml would turn the path C:\\x41 into C:A.
     """
     sections: dict[str, str] = {}
     for name, value in values.items():
@@ -374,8 +374,7 @@ def to_toml(values: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 # Resuming
 
-# Settings that must not differ between a checkpoint and the run that resumes from it: those of the model, of the order
-# of the data and of the optimiser's state.
+# Settings that a run must share with the checkpoint it resumes: model, order of the data, optimiser's state.
 _FIXED_ON_RESUME = ("model.", "data.", "train.seed", "train.global_batch", "optim.algorithm")
 _FREE_ON_RESUME = (
     *("model.init_from", "model.backbone", "model.head.radius_init", "model.head.distance_file"),
@@ -384,16 +383,16 @@ _FREE_ON_RESUME = (
 
 
 def check_resume(saved: dict[str, Any], config: RunConfig, checkpoint: Path) -> list[str]:
-    """Compare `saved` (settings of the checkpoint by dotted name) with the configuration of the run that resumes.
+    """Compare `saved` (settings of the checkpoint by dotted name) with the configuration of the resuming run.
 
-    Returns the allowed differences, one line each. Raises UserError that lists the differences that change the model,
-    the data or the optimiser's state.
+    Returns the allowed differences, one line each. Raises UserError with the differences that change the model, the
+    data or the optimiser's state.
     """
     now = json.loads(json.dumps(settings(config)))  # with lists for tuples, as in a checkpoint
-    # A setting that the checkpoint's version did not have: its default is what that version did.
+    # Settings newer than the checkpoint: their defaults are the older behaviour.
     defaults = {name: kept.default for name, kept in known_settings().items() if kept.default not in (MISSING, None)}
     saved = json.loads(json.dumps(defaults)) | {RENAMED.get(name, name): value for name, value in saved.items()}
-    now |= {name: fixed for name, (fixed, _) in gone(now).items() if name in saved}
+    now |= {name: fixed for name, (fixed, _) in removed(now).items() if name in saved}
     lines = {
         name: f"{name}: {_shown(saved.get(name))} in the checkpoint, {_shown(now.get(name))} now"
         for name in sorted(saved.keys() | now.keys())

@@ -127,8 +127,7 @@ class Watchdog:
     key-value store of the process group. The message on standard error names the step, and the processes that are
     behind or silent. A single process is not watched.
 
-    The store may not answer, because process 0, which holds it, is the one that hangs: only threads that nobody waits
-    for touch it.
+    If process 0, which holds the store, hangs, the store does not answer: only threads that nothing waits for use it.
 
         with Watchdog(timeout=1800) as watchdog:
             for step in range(steps):
@@ -209,9 +208,9 @@ class Watchdog:
 
 
 class LastingOutput:
-    """Standard output or error of a run that goes on when its reader ends (`| head`) or its terminal closes.
+    """Standard output or error that survives a closed pipe (`| head`) or terminal.
 
-    After the first error of writing, everything that is written goes to os.devnull, from C++ too.
+    After the first write error all output goes to os.devnull, also from C++.
     """
 
     def __init__(self, stream: TextIO) -> None:
