@@ -1,4 +1,4 @@
-"""Parser of every command, and exit of all but train.py, whose exit codes are in hgpt/run/stop.py. A command ends with
+"""The parser of every command, and the exit of all but train.py (hgpt/run/stop.py). A command ends with
 
 if __name__ == "__main__":
     sys.exit(run(main))
@@ -22,11 +22,11 @@ from hgpt.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises UserError for bad arguments, and whose --help begins with examples in place of the usage.
+    """argparse that raises UserError for bad arguments, and whose --help begins with examples instead of the usage.
 
     Args:
         prog: the command, "python -m hgpt.runs".
-        about: what the command does, an empty line, examples; what follows them stands at the end of --help.
+        about: what the command does, an empty line, examples; further text stands at the end of --help.
     """
 
     def __init__(self, prog: str, about: str | None, **others: Any) -> None:
@@ -77,8 +77,8 @@ at_least_1 = checked(int, "be at least 1", lambda number: number >= 1)
 # ---------------------------------------------------------------------------------------------------------------
 # Suggestions and tables
 
-# What a setting or an option is called here → what nanoGPT, transformers and others call it. Of several names of ours,
-# those that the command knows are suggested.
+# Our name of a setting or option → names of nanoGPT, transformers and others. Only names that the command knows are
+# suggested.
 OTHER_NAMES = {
     "name runs_dir --checkpoint --out": "out_dir output_dir",
     "name": "wandb_run_name run_name",
@@ -132,7 +132,7 @@ OTHER_NAMES = {
     "--tokens-per-shard": "shard_size",
 }
 MEANINGS = {theirs: ours for ours, names in OTHER_NAMES.items() for theirs in names.split()}
-# What has no counterpart → why.
+# Names without a counterpart → why.
 ANSWERS = {
     "layer_norm_epsilon": "it is always 1e-5, as in GPT-2",
     "eval_iters": "every evaluation reads the whole validation set",
@@ -153,9 +153,9 @@ ANSWERS = {
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """What to type for `name`, as a question or a sentence; "" if nothing in `known` resembles it.
+    """A suggestion for the unknown `name`, as a question or a sentence; "" if nothing in `known` resembles it.
 
-    First the names with the same last part, then those of the same meaning, then those that are spelled like it.
+    First names with the same last part, then of the same meaning, then of similar spelling.
     """
 
     def last_part(name: str) -> str:
@@ -198,22 +198,22 @@ def markdown(rows: Sequence[Sequence[str]], numbers: int = 0) -> str:
 
 
 def is_command() -> bool:
-    """Whether this process begins one of our programs: `python -m hgpt.…`, `-m data_prep.…`, train.py, sample.py."""
+    """Whether this process runs one of our programs: `python -m hgpt.…`, `-m data_prep.…`, train.py, sample.py."""
     if sys.argv[:1] == ["-m"]:  # Python looks for the module that follows -m
-        ours = re.compile(r"(-\w*m)?(hgpt|data_prep)(\.\w+)*")  # also behind -um, and in -mhgpt.runs
+        ours = re.compile(r"(-\w*m)?(hgpt|data_prep)(\.\w+)*")  # also -um hgpt.runs and -mhgpt.runs
         return any(map(ours.fullmatch, sys.orig_argv))
     checkout = Path(__file__).resolve().parent.parent
     return Path(sys.argv[0] if sys.argv else "").resolve() in (checkout / "train.py", checkout / "sample.py")
 
 
-# While a command's other modules are imported, Ctrl-C ends the process without a traceback, until `hear_interrupts`.
+# While a command imports its modules, until `hear_interrupts`, Ctrl-C ends the process without a traceback.
 COMMAND = is_command()
 if COMMAND and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def needs(extra: str, *packages: str) -> None:
-    """Raise ModuleNotFoundError if one of `packages`, which `extra` in pyproject.toml brings, is not installed.
+    """Raise ModuleNotFoundError if one of `packages`, in `extra` of pyproject.toml, is not installed.
 
     A command prints the message and ends with exit status 2.
     """
@@ -242,12 +242,12 @@ def run(
 ) -> int:
     """Call `main`, print the text that it returns, and return the exit status.
 
-    0: done, or the reader of standard output (`| head`) has closed it. 2: UserError, printed as one message without a
+    0: done, or the reader of standard output (`| head`) closed it. 2: UserError, printed as one message without a
     traceback. 130: Ctrl-C. Other exceptions are raised.
 
     Args:
         arguments: default: the command line's.
-        interrupted: what to print after Ctrl-C, such as what is saved and how to resume.
+        interrupted: the message after Ctrl-C, such as how to resume.
     """
     hear_interrupts()
     try:
@@ -271,7 +271,7 @@ def run(
 
 
 def _output_is_closed() -> bool:
-    """Whether the reader of standard output has closed it."""
+    """Whether standard output's reader has closed it."""
     poll = select.poll()
     poll.register(sys.stdout, 0)
     return bool(poll.poll(0))

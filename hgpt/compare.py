@@ -7,7 +7,7 @@ An arm is a configuration; with --vary, a configuration with one of the values. 
 at all points of its sweeps (with --search coordinate at fewer). The point with the lowest validation loss is then
 trained with the other seeds. The data, their order, the number of steps and the seeds must be the same in all arms.
 Every run is checked before the first one trains: its settings, exponent, distance, files and data. After an
-interruption the same command resumes; finished runs are kept. A run that diverges is a result, "failed"; one that stops
+interruption the same command resumes; finished runs are kept. A diverging run is a result, "failed"; a run that stops
 for another reason is named at the end of its stage, and the same command tries it again.
 """
 
@@ -59,9 +59,9 @@ CONFIDENCE = 0.95
 # Runs are waited for in threads. One thread at a time reads a configuration, which may execute its distance_file.
 _PARSING = threading.Lock()
 
-# Settings that must be the same in all runs; otherwise a difference between two arms could come from them.
+# Settings that must be the same in all runs, or they could cause a difference between two arms.
 MATCHED = ("data.", "train.steps", "train.global_batch", "train.seed")
-# Settings in which a finished run may differ from the wanted one, because no result depends on them.
+# Settings in which a finished run may differ, because no result depends on them.
 FREE = ("name", "runs_dir", "resume", "data.verify", "log.", "checkpoint.", "train.micro_batch")
 
 
@@ -76,7 +76,7 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """A configuration file, the settings that replace some of its own, and the points of the sweeps."""
+    """A configuration file, settings that override some of its own, and the points of the sweeps."""
 
     name: str
     file: str
@@ -86,7 +86,7 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A run that has ended: its last evaluation, or None and the message if it diverged."""
+    """An ended run: its last evaluation, or None and the message if it diverged."""
 
     folder: Path
     evaluation: dict[str, float] | None
@@ -114,14 +114,14 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             "pip install -e ."
         )
 
-    places = run_places(options.gpus, options.jobs)
-    tuned = tune(arms, options.search, places, out)
+    slots = run_slots(options.gpus, options.jobs)
+    tuned = tune(arms, options.search, slots, out)
     best = {arm.name: best_point(arm, tuned) for arm in arms}
     alive = [arm for arm in arms if tuned[run_name(arm, best[arm.name], 0)].evaluation is not None]
     if not alive:
         raise UserError(f"every run diverged; see {out / 'logs'}. Lower the learning rates of the sweep.")
     again = [run_config(arm, best[arm.name], seed, out) for arm in alive for seed in range(1, options.seeds)]
-    outcomes = tuned | train_all(again, places, out, "seeds")
+    outcomes = tuned | train_all(again, slots, out, "seeds")
 
     table = [row(arm, best[arm.name], outcomes, options.seeds) for arm in arms]
     add_differences(table)
@@ -147,7 +147,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--sweep",
         **axes,
-        help="values from which each arm takes the best; several sweeps make a grid. A sweep of optim.lr keeps the "
+        help="each arm takes the best of these values; several sweeps make a grid. A sweep of optim.lr keeps the "
         "configuration's ratio of optim.min_lr to optim.lr",
     )
     add(
@@ -155,7 +155,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         choices=("grid", "coordinate"),
         default="grid",
         help="grid: every combination of the sweeps. coordinate: one sweep after the other, in the order given, "
-        "starting at the middle values; fewer runs, but misses values that are good only together (default: "
+        "starting at the middle values: fewer runs, but misses values that are good only together (default: "
         "%(default)s)",
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every arm")
@@ -182,13 +182,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def parse_axis(text: str, option: str) -> Axis:
-    """The `Axis` of [ARM:]KEY=V1,V2. Raises UserError, which names the `option` of the command line."""
+    """The `Axis` of [ARM:]KEY=V1,V2. Raises UserError that names the `option` of the command line."""
     match = re.fullmatch(r"(?:(?P<arm>[\w.-]+):)?(?P<key>[\w.]+)=(?P<values>.+)", text)
     if match is None:
         raise UserError(f"{option} takes [ARM:]KEY=V1,V2, for example optim.lr=1e-3,3e-3; got {text!r}")
     values = tuple(value.strip() for value in match["values"].split(","))
     if not all(values) or len(set(values)) < len(values):
-        raise UserError(f"{option} {text!r}: the values must be different and none of them empty")
+        raise UserError(f"{option} {text!r}: the values must be different and not empty")
     if match["key"] in ("name", "runs_dir", "resume"):
         raise UserError(f"{option} {text!r}: hgpt.compare names the runs itself; leave {match['key']} out")
     if match["key"] == "train.seed" and option != "--set":
@@ -271,7 +271,7 @@ def check_matched(configs: dict[str, RunConfig]) -> None:
 # Training
 
 
-def run_places(gpus: Sequence[str] | None, jobs: int | None) -> list[dict[str, str]]:
+def run_slots(gpus: Sequence[str] | None, jobs: int | None) -> list[dict[str, str]]:
     """One entry for each run that can train at the same time: the variables to add to its environment."""
     if gpus:
         return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
@@ -281,13 +281,13 @@ def run_places(gpus: Sequence[str] | None, jobs: int | None) -> list[dict[str, s
     return [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}] * jobs
 
 
-def tune(arms: Sequence[Arm], search: str, places: Sequence[dict[str, str]], out: Path) -> dict[str, Outcome]:
-    """Train the points of each arm with the first seed, as --search says; returns the outcomes by run name."""
+def tune(arms: Sequence[Arm], search: str, slots: Sequence[dict[str, str]], out: Path) -> dict[str, Outcome]:
+    """Train the points of each arm with the first seed, by --search; returns the outcomes by run name."""
     tuned: dict[str, Outcome] = {}
 
     def train_points(points: Mapping[str, Sequence[dict[str, str]]], stage: str) -> None:
         configs = [run_config(arm, point, 0, out) for arm in arms for point in points[arm.name]]
-        tuned.update(train_all([config for config in configs if config.name not in tuned], places, out, stage))
+        tuned.update(train_all([config for config in configs if config.name not in tuned], slots, out, stage))
 
     if search == "grid":
         train_points({arm.name: arm.points for arm in arms}, "tuning")
@@ -331,36 +331,36 @@ def check_run(config: RunConfig) -> None:
 
 
 def train_all(
-    configs: Sequence[RunConfig], places: Sequence[dict[str, str]], out: Path, stage: str
+    configs: Sequence[RunConfig], slots: Sequence[dict[str, str]], out: Path, stage: str
 ) -> dict[str, Outcome]:
-    """Train every run that has not finished, one at a time in each place; returns the outcomes by run name.
+    """Train every run that has not finished, one at a time in each slot; returns the outcomes by run name.
 
-    Raises UserError at the end if runs stopped for another reason than a loss that is not finite, naming each.
+    Raises UserError at the end that names each run that stopped for another reason than a non-finite loss.
     """
     free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
-    for place in places:
-        free.put(place)
+    for slot in slots:
+        free.put(slot)
     outcomes: dict[str, Outcome] = {}
-    failed: list[str] = []  # a line for each run that is to be tried again
+    failed: list[str] = []  # a line for each run to be tried again
     diverged: list[str] = []
 
     def train_one(config: RunConfig) -> None:
-        place = free.get()
+        slot = free.get()
         try:
-            outcomes[config.name] = train(config, place, out)
+            outcomes[config.name] = train(config, slot, out)
             if outcomes[config.name].evaluation is None:
                 diverged.append(config.name)
         except UserError as error:
             failed.append(str(error))
         finally:
-            free.put(place)
+            free.put(slot)
             if failed or diverged:
                 bar.set_postfix(failed=len(failed) + len(diverged))
             bar.update()
 
     with (
         tqdm(total=len(configs), desc=stage, unit="run", disable=not configs) as bar,
-        ThreadPoolExecutor(len(places)) as pool,
+        ThreadPoolExecutor(len(slots)) as pool,
     ):
         try:
             list(pool.map(train_one, configs))
@@ -373,10 +373,10 @@ def train_all(
     return outcomes
 
 
-def train(config: RunConfig, place: dict[str, str], out: Path) -> Outcome:
+def train(config: RunConfig, slot: dict[str, str], out: Path) -> Outcome:
     """Train one run with train.py, unless it has finished or diverged before.
 
-    A loss that is not finite is a result. Raises UserError for any other failure: the same command tries the run again.
+    A non-finite loss is a result. Raises UserError for any other failure: the same command tries the run again.
     """
     if outcome := outcome_of(config):
         return outcome
@@ -384,8 +384,8 @@ def train(config: RunConfig, place: dict[str, str], out: Path) -> Outcome:
         (out / name).mkdir(parents=True, exist_ok=True)
     file, log = out / "configs" / f"{config.name}.toml", out / "logs" / f"{config.name}.log"
     write_toml(config, file)
-    # What one run has compiled (train.compile) serves the others of the same shape, also after a restart elsewhere.
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(out / "compiled")} | place
+    # Runs of the same shape share compiled code (train.compile), also after a restart elsewhere.
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(out / "compiled")} | slot
     with log.open("a", encoding="utf-8") as stream:
         command = [sys.executable, str(TRAIN), "--config", str(file)]
         status = subprocess.run(command, env=environment, stdout=stream, stderr=stream).returncode
@@ -399,9 +399,9 @@ def train(config: RunConfig, place: dict[str, str], out: Path) -> Outcome:
 
 
 def outcome_of(config: RunConfig) -> Outcome | None:
-    """The outcome of a run whose last record says that it diverged, or that it evaluated its last step; else None.
+    """The outcome of a run that diverged or evaluated its last step; None for any other run.
 
-    Raises UserError when the folder holds such a run with other settings.
+    Raises UserError if the folder holds such a run with other settings.
     """
     folder = config.run_folder
     end = next((record for record in reversed(records(folder)) if record["kind"] in ("eval", DIVERGED)), None)
@@ -471,9 +471,9 @@ def mean_or_none(values: Iterable[float | None]) -> float | None:
 
 
 def gradient_norm_spread(folder: Path) -> float | None:
-    """sd / mean of the gradient norms, before clipping, that were logged in the second half of the training.
+    """sd / mean of the logged gradient norms, before clipping, in the second half of training.
 
-    That leaves out the warm-up and the initial drop of the loss. None for fewer than two values.
+    Leaves out the warm-up and the initial drop of the loss. None for fewer than two values.
     """
     norms = [(r["step"], norm) for r in records(folder, "train") if (norm := number_in(r, "grad_norm")) is not None]
     late = [norm for step, norm in norms if 2 * step > norms[-1][0]]
@@ -481,9 +481,9 @@ def gradient_norm_spread(folder: Path) -> float | None:
 
 
 def median_tokens_per_second(folders: Sequence[Path]) -> float | None:
-    """The median of all logged values without each run's first, which contains the start-up.
+    """Median of all logged values without each run's first, which contains the start-up.
 
-    Logged values contain no evaluations and checkpoints.
+    Logged values exclude evaluations and checkpoints.
     """
     logged = [[number_in(line, "tokens_per_second") for line in records(f, "train")] for f in folders]
     rates = [rate for values in logged for rate in values[1:] if rate is not None]
@@ -508,7 +508,7 @@ def finite(value: float) -> float | None:
 
 
 def at_the_edge(values: Sequence[str], best: str) -> bool:
-    """Whether the best of several numbers is the smallest or the largest: a better one may lie beyond."""
+    """Whether the best of several numbers is the smallest or largest: a better one may lie beyond."""
     try:
         numbers = sorted(float(value) for value in values)
     except ValueError:
@@ -579,7 +579,7 @@ def write_tables(out: Path, result: dict[str, Any]) -> None:
 NOTES = (
     "Losses in nats per token over the validation set. Intervals: Student's, over seeds; differences are paired by "
     "seed. The best point was chosen with the first seed and on the same validation set, so the loss of every arm is a "
-    "little too low. (edge): the best value is the smallest or the largest that was tried; a better one may lie beyond."
+    "little too low. (edge): the best value is the smallest or largest one tried; a better one may lie beyond."
 )
 # Optional columns, for values that only some runs log: key, title, format, and text for the notes.
 MEASURED = (
@@ -630,7 +630,7 @@ def report(out: Path, table: Sequence[dict[str, Any]], outcomes: dict[str, Outco
         about = {"arm": entry["arm"], "run": name, "exponent": model.exponent, "seed": entry["runs"].index(name)}
         rows.append({**about, "loss": outcomes[name].loss, **readability(model)})
     source = (
-        f"{len(rows)} runs, {len(table)} arms, each at its own best point. Validation loss at the last step; the other "
+        f"{len(rows)} runs, {len(table)} arms, each at its own best point. Validation loss at the last step; other "
         f"measures on {analysis.evaluated_tokens:,} validation tokens of: {analysis.data_source}. One point a run."
     )
     save_figure(measure_against_loss(rows, READABILITY, source), out, "readability")

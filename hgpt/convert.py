@@ -13,9 +13,9 @@ With X the mean of |x|² and A_i = X + |u_i|² + r_i² the score of HarMax is, a
     −n log d_i = −(n/2) log A_i + (n/A_i) x·u_i + O(n (x·u_i / A_i)²)
 
 So r_i is chosen to make A_i = n, and the log-weight is the constant part, a_i + (n/2) log A_i. The error falls as 1/n.
-A_i = n needs r_i² = n − X − |u_i|² ≥ 0; where that is negative, r_i = 0, and the slope n/A_i is below 1. T makes X and
-|u_i|² small: T Tᵀ = Σ_h⁻¹ # Σ_w, the geometric mean of covariances. For small n, at which x·u_i / A_i is not small,
-A_i = κ n with κ > 1 is better; κ is the one with the least divergence from softmax.
+A_i = n needs r_i² = n − X − |u_i|² ≥ 0; if that is negative, r_i = 0, and the slope n/A_i is below 1. T makes X and
+|u_i|² small: T Tᵀ = Σ_h⁻¹ # Σ_w, the geometric mean of covariances. For small n, where x·u_i / A_i is not small,
+A_i = κ n with κ > 1 is better; the κ with the least divergence from softmax is used.
 """
 
 import os
@@ -46,7 +46,7 @@ CHUNK = 128  # positions whose logits are in memory
 
 @dataclass(frozen=True, kw_only=True)
 class Softmax:
-    """The last layer of a softmax model: rows w (V, D), biases b (V,), and hidden states h (N, D) that it got."""
+    """The last layer of a softmax model: rows w (V, D), biases b (V,), and its inputs h (N, D)."""
 
     w: Tensor
     b: Tensor
@@ -72,7 +72,7 @@ class Lift:
 
 
 def root(matrix: Tensor, power: float) -> Tensor:
-    """A power of a symmetric positive semi-definite matrix; eigenvalues below 1e-6 of their mean are raised to that."""
+    """A power of a symmetric positive semi-definite matrix; eigenvalues are clamped at 1e-6 of their mean."""
     values, vectors = torch.linalg.eigh(matrix)
     return vectors * values.clamp_min(1e-6 * values.mean()) ** power @ vectors.T
 
@@ -183,7 +183,7 @@ def hidden_states(model: Any, shards: TokenShards, positions: int) -> tuple[Tens
 
 def last_layer(model: Any, h: Tensor) -> Softmax:
     head = output_embedding(model)
-    vocab = getattr(head, "num_classes", len(head.weight))  # the rest is padding
+    vocab = getattr(head, "num_classes", len(head.weight))  # the other rows are padding
     bias = getattr(head, "log_weight", None) if getattr(head, "bias", None) is None else head.bias
     w = head.weight[:vocab].detach().clone()
     return Softmax(w=w, b=w.new_zeros(vocab) if bias is None else bias[:vocab].detach().clone(), h=h)
@@ -213,12 +213,12 @@ def main(arguments: Sequence[str]) -> str:
     add("--positions", type=int, default=16384, help="positions of each split to look at (default: %(default)s)")
     options = parser.parse_args(arguments)
     if os.path.exists(options.out):
-        raise UserError(f"--out {options.out} exists already: name a new folder")
+        raise UserError(f"--out {options.out} already exists: name a new folder")
     if options.positions < 1:
         raise UserError(f"--positions must be at least 1; got {options.positions}")
     source = find_source(options.model)
     if getattr(source.load_config(), "head", None) == "harmonic":
-        raise UserError(f"{options.model} has a harmonic head already: there is nothing to convert")
+        raise UserError(f"{options.model} already has a harmonic head: there is nothing to convert")
     model, tokenizer = source.load(torch.float32)
     model = plain(model.eval())
     try:

@@ -98,7 +98,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     for an error of the disk.
     """
     partial, older = partial_name(target), target.with_name(f".{target.name}.replaced")
-    sweep(target.parent)
+    remove_leftovers(target.parent)
     try:
         _put_back(older, target)
         partial.mkdir(parents=True)
@@ -133,7 +133,7 @@ def _put_back(older: Path, target: Path) -> None:
     shutil.rmtree(older, ignore_errors=True)
 
 
-def sweep(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Delete the temporary folders in `folder` that killed processes left: .NAME.partial and .NAME.deleted."""
     for pattern in (".*.partial", ".*.deleted"):
         for leftover in folder.glob(pattern):

@@ -47,9 +47,9 @@ GPT2_TOKENS = 50_257
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The location of a model, and what its checkpoint says about it.
+    """The location of a model, and its checkpoint's progress.
 
-    Each method compares the files that it reads with the manifest of the checkpoint, if there is one.
+    Each method first compares the files that it reads with the checkpoint's manifest, if there is one.
 
     Attributes:
         label: its name in reports.
@@ -66,7 +66,7 @@ class Source:
 
     # Any: transformers annotates these with unions of all its models and tokenizers.
     def load_config(self) -> Any:
-        """The configuration, a small download from the hub. Raises UserError if it cannot be read."""
+        """The configuration (from the hub a small download). Raises UserError if it cannot be read."""
         self._check("config")
         with _loading(self.folder):
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
@@ -74,7 +74,7 @@ class Source:
     def load_model(self, dtype: str | torch.dtype = "auto", working_bytes: int = 0) -> Any:
         """The model. Raises UserError if it cannot be loaded or a weight is missing.
 
-        Raises UserError before the weights are read or downloaded if they and `working_bytes` exceed the free memory.
+        Also, before reading or downloading weights, if they and `working_bytes` exceed the free memory.
         """
         config = self.load_config()
         with _loading(self.folder):
@@ -94,7 +94,7 @@ class Source:
                 "the model again"
             )
         if unknown := [name for name in loading["unexpected_keys"] if name.startswith("lm_head.")]:
-            # For example radii beside a config.json without them: without what it learned, the head predicts otherwise.
+            # For example radii that config.json lacks: without them the predictions would change.
             raise UserError(
                 f"the weights in {self.folder} hold {', '.join(sorted(unknown))}, which the head of its config.json "
                 "does not have: copy or export the model again, or use the version of hgpt that wrote it"
@@ -105,7 +105,7 @@ class Source:
         """The model and its tokenizer. Raises UserError if one cannot be loaded or they do not belong together."""
         model, tokenizer = self.load_model(dtype, working_bytes), self.load_tokenizer()
         tokens, vocab_size = max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size
-        # Other models than hgpt's count rows of padding in vocab_size.
+        # Unlike hgpt's, other models count padding rows in vocab_size.
         if tokens > vocab_size or (tokens < vocab_size and model.config.model_type == HGPTConfig.model_type):
             raise UserError(
                 f"the tokenizer in {self.folder} has {tokens} tokens, but the model's vocab_size is {vocab_size}: they "
@@ -122,7 +122,7 @@ class Source:
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
             found = tokenizer.vocab_size > 0  # some classes start empty where they find no file
-        except Exception:  # transformers raises any for files that are none of a tokenizer
+        except Exception:  # transformers raises any error for files that are no tokenizer
             found = False
         if not found:
             raise UserError(
@@ -143,7 +143,7 @@ def find_source(name: str) -> Source:
     """The model called `name`. Raises UserError for a path that is no model; does not look up a hub id."""
     try:
         return Source(label=name, folder=name) if is_hub_id(name) else _local_source(name)
-    except (OSError, ValueError) as error:  # a name that is too long; a folder that may not be entered; NUL in a name
+    except (OSError, ValueError) as error:  # a too long name; a folder without permission; NUL in a name
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{name} cannot be read: {reason}. Give another path, or change its permissions") from error
 
@@ -161,7 +161,7 @@ def _local_source(name: str) -> Source:
 
 
 def _progress(file: Path) -> list[int | None]:
-    """Steps and training tokens in a checkpoint's state.json; None for a model that lies beside no such file."""
+    """Steps and training tokens in a checkpoint's state.json; None without such a file."""
     again = "Copy the checkpoint again"
     try:
         state = read_json(file, f"{again}.")
@@ -183,7 +183,7 @@ def load_distance_file(file: str | None) -> None:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` is an id on the hub: of the form owner/name or name, and no path on this machine."""
+    """Whether `name` is an id on the hub: owner/name or name, and no path on this machine."""
     owner = name.split("/")[0]
     # Names that begin with runs/ are never ids: a mistyped run must not download somebody's model.
     return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None and owner != "runs" and not Path(owner).exists()
@@ -208,13 +208,13 @@ def model_folder(path: str | Path) -> Path:
 
 @contextmanager
 def _loading(folder: str) -> Iterator[None]:
-    """Silence transformers, and turn every error of it, as for a missing or damaged model, into a UserError."""
+    """Silence transformers, and turn its errors, as for a missing or damaged model, into UserErrors."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
     try:
         yield
-    except Exception as error:  # transformers raises any for a configuration or weights that are none
+    except Exception as error:  # transformers raises any error for invalid configurations or weights
         if out_of_memory(error):
             raise UserError(
                 f"this machine ran out of memory with {folder}: close other programs, or use a machine with more memory"
@@ -223,11 +223,11 @@ def _loading(folder: str) -> Iterator[None]:
 
 
 def weight_bytes(config: Any, dtype: str | torch.dtype = "auto") -> int:
-    """The size of a model's weights in memory, from its configuration alone; "auto": in the dtype of their file."""
+    """Size of a model's weights in memory, from its configuration alone; "auto": in the file's dtype."""
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, None) or config.dtype or torch.float32
     text = config.get_text_config()
-    # Modules of very many layers need memory even on the meta device: do not build what cannot fit.
+    # Very many layers need memory even on the meta device: do not build what cannot fit.
     layers, width = int(getattr(text, "num_hidden_layers", 0)), int(getattr(text, "hidden_size", 0))
     least = layers * (width**2 * dtype.itemsize + 100_000)
     if least > psutil.virtual_memory().available:
@@ -255,14 +255,14 @@ _MASKS, _PREFIXES = re.compile(r"\.attn\.(bias|masked_bias)$"), re.compile(r"^(_
 
 
 def check_teacher(name: str, data: TokenShards, seq_len: int) -> tuple[Source, str]:
-    """Whether the model of train.distill_from predicts the tokens of `data`, over `seq_len` of them.
+    """Check that the model of train.distill_from can predict windows of `seq_len` tokens of `data`.
 
     Returns:
-        Its place, and a line for the user on its tokenizer, as `check_tokenizer`.
+        Its source, and a line for the user on its tokenizer, as `check_tokenizer`.
 
     Raises:
-        UserError: there is no such model, it is no causal language model, its vocabulary or tokenizer is another one,
-            or its context is shorter.
+        UserError: there is no such model, it is no causal language model, its vocabulary or tokenizer differs, or its
+            context is shorter.
     """
     try:
         source = find_source(name)
@@ -271,7 +271,7 @@ def check_teacher(name: str, data: TokenShards, seq_len: int) -> tuple[Source, s
         length = getattr(config.get_text_config(), "max_position_embeddings", None)
         if auto_class(config) is not AutoModelForCausalLM:
             raise UserError(f"it is a masked language model ({config.model_type}): name a causal one")
-        # Other models than hgpt's count rows of padding in vocab_size.
+        # Unlike hgpt's, other models count padding rows in vocab_size.
         if vocab_size < data.vocab_size or (own and vocab_size != data.vocab_size):
             raise UserError(f"its vocab_size is {vocab_size}, and {data.folder} has {data.vocab_size} tokens")
         if length is not None and length < seq_len:
@@ -282,7 +282,7 @@ def check_teacher(name: str, data: TokenShards, seq_len: int) -> tuple[Source, s
 
 
 def load_teacher(config: RunConfig, data: TokenShards, say: Callable[[str], None]) -> Any:
-    """The model of train.distill_from in float32, on the CPU; None if the loss has no part for it.
+    """The model of train.distill_from in float32, on the CPU; None if the loss does not contain it.
 
     Gives `say` a line for the user. Raises UserError as `check_teacher`.
     """
@@ -297,7 +297,7 @@ def load_teacher(config: RunConfig, data: TokenShards, say: Callable[[str], None
 def shape_of(init_from: str, resume: str = "never", run_folder: Path | None = None) -> dict[str, int]:
     """n_layer, n_head and n_embd of the model that a run starts from. Raises UserError as `initialize_from` does.
 
-    If the run resumes (`resume`), the shape comes from its checkpoint: `init_from` may not exist any more.
+    If the run resumes (`resume`), the shape comes from its checkpoint: `init_from` may be gone.
     """
     if resume not in ("never", "auto"):
         init_from = resume
@@ -421,7 +421,7 @@ def initialize_from(model: HGPTForCausalLM, init_from: str) -> list[str]:
 
 
 def new_model(config: HGPTConfig, backbone: str | None) -> HGPTForCausalLM:
-    """A model with random weights. Raises UserError if the model of model.backbone cannot have a head of ours."""
+    """A model with random weights. Raises UserError if the model of model.backbone cannot have an hgpt head."""
     model = model_class(config)(config)
     if isinstance(model.transformer, Backbone):
         inner = model.transformer.model
@@ -435,10 +435,10 @@ def new_model(config: HGPTConfig, backbone: str | None) -> HGPTForCausalLM:
 
 @torch.no_grad()
 def initialize_radii(model: HGPTForCausalLM, radius_init: str | None, unigram: np.ndarray | None) -> None:
-    """Set the log-weights of a model that is to be trained to model.head.radius_init.
+    """Set the log-weights of a new model by model.head.radius_init.
 
     Args:
-        radius_init: None keeps log-weights that `initialize_from` has loaded, and is "unigram" without them.
+        radius_init: None keeps log-weights that `initialize_from` loaded; without them it means "unigram".
         unigram: `unigram_log_p` of the training split; not read for "zero".
     """
     a = model.lm_head.log_weight
@@ -456,8 +456,8 @@ def initialize_radii(model: HGPTForCausalLM, radius_init: str | None, unigram: n
 class _Weights:
     """Weights with hgpt's names and layouts, and the settings of their model.
 
-    `shape` must agree with the run. A difference in `behaviour` (settings that change what the weights compute) is only
-    reported to the user. `what` describes the origin.
+    `shape` must agree with the run. Differences in `behaviour` (settings that change what the weights compute) are only
+    reported. `what` describes the origin.
     """
 
     what: str
@@ -493,7 +493,7 @@ def _gpt2_config(source: Source) -> Any:
 
 
 def _nanogpt(path: Path) -> _Weights:
-    """The weights of nanoGPT's ckpt.pt. Raises UserError if it cannot be loaded or is none."""
+    """The weights of nanoGPT's ckpt.pt. Raises UserError if it cannot be loaded or is another file."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # the unpickler may raise anything for a file that is no pickle
@@ -541,7 +541,7 @@ def _clean(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fits(name: str, value: Tensor, parameter: Tensor, vocab_size: int) -> bool:
-    """Whether `value` has all entries of `parameter` that are used; extra positions and padding do not count."""
+    """Whether `value` has all used entries of `parameter`; extra positions and padding do not count."""
     if value.ndim != parameter.ndim or value.shape[1:] != parameter.shape[1:]:
         return False
     if name == _POSITIONS:
@@ -586,7 +586,7 @@ def _naming_the_setting(init_from: str, setting: str = "model.init_from") -> Ite
 def _tokenizer_of(data: TokenShards) -> Any:
     """The tokenizer of a data folder, None if it is not known.
 
-    Without a tokenizer in the folder (of nanoGPT or llm.c), tokens of GPT-2's vocabulary size are taken to be GPT-2's.
+    A folder (of nanoGPT or llm.c) without a tokenizer is assumed to have GPT-2's tokens if its size is GPT-2's.
     """
     file = tokenizer_file(data.folder)
     if file is not None:

@@ -122,11 +122,11 @@ def test_the_command_prints_a_table_and_saves_the_model(places, tmp_path):
 @pytest.mark.parametrize(
     ("model", "data", "options", "message"),
     [
-        ("harmonic", "data", [], "harmonic head already"),
+        ("harmonic", "data", [], "already has a harmonic head"),
         ("gpt2", "other", [], "MODEL = .*: its tokenizer is not"),
         ("gpt2", "data", ["--exponent", "many"], "exponent .* 'many'"),
         ("gpt2", "data", ["--positions", "0"], "--positions must be at least 1"),
-        ("gpt2", "data", ["--out", "."], "exists already"),
+        ("gpt2", "data", ["--out", "."], "already exists"),
     ],
 )
 def test_what_cannot_be_converted_is_refused(places, tmp_path, model, data, options, message):
