@@ -1,8 +1,7 @@
 """Generation on a GPU with one CUDA graph a token.
 
-A small model's step is hundreds of short kernels, and launching them one by one takes several times as long as running
-them. `generate` of transformers launches them; `generate_captured` records one step, from the last token to the next
-one, and replays it.
+A small model's step is hundreds of short kernels; launching them one by one, as transformers' `generate` does, takes
+several times as long as running them. `generate_captured` records the step from one token to the next, and replays it.
 """
 
 from collections.abc import Callable
@@ -24,14 +23,14 @@ from transformers.generation.streamers import BaseStreamer
 from hgpt.model.heads import HarmonicHead
 from hgpt.model.modeling_hgpt import HGPTForCausalLM
 
-EAGER_STEPS = 3  # before the step is recorded: libraries choose kernels and allocate on their first calls
-CHECK_EVERY = 16  # steps between two looks at whether every text has ended: a look is a sync
+EAGER_STEPS = 3  # before recording: libraries choose kernels and allocate on their first calls
+CHECK_EVERY = 16  # steps between two checks whether every text has ended: a check is a sync
 
 
 def generate(
     model: PreTrainedModel, prompt: Tensor, config: GenerationConfig, streamer: BaseStreamer | None = None
 ) -> Tensor:
-    """Prompts (B, T) without padding, and new tokens: by `generate_captured` if it can, else by `model.generate`."""
+    """Prompts (B, T) without padding, and new tokens: by `generate_captured` if possible, else `model.generate`."""
     if captures(model) and config.max_new_tokens > 2 * EAGER_STEPS:
         return generate_captured(model, prompt, config, streamer)
     plain: Any = model
@@ -96,7 +95,7 @@ def generate_captured(
 
 
 def _padded(tokens: Tensor, ends: Tensor, pad: int) -> tuple[Tensor, Tensor]:
-    """`tokens` (B, T) with `pad` behind the first end of each text, and whether each text has ended, (B,)."""
+    """`tokens` (B, T) with `pad` after the first end of each text, and whether each text has ended, (B,)."""
     is_end = torch.isin(tokens, ends)
     after = is_end.long().cumsum(1) > is_end.long()
     return tokens.masked_fill(after, pad), is_end.any(1)

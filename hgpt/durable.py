@@ -1,7 +1,7 @@
 """Atomic writes of files and folders, checksums, and a lock on a folder.
 
-A file or folder is written under a temporary name (.NAME.partial), flushed to the disk and then renamed. After a crash
-its name has the old content or the complete new content. Two processes must not write the same name.
+A file or folder is written under a temporary name (.NAME.partial), flushed to the disk and then renamed. So after a
+crash it has the old or the complete new content. Two processes must not write the same name.
 """
 
 import errno
@@ -46,7 +46,7 @@ def read_json(path: Path, way_out: str) -> Any:
 def sync(path: Path) -> None:
     """Flush a file's content, or a folder's list of names, to the disk, so that it survives a power cut.
 
-    A folder that cannot be flushed (SMB, FUSE) is no error.
+    Folders that cannot be flushed (SMB, FUSE) are ignored.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -75,7 +75,7 @@ def partial_name(target: Path) -> Path:
 def whole_file(target: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; rename it to `target` when the block ends without an error.
 
-    After an error the temporary file is removed and `target` is as it was before.
+    After an error the temporary file is removed and `target` unchanged.
     """
     partial = partial_name(target)
     try:
@@ -91,19 +91,18 @@ def whole_file(target: Path) -> Iterator[Path]:
 def whole_folder(target: Path) -> Iterator[Path]:
     """Yield a new folder to write into; rename it to `target` when the block ends without an error.
 
-    After an error the new folder is removed and `target` is as it was before. An older folder is renamed to
-    .NAME.replaced before the new one gets its name: a process that is killed between the two renames leaves no
-    `target`, and the next call puts the older folder back. It also removes temporary folders of killed processes.
-    All files get the mode of new files: libraries make temporary ones that only their owner may read. Raises UserError
-    for an error of the disk.
+    After an error the new folder is removed and `target` unchanged. An older folder is renamed to .NAME.replaced first:
+    if the process is killed between the two renames, there is no `target`, and the next call puts the older folder
+    back. It also removes temporary folders of killed processes. All files get the mode of new files: libraries make
+    temporary files that only their owner may read. Raises UserError for an error of the disk.
     """
     partial, older = partial_name(target), target.with_name(f".{target.name}.replaced")
-    remove_leftovers(target.parent)
+    clean_up(target.parent)
     try:
         _put_back(older, target)
         partial.mkdir(parents=True)
         yield partial
-        mode = partial.stat().st_mode & 0o666  # of a new folder without x: the umask, which only os.umask could tell
+        mode = partial.stat().st_mode & 0o666  # a new folder's mode shows the umask, which only os.umask could return
         for path in partial.rglob("*"):
             if path.is_file():
                 with suppress(OSError):  # a file system without modes
@@ -133,7 +132,7 @@ def _put_back(older: Path, target: Path) -> None:
     shutil.rmtree(older, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
+def clean_up(folder: Path) -> None:
     """Delete the temporary folders in `folder` that killed processes left: .NAME.partial and .NAME.deleted."""
     for pattern in (".*.partial", ".*.deleted"):
         for leftover in folder.glob(pattern):
@@ -149,7 +148,7 @@ def remove_folder(folder: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError in the block into a UserError which says that `path`, a file of a run, could not be written."""
+    """Turn an OSError in the block into a UserError: `path`, a file of a run, could not be written."""
     try:
         yield
     except OSError as error:
@@ -158,10 +157,10 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def folder_lock(file: Path, busy: str) -> Iterator[None]:
-    """Hold an exclusive lock on `file`. The file is created if it is missing; a killed process releases its lock.
+    """Hold an exclusive lock on `file`, created if missing. A killed process releases its lock.
 
     Raises UserError with the message `busy` if another process holds the lock, and OSError if the file cannot be
-    written. Prints a warning and holds no lock where the file system does not support locks.
+    written. On a file system without locks, prints a warning and holds none.
     """
     # No fallback to filelock's soft lock, which a killed process would not release.
     lock = FileLock(file, timeout=0.2, fallback_to_soft=False)  # `is_locked` holds it for a moment
@@ -186,7 +185,7 @@ def folder_lock(file: Path, busy: str) -> Iterator[None]:
 def is_locked(file: Path) -> bool | None:
     """Whether a process holds the `folder_lock` of `file`.
 
-    None if that cannot be known: the file is missing or not writable, or the file system does not support locks.
+    None if unknown: the file is missing or not writable, or the file system does not support locks.
     """
     if not file.is_file():
         return None

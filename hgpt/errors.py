@@ -1,4 +1,4 @@
-"""The exception for bad input, whose message says how to correct it, and the first line of any other."""
+"""The exception for bad input, and the first line of any other."""
 
 
 class UserError(Exception):

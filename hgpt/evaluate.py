@@ -6,15 +6,15 @@
 A model is a run folder (its latest checkpoint), a checkpoint, an export, or any causal language model of transformers
 (folder or id). Nothing is sampled: every token is predicted once, without label smoothing.
 
---data reads the validation split as training does: one stream of tokens, in windows that lie end to end, so the loss is
-the validation loss of the run. A model with another tokenizer reads the same text in its own tokens. --text reads each
-file as one document that follows end-of-text; its last window is filled up with the tokens before it, whose loss counts
-once. This is the rolling log-likelihood of lm-evaluation-harness.
+--data reads the validation split as training does: one stream of tokens, in windows end to end, so the loss is the
+run's validation loss. A model with another tokenizer reads the same text in its own tokens. --text reads each file as
+one document after end-of-text; its last window is filled up with the tokens before it, whose loss counts once. This is
+the rolling log-likelihood of lm-evaluation-harness.
 
     loss              −(1/N) Σ log p(token), in nats per token, over N tokens
     perplexity        exp(loss)
     bits/byte         −Σ log₂ p(token) / bytes of the UTF-8 of these tokens; compares models with different tokenizers
-    accuracy, top-5   share of tokens that were the most probable one, or among the five most probable
+    accuracy, top-5   share of tokens that were the most probable, or among the five most probable
     ECE               expected calibration error over 15 bins of confidence (arXiv:1706.04599, eq. 3)
 """
 
@@ -49,15 +49,15 @@ LONGEST, UNKNOWN_CONTEXT = 4096, 1024  # tokens of a window, unless --seq-len sa
 TOKENS = 2048  # of one forward pass
 MEASURES = ("loss", "confidence", "correct", "top5")
 COLUMNS = ("loss", "perplexity", "bits_per_byte", "accuracy", "top5_accuracy", "calibration_error")
-Batch = tuple[np.ndarray, np.ndarray, int]  # inputs and targets, (B, T); targets at the beginning that do not count
+Batch = tuple[np.ndarray, np.ndarray, int]  # inputs and targets, (B, T); number of first targets that do not count
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """Tokens in the order of the text; all but the first are predicted.
+    """Tokens of a text; all but the first are predicted.
 
-    `bytes`: size of the predicted tokens' text in UTF-8; None if unknown. `document`: whether the last window is filled
-    up with the tokens before it.
+    `bytes`: UTF-8 size of the predicted tokens' text; None if unknown. `document`: whether the last window is filled up
+    with the tokens before it.
     """
 
     tokens: np.ndarray
@@ -85,7 +85,7 @@ class Reader:
     def __init__(self, source: Source, seq_len: int | None, device: torch.device) -> None:
         self.source, self.label = source, source.label
         self.tokenizer: Any = None
-        self.unknown = 0  # tokens of encoded texts that stand for any text
+        self.unknown = 0  # unknown tokens in the encoded texts
         config = source.load_config()
         if _has_tokenizer(source):
             model, self.tokenizer = source.load(torch.float32, WORKING_BYTES)
@@ -100,10 +100,10 @@ class Reader:
         self._check_causal()
 
     def _check_causal(self) -> None:
-        """Raise UserError if the model sees the tokens that it is to predict, as BERT does."""
+        """Raise UserError if the model sees the tokens that it predicts, as BERT does."""
         first, second = (self.logits(np.array([[0, token]]))[0, 0] for token in (0, 1))
         if not torch.equal(first, second):
-            raise UserError(f"{self.label} is no causal language model: a prediction of it depends on later tokens")
+            raise UserError(f"{self.label} is no causal language model: its predictions depend on later tokens")
 
     @torch.inference_mode()
     def logits(self, inputs: np.ndarray) -> Tensor:
@@ -112,7 +112,7 @@ class Reader:
         return logits
 
     def encode(self, text: str) -> tuple[np.ndarray, int | None]:
-        """The tokens of a text, without special ones, and the size of the first in bytes, None if it is unknown."""
+        """The tokens of a text, without special ones, and the first one's size in bytes, or None."""
         offsets = self.tokenizer.is_fast
         settings = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": offsets}
         found = encode(self.tokenizer, text, **settings)
@@ -175,7 +175,7 @@ class Reader:
 
 
 def _has_tokenizer(source: Source) -> bool:
-    """False only for a folder on this machine without a tokenizer, as of a run on tokens of nanoGPT."""
+    """False only for a local folder without a tokenizer, as of a run on nanoGPT's tokens."""
     folder = Path(source.folder)
     return not folder.is_dir() or any(folder.glob("*token*")) or any(folder.glob("vocab*"))
 
@@ -185,7 +185,7 @@ def _has_tokenizer(source: Source) -> bool:
 
 
 def streams_of_data(reader: Reader, corpus: Corpus, notes: list[str]) -> list[Stream]:
-    """The validation split in the tokens of the model. Raises UserError if they cannot be known."""
+    """The validation split in the model's tokens. Raises UserError if they cannot be determined."""
     val, folder, label, tokenizer = corpus.val, corpus.val.folder, reader.label, reader.tokenizer
     tokens = val.read(0, len(val))
     words = None if tokenizer is None else frozenset(tokenizer.get_vocab().items())
@@ -214,7 +214,7 @@ def streams_of_data(reader: Reader, corpus: Corpus, notes: list[str]) -> list[St
 
 
 def streams_of_files(reader: Reader, files: Sequence[str]) -> list[Stream]:
-    """Each file as a document. Raises UserError for one that is no text, or has nothing to predict."""
+    """Each file as a document. Raises UserError for a file that is no text or has nothing to predict."""
     if reader.tokenizer is None:
         raise UserError(f"{reader.label} has no tokenizer to read a text with; name its data folder with --data")
     found = []
@@ -263,7 +263,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     text.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 texts, each a document")
     add("--seq-len", type=at_least_1, metavar="N", help=f"tokens of a window (default: the context, up to {LONGEST})")
     add("--device", help="cpu, cuda, cuda:1, mps, … (default: a GPU if there is one)")
-    add("--json", action="store_true", help="print JSON in place of the table")
+    add("--json", action="store_true", help="print JSON instead of the table")
     add("--distance-file", metavar="FILE", help="a Python file that registers a model's own distance; it is executed")
     return parser.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""What a machine has: devices, their peak FLOP/s, memory and bandwidth, and versions of packages."""
+"""Devices, their peak FLOP/s, memory and bandwidth, and versions of packages."""
 
 import re
 import sys
@@ -19,7 +19,7 @@ with suppress(ImportError):  # Windows has none
 
 
 class Device(NamedTuple):
-    """Data-sheet figures of a GPU; None if the name does not say which of several models it is."""
+    """Data-sheet figures of a GPU; None if the name fits several models."""
 
     peak_flops: float  # bf16, dense: without sparsity
     memory_gib: int | None  # as CUDA reports it, rounded down
@@ -47,7 +47,7 @@ _DEVICES: dict[str, tuple[float, int | None, int | None]] = {
     "Instinct MI300X": (1307, 191, 5300),
     "Instinct MI250X": (191.5, 63, 1638),  # one of its two dies, which is a device of its own
 }
-# Names with these words are other devices: a slice of a GPU (MIG), or a variant of one above.
+# Names with these words are other devices: a slice of a GPU (MIG), or a variant of a GPU above.
 _OTHER_DEVICE = {"MIG", "Laptop", "Ti", "D"}
 
 
@@ -75,7 +75,7 @@ def device_name(device: torch.device) -> str:
 
 
 def memory_in_use(device: torch.device) -> float:
-    """Peak memory of this process in GiB: allocated on its GPU, or resident where no allocator of the device counts."""
+    """Peak memory of this process in GiB: allocated on its GPU, or resident if the device's allocator has no count."""
     if device.type != "cpu" and (peak := torch.accelerator.max_memory_allocated(device)):
         return peak / 2**30
     if sys.platform == "win32":
@@ -113,9 +113,9 @@ def enough_memory(device: torch.device, way_out: str) -> Iterator[None]:
 
 
 def installed_versions(*packages: str) -> dict[str, str]:
-    """Versions of packages, "not installed" for those that are not there.
+    """Versions of packages, or "not installed".
 
-    A checkout on the path need not be installed: the version of hgpt is then that of its pyproject.toml, or "unknown".
+    If hgpt runs from a checkout, its version is that of pyproject.toml, or "unknown".
     """
     found = {}
     for name in packages:

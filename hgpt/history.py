@@ -1,7 +1,7 @@
 """metrics.jsonl, the record of a run: one JSON object a line, {"kind": "train", "step": 10, "time": …, "loss": …}.
 
 A record is an object with a string `kind` and an integer `step` ≥ 0, on a line that ends in a line break. Other lines
-(half written by a killed process, or damaged) are dropped, so they never make a run unreadable or impossible to resume.
+(half written by a killed process, or damaged) are dropped, so a run stays readable and can resume.
 """
 
 import json
@@ -22,8 +22,8 @@ LARGEST = 1e300  # larger numbers come from damaged files; JSON integers can exc
 def records(source: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The records of a run folder or a file, in their order; only those of `kind` if it is given.
 
-    A missing file has no records. Prints one warning that names the lines that are dropped. Raises UserError if the
-    file cannot be read.
+    A missing file has no records. Prints one warning with the dropped lines. Raises UserError if the file cannot be
+    read.
     """
     path = _file(source)
     if not path.exists():
@@ -43,9 +43,9 @@ def records(source: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
 
 def newest_first(source: Path) -> Iterator[dict[str, Any]]:
-    """The records of a run folder or a file, the last one first, without reading more of the file than is consumed.
+    """The records of a run folder or a file, the last one first, read lazily.
 
-    Other lines are dropped without a warning. A file that is missing or cannot be read has no records.
+    Other lines are dropped without a warning. A missing or unreadable file has no records.
     """
     try:
         with open(_file(source), "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:

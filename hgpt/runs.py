@@ -3,14 +3,14 @@
     python -m hgpt.runs runs/ --sort validation
     python -m hgpt.runs runs/quickstart runs/quickstart_softmax --plot losses.png --terminal
 
-Everything is read from the files of a run: metrics.jsonl, config.toml and checkpoints/. A folder with none of these is
+Everything comes from a run's files: metrics.jsonl, config.toml and checkpoints/. A folder with none of these is
 searched for runs. The table reads only the end of metrics.jsonl, a plot all of it.
 
 The first of these states that applies is shown:
 
     finished        the newest checkpoint is that of the last step
     preempted       SIGTERM, SIGUSR1 or SIGHUP stopped the run, and there is a checkpoint to resume from
-    running         a process holds the lock of the run folder. Where locks cannot be asked for: the last record of
+    running         a process holds the run folder's lock. Without locks in the file system: the last record of
                     metrics.jsonl is younger than two minutes or, if that is longer, than three times the longest pause
                     between the last records, but at most half an hour
     damaged         a file of the newest checkpoint is missing, or its size is not that in the manifest
@@ -84,7 +84,7 @@ class Run:
 
 
 def find_runs(root: Path) -> list[tuple[str, Path]]:
-    """(name, folder) of the runs in `root`, or of `root` if it is a run. Raises UserError if it is no folder."""
+    """(name, folder) of the runs in `root`, or of `root` if it is a run. Raises UserError if `root` is no folder."""
     if not root.is_dir():
         raise UserError(f"{root} is no folder; give a run folder or a folder of runs, such as runs/")
     if _is_run(root):
@@ -172,8 +172,8 @@ def _settings(folder: Path) -> dict[str, Any]:
 def _last_records(folder: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
     """The last few records, the oldest first, and the last record of each kind.
 
-    Reads metrics.jsonl from the end until a training step and an evaluation are found. An energy record follows its
-    evaluation, so it is found too.
+    Reads metrics.jsonl from the end until a training step and an evaluation are found; an energy record follows its
+    evaluation.
     """
     recent: list[dict[str, Any]] = []
     last: dict[str, dict[str, Any]] = {}
@@ -271,7 +271,7 @@ class Curves:
 
 
 def read_curves(run: Run, axis: str) -> Curves:
-    """The losses of a run over "tokens" or "steps"; in a long run every k-th training loss, about 2000."""
+    """The losses of a run over "tokens" or "steps"; in a long run every k-th training loss, about 2000 in all."""
     found = records(run.folder)
     every = max(1, len(found) // _POINTS)
     chosen = [record for number, record in enumerate(found) if number % every == 0 or record["kind"] == "eval"]
@@ -296,7 +296,7 @@ def _tokens_per_step(run: Run, found: list[dict[str, Any]]) -> float | None:
 
 
 def _ranges(curves: Sequence[Curves]) -> tuple[float, tuple[float, float]]:
-    """The largest x, and the range of losses without the first twentieth of the axis, where losses are much larger."""
+    """The largest x, and the range of losses after the first twentieth of the axis, where losses are much larger."""
     points = [point for curve in curves for point in (*curve.training, *curve.validation)]
     last = max(x for x, _ in points)
     losses = [loss for x, loss in points if x >= last / 20]

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from hgpt.data.shards import TokenShards, same_data
 from hgpt.data.tokenizer import hf_tokenizer, tokenizer_file
-from hgpt.durable import folder_lock, read_json, remove_folder, remove_leftovers, sha256, whole_file, whole_folder, writing
+from hgpt.durable import clean_up, folder_lock, read_json, remove_folder, sha256, whole_file, whole_folder, writing
 from hgpt.errors import UserError
 from hgpt.model.configuration_hgpt import HGPTConfig
 from hgpt.model.harmonized import model_class
@@ -183,7 +183,7 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
             busy = f"another process is training in {folder}: wait for it, or end it, or choose another --name"
             held.enter_context(folder_lock(folder / LOCK, busy))
-            remove_leftovers(folder / CHECKPOINTS)
+            clean_up(folder / CHECKPOINTS)
             if resumed is not None and not branch:
                 for path in checkpoints(folder):
                     if checkpoint_step(path) > resumed.state.step:
