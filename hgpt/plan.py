@@ -6,8 +6,8 @@
 
 All other arguments are train.py's.
 
-Nothing is trained, and no GPU is needed. The model is built without memory for its weights, and its parameters are
-counted. Memory is computed by the formulas below: bytes on one GPU at the peak of a training step.
+Nothing is trained, and no GPU is needed. The parameters are counted on a model without memory for its weights. Memory
+is computed by the formulas below: bytes on one GPU at the peak of a training step.
 
     engine          parameters   gradients   optimiser   buckets and gathered weights
     ddp             4 P          4 P         8 P         - (its buckets are the gradients)
@@ -36,13 +36,12 @@ statistics of the norms and the log-sum-exp of attention. An activation function
 may keep more; torch.compile usually keeps less.
 
 `head_memory` has the formula of the head's loss. All activations exist while the loss is computed. The backward pass of
-the last block comes later, so the peak has the larger of the two. Gradients exist all the time, because they are
-accumulated over micro-batches. Not counted: the CUDA context, workspaces of kernels and fragmentation, often 1 to 3 GiB
-together.
+the last block comes later, so the peak has the larger of the two. Gradients always exist, because they accumulate over
+micro-batches. Not counted: the CUDA context, kernel workspaces and fragmentation, often 1 to 3 GiB together.
 
-The tests compare activations, the loss and the row of ddp with what the code allocates, without a GPU. The formulas for
+The tests compare activations, the loss and the row of ddp with the code's allocations, without a GPU. The formulas for
 ZeRO's parameters, gradients and optimiser state were within 0.2 % of two CPU processes (DeepSpeed 0.19.8). Those for
-buckets, gathered weights and fsdp2 (torch 2.13) follow the source code of the libraries and were not measured.
+buckets, gathered weights and fsdp2 (torch 2.13) follow the libraries' source code and were not measured.
 """
 
 import os
@@ -237,8 +236,8 @@ def distance_seconds(config: HGPTConfig, tokens: float, device: str) -> float:
 
         tokens · V · D · traffic · 4 bytes / bandwidth
 
-    `Distance.traffic` is how often the operations of the blocks read or write an element. For a GPU the time is an
-    estimate: each operation is taken to be bound by memory bandwidth; caches or a fused kernel may be faster. A GPU of
+    `Distance.traffic` is how often the operations of the blocks read or write an element. The time on a GPU is an
+    estimate that assumes each operation is bound by memory bandwidth; caches or a fused kernel may be faster. A GPU of
     unknown bandwidth counts as an H100. For "cpu" the bandwidth was measured on two cores (`_CPU_BANDWIDTH`).
     """
     metric = distance_of(config)
@@ -366,7 +365,7 @@ class Plan:
 
 
 def make_plan(run: RunConfig, launch: Launch) -> Plan:
-    """The plan of a run. Without the data folder it has a note, and GPT-2's vocabulary unless data.vocab_size is set.
+    """The plan of a run; without the data folder with a note, and GPT-2's vocabulary unless data.vocab_size is set.
 
     On a CPU train.precision = "auto" means fp32.
 
@@ -412,7 +411,7 @@ def make_plan(run: RunConfig, launch: Launch) -> Plan:
 
 
 def warnings(plan: Plan) -> list[str]:
-    """Settings that will fail or hardly fit, each with what helps."""
+    """Settings that will fail or hardly fit, each with a way out."""
     found = []
     run, launch = plan.run, plan.launch
     need, capacity = plan.memory(launch.engine).total, launch.capacity
@@ -482,7 +481,7 @@ def _parameter_lines(plan: Plan) -> list[str]:
     rows = [
         ("parameters", counts.total, ""),
         ("  token embedding", counts.token_embedding, "also the head's centres" if tied else ""),
-        ("  positions", counts.positions, ""),  # and what else a backbone has outside its blocks
+        ("  positions", counts.positions, ""),  # and other parts of a backbone outside its blocks
         (f"  {plan.config.n_layer} blocks", counts.blocks, ""),
         ("  final norm", counts.final_norm, ""),
         ("  head", counts.head, "the token embedding" if tied else ""),

@@ -231,7 +231,7 @@ def test_a_bpe_of_others_that_only_looks_like_ours_is_not_encoded_by_tiktoken(bp
     ("spec", "message"),
     [
         *((f"bpe:{size}", "from 257 .* to 16777216") for size in ("", "256", "16777217", "-3", "2k", "1e3", "²")),
-        ("bpe:300", r"no text here to train it on.*tokenizer\.json"),
+        ("bpe:300", r"no text to train it on here.*tokenizer\.json"),
         ("gpt3", "is neither gpt2, nor bpe:N"),
     ],
 )

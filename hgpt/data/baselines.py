@@ -1,4 +1,4 @@
-"""The frequencies of the tokens of a split, their bytes, and the unigram model, a baseline that needs no training."""
+"""Token frequencies and bytes of a split, and the unigram model, a baseline that needs no training."""
 
 import hashlib
 import json
@@ -20,11 +20,11 @@ COUNTS_FILE = "train_counts.json"  # in a data folder: {"shards": digest of the 
 def training_counts(shards: TokenShards) -> np.ndarray:
     """How often each token occurs in the training split, (V,) int64.
 
-    data_prep writes the counts beside the shards. In another folder, and after a change of the shards, they are counted
-    at the first call, and remembered in COUNTS_FILE if the folder can be written.
+    data_prep writes the counts beside the shards. For other folders, and after a change of the shards, the first call
+    counts, and writes COUNTS_FILE if the folder can be written.
 
     Raises:
-        UserError: a remembered file is damaged, or its counts do not fit the vocabulary or the number of tokens.
+        UserError: COUNTS_FILE is damaged, or its counts do not fit the vocabulary or the number of tokens.
     """
     path, digest = shards.folder / COUNTS_FILE, _digest(shards)
     again = "Delete it, and the tokens are counted again."
@@ -61,7 +61,7 @@ def count_tokens(shards: TokenShards) -> np.ndarray:
 
 
 def _digest(shards: TokenShards) -> str:
-    """SHA-256 of the checksums of the shards; without meta.json, of their names, sizes and times of change."""
+    """SHA-256 of the shards' checksums; without meta.json, of their names, sizes and times of change."""
     if shards.meta is not None:
         parts = [record.sha256 for record in shards.meta.splits[shards.split].shards]
     else:
@@ -94,7 +94,7 @@ def unigram_loss(train: TokenShards, val: TokenShards) -> float:
 
 
 def target_counts(shards: TokenShards) -> np.ndarray:
-    """How often each token is a target of the split, (V,) int64: every token but the first is one."""
+    """How often each token is a target of the split, (V,) int64: the first token is none."""
     counts = count_tokens(shards)
     counts[shards.read(0, 1)] -= 1
     return counts
@@ -103,8 +103,8 @@ def target_counts(shards: TokenShards) -> np.ndarray:
 def bytes_per_target(shards: TokenShards, backend: tokenizers.Tokenizer | None = None) -> float | None:
     """UTF-8 bytes of a target on average; nats per token / (ln 2 · this) are bits per byte.
 
-    End-of-text has no bytes. Exact for byte-level tokens and characters. For other tokens the mean over the whole
-    split, whose bytes are in meta.json. None if the tokenizer is not known.
+    End-of-text has no bytes. Exact for byte-level tokens and characters; for other tokens the mean over the whole
+    split, from the bytes in meta.json. None if the tokenizer is unknown.
 
     Args:
         backend: the tokenizer of the tokens; None takes the folder's.

@@ -1,4 +1,4 @@
-"""Which windows of the token stream a step consists of: a pure function of the step, so a run resumes from its number.
+"""The windows of each step: a pure function of the step, so a run resumes from the step's number.
 
 Window i of a stream of N tokens, with T = seq_len, is tokens[i·T : i·T + T + 1]: T inputs and their T targets.
 Sample g of a run (g counts sequences over the whole run and all processes) is window
@@ -20,7 +20,7 @@ from hgpt.errors import UserError
 
 
 def num_windows(num_tokens: int, seq_len: int) -> int:
-    """W = ⌊(N − 1) / T⌋: the number of whole windows, each of T tokens and the next one."""
+    """W = ⌊(N − 1) / T⌋: the number of whole windows, each of T + 1 tokens."""
     return max(0, (num_tokens - 1) // seq_len)
 
 
@@ -36,7 +36,7 @@ def check_length(shards: TokenShards, seq_len: int) -> None:
 
 @lru_cache(maxsize=2)  # a batch crosses at most one epoch boundary
 def epoch_permutation(seed: int, epoch: int, windows: int) -> np.ndarray:
-    """The order of the windows in an epoch, a permutation of 0 … windows − 1 that depends on the arguments alone.
+    """The order of the windows in an epoch, a permutation of 0 … windows − 1 that depends only on the arguments.
 
     NumPy guarantees the stream of `RandomState` for all future versions (NEP 19), but not that of its newer
     generators; a test pins the values.
@@ -58,10 +58,10 @@ class TrainingBatches:
     Step s has `accumulation` micro-steps, each with one micro-batch per process. Each of its samples s·B … s·B + B − 1
     is read by exactly one process.
 
-    A thread reads the next micro-batch while the device computes, so that neither a slow disk nor the permutation of
-    the next epoch (0.6 s for OpenWebText) delays training. For a GPU the thread copies it into pinned memory, and the
-    copy to the device overlaps with the computation. The call that asks for a micro-batch raises the error of reading
-    it. A micro-batch that is not the next one is read in the call.
+    A thread prefetches the next micro-batch, so that neither a slow disk nor the permutation of the next epoch (0.6 s
+    for OpenWebText) delays training. For a GPU the thread copies it into pinned memory, and the copy to the device
+    overlaps with the computation. A read error is raised by the call that asks for that micro-batch. Any other
+    micro-batch is read in the call.
 
     Raises UserError if the data is shorter than one sequence, or if `micro_batch` times `world_size` does not divide
     `global_batch`.
@@ -129,7 +129,7 @@ def read_windows(shards: TokenShards, windows: list[int], seq_len: int) -> tuple
 
 
 def accumulation_steps(global_batch: int, micro_batch: int, world_size: int) -> int:
-    """global_batch / (micro_batch · world_size). UserError with the nearest valid settings if it is no integer."""
+    """global_batch / (micro_batch · world_size). UserError with the nearest valid settings if not an integer."""
     per_step = micro_batch * world_size
     if global_batch % per_step == 0:
         return global_batch // per_step

@@ -10,8 +10,7 @@ A data folder, as written by `data_prep`:
 
 Two other kinds of folder can be read: nanoGPT's (`train.bin` and `val.bin`, tokens without header), and shards of other
 tools with llm.c's header and the split in their names (`fineweb_train_000001.bin`, `tiny_shakespeare_val.bin`). Their
-vocabulary is that of a `tokenizer.json`, or of nanoGPT's `meta.pkl`, in the folder; without one the caller must state
-its size.
+vocabulary comes from a `tokenizer.json` or nanoGPT's `meta.pkl` in the folder, or the caller must state its size.
 """
 
 import hashlib
@@ -48,8 +47,8 @@ SPLITS = ("train", "val")
 BARE = {f"{split}.bin" for split in SPLITS}  # of nanoGPT
 META_FILE = "meta.json"
 META_VERSION = 1
-PART_FILE = "part.json"  # in place of meta.json in a part of a preparation that several machines share
-UNFINISHED_FOLDER = ".preparation"  # in a data folder whose preparation has not finished; see data_prep/state.py
+PART_FILE = "part.json"  # instead of meta.json, in a part of a preparation shared by several machines
+UNFINISHED_FOLDER = ".preparation"  # in a data folder whose preparation is not finished; see data_prep/state.py
 TOKENS_PER_SHARD = 100_000_000  # 200 MB of uint16 a file, as llm.c's data scripts write
 MAX_OPEN_FILES = 128
 
@@ -97,7 +96,7 @@ class SplitMeta:
 
 @dataclass(frozen=True, kw_only=True)
 class DataMeta:
-    """What `meta.json` says about a data folder.
+    """The content of `meta.json`.
 
     `source` is the origin of the text and `source_revision` its version, None if it has none. `preparation` (seed,
     validation fraction, ...) and `packages` (versions) determine the content of the shards: with the source they
@@ -126,7 +125,7 @@ def write_meta(folder: str | Path, meta: DataMeta) -> None:
 
 
 def read_meta(folder: str | Path) -> DataMeta:
-    """Read and check `meta.json`. Raises UserError when it, or a key in it, is missing or broken."""
+    """Read and check `meta.json`. Raises UserError if it or a key in it is missing or broken."""
     path = Path(folder) / META_FILE
     try:
         content = read_json(path, PREPARE_AGAIN)
@@ -182,7 +181,7 @@ _KINDS = {int: "an integer", str: "a string", dict: "a table", list: "a list"}
 def from_json(kind: Any, value: Any, where: str, way_out: str = PREPARE_AGAIN) -> Any:
     """`value`, read from JSON, as `kind`: int ≥ 0, str, optional, tuple, list, dict, or a dataclass of these.
 
-    Raises UserError for another value; `where` says where it stands.
+    Raises UserError for another value; `where` names its place.
     """
     arguments = get_args(kind)
     if type(None) in arguments:
@@ -468,11 +467,11 @@ class TokenShards:
 
 
 def fingerprint(splits: Sequence[TokenShards], *, whole: bool) -> str:
-    """What identifies data, as words: `same_data` compares those that two fingerprints both have.
+    """What identifies data, as words: `same_data` compares the words that two fingerprints share.
 
-    With meta.json they are the SHA-256 of its checksums of the shards, and that of its checksum of the tokenizer with
-    the vocabulary's size and end-of-text, if it has one. Other folders have no checksums: their words are
-    the SHA-256 of the splits' lengths, that of 256 blocks of 4 KB from each shard, and, if `whole`, that of the shards.
+    With meta.json: the SHA-256 of the shards' checksums and, if there is a tokenizer, that of its checksum with the
+    vocabulary's size and end-of-text. Other folders have no checksums: the SHA-256 of the splits' lengths, that of 256
+    blocks of 4 KB from each shard, and, if `whole`, that of the shards.
     """
     parts = [len(s) if s.meta is None else [record.sha256 for record in s.meta.splits[s.split].shards] for s in splits]
     words = [hashlib.sha256(json.dumps(parts).encode())]
@@ -495,7 +494,7 @@ def fingerprint(splits: Sequence[TokenShards], *, whole: bool) -> str:
 
 
 def same_data(one: str, other: str) -> bool:
-    """Whether two fingerprints agree in the words that both have: earlier versions and other checks give fewer."""
+    """Whether two fingerprints agree in their common words: earlier versions and other checks give fewer words."""
     return all(a == b for a, b in zip(one.split(), other.split(), strict=False))
 
 
@@ -552,7 +551,7 @@ def _names_in(folder: Path) -> set[str]:
 
 
 def _shards_of_meta(folder: Path, split: str, meta: DataMeta, present: set[str]) -> list[ShardFile]:
-    """The shards that meta.json names. Raises UserError with a line for each that is damaged."""
+    """The shards that meta.json names. Raises UserError with a line for each damaged one."""
     if meta.tokenizer_sha256 is not None or (folder / TOKENIZER_FILE).exists():
         check_tokenizer_file(
             folder / TOKENIZER_FILE, meta.vocab_size, meta.end_of_text_token, meta.end_of_text, meta.tokenizer_sha256
@@ -583,7 +582,7 @@ def _shards_of_meta(folder: Path, split: str, meta: DataMeta, present: set[str])
 
 
 def _shards_of_others(folder: Path, split: str, found: list[tuple[str, Path]]) -> list[ShardFile]:
-    """The shards of `split` among those that other tools wrote, (split, path)."""
+    """The shards of `split` among the shards of other tools, (split, path)."""
     splits = dict.fromkeys(side for side, _ in found)
     if split not in splits:
         raise UserError(
@@ -595,20 +594,20 @@ def _shards_of_others(folder: Path, split: str, found: list[tuple[str, Path]]) -
     if len(types) > 1:
         raise UserError(
             f"data folder {folder} mixes shards of two types, {' and '.join(types.values())}: they come from "
-            "different tokenizers. Give the shards of each tokenizer a folder of their own."
+            "different tokenizers. Give the shards of each tokenizer their own folder."
         )
     return [file for side, file in files if side == split]
 
 
 def _prepare(text: Path | None, out: Path | str = "NEW_FOLDER") -> str:
-    """The advice to prepare the files in `text` into `out`, which must be new or empty."""
+    """Advice to prepare the files in `text` into `out`, which must be new or empty."""
     return f"Prepare data{_WHERE} with: python -m data_prep.documents --out {out} --tokenizer gpt2 {text or 'FILES...'}"
 
 
 def check_shard(path: Path, tokens: int | None = None, dtype: np.dtype | None = None) -> ShardFile:
     """Check a shard with a header.
 
-    `tokens`, `dtype`: of meta.json; None for a shard of another tool, which hgpt cannot prepare again.
+    `tokens`, `dtype`: from meta.json; None for a shard of another tool, which hgpt cannot prepare again.
     """
     way_out = f"Copy it again, or: {PREPARE_AGAIN}"
     if tokens is None:

@@ -1,8 +1,7 @@
 """Tokenizers: GPT-2's BPE, a small byte-level BPE trained on the spot, any Hugging Face tokenizer file, characters.
 
-Each is saved as a `tokenizer.json` that Hugging Face's `tokenizers` and `transformers` load. tiktoken encodes the text
-if the tokenizer is a byte-level BPE as this module makes them, also one loaded from a file: the same tokens, several
-times faster.
+Each is saved as a `tokenizer.json` that Hugging Face's `tokenizers` and `transformers` load. A byte-level BPE as this
+module makes them, also loaded from a file, is encoded by tiktoken: the same tokens, several times faster.
 """
 
 import hashlib
@@ -30,7 +29,7 @@ from hgpt.errors import UserError
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 CHARACTERS_FILE = "meta.pkl"  # of nanoGPT's character data
-TOKENIZER_PACKAGES = ("tiktoken", "tokenizers")  # they decide which tokens a text becomes
+TOKENIZER_PACKAGES = ("tiktoken", "tokenizers")  # their versions may affect the tokens of a text
 
 # (file, SHA-256) as tiktoken checks them, in tiktoken_ext/openai_public.py.
 GPT2_VOCABULARY = ("encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783")
@@ -103,7 +102,7 @@ class Tokenizer:
             raise self._no_tokens(str(error)) from error
 
     def _check_characters(self, text: str) -> None:
-        """Raise UserError for a character that the tokenizer would drop without a word."""
+        """Raise UserError for a character that the tokenizer would silently drop."""
         if self._known is None:
             return
         for character in set(text) - self._known:
@@ -128,7 +127,7 @@ class Tokenizer:
     def save(self, folder: str | Path) -> Path:
         """Write `tokenizer.json` into `folder`; returns its path."""
         path = Path(folder) / TOKENIZER_FILE
-        # Not by the backend's save, which raises a plain Exception when the disk is full.
+        # The backend's save raises a plain Exception when the disk is full.
         path.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
         return path
 
@@ -151,8 +150,8 @@ def load_tokenizer(spec: str, training_texts: Callable[[], Iterable[str]] | None
             )
         if training_texts is None:
             raise UserError(
-                f"tokenizer {spec!r} is trained while data is prepared, and there is no text here to train "
-                f"it on. Give the path of the {TOKENIZER_FILE} in the prepared data folder."
+                f"tokenizer {spec!r} is trained while data is prepared, but there is no text to train it on "
+                f"here. Give the path of the {TOKENIZER_FILE} in the prepared data folder."
             )
         return _trained_bpe(spec, int(size), training_texts())
     return _from_file(spec)
@@ -203,7 +202,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, **settings: bool) -> B
 def is_byte_level(backend: tokenizers.Tokenizer) -> bool:
     """Whether tokens are pieces of UTF-8, as GPT-2's are.
 
-    Those of WordPiece ("##ing") and SentencePiece ("▁the") are not: their text depends on the tokens around them.
+    WordPiece's ("##ing") and SentencePiece's ("▁the") are not: their text depends on the tokens around them.
     """
     decoder = json.loads(backend.to_str())["decoder"] or {}
     return "ByteLevel" in [decoder.get("type"), *(part["type"] for part in decoder.get("decoders", []))]
@@ -422,7 +421,7 @@ def check_vocab_size(vocab_size: int, origin: str) -> None:
 
 
 def tokenizer_file(folder: Path) -> Path | None:
-    """The file with the tokens of a data folder: its tokenizer.json, else nanoGPT's meta.pkl; None without them."""
+    """The file with a data folder's tokens: tokenizer.json, else nanoGPT's meta.pkl, else None."""
     return next((folder / name for name in (TOKENIZER_FILE, CHARACTERS_FILE) if os.path.isfile(folder / name)), None)
 
 
@@ -571,7 +570,7 @@ def _end_of_text_token(path: Path) -> str:
 
 
 def _drops_characters(backend: tokenizers.Tokenizer) -> bool:
-    """Whether characters that are not in the vocabulary become no tokens: a BPE without bytes and unknown token."""
+    """Whether unknown characters are dropped: a BPE without bytes and without unknown token."""
     model, pre_tokenizer = backend.model, str(backend.pre_tokenizer)
     if not isinstance(model, models.BPE) or model.unk_token is not None or model.byte_fallback:
         return False
