@@ -50,7 +50,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> str:
-    """Measure and write the report; returns its path and the time it took."""
+    """Measure and write the report; returns its path and the elapsed time."""
     start = time.perf_counter()
     options = parse_arguments(argv)
     out = Path(options.out)

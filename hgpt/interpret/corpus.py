@@ -68,13 +68,13 @@ class Corpus:
     def read(self, model: LoadedModel, seq_len: int, tokens: int, longest: int | None = None) -> Passages:
         """Windows of `seq_len` tokens of the data, evenly spread over the validation split, in the tokens of `model`.
 
-        For a model with another tokenizer each window is decoded and encoded again. If it then has more tokens than the
-        model can read at once, it is split into windows of about equal length. Every token is a target once, but for
-        the first of each window of the data.
+        For a model with another tokenizer each window is decoded and encoded again, and split into windows of about
+        equal length if it exceeds the model's context. Every token is a target once, except the first of each window of
+        the data.
 
         Args:
             tokens: about how many targets the windows have together; 0: the whole split.
-            longest: tokens that a model with another tokenizer reads at a time, by default its context.
+            longest: tokens that a model with another tokenizer reads at a time; default: its context.
         """
         if self.fits(model):
             windows = [(part[:-1], part[1:]) for part in self._parts(seq_len, tokens)]
@@ -185,8 +185,8 @@ class TextPlan:
     seq_len: int  # tokens of a window, in the data's tokens
     tokens: int  # about how many tokens a model predicts; 0: the whole validation split
     sample: int  # positions whose hidden states are kept
-    longest: dict[str, int]  # label of a model → tokens that it reads at a time if it has another tokenizer
-    trained: frozenset[str]  # labels of the models that were trained on this data
+    longest: dict[str, int]  # label of a model with another tokenizer → tokens that it reads at a time
+    trained: frozenset[str]  # labels of the models trained on this data
 
     @property
     def share(self) -> float:
@@ -217,9 +217,9 @@ def data_of_runs(sources: Sequence[Source]) -> str | None:
 
 
 def open_text(folder: str, known: Sequence[Outline], tokens: int, sample: int, notes: list[str]) -> TextPlan:
-    """The data in `folder` and its windows. Models with the same tokenizer read the same ones.
+    """The data in `folder` and its windows. Models with the same tokenizer read the same windows.
 
-    These are as long as the shortest context of the models. Adds a note for each model whose context is longer.
+    Windows have the models' shortest context. Adds a note for each model with a longer context.
     """
     trained = [
         outline
@@ -227,7 +227,7 @@ def open_text(folder: str, known: Sequence[Outline], tokens: int, sample: int, n
         if (path := data_settings(outline.source).get("path")) is not None
         and Path(path).resolve() == Path(folder).resolve()
     ]
-    # Without meta.json only the configurations of runs that were trained on the data state its vocabulary size.
+    # Without meta.json only the configurations of runs trained on the data have its vocabulary size.
     stated = {size for outline in trained if (size := data_settings(outline.source).get("vocab_size")) is not None}
     corpus = Corpus.open(
         folder,

@@ -18,8 +18,8 @@ from matplotlib.transforms import Bbox
 from hgpt.interpret.measure import Drawing, ModelResult
 from hgpt.interpret.statistics import Estimate
 
-# Okabe & Ito's colours, which colour-blind readers can tell apart, without yellow, which is faint on white. Line styles
-# and markers differ too, for print in black and white.
+# Okabe & Ito's colours, distinct for colour-blind readers, without yellow, which is faint on white. Line styles and
+# markers differ too, for print in black and white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
 MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖"}  # matplotlib's, and on the page
@@ -36,7 +36,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "svg.hashsalt": "hgpt",  # the same report gives the same file
     "svg.fonttype": "none",  # text stays text: sharp, and it can be selected
-    "axes.facecolor": "none",  # the ground is the figure's, which `inline_svg` takes away
+    "axes.facecolor": "none",  # the background is the figure's, which `inline_svg` removes
     "figure.dpi": DPI,
 }
 
@@ -44,8 +44,8 @@ STYLE: dict[Any, Any] = {
 def look(index: int) -> dict[str, Any]:
     """Colour, line style and marker of model number `index` in every figure.
 
-    With index = 7 r + c: colour c, style (c + r) mod 4, marker (c + 2 r) mod 7. Two of the first 28 models differ in
-    colour, or in both line style and marker, because some figures have only lines and others only markers.
+    With index = 7 r + c: colour c, style (c + r) mod 4, marker (c + 2 r) mod 7. Any two of the first 28 models differ
+    in colour, or in both line style and marker, because some figures have only lines and others only markers.
     """
     again, colour = divmod(index, len(COLOURS))
     return {
@@ -95,7 +95,7 @@ def label_edges(axes: np.ndarray, below: str, left: str) -> None:
         panel.set_ylabel(left)
 
 
-def finished(
+def finish(
     figure: Figure,
     name: str,
     title: str,
@@ -104,11 +104,11 @@ def finished(
     source: str,
     remarks: Iterable[str] = (),
 ) -> Drawing:
-    """The figure with its legend above it. The page alone has the title and the captions.
+    """The figure with a legend above it. Only the page has title and captions.
 
     Args:
         source: what was measured.
-        remarks: sentences about what the figure leaves out, for the end of the caption.
+        remarks: sentences on omissions, for the end of the caption.
     """
     legend(figure)
     return Drawing(name=name, title=title, caption=" ".join([caption, *remarks]), source=source, figure=figure)
@@ -159,7 +159,7 @@ def draw_intervals(
 def rows_of_intervals(
     names: Sequence[str], found: Sequence[tuple[int, str, dict[str, Estimate]]]
 ) -> tuple[Figure, Axes, list[np.ndarray]]:
-    """A row per name, in which the estimates of several models stand below one another.
+    """A row per name, with the estimates of several models below one another.
 
     Args:
         found: number of a model, its label, and its estimates by name.
@@ -184,7 +184,7 @@ def listed(sentence: str, labels: Sequence[str]) -> list[str]:
 
 
 def write_labels(panel: Axes, pairs: np.ndarray, labels: Sequence[tuple[str, str]]) -> None:
-    """Label both ends of each line, (pairs, 2, 2), the second in bold; a label without a place of its own is left out.
+    """Label both ends of each line, (pairs, 2, 2), the second in bold; labels without a free place are left out.
 
     A label covers no point and no other label, and crosses few lines. A point of several lines is labelled once. The
     layout of the figure must be final.
@@ -221,15 +221,15 @@ def save_figure(figure: Figure, folder: Path, name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure.savefig(folder / f"{name}.png", dpi=DPI)
-        figure.set_layout_engine("none")  # keep the layout: computing it again takes most of the time
+        figure.set_layout_engine("none")  # keep the layout: recomputing it takes most of the time
         figure.savefig(folder / f"{name}.svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return folder / f"{name}.png"
 
 
 def inline_svg(file: Path, title: str) -> Markup:
-    """A figure's SVG as part of a page: as wide as its place, transparent, each id after the name of the figure."""
+    """A figure's SVG for a page: as wide as its place, transparent, ids prefixed by the figure's name."""
     whole = file.read_text(encoding="utf-8")
-    whole = whole[whole.index("<svg") :].replace("fill: #ffffff", "fill: none", 1)  # the first is the figure's ground
+    whole = whole[whole.index("<svg") :].replace("fill: #ffffff", "fill: none", 1)  # the first is the background
     head, body = re.sub("<style.*?</style>", "", whole, flags=re.DOTALL).split(">", 1)  # it would style the page
     own_ids = re.compile(r'(\bid="|href="#|url\(#)')
     body = re.sub("<[^>]+>", lambda tag: own_ids.sub(rf"\g<1>{file.stem}-", tag[0]), body)

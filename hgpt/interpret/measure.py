@@ -1,4 +1,4 @@
-"""The protocol of the files in `measures/`, the results of a report, and the blocks that its sections consist of.
+"""The protocol of the files in `measures/`, the results of a report, and the blocks of its sections.
 
 A measure computes something for each model while the model is in memory. Its result appears in up to four places: in
 results.json, in the summary, in a section of the page, and in curves over the checkpoints of a run.
@@ -84,7 +84,7 @@ def page_data(name: str, value: Any) -> Markup:
 
 @dataclass(kw_only=True)
 class ModelResult:
-    """The results of a model, which is no longer in memory."""
+    """The results of a model that is no longer in memory."""
 
     source: Source
     description: str
@@ -124,12 +124,12 @@ class Analysis:
 
     @property
     def evaluated_tokens(self) -> int:
-        """Of the first model that was measured on text."""
+        """Tokens of the first model that was measured on text."""
         return next((len(model.text.positions.loss) for model in self.models if model.text is not None), 0)
 
     @property
     def part(self) -> str:
-        """Which part of the validation text was read."""
+        """The part of the validation text that was read."""
         if self.data is None:
             return "no text"
         return f"{'the whole' if self.share == 1 else f'{min(100 * self.share, 99.9):.3g} % of the'} validation text"
@@ -158,7 +158,7 @@ class Analysis:
 
     @property
     def relations(self) -> str:
-        return self.settings.relations or "the relation sets that ship with hgpt"
+        return self.settings.relations or "the relation sets of hgpt"
 
     def having(self, found: Callable[[ModelResult], object]) -> list[tuple[int, ModelResult]]:
         """The models for which `found` returns something, with their places in the report."""
@@ -186,7 +186,7 @@ def counts_text(counts: Mapping[str, int]) -> str:
 
 
 def tied(model: ModelResult) -> str:
-    """The cell of a number of the centres if the row of the input embedding has the same number; "" if not."""
+    """The cell of a number of the centres that equals the input embedding's; "" otherwise."""
     return "tied" if model.tied else ""
 
 

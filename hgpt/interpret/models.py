@@ -36,7 +36,7 @@ def find_sources(names: list[str]) -> list[Source]:
 
 
 def run_checkpoints(source: Source) -> list[Source]:
-    """The checkpoints that the run of `source` kept up to the step of `source`, by rising step; none without a run."""
+    """The checkpoints kept by the run of `source` up to the step of `source`, by rising step; none without a run."""
     if source.run is None or source.step is None:
         return []
     return [
@@ -59,7 +59,7 @@ class Outline:
 def outlines(sources: Sequence[Source]) -> list[Outline]:
     """The outline of each source; models with equal vocabularies share one set of words.
 
-    Raises UserError for a model that is neither of hgpt nor a GPT-2, and for one without a tokenizer.
+    Raises UserError for a model that is neither hgpt's nor a GPT-2, or has no tokenizer.
     """
     known: dict[frozenset[tuple[str, int]], frozenset[tuple[str, int]]] = {}
     found = []
@@ -197,8 +197,7 @@ def token_text(tokenizer: Any, token: int) -> str:
 def loaded(source: Source, device: torch.device) -> Iterator[LoadedModel]:
     """Load the model of `source` for the duration of the block.
 
-    Raises UserError for a folder without a model or a tokenizer, and when memory is or becomes too small, also inside
-    the block.
+    Raises UserError for a folder without a model or a tokenizer, and when memory runs out, also inside the block.
     """
     read_config(source)
     way_out = "close other programs, lower --tokens, use --device cpu, or a machine with more memory"
@@ -215,7 +214,7 @@ def read_config(source: Source) -> Any:
 
 
 def _check_kind(source: Source, model_type: str, name: str) -> None:
-    # GPT-Neo, Bloom and Falcon have an ln_f too, but other blocks, heads and settings.
+    # GPT-Neo, Bloom and Falcon also have an ln_f, but other blocks, heads and settings.
     if model_type not in (*GPT2_KINDS, HarmonizedConfig.model_type) or name.endswith("ForMaskedLM"):
         raise UserError(
             f"{source.folder} is a {name}; hgpt.interpret reads models of hgpt and GPT-2 models of transformers"

@@ -1,8 +1,8 @@
 """Relations between words: JSON files in the format of function vectors, and the token pairs of their words.
 
-A file holds one relation, a list of `{"input": "France", "output": "Paris"}`. The file's name is the relation's name
-(Todd et al., *Function Vectors in Large Language Models*, arXiv:2310.15213). The sets in `relation_sets/` were written
-for this project; a report uses them by default.
+A file holds one relation, a list of `{"input": "France", "output": "Paris"}`, and has the relation's name (Todd et al.,
+*Function Vectors in Large Language Models*, arXiv:2310.15213). The sets in `relation_sets/` were written for this
+project and are the default.
 """
 
 import json
@@ -19,8 +19,8 @@ from hgpt.errors import UserError
 SHIPPED = Path(__file__).parent / "relation_sets"
 SMALLEST_RELATION = 4  # pairs: the fewest that give two disjoint pairs of pairs
 
-# Which token represents a word: its last one, as in arXiv:2502.01628, or its only one, without or with a space before
-# the word. A word of several tokens has no token under the "single" forms.
+# The token that represents a word: its last one, as in arXiv:2502.01628, or its only one, without or with a space
+# before the word. Under the "single" forms a word of several tokens has no token.
 WordForm = Literal["last", "single", "single_after_space"]
 
 
@@ -48,7 +48,7 @@ def load_relations(folder: str | Path | None = None) -> list[Relation]:
         files = sorted(path for path in folder.iterdir() if path.suffix == ".json")
     except (OSError, ValueError) as error:
         reason = "there is no such folder" if isinstance(error, FileNotFoundError | NotADirectoryError) else error
-        raise UserError(f"--relations {folder}: {reason}; leave it out to use the sets that ship") from error
+        raise UserError(f"--relations {folder}: {reason}; leave it out to use the shipped sets") from error
     if not files:
         raise UserError(
             f'--relations {folder} holds no .json file; each is one relation, a list of {{"input": ..., "output": ...}}'

@@ -87,7 +87,7 @@ def _measured(
 
 
 def _over_checkpoints(result: ModelResult, task: Task, device: torch.device) -> list[dict[str, Any]]:
-    """A row per checkpoint that the run kept; no rows if it kept only one."""
+    """A row per kept checkpoint; no rows if the run kept only one."""
     kept = run_checkpoints(result.source)
     rows = []
     for source in tqdm(kept, desc=f"{result.label}: checkpoints", disable=None, leave=False) if len(kept) > 1 else ():
@@ -255,7 +255,7 @@ def page(analysis: Analysis, sections: Sequence[Section], images: Mapping[str, s
 
 
 def summary(analysis: Analysis) -> dict[str, list[tuple[str, list[Cell]]]]:
-    """Heading → a row per quantity that is known of at least one model, and is not that of another row for all."""
+    """Heading → a row per quantity that at least one model has, unless it repeats another row for all models."""
     groups: dict[str, list[tuple[str, list[Cell]]]] = {}
     for measure in MEASURES:
         for quantity in measure.quantities:

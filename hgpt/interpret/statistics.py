@@ -10,7 +10,7 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 SIGNIFICANT = 1 - CONFIDENCE
-SIGN_FLIPS = 9999  # random sign patterns; a test with at most so many patterns counts all of them
+SIGN_FLIPS = 9999  # random sign patterns; a test with at most this many counts all
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,8 +28,8 @@ class AnalysisSettings:
     """What is measured, and on how much; each field is an option of python -m hgpt.interpret.
 
     Args:
-        data: data folder written by data_prep; left out: the one that the runs name
-        relations: folder of relation sets, one .json each; left out: those that ship
+        data: data folder written by data_prep; left out: the runs' own
+        relations: folder of relation sets, one .json each; left out: the shipped sets
         tokens: validation tokens that every model predicts, spread evenly over the split; 0: all of them
         bootstrap: resamples per interval
         text: UTF-8 text to show token by token; left out: the beginning of the validation text
@@ -56,7 +56,7 @@ class AnalysisSettings:
             raise UserError(f"--seed must be 0 or more; got {self.seed}")
 
     def seed_of(self, *words: str) -> int:
-        """A seed that depends on `seed` and the words alone, so that all models share the draws for a relation."""
+        """A seed that depends only on `seed` and the words, so that all models share the draws for a relation."""
         return zlib.crc32("/".join((str(self.seed), *words)).encode())
 
 
@@ -169,12 +169,12 @@ class Subject:
 
     @cached_property
     def training_counts(self) -> np.ndarray | None:
-        """How often each token occurs in the training split, (V,); None if the data has other tokens than the model."""
+        """Count of each token in the training split, (V,); None if data and model have different tokens."""
         fits = self.read is not None and self.read.fits
         return self.text.corpus.counts(self.model.vocab_size) if self.text is not None and fits else None
 
     def _note_tokens(self, text: TextPlan, passages: Passages, fits: bool) -> None:
-        """Notes if the model's tokenizer is not known to be the data's."""
+        """Add notes if the model's tokenizer may not be the data's."""
         folder = text.corpus.val.folder
         if text.corpus.vocabulary is None and self.label not in text.trained:
             self.notes.append(

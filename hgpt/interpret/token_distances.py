@@ -34,11 +34,11 @@ rank     1 if the token's own d/ρ is the smallest"""
 
 @dataclass(frozen=True, kw_only=True)
 class TokenDistances:
-    """A generated token and the centres, as the hidden state before it sees them.
+    """A generated token and its distances from the hidden state before it.
 
-    `probability` is HarMax's, `ratio` is d/d_min of the token's centre, `rank` is 1 + the number of centres that are
-    nearer, `nearest` holds pairs of token and d/d_min, the nearest first. With radii ρ, `radius` is ρ/ρ_max, and
-    `scaled` is d/ρ divided by its smallest value; it takes the place of the distance in `rank` and `nearest`.
+    `probability` is HarMax's, `ratio` d/d_min of the token's centre, `rank` 1 + the number of nearer centres; `nearest`
+    holds pairs of token and d/d_min, the nearest first. With radii ρ, `radius` is ρ/ρ_max, and `scaled` is d/ρ divided
+    by its smallest value; it replaces the distance in `rank` and `nearest`.
     """
 
     token: int

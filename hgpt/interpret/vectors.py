@@ -74,17 +74,17 @@ class Matrix:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings:
-    """One variant of the parallelogram score: which words, which vectors, in which plane, divided by which scale."""
+    """A variant of the parallelogram score: its words, vectors, plane and scale."""
 
     components: int | None = 2  # principal components that vectors are projected on; None: no projection
     plane: Literal["vocabulary", "relation"] = "vocabulary"  # whose components: of all rows, or of the relation's words
-    # The scale is the mean ‖E‖² of the vocabulary or of the relation's words inside the plane, or of the vocabulary
-    # without projection.
+    # The scale is the mean ‖E‖² of the vocabulary or of the relation's words in the plane, or of the unprojected
+    # vocabulary.
     normalisation: Literal["vocabulary", "relation", "full_space"] = "vocabulary"
     words: WordForm = "last"  # which token represents a word
     vectors: Literal["input", "centres"] = "input"  # rows of the input embedding or of the unembedding
-    # Drop pairs of two equal tokens and repeated pairs of tokens. Last tokens often coincide, and equal tokens form
-    # perfect parallelograms whatever the model.
+    # Drop pairs of two equal tokens and repeated pairs of tokens. Last tokens often coincide, and equal tokens always
+    # form perfect parallelograms.
     distinct: bool = False
 
 

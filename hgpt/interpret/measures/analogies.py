@@ -102,7 +102,7 @@ def word_measures(rows: np.ndarray, pairs: TokenPairs, subject: Subject, name: s
     chosen = pairs_of_pairs(len(ids), QUESTIONS, subject.settings.seed_of(name, "analogies"))
     first, second = ids[chosen[:, 0]], ids[chosen[:, 1]]
     questions = np.column_stack([first, second[:, 0]])
-    asked = (questions != second[:, 1:]).all(axis=1)  # a, b and c are never an answer
+    asked = (questions != second[:, 1:]).all(axis=1)  # a, b and c are never answers
     accuracy = {}
     answers = analogy_answers(rows, questions[asked]) if asked.any() else {}
     for method, given in answers.items():

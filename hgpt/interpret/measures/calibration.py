@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from hgpt.interpret.drawing import GREY, finished, look, new_figure
+from hgpt.interpret.drawing import GREY, finish, look, new_figure
 from hgpt.interpret.measure import Analysis, Block, ModelResult, Quantity, tokens_text
 from hgpt.interpret.positions import Positions
 from hgpt.interpret.statistics import CONFIDENCE, Estimate
@@ -69,16 +69,16 @@ def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins
 def calibration_error_interval(gaps: np.ndarray, sizes: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     """A 95 % interval for the ECE of infinitely many positions, ‖g‖₁, where g are the gaps of the bins.
 
-    The sample's ECE ‖ĝ‖₁ is biased upwards, because noise in a gap of 0 adds to it, and a resample's ECE is biased once
-    more, so its quantiles miss a calibrated model. Instead, the noise h = g* − ĝ of the gaps is resampled, and its
-    effect on the norm is taken from the norm's directional derivative,
+    The sample's ECE ‖ĝ‖₁ is biased upwards, because noise in a gap of 0 adds to it; a resample's ECE is biased twice,
+    so its quantiles miss a calibrated model. Instead, the noise h = g* − ĝ of the gaps is resampled, and its effect on
+    the norm follows from the norm's directional derivative,
 
         ‖ĝ‖₁ − ‖g‖₁ ≈ Σ_m [g_m ≠ 0] sign(g_m) h_m + [g_m = 0] |h_m|
 
     in which a gap counts as 0 below NONZERO standard errors (Fang & Santos, *Inference on Directionally Differentiable
     Functions*, Review of Economic Studies 86, 2019, arXiv:1404.3763). The lower end is ‖ĝ‖₁ minus the upper quantile of
-    this sum. The upper end is ‖ĝ‖₁ minus the lower quantile of Σ_m sign(ĝ_m) h_m, which is smaller still, because noise
-    hides an error only if it has the opposite sign. The sample's own ECE lies inside.
+    this sum. The upper end is ‖ĝ‖₁ minus the lower quantile of Σ_m sign(ĝ_m) h_m, which is smaller, because noise hides
+    an error only if it has the opposite sign. The sample's own ECE lies inside.
 
     Args:
         gaps: Σ correct − confidence of each cluster of positions in each bin, (clusters, M).
@@ -142,7 +142,7 @@ def section(analysis: Analysis) -> list[Block]:
     count_panel.set_yscale("log")
     shown = [model for _, model in models]
     return [
-        finished(
+        finish(
             figure,
             "reliability",
             "Reliability",

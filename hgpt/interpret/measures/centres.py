@@ -1,4 +1,4 @@
-"""Chosen tokens: the centres nearest to the token's centre, and the contexts whose hidden states are nearest to it."""
+"""Chosen tokens: the centres and the contexts' hidden states that are nearest to the token's centre."""
 
 from typing import Any
 
@@ -28,8 +28,7 @@ def result_of(model: ModelResult) -> list[dict[str, Any]]:
 def nearest_centres(loaded: LoadedModel, tokens: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The `k` other centres nearest to the centre of each of `tokens`: their tokens and distances, (T, k) each.
 
-    By a harmonic head's own distance. By 1 − cosine for a softmax head, whose rows vary in length with the frequency of
-    the token.
+    By a harmonic head's own distance; by 1 − cosine for a softmax head, whose row lengths depend on token frequency.
     """
     found = []
     for part in torch.from_numpy(tokens).to(loaded.device).split(CHUNK):
@@ -43,7 +42,7 @@ def nearest_centres(loaded: LoadedModel, tokens: np.ndarray, k: int) -> tuple[np
 def nearest_contexts(
     loaded: LoadedModel, states: np.ndarray, tokens: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The `k` of the hidden states (S, D) nearest to the centre of each of `tokens`: indices, d / d_min, (T, k) each.
+    """The `k` hidden states (S, D) nearest to the centre of each of `tokens`: indices, d / d_min, (T, k) each.
 
     For a softmax head the `k` states with the largest logit of the token: indices and the token's probability.
     """
@@ -95,7 +94,7 @@ def _chosen_tokens(subject: Subject) -> list[int]:
     if words:
         tokens = [(word, model.encode(word)) for word in words]
         if empty := [word for word, ids in tokens if not ids]:
-            raise UserError(f"--words {empty[0]!r} has no token; leave it out")
+            raise UserError(f"--words {empty[0]!r} has no token: leave it out")
         subject.notes += [
             f"--words {word} is {len(ids)} tokens in the vocabulary of {model.vocab_size:,}: "
             f"{' · '.join(map(model.token_text, ids))}. The last one is shown."

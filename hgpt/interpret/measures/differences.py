@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from hgpt.interpret.drawing import GREY, finished, headings, listed, rows_of_intervals
+from hgpt.interpret.drawing import GREY, finish, headings, listed, rows_of_intervals
 from hgpt.interpret.measure import Analysis, Block, Cell, Drawing, ModelResult, Table, bold, bullets, paragraph
 from hgpt.interpret.measures.parallelograms import (
     BAEK2025,
@@ -66,7 +66,7 @@ def comparisons(analysis: Analysis, other: ModelResult, variant: str | None = No
 
 
 def difference_over_relations(mine: Scores, theirs: Scores) -> Estimate | None:
-    """Mean difference over the relations that both have, with its paired interval over pairs; None without any."""
+    """Mean difference over common relations, with its paired interval over pairs; None without any."""
     shared = [name for name in mine if name in theirs]
     if not shared:
         return None
@@ -77,7 +77,7 @@ def difference_over_relations(mine: Scores, theirs: Scores) -> Estimate | None:
 
 
 def relations_without_power(tests: Sequence[dict[str, Any]], other: ModelResult) -> list[str]:
-    """The relations in the tests of one variant that cannot be significant after Holm's correction.
+    """The relations of one variant that cannot be significant after Holm's correction.
 
     Not even if all relations had the smallest p-values that their numbers of pairs allow.
     """
@@ -134,8 +134,8 @@ def conclusions(analysis: Analysis, other: ModelResult) -> list[str]:
         f"{without_power(relations_without_power(tests, other), len(tests))}",
         names
         + f": of {len(means)} variants of the score (equal ones counted once), the mean difference over relations "
-        f"is below 0 in {lower} and above 0 in {higher}. The variants are dependent: this checks robustness, and is no "
-        "test.",
+        f"is below 0 in {lower} and above 0 in {higher}. The variants are dependent: this checks robustness and "
+        "is not a test.",
     ]
 
 
@@ -200,7 +200,7 @@ def variants(analysis: Analysis) -> Drawing | None:
     figure, panel, _ = rows_of_intervals(names, series)
     panel.axvline(0, color=GREY, linewidth=1)
     panel.set_xlabel(f"difference of the mean score (below 0: lower than {first.label})")
-    return finished(
+    return finish(
         figure,
         "variants",
         "Differences under each variant of the score",

@@ -14,7 +14,7 @@ from hgpt.interpret.subject import Read, Subject
 TITLE = "Map of all centres"
 MOST = 10_000  # tokens whose neighbours and contexts the page holds, for its size
 NEIGHBOURS, CONTEXTS = 10, 5
-TEXT_TOKENS = 65_536  # of the text in which the page shows where a token stands
+TEXT_TOKENS = 65_536  # of the text in which the page shows a token's occurrences
 BEFORE = 16  # tokens up to a sampled position
 PINS = 5
 
@@ -66,10 +66,10 @@ def _nearest(items: np.ndarray, values: np.ndarray) -> dict[str, Any]:
 
 
 def _text(read: Read) -> tuple[dict[str, Any], np.ndarray]:
-    """The text of the page: token ids and losses; and the place in it of each sampled position, (S,).
+    """The page's text as token ids and losses, and the index in it of each sampled position, (S,).
 
-    It has the first TEXT_TOKENS targets, and BEFORE targets up to each sampled one. Each piece of consecutive targets
-    begins with a token that was not predicted, whose loss is nan.
+    The first TEXT_TOKENS targets, and BEFORE targets up to each sampled one. Each piece of consecutive targets begins
+    with a token that was not predicted, whose loss is nan.
     """
     positions, sample_at = read.measures.positions, read.measures.sample_at
     inputs = np.concatenate([inputs for inputs, _ in read.passages.windows])
@@ -87,7 +87,7 @@ def _text(read: Read) -> tuple[dict[str, Any], np.ndarray]:
 
 
 def _relations(subject: Subject) -> list[dict[str, Any]]:
-    """Of each relation the pairs whose words are one token each, without or with a space before them."""
+    """Each relation's pairs of one-token words, without or with a space before them."""
     forms = [subject.pairs("single_after_space"), subject.pairs("single")]
     return [
         {
@@ -100,7 +100,7 @@ def _relations(subject: Subject) -> list[dict[str, Any]]:
 
 
 def data_of(analysis: Analysis) -> dict[str, Any]:
-    """Models of one vocabulary share it; `vocabulary` of a model is its number."""
+    """Models with equal vocabularies share one; a model's `vocabulary` is its index."""
     vocabularies: list[dict[str, Any]] = []
     models = []
     for result in filter(None, map(result_of, analysis.models)):

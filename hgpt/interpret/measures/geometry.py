@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from hgpt.interpret.drawing import finished, line_look, new_figure
+from hgpt.interpret.drawing import finish, line_look, new_figure
 from hgpt.interpret.measure import Analysis, Block, Cell, Curve, ModelResult, Quantity, paragraph, states_text
 from hgpt.interpret.subject import Subject
 from hgpt.interpret.vectors import Matrix, chunks
@@ -135,7 +135,7 @@ def section(analysis: Analysis) -> list[Block]:
             "those of the centres are computed from all centres, and the rank of the hidden states depends on the size "
             "of the sample."
         ),
-        finished(
+        finish(
             figure,
             "explained_variance",
             "Explained variance",

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from hgpt.interpret.drawing import finished, look, new_figure
+from hgpt.interpret.drawing import finish, look, new_figure
 from hgpt.interpret.measure import Analysis, Block, ModelResult, states_text
 from hgpt.interpret.models import LoadedModel
 from hgpt.interpret.positions import measure_states, sampled_positions
@@ -71,7 +71,7 @@ def section(analysis: Analysis) -> list[Block]:
         panel.xaxis.get_major_locator().set_params(integer=True)
     shown = [model for _, model in models]
     return [
-        finished(
+        finish(
             figure,
             "layers",
             "Logit lens with distances",

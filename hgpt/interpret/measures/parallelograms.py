@@ -1,7 +1,7 @@
 """Parallelograms: a is to b as c is to d if E(a) − E(b) = E(c) − E(d).
 
-The score of Baek et al. (arXiv:2502.01628) and variants with other planes, scales and words: with intervals over pairs,
-and beside the score of the same words paired at random.
+The score of Baek et al. (arXiv:2502.01628) and variants with other planes, scales and words, with intervals over pairs,
+compared with the same words paired at random.
 
 The pairs of a relation are the rows of `inputs` and `outputs`, (pairs, k) each. With the offsets o_i = E(b_i) − E(a_i),
 the score of the parallelogram of pairs i and j is
@@ -97,7 +97,7 @@ def result_of(model: ModelResult) -> dict[str, Scores]:
 
 
 def variants_of(models: Sequence[ModelResult]) -> list[str]:
-    """The names in `VARIANTS`, without those of the centres if all models are tied: they repeat others."""
+    """The names in `VARIANTS`; if all models are tied, without those of the centres, which repeat others."""
     return [name for name, s in VARIANTS.items() if s.vectors == "input" or not all(model.tied for model in models)]
 
 
@@ -157,8 +157,8 @@ def shuffled_scores(inputs: np.ndarray, outputs: np.ndarray, scale: float, pairi
     """Mean scores if input i is paired with output π(i), for each permutation π of `pairings`, (pairs, B) → (B,).
 
     With B random permutations, p = (1 + #{shuffled ≤ observed}) / (1 + B) tests whether outputs belong to their inputs.
-    The mean offset is the same for every π, so only Σ a_i · b_π(i) is needed. It is summed over blocks of inputs, so
-    that no (pairs, pairs) matrix is in memory.
+    The mean offset is the same for every π, so only Σ a_i · b_π(i) is needed. Summed over blocks of inputs, without a
+    (pairs, pairs) matrix.
     """
     pairs, count = pairings.shape
     a, b = inputs - inputs.mean(axis=0), outputs - outputs.mean(axis=0)
@@ -239,8 +239,8 @@ def mean_over_relations(results: Scores) -> Estimate:
 def relative_to_random_pairs(results: Scores) -> Estimate:
     """The score divided by that of the same words paired at random, mean over relations: 1 without a relation.
 
-    It depends neither on the scale nor on how close together the words lie. The interval is over pairs, with the score
-    of the random pairs fixed.
+    Independent of the scale and of how close together the words lie. The interval is over pairs, with the score of the
+    random pairs fixed.
     """
     found = results.values()
     return mean_estimate([r.score.value / r.shuffled for r in found], [r.replicates / r.shuffled for r in found])
@@ -272,7 +272,7 @@ def section(analysis: Analysis) -> list[Block]:
 
 
 def below_random(model: ModelResult) -> set[str]:
-    """The relations whose baek2025 score is significantly below that of random pairs, with Bonferroni's correction."""
+    """Relations whose baek2025 score is significantly below random pairs, with Bonferroni's correction."""
     results = baek2025_scores(model)
     return {name for name, result in results.items() if result.p_shuffled < SIGNIFICANT / len(results)}
 
@@ -286,7 +286,7 @@ def findings(analysis: Analysis) -> Markup:
             items.append(
                 bold(model.label)
                 + f": no relation has {SMALLEST_RELATION} usable pairs, so the model has no score and is "
-                "in no figure of relations."
+                "not in figures of relations."
             )
             continue
         level, lower = SIGNIFICANT / len(results), len(below_random(model))
@@ -377,7 +377,7 @@ def scores_by_relation(analysis: Analysis, names: Sequence[str]) -> Drawing:
     panel.axvline(EXPECTED_AT_RANDOM, color=drawing.GREY, linestyle=":", linewidth=1)
     panel.set_xlabel("mean parallelogram score (dotted: four random tokens; |: same words, random pairs)")
     panel.set_xlim(left=0)
-    return drawing.finished(
+    return drawing.finish(
         figure,
         "scores_by_relation",
         "Parallelogram score of each relation",
@@ -404,7 +404,7 @@ def score_distributions(analysis: Analysis, names: Sequence[str]) -> Drawing:
         panel.set_xlim(0, SCORE_AXIS)
         panel.set_xticks([0, 0.1, 1, 10, SCORE_AXIS], ["0", ".1", "1", "10", f"{SCORE_AXIS:g}"])
     drawing.label_edges(axes, "score", "share of pairs\nof pairs below")
-    return drawing.finished(
+    return drawing.finish(
         figure,
         "score_cdfs",
         "Distribution of the parallelogram score",

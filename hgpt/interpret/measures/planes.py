@@ -14,7 +14,7 @@ from hgpt.interpret.token_distances import visible
 from hgpt.interpret.vectors import Projection, ScoreSettings, project
 
 TITLE = "Relations in a plane"
-MODELS, RELATIONS, PAIRS = 3, 4, 8  # as many as leave the labels legible
+MODELS, RELATIONS, PAIRS = 3, 4, 8  # more would make labels illegible
 
 PlaneOf = Literal["relation", "vocabulary"]
 Tokens = tuple[tuple[str, str], ...]
@@ -39,9 +39,9 @@ def compute(subject: Subject) -> dict[str, tuple[Tokens, dict[PlaneOf, Projectio
 
 
 def well_apart(points: np.ndarray, count: int) -> list[int]:
-    """Indices of up to `count` pairs, (pairs, 2, 2), chosen greedily so that both ends of each lie far from the others.
+    """Indices of up to `count` pairs, (pairs, 2, 2), chosen greedily so that both ends lie far from the others.
 
-    Their labels then need little room; pairs may share a token.
+    So their labels have room; pairs may share a token.
     """
     chosen = [0]
     while len(chosen) < min(count, len(points)):

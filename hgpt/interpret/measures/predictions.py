@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from hgpt.interpret.drawing import draw_intervals, finished, new_figure
+from hgpt.interpret.drawing import draw_intervals, finish, new_figure
 from hgpt.interpret.measure import Analysis, Block, Curve, ModelResult, Quantity, paragraph, tokens_text
 from hgpt.interpret.measures.calibration import expected_calibration_error
 from hgpt.interpret.measures.geometry import norm_summary
@@ -99,7 +99,7 @@ def section(analysis: Analysis) -> list[Block]:
         panel.set_xticks(range(len(names)), [name.replace("rank ", "") for name in names], rotation=30, ha="right")
         panel.set(xlabel="frequency rank of the target", ylabel=label)
     shown = [model for _, model in models]
-    drawing = finished(
+    drawing = finish(
         figure,
         "frequency_bands",
         "By frequency of the target",
@@ -119,7 +119,7 @@ def rows(model: ModelResult) -> dict[str, Any]:
 
 
 def _nearest_is_predicted(model: ModelResult) -> str:
-    """Of a harmonic head without radii, whose nearest centre is that of the most probable token."""
+    """For a harmonic head without radii, whose most probable token has the nearest centre."""
     found = result_of(model)["quality"]
     same = model.harmonic and found.get("nearest_accuracy") == found.get("accuracy")
     return "= accuracy" if same else ""

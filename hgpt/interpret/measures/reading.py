@@ -37,7 +37,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Readings:
-    """A text as a model read it: what came before the first target, and a reading for each target."""
+    """A text as a model read it: the text before the first target, and a reading for each target."""
 
     before: str
     seen: list[Reading]

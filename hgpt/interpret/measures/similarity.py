@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hgpt.interpret.drawing import finished, grid
+from hgpt.interpret.drawing import finish, grid
 from hgpt.interpret.measure import Analysis, Block, ModelResult, states_text
 
 TITLE = "Similarity of hidden states"
@@ -74,7 +74,7 @@ def section(analysis: Analysis) -> list[Block]:
     figure.colorbar(image, ax=axes, label="debiased linear CKA", shrink=0.8, aspect=20 * len(axes))
     models = [first, *(model for model in analysis.models if model.label in found)]
     return [
-        finished(
+        finish(
             figure,
             "cka",
             "Debiased CKA, block by block",

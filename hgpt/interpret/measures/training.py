@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from hgpt.history import records
-from hgpt.interpret.drawing import finished, grid, look
+from hgpt.interpret.drawing import finish, grid, look
 from hgpt.interpret.measure import Analysis, Block, Curve, ModelResult, Quantity, paragraph
 from hgpt.interpret.subject import CHECKPOINT_SAMPLE, CHECKPOINT_TOKENS, CHECKPOINT_WINDOW, Subject
 
@@ -27,7 +27,7 @@ def compute(subject: Subject) -> list[dict[str, Any]]:
 
 
 def energy(model: ModelResult) -> dict[str, Any] | None:
-    """The energy of the training up to the model's step, as hgpt.run.energy logged it; None if it did not."""
+    """The logged energy of the training up to the model's step, or None."""
     return next((record for record in reversed(history(model)) if record["kind"] == "energy"), None)
 
 
@@ -54,13 +54,13 @@ def section(analysis: Analysis) -> list[Block]:
                 panel.plot(*found.T, **look(index), markersize=4, label=analysis.models[index].label)
             label, scale = textwrap.fill(curve.axis, 32), "log" if curve.log_scale else "linear"
             panel.set(xlabel="optimiser step", ylabel=label, yscale=scale)
-        drawing = finished(
+        drawing = finish(
             figure,
             "over_training",
             "Norms, distances and ranks over training",
-            caption="From the run's own evaluations, or from the checkpoints that it kept if these are more. Hidden "
-            "states and distances are means over part of the validation text, which is not that of the other figures: "
-            "in evaluations over eval.diagnostic_windows windows (16 unless set), for checkpoints over about "
+            caption="From the run's own evaluations, or from its kept checkpoints if these are more. Hidden states and "
+            "distances are means over another part of the validation text than in other figures: in evaluations over "
+            "eval.diagnostic_windows windows (16 unless set), for checkpoints over about "
             f"{CHECKPOINT_TOKENS:,} tokens in windows of at most {CHECKPOINT_WINDOW} (norms: {CHECKPOINT_SAMPLE} of "
             "them). python -m hgpt.runs shows the loss over training.",
             source="From metrics.jsonl and the checkpoints in each run folder.",
