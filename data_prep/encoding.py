@@ -1,8 +1,8 @@
 """Documents to tokens, in worker processes, in the order of the source.
 
 A unit of work is a few megabytes of text: consecutive sections of files (data_prep/text_files.py). A worker encodes one
-unit at a time and returns the tokens and counts of each split. The results come back in the order of the units, so they
-do not depend on the number of workers.
+unit at a time and returns the tokens and counts of each split. Results come back in the order of the units, so they do
+not depend on the number of workers.
 """
 
 from collections import deque
@@ -20,8 +20,8 @@ from hgpt.data.shards import SPLITS, token_dtype
 from hgpt.data.tokenizer import Tokenizer
 from hgpt.errors import UserError
 
-UNITS_AHEAD = 3  # per worker: units that are submitted and not yet written; bounds the memory
-FEW_BYTES = 32 << 20  # less text than this is encoded faster than worker processes import their modules
+UNITS_AHEAD = 3  # per worker: units submitted and not yet written; bounds the memory
+FEW_BYTES = 32 << 20  # less text is encoded faster than worker processes import their modules
 LENGTH_CLASSES = 40  # powers of two
 
 
@@ -43,9 +43,9 @@ class Counts:
 class Tally:
     """Statistics of a number of documents.
 
-    `counts`: of each split. `missing`: documents without text, which were left out. `replaced`: documents with invalid
-    UTF-8. `bad`: messages about what could not be read. A document of n tokens, without its end-of-text, is in length
-    class ⌊log2 n⌋ + 1 (0 for n = 0); it adds 1 to `length_documents` and n to `length_tokens` of its class.
+    `counts`: by split. `missing`: documents without text, which were left out. `replaced`: documents with invalid
+    UTF-8. `bad`: messages about unreadable text. A document of n tokens, without its end-of-text, is in length class
+    ⌊log2 n⌋ + 1 (0 for n = 0); it adds 1 to `length_documents` and n to `length_tokens` of its class.
     """
 
     counts: dict[str, Counts] = field(default_factory=lambda: {split: Counts() for split in SPLITS})
@@ -117,7 +117,7 @@ Encoded = tuple[dict[str, np.ndarray], Tally]  # the tokens of each split of a u
 class Encoder:
     """Encodes the documents of a unit, with end-of-text after each.
 
-    `keep_empty` keeps documents that are empty or white space. `skip_bad` leaves out what cannot be read, and names it.
+    `keep_empty` keeps empty or blank documents. `skip_bad` leaves out unreadable ones, and names them.
     """
 
     tokenizer: Tokenizer
@@ -131,12 +131,12 @@ class Encoder:
         dtype = token_dtype(self.tokenizer.vocab_size)
         end_of_text = np.array([self.tokenizer.end_of_text], dtype=dtype)
         pieces: dict[str, list[np.ndarray]] = {split: [np.empty(0, dtype=dtype)] for split in SPLITS}
-        for place, document in enumerate(read_documents(unit.sections, self.fields, tally.bad, self.skip_bad)):
+        for number, document in enumerate(read_documents(unit.sections, self.fields, tally.bad, self.skip_bad)):
             text, valid = ("", True) if document is None else decode_utf8(document)
             if document is None or not (self.keep_empty or text.strip()):
                 tally.missing += 1
                 continue
-            split = self.split.side(unit.first + place, text)
+            split = self.split.side(unit.first + number, text)
             (tokens,) = self.tokenizer.encode_batch([text])
             pieces[split] += [tokens.astype(dtype), end_of_text]
             size = len(document) if valid else len(text.encode())
@@ -149,7 +149,7 @@ class Encoder:
 def read_documents(
     sections: Iterable[Section], fields: Fields, bad: list[str], skip_bad: bool = True
 ) -> Iterator[bytes | None]:
-    """Documents of the sections. What cannot be read raises UserError; with `skip_bad` a message goes to `bad`."""
+    """Documents of the sections. Unreadable ones raise UserError; with `skip_bad` a message goes to `bad`."""
     for section in sections:
         yield from read_section(section, fields, bad.append if skip_bad else None)
 

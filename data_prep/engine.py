@@ -1,4 +1,4 @@
-"""Text files to a data folder: the steps that all commands of data_prep share.
+"""Text files to a data folder: the common steps of all data_prep commands.
 
 `prepare` finds the documents, loads or trains the tokenizer, encodes the documents in worker processes, and writes the
 shards, the tokenizer and meta.json (hgpt/data/shards.py says what is in a data folder). After an interruption it
@@ -53,7 +53,7 @@ from hgpt.durable import publish
 from hgpt.errors import UserError
 from hgpt.hardware import installed_versions
 
-SAVE_SECONDS = 5.0  # between saves of the progress: a kill loses this much work and the units in the workers
+SAVE_SECONDS = 5.0  # between saves of the progress: a kill loses this much work, and the workers' units
 TOKENS_PER_BYTE = 0.225  # of text: a token of GPT-2 is 4.4 bytes of English
 ONE_DOCUMENT = (
     "All the text is one document, and the split into train and val is by document. Give several files, a .jsonl file "
@@ -79,7 +79,7 @@ def prepare(out: Path, recipe: Recipe, *, workers: int = 1, part: tuple[int, int
     """Write the data folder `out`, or with `part` = (i, k) the i-th of k parts of it; returns the summary to print.
 
     The shards hold the documents of each split in the order of the source, each followed by one end-of-text. Raises
-    UserError. Progress that was saved (every SAVE_SECONDS) is kept then, and the next call resumes.
+    UserError; saved progress (every SAVE_SECONDS) is kept, and the next call resumes.
     """
     if workers < 1:
         raise UserError(f"--workers must be at least 1, not {workers}.")
@@ -87,7 +87,7 @@ def prepare(out: Path, recipe: Recipe, *, workers: int = 1, part: tuple[int, int
     started = time.perf_counter()
     target = out if part is None else part_folder(out, part)
     if _is_done(target, recipe):
-        return f"{target} was prepared before with the same settings. Its texts were not compared."
+        return f"{target} was already prepared with the same settings. Its texts were not compared."
     with Preparation(target) as preparation:
         if preparation.complete:
             preparation.finish()
@@ -181,22 +181,22 @@ def _tokenizer(recipe: Recipe, plan: Plan) -> Tokenizer:
 
     def training_texts() -> Iterator[str]:
         step = max(1, int(sum(section.bytes for section in plan.sections) / recipe.training_bytes))
-        place = 0
+        first = 0  # index of the section's first document
         with tqdm(desc="training the tokenizer", unit=" documents", unit_scale=True, dynamic_ncols=True) as bar:
             for index, section in enumerate(plan.sections):
                 if index % step == 0:
                     documents = read_documents([section], recipe.fields, [], recipe.skip_bad)
                     for offset, document in enumerate(documents):
                         text, _ = decode_utf8(document or b"")
-                        if document is not None and plan.split.side(place + offset, text) == "train":
+                        if document is not None and plan.split.side(first + offset, text) == "train":
                             yield text
                     bar.update(section.documents)
-                place += section.documents
+                first += section.documents
 
     tokenizer = load_tokenizer(recipe.tokenizer, training_texts)
     if tokenizer.end_of_text < 0:
         raise UserError(
-            f"--tokenizer {recipe.tokenizer}: nanoGPT's characters have no end-of-text, with which documents end here. "
+            f"--tokenizer {recipe.tokenizer}: nanoGPT's characters have no end-of-text, which must end documents here. "
             "Use gpt2, bpe:N or a tokenizer.json; nanoGPT's prepare.py writes data of characters, which train.py reads."
         )
     return tokenizer
@@ -218,7 +218,7 @@ def _settings(recipe: Recipe, plan: Plan, tokenizer_json: Path) -> dict[str, Any
             "python": platform.python_version(),
             **installed_versions(*TOKENIZER_PACKAGES),
         },
-        # Last, because an error names the first setting that differs, and this one follows from the others.
+        # Last, because an error names the first differing setting, and this one follows from the others.
         "tokenizer_json": hashlib.sha256(tokenizer_json.read_bytes()).hexdigest(),
     }
 
@@ -246,7 +246,7 @@ def _encode(
     todo = plan.units[progress.units :]
     tally = progress.tally
     if progress.units:
-        print(f"resuming: {tally.rows:,} documents are encoded already", file=sys.stderr)
+        print(f"resuming: {tally.rows:,} documents are already encoded", file=sys.stderr)
     dtype = token_dtype(tokenizer.vocab_size)
     check_disk_space(preparation.out, sum(unit.bytes for unit in todo), dtype.itemsize)
     encoder = Encoder(

@@ -31,9 +31,9 @@ Found = tuple[list[Path], str]  # the files, sorted by their paths in the data s
 
 
 def cached(repository: str, revision: str, files: int | None) -> Found | None:
-    """What `download` returns, but without the hub; None unless all files are in the Hugging Face cache.
+    """As `download`, but without the hub; None unless all files are in the Hugging Face cache.
 
-    `files` is their number. None: the number that the names say (train-00003-of-00080.parquet).
+    `files` is their number; None: the number in their names (train-00003-of-00080.parquet).
     """
     try:
         folder = Path(
@@ -54,10 +54,10 @@ def cached(repository: str, revision: str, files: int | None) -> Found | None:
 
 
 def download(repository: str, revision: str) -> Found:
-    """Download the Parquet files of a data set into the Hugging Face cache; files that it holds are not downloaded.
+    """Download the Parquet files of a data set into the Hugging Face cache, except those already there.
 
     `revision` is resolved to a commit once, and all files come from this commit. Raises UserError; if the hub cannot be
-    reached, the message lists the alternatives.
+    reached, the message lists alternatives.
     """
     alternatives = (
         f"Alternatives: on a machine that can reach it, run\n"
@@ -77,7 +77,7 @@ def download(repository: str, revision: str) -> Found:
     free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
     if missing > free:
         raise UserError(
-            f"{missing / 1e9:.1f} GB are to be downloaded to {cache}, and {free / 1e9:.1f} GB are free on that disk. "
+            f"{missing / 1e9:.1f} GB must be downloaded to {cache}, but {free / 1e9:.1f} GB are free on that disk. "
             "Free some, or set HF_HOME to a folder on another disk."
         )
     size = sum(sizes.values())
@@ -100,7 +100,7 @@ def download(repository: str, revision: str) -> Found:
 
 
 def _listing(repository: str, revision: str, alternatives: str) -> tuple[dict[str, int], str]:
-    """The sizes of the Parquet files by name, and the commit that `revision` is now."""
+    """Sizes of the Parquet files by name, and the current commit of `revision`."""
     try:
         info = huggingface_hub.HfApi().dataset_info(
             repository, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT
@@ -123,7 +123,7 @@ def _listing(repository: str, revision: str, alternatives: str) -> tuple[dict[st
             f"HF_HUB_OFFLINE is set, so nothing is downloaded, and {huggingface_hub.constants.HF_HUB_CACHE} does not "
             f"hold all Parquet files of {repository} at {revision}. Unset it. {alternatives}"
         ) from error
-    except Exception as error:  # whatever the HTTP client of this version of huggingface_hub raises
+    except Exception as error:  # any error of huggingface_hub's HTTP client
         raise UserError(
             f"The Hugging Face hub cannot be reached ({type(error).__name__}: {_first_line(error)}). {alternatives}"
         ) from error
@@ -132,9 +132,9 @@ def _listing(repository: str, revision: str, alternatives: str) -> tuple[dict[st
 
 
 def all_at_once(fetch: Callable[[str], Path], names: Sequence[str]) -> list[Path]:
-    """`fetch` of each name, DOWNLOADS of them at a time. After an error running downloads end, and none begins.
+    """`fetch` each name, DOWNLOADS at a time. After an error running downloads finish, and none begins.
 
-    The threads are daemons: after Ctrl-C a ThreadPoolExecutor would wait until all running downloads have ended.
+    Daemon threads, because after Ctrl-C a ThreadPoolExecutor would wait for all running downloads.
     """
     todo = iter(list(names))  # shared by the threads
     paths = {}

@@ -22,7 +22,7 @@ from data_prep.engine import INTERRUPTED, prepare
 from data_prep.hub import REPOSITORY, REVISION, cached, download
 from data_prep.parts import Record, merge, total
 from data_prep.recipe import Recipe, Source, add_options, add_text_options
-from data_prep.splits import PlaceSplit, nanogpt_places
+from data_prep.splits import IndexSplit, nanogpt_indices
 from data_prep.state import Preparation
 from data_prep.summary import summary
 from data_prep.text_files import find_files, kind_of, printable, say_left_out
@@ -34,7 +34,7 @@ DOCUMENTS = 8_013_769
 VAL_FRACTION = 0.0005
 SEED = 2357
 TOKENS = {"train": 9_035_582_198, "val": 4_434_897}
-# On the files of REVISION, others report that nanoGPT's script gives the same total with 291 fewer validation tokens; a
+# On the files of REVISION, nanoGPT's script gives the same total with 291 fewer validation tokens, as others report; a
 # few documents were probably reordered after 2022.
 TOKENS_AT_REVISION = {"train": 9_035_582_489, "val": 4_434_606}
 
@@ -102,8 +102,8 @@ class OpenWebText(Recipe):
             )
         return Source(files=files)
 
-    def split(self, documents: int) -> PlaceSplit:
-        return PlaceSplit(val=nanogpt_places(documents, self.val_fraction, self.seed))
+    def split(self, documents: int) -> IndexSplit:
+        return IndexSplit(val=nanogpt_indices(documents, self.val_fraction, self.seed))
 
     def notes(self, documents: int) -> list[str]:
         if documents == DOCUMENTS:
@@ -178,12 +178,12 @@ def main(arguments: Sequence[str]) -> str:
         f"commit {REVISION})",
     )
     parser.add_argument(
-        "--part", type=_part, metavar="I/K", help="write only the I-th of K parts, into a folder of its own in --out"
+        "--part", type=_part, metavar="I/K", help="write only the I-th of K parts, into its own folder in --out"
     )
     parser.add_argument(
         "--merge",
         action="store_true",
-        help="make one data folder of the finished parts in --out; checks sizes (data_prep.verify checks every byte)",
+        help="merge the finished parts in --out into one data folder; checks sizes (data_prep.verify: every byte)",
     )
     add_options(parser, tokenizer="gpt2", val_fraction=VAL_FRACTION, seed=SEED)
     add_text_options(parser)

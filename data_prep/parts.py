@@ -1,7 +1,7 @@
-"""Parts of a preparation that several machines share, and their merge.
+"""Parts of a preparation shared by several machines, and their merge.
 
-Each part is a folder `part_I_of_K` with shards, a tokenizer and part.json (`Record`). `merge` makes one data folder of
-all parts.
+Each part is a folder `part_I_of_K` with shards, a tokenizer and part.json (`Record`). `merge` joins all parts into one
+data folder.
 """
 
 import json
@@ -69,7 +69,7 @@ class Record:
         return record
 
     def meta(self, parts: Sequence["Record"], preparation: dict[str, Any]) -> DataMeta:
-        """The content of meta.json for the folder merged from `parts`, of which this is the first."""
+        """The content of meta.json for the folder merged from `parts`; this is the first part."""
         counts = total(parts).counts
         splits = {}
         for split in SPLITS:
@@ -127,7 +127,7 @@ def units_of_part(units: Sequence[Unit], part: tuple[int, int]) -> list[Unit]:
 
 
 def merge(out: Path, describe: Callable[[Record, Tally], dict[str, Any]]) -> list[Record]:
-    """Make one data folder of the finished parts in `out`; returns the parts, none if the folder was complete.
+    """Join the finished parts in `out` into one data folder; returns the parts, none if the folder was complete.
 
     The shards are renamed, not copied. Their sizes are checked; data_prep.verify checks their checksums. `describe`
     returns `preparation` of meta.json. An interrupted merge resumes when it is called again. Raises UserError.
@@ -135,9 +135,7 @@ def merge(out: Path, describe: Callable[[Record, Tally], dict[str, Any]]) -> lis
     try:
         names = os.listdir(out)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"--out {out} is no folder that can be read. Give the one in which the parts were written."
-        ) from error
+        raise UserError(f"--out {out} is no readable folder. Give the one in which the parts were written.") from error
     if META_FILE in names and UNFINISHED_FOLDER not in names and not any(map(PARTS.fullmatch, names)):
         return []
     with Preparation(out, may_hold=lambda name: PARTS.fullmatch(name) is not None) as preparation:

@@ -1,10 +1,10 @@
-"""A corpus without a download: Python's own documentation, which every Python has.
+"""A corpus without a download: Python's own documentation.
 
     python -m data_prep.python_docs --out data/python_docs
 
 The documents are the topics of the language reference that `help()` shows (`pydoc_data.topics`) and the docstrings of
-the standard library, which are read from its source with `ast`, not imported. The corpus depends on the version of
-Python alone, not on the order of the file system or on installed packages.
+the standard library, read from its source with `ast`, not imported. The corpus depends only on the Python version, not
+on the order of the file system or installed packages.
 """
 
 import ast
@@ -53,7 +53,7 @@ def python_docs() -> list[str]:
 
             Reformat the single paragraph in 'text' so it fits in lines of ...
 
-    A docstring that is not prose is left out, and so is a repeated one (overriding methods often repeat docstrings).
+    Docstrings that are not prose or repeat another (as in overriding methods) are left out.
     """
     from pydoc_data.topics import topics
 

@@ -31,7 +31,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The options that all commands share. A subclass for each command implements the methods."""
+    """The common options of all commands. Each command implements the methods in a subclass."""
 
     tokenizer: str
     val_fraction: float
@@ -41,13 +41,13 @@ class Recipe:
     separator: str | None = None
     skip_bad: bool = False
 
-    keep_empty: ClassVar[bool]  # whether to keep documents that are empty or white space
-    training_bytes: ClassVar[float]  # about how many bytes of text a bpe:N tokenizer is trained on
+    keep_empty: ClassVar[bool]  # whether to keep empty or blank documents
+    training_bytes: ClassVar[float]  # approximate bytes of text to train a bpe:N tokenizer on
     missing: ClassVar[str]  # the summary's name for documents without text
     packages: ClassVar[tuple[str, ...]]  # meta.json records their versions, and those of the tokenizer's packages
 
     def check(self) -> None:
-        """Raise UserError for options that are wrong for any documents."""
+        """Raise UserError for options that are always wrong."""
         if not 0 < self.val_fraction < 1:
             raise UserError(
                 f"--val-fraction must lie between 0 and 1, not {self.val_fraction}: train and val both need documents. "
@@ -68,7 +68,7 @@ class Recipe:
         raise NotImplementedError
 
     def split(self, documents: int) -> Split:
-        """The split of that many documents. Raises UserError if train or val would be empty."""
+        """The split of so many documents. Raises UserError if train or val would be empty."""
         raise NotImplementedError
 
     def check_sides(self, tally: Tally, sections: Sequence[Section]) -> None:
@@ -98,7 +98,7 @@ class Recipe:
 
 
 def add_options(parser: argparse.ArgumentParser, *, tokenizer: str, val_fraction: float, seed: int = 0) -> None:
-    """The options that every command has, with its defaults."""
+    """The common options, with the command's defaults."""
     parser.add_argument(
         "--tokenizer",
         default=tokenizer,

@@ -3,7 +3,7 @@
 The hidden folder `.preparation` of the data folder holds
 
     lock             held while a process works on the folder
-    settings.json    the settings that determine the bytes of the shards; a run that resumes must have the same
+    settings.json    the settings that determine the bytes of the shards; a resumed run must have the same
     progress.json    the progress of the shards (`Progress`), saved after their content was flushed to the disk
     tokenizer.json   until the shards are complete
 
@@ -48,9 +48,9 @@ class Progress:
 class Preparation(AbstractContextManager["Preparation"]):
     """The data folder `out`; as a context manager it holds the folder's lock.
 
-    `out` is created if it does not exist. Otherwise it must hold an interrupted preparation, or nothing but names that
-    `may_hold` accepts. If the context ends before progress was saved, all that it created is removed. An OSError inside
-    the context becomes a UserError. `complete`: an earlier run was killed when only `finish` was left to do.
+    `out` is created if it does not exist. Otherwise it must hold an interrupted preparation, or only names that
+    `may_hold` accepts. If the context ends before progress was saved, everything it created is removed. An OSError
+    inside the context becomes a UserError. `complete`: an earlier run was killed before `finish`, with all else done.
 
     Raises:
         UserError: any other folder, a finished one, or one that another process is preparing.
@@ -97,7 +97,7 @@ class Preparation(AbstractContextManager["Preparation"]):
         names = sorted(path.name for path in self.out.iterdir() if not self._may_hold(path.name))
         if META_FILE in names or PART_FILE in names:
             raise UserError(
-                f"--out {self.out} holds prepared data already, of other settings. Nothing is overwritten: choose "
+                f"--out {self.out} already holds prepared data, with other settings. Nothing is overwritten: choose "
                 "another folder."
             )
         if names:
@@ -152,7 +152,7 @@ class Preparation(AbstractContextManager["Preparation"]):
         self._write(self._progress, asdict(progress))
 
     def progress(self) -> Progress:
-        """The progress that was saved last."""
+        """The last saved progress."""
         if not self._progress.exists():
             return Progress()
         progress: Progress = _read(Progress, self._progress)
@@ -163,7 +163,7 @@ class Preparation(AbstractContextManager["Preparation"]):
     def finish(self) -> None:
         """Count the training tokens, and remove the state. meta.json (or part.json) must have been written before."""
         if (self.out / META_FILE).exists():
-            training_counts(TokenShards.open(self.out, "train"))  # remembers them in the folder
+            training_counts(TokenShards.open(self.out, "train"))  # writes them into the folder
         shutil.rmtree(self.folder)
 
     def _write(self, path: Path, content: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""Text files to documents: .txt, .jsonl, .parquet, .arrow and their like, text also compressed by gzip or zstd.
+"""Text files to documents: .txt, .jsonl, .parquet, .arrow and similar, text also compressed by gzip or zstd.
 
 `find_files` finds the files, `find_sections` cuts them into sections of a few megabytes, and worker processes read
-sections with `read_section`. A document is bytes, which should be UTF-8; this module does not decode them. Only one
-document is in memory at a time (of a Parquet file up to BATCH_ROWS), and none may be larger than LARGEST_DOCUMENT.
+sections with `read_section`. Documents are bytes, which should be UTF-8; this module does not decode them. One document
+is in memory at a time (of a Parquet file up to BATCH_ROWS), and none may be larger than LARGEST_DOCUMENT.
 """
 
 import codecs
@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from hgpt.errors import UserError
 
 COMPRESSED = (".gz", ".zst")
-# Suffix → how the file is read. Those of the second line count in a folder only if it has none of the first.
+# Suffix → how the file is read. A folder's files of the second line count only if it has none of the first.
 KINDS = {".txt": ".txt", ".jsonl": ".jsonl", ".ndjson": ".jsonl", ".parquet": ".parquet", ".arrow": ".arrow"}
 BESIDE_DATA = {".md": ".txt", ".py": ".txt", ".json": ".jsonl"}
 KINDS |= BESIDE_DATA
@@ -37,7 +37,7 @@ WANTED = (
     f"Wanted: {', '.join(KINDS)} files, text and JSON also with .gz or .zst. Rename what is one of these; convert a "
     "table to .parquet or .jsonl, and other kinds to text."
 )
-# First bytes → what is no text, whatever its name says.
+# First bytes of files that are no text, whatever their names say.
 NO_TEXT = {
     b"\x1f\x8b": "gzip's: name it .txt.gz or .jsonl.gz",
     b"(\xb5/\xfd": "zstd's: name it .txt.zst or .jsonl.zst",
@@ -50,7 +50,7 @@ READ_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException)
 
 LARGEST_DOCUMENT = 64 << 20  # bytes of a text file, of a line of JSON, of a value in a Parquet file
 SECTION_BYTES = 4 << 20  # of text: about 0.4 s of work with tiktoken, so that workers finish at about the same time
-# Of a row group or a compressed file: each section is read by decompressing it from its beginning, so both have few.
+# Sections of a row group or a compressed file: each is read by decompressing from the beginning, so both have few.
 LARGEST_SECTION = 32 << 20
 BLOCK = 1 << 20  # bytes that are read from a file at a time
 BATCH_ROWS = 16  # rows that are read from a Parquet file at a time
@@ -69,10 +69,10 @@ class WrongColumn(UserError):
 
 
 def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
-    """The text files in `paths` (files and folders), sorted, and what else is in the folders and cannot be read.
+    """The text files in `paths` (files and folders), sorted, and other files in the folders, which cannot be read.
 
-    Folders are searched recursively, through links too; hidden files and folders are skipped. A file that `paths` names
-    must be of a kind that can be read. A file that is found twice is listed once. Raises UserError.
+    Folders are searched recursively, also through links; hidden files and folders are skipped. A file named in `paths`
+    must be of a readable kind. A file found twice is listed once. Raises UserError.
     """
     found: list[Path] = []
     ignored: list[Path] = []
@@ -133,7 +133,7 @@ def printable(name: str) -> str:
 
 
 def kind_of(path: Path) -> str | None:
-    """.txt, .jsonl, .parquet or .arrow, as which the file is read, or None for what cannot be read."""
+    """The kind as which the file is read, .txt, .jsonl, .parquet or .arrow, or None."""
     kind = KINDS.get(_suffix(path))
     return None if is_compressed(path) and kind not in (".txt", ".jsonl") else kind
 
@@ -177,7 +177,7 @@ def _open_compressed(path: Path) -> io.BufferedReader:
 
 
 def _for_pyarrow(path: Path) -> Any:
-    """The path, or the open file where its name is not UTF-8, which pyarrow does not take."""
+    """The path, or the open file if its name is not UTF-8, which pyarrow does not accept."""
     return str(path) if printable(str(path)) == str(path) else open(path, "rb")
 
 
@@ -193,7 +193,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 @dataclass(frozen=True, kw_only=True)
 class Fields:
-    """Where the documents are in a file.
+    """The location of the documents in a file.
 
     `column`: the field of a line of JSON, or the column of a Parquet or Arrow file, that holds the text; "text.body"
     is the field body of the field text, unless there is a field "text.body". `separator`: the text between the
@@ -227,8 +227,8 @@ def find_sections(
     """The sections of all files, in order, and messages about the files that `skip_bad` leaves out.
 
     Of a Parquet file only the footer is read; any other file is read once, to count its documents. Raises UserError
-    for files that cannot be read (unless `skip_bad`) and for Parquet files without the column. `refuse_empty` treats a
-    file of 0 bytes as one that cannot be read.
+    for unreadable files (unless `skip_bad`) and for Parquet files without the column. `refuse_empty` treats a file of 0
+    bytes as unreadable.
     """
     sections: list[Section] = []
     bad: list[str] = []
@@ -268,7 +268,7 @@ def read_section(
 ) -> Iterator[bytes | None]:
     """The documents of a section, exactly `section.documents`; None for a null.
 
-    Raises UserError for what cannot be read. With `on_bad` it yields None instead and calls `on_bad` with a message:
+    Raises UserError for unreadable documents. With `on_bad` it yields None instead and calls `on_bad` with a message:
     once for a single bad document, or once for all remaining documents of the section if the file is damaged.
     """
     documents = _table_documents if kind_of(section.path) in TABLES else _text_documents
@@ -306,10 +306,10 @@ def _too_large(where: str) -> BadDocument:
 
 
 def _pieces(path: Path, fields: Fields, start: int = 0) -> Iterator[tuple[bytes | None, int]]:
-    """The lines of a .jsonl file, or what is between the separators of a .txt file; None if over LARGEST_DOCUMENT.
+    """The lines of a .jsonl file, or the pieces between a .txt file's separators; None if over LARGEST_DOCUMENT.
 
-    Each with the offset behind it in the decompressed content. The first one begins at `start`, which must be such an
-    offset; of a compressed file it begins at 0.
+    Each with the offset of its end in the decompressed content. The first begins at `start`, which must be such an
+    offset; in a compressed file it begins at 0.
     """
     separator = b"\n" if kind_of(path) == ".jsonl" else (fields.separator or "").encode()
     # A line break in the separator also matches \r\n. Without a separator nothing matches.
@@ -357,7 +357,7 @@ def _text_sections(path: Path, fields: Fields) -> Iterator[Section]:
 
 
 def _check_beginning(path: Path) -> None:
-    """Raise BadDocument for a file that is no text by its first bytes; warn of one that is full of NUL."""
+    """Raise BadDocument if the first bytes are not of a text; warn of a file full of NUL."""
     with _open(path) as stream:
         start = stream.read(4096)
     for first, advice in NO_TEXT.items():
@@ -383,8 +383,8 @@ def _is_document(piece: bytes | None, path: Path) -> bool:
     return piece is None or kind_of(path) == ".txt" or bool(piece.strip())
 
 
-# The pieces of the compressed file that this process read last, and the offset where they go on. If the next section is
-# of the same file, it need not be decompressed again from its beginning.
+# The pieces of the last compressed file that this process read, and their next offset. A next section of the same file
+# need not be decompressed again from its beginning.
 _kept: dict[Any, tuple[Iterator[tuple[bytes | None, int]], int]] = {}
 
 
@@ -415,7 +415,7 @@ def _text_documents(section: Section, fields: Fields) -> Iterator[bytes | BadDoc
 
 
 def _text_of_line(line: bytes | None, where: str, column: str) -> bytes | BadDocument | None:
-    """The text in a line of JSON as bytes, with invalid UTF-8 as it was; None for null."""
+    """The text in a line of JSON as bytes, with invalid UTF-8 unchanged; None for null."""
     if line is None:
         return _too_large(where)
     try:
@@ -450,7 +450,7 @@ def _text_of_line(line: bytes | None, where: str, column: str) -> bytes | BadDoc
 
 
 def _name_a_text(row: Any) -> str:
-    """The advice to name a field that holds text, with the names of those in `row`."""
+    """Advice to name a text field, with the names of those in `row`."""
 
     def texts(value: Any, name: str) -> Iterator[str]:
         if isinstance(value, dict) and name.count(".") < 5:
@@ -462,7 +462,7 @@ def _name_a_text(row: Any) -> str:
     names = ", ".join(islice(texts(row, ""), 20))
     if not names:
         return 'Nothing in it is text: write each document as {"text": "..."} on a line of a .jsonl file.'
-    return f"Name what holds the text with --text-column. Text is in: {names}."
+    return f"Name the text field with --text-column. Text is in: {names}."
 
 
 # ------------------------------------------------------------------------------------------------------------

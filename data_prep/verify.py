@@ -1,4 +1,4 @@
-"""Check a data folder and show what is in it.
+"""Check a data folder and show its content.
 
     python -m data_prep.verify data/openwebtext
     python -m data_prep.verify data/openwebtext --decode 3 --split val
@@ -29,7 +29,7 @@ def verify_folder(folder: Path, vocab_size: int | None = None) -> list[str]:
     damage: list[str] = []
     lines = []
     if not os.path.isdir(folder):  # False also where permissions hide it
-        TokenShards.open(folder, SPLITS[0])  # raises UserError: there is nothing that could be damaged
+        TokenShards.open(folder, SPLITS[0])  # raises UserError: there is nothing to check
     for split in SPLITS:
         with tqdm(unit="B", unit_scale=True, desc=f"reading {split}", leave=False) as bar:
             damage += find_damage(folder, split, vocab_size, documents=True, on_read=bar.update)

@@ -18,7 +18,7 @@ Made = TypeVar("Made")
 
 
 def start_imports() -> ForkServerContext | SpawnContext:
-    """Start a server process that imports the workers' modules, which takes seconds, while the caller goes on."""
+    """Start a server process that imports the workers' modules (seconds) while the caller continues."""
     # Not a plain fork: a child would inherit locks that threads of tokenizers and pyarrow may hold.
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
@@ -68,7 +68,7 @@ def worker_pool(workers: int, work: Callable[[Given], Made]) -> Iterator[Callabl
     ignore Ctrl-C, which this process handles.
     """
     context = start_imports()
-    # Wait for its imports. Ctrl-C then ends this process at once, before any worker was asked for: a worker that starts
+    # Wait for its imports. Ctrl-C then ends this process at once, before it requests workers: a worker that starts
     # after this process has ended prints a traceback.
     in_daemon(_first_process).result()
     others = set(multiprocessing.active_children())

@@ -224,5 +224,5 @@ def test_python_docs_command_line(tmp_path, capsys, corpus, monkeypatch):
     assert 4 < float(line.split()[2]) < np.log(500)
     before = contents(tmp_path / "data")
     assert status(python_docs_module.main, "--out", tmp_path / "data", "--tokenizer", "bpe:500") == 0
-    assert "was prepared before" in capsys.readouterr().out and contents(tmp_path / "data") == before
-    assert "holds prepared data already" in fails(capsys, python_docs_module.main, "--out", tmp_path / "data")
+    assert "was already prepared" in capsys.readouterr().out and contents(tmp_path / "data") == before
+    assert "already holds prepared data" in fails(capsys, python_docs_module.main, "--out", tmp_path / "data")

@@ -405,7 +405,7 @@ def test_what_a_folder_holds_is_read_or_named(corpus: Path, capsys: pytest.Captu
         assert prepare_files(corpus, main=main) == 0
     printed = capsys.readouterr()
     assert sum(map(len, read_back(corpus.parent / "out").values())) == 40
-    assert "dangling.txt" in printed.err and "pipe.txt" in printed.err and "was prepared before" in printed.out
+    assert "dangling.txt" in printed.err and "pipe.txt" in printed.err and "was already prepared" in printed.out
 
 
 def test_separators(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:

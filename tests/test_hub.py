@@ -270,7 +270,7 @@ def test_what_the_hub_does_not_give(tmp_path, hub, capsys, monkeypatch):
     monkeypatch.setattr(hub, "down", False)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     hub.files["plain_text/train-00000-of-00001.parquet"] = b"x" * 100
-    assert "are to be downloaded to" in failed(capsys, out)
+    assert "must be downloaded to" in failed(capsys, out)
     assert not out.exists()
 
 

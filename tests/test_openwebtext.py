@@ -15,7 +15,7 @@ from data_prep import openwebtext, verify
 from data_prep.encoding import Tally
 from data_prep.openwebtext import main
 from data_prep.parts import units_of_part
-from data_prep.splits import PlaceSplit, nanogpt_places
+from data_prep.splits import IndexSplit, nanogpt_indices
 from data_prep.summary import ProgressBar, length_table
 from hgpt.data.shards import read_meta
 from hgpt.data.tokenizer import load_tokenizer
@@ -67,9 +67,9 @@ def test_split_is_that_of_datasets(documents, fraction):
 
     table = datasets.Dataset.from_dict({"place": range(documents)})
     expected = table.train_test_split(test_size=fraction, seed=2357, shuffle=True)
-    found = nanogpt_places(documents, fraction, 2357)
+    found = nanogpt_indices(documents, fraction, 2357)
     assert found.tolist() == sorted(expected["test"]["place"])
-    split = PlaceSplit(val=found)
+    split = IndexSplit(val=found)
     for side, places in (("train", expected["train"]["place"]), ("val", expected["test"]["place"])):
         assert all(split.side(place, "") == side for place in places)
 
@@ -77,14 +77,14 @@ def test_split_is_that_of_datasets(documents, fraction):
 def test_split_of_openwebtext_is_pinned():
     # The order of numpy.random.default_rng(2357), which NumPy does not promise to keep: were it to change, validation
     # losses could no longer be compared with those of others.
-    val = nanogpt_places(openwebtext.DOCUMENTS, 0.0005, 2357)
+    val = nanogpt_indices(openwebtext.DOCUMENTS, 0.0005, 2357)
     assert len(val) == 4007 and val[:4].tolist() == [1997, 3930, 5738, 8090]
     assert int(val.sum()) == 15_941_513_342
 
 
 def test_shards_hold_the_split_in_the_order_of_the_source(whole):
     verify_shards(whole)
-    val = nanogpt_places(300, 0.1, 2357).tolist()
+    val = nanogpt_indices(300, 0.1, 2357).tolist()
     found = read_back(whole)
     assert found["val"] == [TEXTS[place] for place in val]
     assert found["train"] == [text for place, text in enumerate(TEXTS) if place not in val]
@@ -100,7 +100,7 @@ def test_tokens_are_those_of_nanogpt(tmp_path, source):
     """Of the same documents: `encode_ordinary` of each, then end-of-text."""
     assert status(main, "--source", source, "--out", tmp_path / "out", "--workers", "1") == 0
     encoding = load_tokenizer("gpt2")._fast  # the tests of the tokenizer compare it with tiktoken's own
-    val = nanogpt_places(300, 0.0005, 2357).tolist()
+    val = nanogpt_indices(300, 0.0005, 2357).tolist()
     for split, stream in streams(tmp_path / "out").items():
         documents = [text for place, text in enumerate(TEXTS) if (place in val) == (split == "val")]
         assert stream == [token for text in documents for token in [*encoding.encode_ordinary(text), 50256]]
@@ -240,7 +240,7 @@ def test_null_rows_keep_their_places_and_empty_documents_are_documents(tmp_path,
     documents[6] = " "
     write_parquet(tmp_path / "a.parquet", documents)
     folder = run(tmp_path / "a.parquet", tmp_path / "out")
-    val = nanogpt_places(300, 0.1, 2357).tolist()
+    val = nanogpt_indices(300, 0.1, 2357).tolist()
     assert read_back(folder)["val"] == [documents[place] for place in val if documents[place] is not None]
     meta = read_meta(folder)
     assert meta.preparation["documents_without_text"] == 4
@@ -276,7 +276,7 @@ def test_what_cannot_be_read_is_left_out_and_named_if_asked(tmp_path, capsys):
     meta = read_meta(out)
     assert "train-00003.parquet" in str(meta.preparation["left_out"])
     assert (meta.preparation["documents"], meta.preparation["documents_without_text"]) == (300, 7)
-    val = [place for place in nanogpt_places(300, 0.1, 2357).tolist() if not 121 <= place < 128]
+    val = [place for place in nanogpt_indices(300, 0.1, 2357).tolist() if not 121 <= place < 128]
     assert read_back(out)["val"] == [TEXTS[place] for place in val]
 
 

@@ -158,7 +158,7 @@ def test_killed_while_several_workers_are_at_it(tmp_path, source, whole, capsys,
         process.join()
         assert not (out / "meta.json").exists()
     assert contents(prepare("openwebtext", source, out)) == whole["openwebtext"]
-    assert "documents are encoded already" in capsys.readouterr().err
+    assert "documents are already encoded" in capsys.readouterr().err
 
 
 def interrupt(name, source, out, monkeypatch):
@@ -187,7 +187,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, source, whole, monkeypatch, cap
         TokenShards.open(out, "train")
     assert contents(prepare(name, source, out)) == whole[name]
     assert status(*command(name, source, out)) == 0
-    assert "was prepared before" in capsys.readouterr().out
+    assert "was already prepared" in capsys.readouterr().out
     assert contents(out) == whole[name]
 
 
@@ -267,7 +267,7 @@ def test_out_is_never_overwritten(tmp_path, source, whole, capsys):
     with Preparation(out):
         assert "another process is preparing data" in fails(capsys, *command("documents", source, out))
     restore(whole["documents"], out)
-    assert "holds prepared data already" in fails(capsys, *command("documents", source, out, "--seed", "1"))
+    assert "already holds prepared data" in fails(capsys, *command("documents", source, out, "--seed", "1"))
     assert contents(out) == whole["documents"]
     (out / "meta.json").unlink()
     assert "no preparation in it to resume" in fails(capsys, *command("documents", source, out))
@@ -339,7 +339,7 @@ def closed(source):
         (openwebtext.main, "--source data --out data/out", "--out {}/data/out cannot be written"),
         (openwebtext.main, "--source closed/data --out out", "--source {}/closed/data cannot be read"),
         (openwebtext.main, "--source data --out out", "{}/data/inside cannot be read"),
-        (openwebtext.main, "--out closed/out --merge", "{}/closed/out is no folder that can be read"),
+        (openwebtext.main, "--out closed/out --merge", "{}/closed/out is no readable folder"),
         (verify.main, "closed/data", "{}/closed/data cannot be read"),
         (documents.main, "--out out closed/data", "{}/closed/data cannot be read"),
         (sample.main, "--checkpoint closed/data", "{}/closed/data cannot be read"),
