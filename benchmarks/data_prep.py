@@ -1,17 +1,17 @@
-"""The speed of preparing and reading token shards, beside nanoGPT's script and tiktoken alone.
+"""The speed of preparing and reading token shards, compared with nanoGPT's script and tiktoken alone.
 
     python -m benchmarks.data_prep --source FOLDER
 
-Preparation of the same documents in four ways, which take turns, each in a new process:
+Four ways to prepare the same documents, in turn, each in a new process:
 
     ours            python -m data_prep.openwebtext with all processors
     nanoGPT's way   datasets.map with one process per processor, then a copy into a memory map; without a warm cache
     bare            tiktoken's encode_ordinary of each document in one process; text in memory, tokens discarded
     our pattern     as "bare", with the regular expression and the call of hgpt.data.tokenizer; the same tokens
 
-The time of the first two contains reading, encoding, writing and the start of the worker processes, but not the start
-of Python and its imports. Reading is measured on 2 billion tokens in shards of 100 million, as GPT-2 small reads
-OpenWebText. The shards are sparse files, which take no space on the disk.
+The first two times contain reading, encoding, writing and the start of the worker processes, but not the start of
+Python and its imports. Reading is measured on 2 billion tokens in shards of 100 million, as GPT-2 small reads
+OpenWebText. The shards are sparse files, which take no disk space.
 """
 
 import multiprocessing
@@ -54,7 +54,7 @@ from hgpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 
 OPENWEBTEXT_WINDOWS = num_windows(9_035_582_198, 1024)
 COPIES = 1024  # number of batches that nanoGPT's script copies
-H100_TOKENS_PER_SECOND = 468_000  # GPT-2 small in llm.c: the rate that a loader has to reach
+H100_TOKENS_PER_SECOND = 468_000  # GPT-2 small in llm.c: the rate that a loader must reach
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def measure_reading(folder: Path, *, tokens: int, seq_len: int, micro_batch: int
         if device == "cuda":
             torch.cuda.synchronize()
         waited += (time.perf_counter() - start) * (number > 0)
-        time.sleep(compute)  # in place of the computation, during which the next micro-batch is read
+        time.sleep(compute)  # simulates the computation, during which the next micro-batch is read
     print(f"read ahead, on {device:<13}{waited / 49 * 1e6:8.0f} us, {waited / 49 / compute:.2%}")
 
 

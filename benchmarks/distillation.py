@@ -1,13 +1,13 @@
-"""How many tokens a harmonic head needs on a trained softmax model's trunk, until its loss is near that of softmax.
+"""The tokens after which a harmonic head on a trained softmax model's trunk is near softmax's loss.
 
     python -m benchmarks.distillation --teacher runs/quickstart_softmax --out comparisons/distillation
 
 Trains each arm of `ARMS` for the same steps, on the same tokens, at one constant learning rate, from the weights of a
 finished run of configs/quickstart_softmax.toml. "softmax" is that model trained further; "no lift" is a harmonic head
-that begins with its rows as centres; "distilled": that model is the teacher. n = 4√D, at the end. A lift is untied and
+that starts with its rows as centres; "distilled": that model is the teacher. n = 4√D at the end. A lift is untied and
 has radii, so softmax is also trained untied and with biases. Prints the validation loss minus that of "softmax" after
-the same tokens, and the tokens after which it is at most GAP for good.
-Arms that are finished are not trained again. RESULTS.md has the figures.
+the same tokens, and the tokens from which the difference stays at most GAP. Finished arms are not trained again.
+RESULTS.md has the figures.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def call(*words: object) -> None:
 
 
 def losses(arm: str, options: argparse.Namespace) -> dict[int, float]:
-    """Validation loss by step of an arm, which is trained unless it is finished."""
+    """Validation loss of an arm by step; trains the arm unless it is finished."""
     run = options.out / "".join(letter if letter.isalnum() else "_" for letter in arm)
     found = {record["step"]: record["loss"] for record in records(run, "eval")}
     if options.steps not in found:

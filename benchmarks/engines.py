@@ -1,4 +1,4 @@
-"""The same run under every engine and number of processes: differences of losses and weights, and seconds per step.
+"""One run under every engine and number of processes: differences of losses and weights, and seconds per step.
 
     python -m benchmarks.engines [--steps 20] [--processes 1 2 4] [--engines multi_cpu zero1 zero2 zero3]
 

@@ -1,4 +1,4 @@
-"""How near HarMax with an exponent n can come to a softmax model's predictions, whatever the network before it is.
+"""How near HarMax with an exponent n can come to a softmax model's predictions, whatever network precedes it.
 
     python -m benchmarks.expressivity --teacher runs/quickstart_softmax --data data/python_docs
 
@@ -7,9 +7,9 @@ free hidden states x, V centres and, with radii, V log-weights, so that
 
     mean over positions of KL(P ‖ HarMax(x))
 
-is small, by Adam from the conversion of hgpt.convert. This is what the head can express. A network has to find the x as
-well, so a trained model does not come as near. "norm": the x are layer-normalised with a gain and an offset for each
-coordinate, as behind a final layer norm. x and centres have D + 1 coordinates. The d ratio is the distance to the
+is small, by Adam from the conversion of hgpt.convert. This is what the head can express; a network must also find the
+x, so a trained model does not come as near. "norm": the x are layer-normalised with a gain and an offset per
+coordinate, as after a final layer norm. x and centres have D + 1 coordinates. The d ratio is the distance to the
 target's centre divided by the median distance; the loss is that of the targets. RESULTS.md has the figures.
 """
 

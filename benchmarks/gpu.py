@@ -1,4 +1,4 @@
-"""Everything that only a GPU can show, in one command that ends within its minutes.
+"""All GPU measurements in one command that ends within its minutes.
 
     python -m benchmarks.gpu --minutes 8 --out FOLDER          on one GPU, from a checkout
     python -m benchmarks.gpu --device cpu --out FOLDER         the same parts with tiny sizes
@@ -68,12 +68,12 @@ MICRO_BATCH = 32  # of `train`, and of the goals
 MICRO_BATCHES = (MICRO_BATCH, 16, 64, 8)  # the most important first
 TRAIN_STEPS = 60
 ENERGY_SECONDS = 3.0
-MARGIN = 12  # seconds of all minutes for imports before `main` begins, and for the end
+MARGIN = 12  # seconds for imports before `main` begins, and for the end
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the process of a part is told. `save` replaces the part's result; `deadline` is of time.monotonic."""
+    """The task of a part's process. `save` replaces the part's result; `deadline` is of time.monotonic."""
 
     device: str
     deadline: float
@@ -90,7 +90,7 @@ class Job:
 
     @property
     def bf16(self) -> bool:
-        """Whether the device computes in bf16; float32 is measured on one that does not."""
+        """Whether the device computes in bf16; otherwise float32 is measured."""
         supported = getattr(torch.get_device_module(self.device), "is_bf16_supported", None)
         return supported is not None and supported(including_emulation=False)
 
@@ -104,7 +104,7 @@ class Job:
 
 
 def head(job: Job) -> None:
-    """Losses in one process, which take turns. `extra`: peak memory without the gradients that are returned."""
+    """Losses in one process, in turn. `extra`: peak memory without the returned gradients."""
     positions, dim, rows = (256, 32, 512) if job.tiny else (32768, 768, 50304)
     dtype = torch.bfloat16 if job.bf16 else torch.float32
     settings = head_loss.Settings(positions, dim, rows, dtype, job.device, torch.get_num_threads())
@@ -237,7 +237,7 @@ def write_data(folder: Path, vocab: int, tokens: dict[str, int]) -> None:
 
 
 def tests(job: Job) -> None:
-    """Outcomes by test; on a CPU those tests of test_gpu.py that also run there."""
+    """Outcomes by test; on a CPU the tests of test_gpu.py that also run there."""
     import pytest
 
     outcomes: dict[str, Any] = {}
@@ -254,7 +254,7 @@ def tests(job: Job) -> None:
                 }
                 job.save({"tests": outcomes})
 
-    # Other files of tests may need packages that are not here.
+    # Other test files may need missing packages.
     files = [str(path) for path in sorted(ROOT.glob("tests/test_*.py")) if "pytest.mark.gpu" in path.read_text()]
     chosen = ["-m", "not gpu and not slow", str(ROOT / "tests" / "test_gpu.py")] if job.tiny else ["-m", "gpu", *files]
     code = pytest.main(["-v", "--tb=short", "-p", "no:cacheprovider", *chosen], plugins=[Recorder()])
@@ -274,7 +274,7 @@ def generate(job: Job) -> None:
 
 
 def energy(job: Job) -> None:
-    """Under matrix products: the card's own counter (NVML), and what `hgpt.run.energy` measures with codecarbon."""
+    """Under matrix products: the card's own counter (NVML), and `hgpt.run.energy` with codecarbon."""
     size = 256 if job.tiny else 8192
     a = torch.randn(size, size, device=job.device, dtype=torch.bfloat16 if job.bf16 else torch.float32)
     result: dict[str, Any] = {"skipped": {}}
@@ -341,7 +341,7 @@ def one_line(error: BaseException) -> str:
 
 
 class Part(NamedTuple):
-    """A part, the seconds that it wants, and those without which it is left out; both with the start of its process."""
+    """A part, the seconds that it wants, and the least that it needs; both with the start of its process."""
 
     run: Callable[[Job], None]
     wanted: float
@@ -360,7 +360,7 @@ PARTS = {
 
 
 def time_limits(names: Sequence[str], seconds: float) -> dict[str, float]:
-    """Limits of the parts that fit into `seconds`, in proportion to what they want; the last are left out first."""
+    """Limits of the parts that fit into `seconds`, in proportion to their wants; the last are left out first."""
     for count in range(len(names), 0, -1):
         whole = sum(PARTS[name].wanted for name in names[:count])
         limits = {name: seconds * PARTS[name].wanted / whole for name in names[:count]}
@@ -370,7 +370,7 @@ def time_limits(names: Sequence[str], seconds: float) -> dict[str, float]:
 
 
 def run_part(name: str, device: str, limit: float, work: Path, log: Path) -> dict[str, Any]:
-    """The part's record: status, reason, seconds, limit, result. A part that is stopped keeps what it saved."""
+    """The part's record: status, reason, seconds, limit, result. A stopped part keeps its saved result."""
     result, begin = work / f"{name}.json", time.monotonic()
     with log.open("ab") as output:
         output.write(f"\n===== {name}\n".encode())
@@ -385,7 +385,7 @@ def run_part(name: str, device: str, limit: float, work: Path, log: Path) -> dic
             code = None
         finally:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # the part and what it started
+                os.killpg(process.pid, signal.SIGKILL)  # the part and its children
             process.wait()
     record = {"status": "done", "reason": None, "seconds": time.monotonic() - begin, "limit": limit, "result": {}}
     if code is None:
@@ -439,7 +439,7 @@ def goals(results: dict[str, Any]) -> list[tuple[str, str, float | None, str]]:
 
 
 def look_up(tree: Any, *path: str) -> Any:
-    """tree[path[0]][path[1]]…, None where there is nothing."""
+    """tree[path[0]][path[1]]…, or None."""
     for key in path:
         tree = tree.get(key) if isinstance(tree, dict) else None
     return tree
@@ -555,7 +555,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 
 
 def aligned(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a table; what does not fit into the last column within 100 columns goes on below."""
+    """Lines of a table; the last column wraps at 100 columns."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)][:-1]
     indent, lines = sum(widths) + 2 * len(widths), []
     for *cells, last in (header, *rows):

@@ -1,4 +1,4 @@
-"""Time, memory and errors of a head's loss and gradients: the harmonic losses beside known softmax losses.
+"""Time, memory and errors of a head's loss and gradients: the harmonic losses and known softmax losses.
 
     python -m benchmarks.head_loss                                     GPT-2 small's head, 2048 positions, float32
     python -m benchmarks.head_loss --shape 2048x1600x50304             GPT-2 xl's
@@ -9,9 +9,9 @@
 Prints a table. Every variant runs once in each round, so that other programs on the machine slow down all variants.
 `time` is the median and the quartiles of forward + backward over the rounds; a ratio is the median over rounds of the
 ratio within a round. `memory` is the peak extra memory of one forward + backward, gradients included: on a GPU the
-allocator's peak, on a CPU the peak resident set minus that before, each loss in its own process (Linux). `errors` are
-those of the loss and of the gradients by x and by w (2-norms), relative to float64 on the same rounded operands: on a
-GPU of all positions, on a CPU of the first 128.
+allocator's peak, on a CPU the growth of the peak resident set, each loss in its own process (Linux). `errors` are those
+of the loss and of the gradients by x and by w (2-norms), relative to float64 on the same rounded operands: on a GPU of
+all positions, on a CPU of the first 128.
 """
 
 import argparse
@@ -132,12 +132,12 @@ def distance_and_options(text: str) -> dict[str, object]:
 
 
 def variants(settings: Settings) -> dict[str, Loss]:
-    """Name → loss, of those that run here."""
+    """Name → loss, for losses that run here."""
     return {name: loss for name, loss in all_variants(settings).items() if not isinstance(loss, str)}
 
 
 def all_variants(settings: Settings) -> dict[str, Loss | str]:
-    """Name → loss, or the reason why it does not run here."""
+    """Name → loss, or why it does not run here."""
     n, chunk = settings.n, settings.chunk
 
     def fused(n: float | None, **options: bool) -> Loss:
@@ -194,7 +194,7 @@ def synchronize(device: str) -> None:
 
 
 def seconds(function: Callable[[], object], device: str) -> float:
-    """The time of a call: on a GPU between events in its queue, after all work before it."""
+    """The time of a call: on a GPU between events in its queue, after all earlier work."""
     synchronize(device)
     if device == "cpu":
         begin = time.perf_counter()
@@ -237,7 +237,7 @@ def truth(dense: Loss, settings: Settings, operands: Operands) -> tuple[Tensor, 
 
 
 def dense_of(loss: Loss, settings: Settings, harmonic: bool) -> Loss:
-    """The loss that is computed in float64 to compare `loss` with."""
+    """The float64 reference of `loss`."""
     if isinstance(loss, DistanceLoss):
         return loss.dense
     return (lambda x, w, y: harmonic_loss(x, w, y, settings.n)) if harmonic else dense_softmax
@@ -253,7 +253,7 @@ def measure_errors(
 
 
 def peak_memory(loss: Loss, operands: Operands) -> int:
-    """Bytes that a forward + backward adds at its peak on a GPU, gradients included."""
+    """Peak extra bytes of a forward + backward on a GPU, gradients included."""
     torch.accelerator.reset_peak_memory_stats()
     before = torch.accelerator.memory_allocated()
     differentiate(loss, operands)
@@ -268,7 +268,7 @@ def status_bytes(field: str) -> int:
 
 
 def measure_alone(name: str, settings: Settings, passes: int) -> tuple[list[float], int]:
-    """Seconds of each pass, and the bytes of the first. Call it once, in a process that does nothing else."""
+    """Seconds of each pass, and the bytes of the first. Call once, in a process that does nothing else."""
     torch.set_num_threads(settings.threads)
     loss = variants(settings)[name]
     x, w, targets = problem(settings, is_harmonic(name))
@@ -277,7 +277,7 @@ def measure_alone(name: str, settings: Settings, passes: int) -> tuple[list[floa
     if settings.device != "cpu":
         extra = peak_memory(loss, (x, w, targets))
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current resident set
         before = status_bytes("VmRSS")
     times = []
     for number in range(passes):
@@ -287,7 +287,7 @@ def measure_alone(name: str, settings: Settings, passes: int) -> tuple[list[floa
     return times, extra
 
 
-def in_a_process_of_its_own(name: str, settings: Settings, passes: int = 1) -> tuple[list[float], int]:
+def in_own_process(name: str, settings: Settings, passes: int = 1) -> tuple[list[float], int]:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measure_alone, name, settings, passes).result()
 
@@ -363,7 +363,7 @@ def measure(losses: dict[str, Loss], settings: Settings, rounds: int, skip: list
             columns[f"/ {reference}"] = {name: f"{statistics.median(every):.3f}" for name, every in ratios.items()}
     if "memory" not in skip:
         if settings.device == "cpu":
-            memory = {name: in_a_process_of_its_own(name, settings)[1] for name in losses}
+            memory = {name: in_own_process(name, settings)[1] for name in losses}
         else:
             memory = {name: peak_memory(loss, operands[is_harmonic(name)]) for name, loss in losses.items()}
         columns["memory, MiB"] = {name: f"{extra / 2**20:.0f}" for name, extra in memory.items()}

@@ -4,9 +4,9 @@
     python -m benchmarks.head_scaling --device cuda --dtype bfloat16 --rounds 5 --out head_scaling.png
 
 The positions double up to --max-positions with --rows classes, and the classes up to --max-rows with --positions. Each
-point is measured in its own process: the median time of --rounds passes, and the memory of the first pass. The curve of
-a loss ends where its estimated scores would take more than --limit GiB, or where a point would take longer than
---patience seconds, at twice the time of the previous point.
+point is measured in its own process: the median time of --rounds passes, and the memory of the first pass. A loss's
+curve ends before its estimated scores take more than --limit GiB, or a point takes longer than --patience seconds, if
+it takes twice the time of the previous one.
 """
 
 import statistics
@@ -18,7 +18,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from benchmarks.head_loss import Settings, in_a_process_of_its_own, machine_name
+from benchmarks.head_loss import Settings, in_own_process, machine_name
 from hgpt import cli
 
 LOSSES = ("dense harmonic", "fused harmonic", "F.cross_entropy(x @ W.T)", "F.linear_cross_entropy")
@@ -48,7 +48,7 @@ def measure(
             left_off = len(curve) < number or (curve and 2 * rounds * curve[-1][1] > patience)
             if left_off or DENSE_MATRICES.get(name, 0) * gib > limit:
                 continue
-            times, memory = in_a_process_of_its_own(name, settings, rounds)
+            times, memory = in_own_process(name, settings, rounds)
             curve.append((size, statistics.median(times), memory / 2**20))
             print("{} {:>7}  {:<25} {:9.4f} s {:9.0f} MiB".format(field, size, name, *curve[-1][1:]), flush=True)
     return curves

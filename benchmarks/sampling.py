@@ -4,9 +4,9 @@
     python -m benchmarks.sampling --device cuda --dtype bfloat16
     python -m benchmarks.sampling --layers 4 --heads 4 --dim 128 --vocab 2048      the quickstart's model
 
-Both ways sample the same number of tokens from the whole distribution. "with cache" is what `sample.py` uses:
-transformers' `generate`, on a GPU `hgpt.decoding`. "without" runs the model on the whole text for each token, as
-nanoGPT's `generate` does. Heads and ways take turns, so that other programs on the machine slow down all of them.
+Both ways sample the same number of tokens from the whole distribution. "with cache", as in `sample.py`: transformers'
+`generate`, on a GPU `hgpt.decoding`. "without" runs the model on the whole text for each token, as nanoGPT's `generate`
+does. Heads and ways take turns, so that other programs on the machine slow down all of them.
 """
 
 import argparse
@@ -33,7 +33,7 @@ Generate = Callable[[HGPTForCausalLM, Tensor, int], Tensor]
 
 @torch.no_grad()
 def with_cache(model: HGPTForCausalLM, prompt: Tensor, count: int) -> Tensor:
-    # Without a top_k transformers takes 50; and the models have no end of text.
+    # Without a top_k transformers takes 50; the models have no end of text.
     config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=count, pad_token_id=0)
     return decoding.generate(model, prompt, config)
 
