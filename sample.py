@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # for characters that the terminal's encoding lacks
 
-    # The prompt comes first, so that a mistake in it shows before the model is loaded.
+    # The prompt first, so that a mistake in it shows before the model is loaded.
     prompt = read_prompt(options)
     device = choose_device(options.device)
     model, tokenizer = load(options)
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.show_distances and exponent is None:
         raise UserError(
             f"--show-distances needs a model with a harmonic head; {options.checkpoint} has a softmax head, whose "
-            "probabilities come from inner products and not from distances. Leave the option out"
+            "probabilities come from inner products, not distances. Leave the option out"
         )
     context = getattr(model.config, "max_position_embeddings", None)
     note("model", f"{options.checkpoint} ({describe(model, exponent, context)})")
@@ -138,8 +138,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 PROMPT_HELP = """Without a prompt the text starts at end-of-text, as documents do, or at a line break. One newline at
-the end of a file or of standard input is dropped. If prompt and new tokens exceed the context, the last tokens of the
-prompt are kept: as many as leave room, but at least half of the context. The text ends where the context ends."""
+the end of a file or of standard input is dropped. If prompt and new tokens exceed the context, only the prompt's last
+tokens are used, at least half of the context. The text ends at the end of the context."""
 
 
 def check_greedy(options: argparse.Namespace) -> None:
@@ -224,7 +224,7 @@ def read_prompt(options: argparse.Namespace) -> str:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, model: PreTrainedModel) -> list[int]:
-    """The tokens of the prompt; of an empty one beginning-of-text, else end-of-text, else (nanoGPT) a line break."""
+    """The prompt's tokens; without a prompt beginning-of-text, else end-of-text, else (nanoGPT) a line break."""
     if prompt:
         return encode(tokenizer, prompt, add_special_tokens=model.config.model_type != "hgpt").input_ids
     for start in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.get_vocab().get("\n")):
@@ -236,7 +236,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, model: PreTra
 def fit_context(ids: list[int], new: int, context: int | None) -> tuple[list[int], int]:
     """The last tokens of the prompt and the number of new tokens, together at most `context`.
 
-    First the prompt is shortened, to no less than half of the context, then the number of new tokens.
+    First the prompt is shortened, to at least half of the context, then the number of new tokens.
     """
     if context is None:
         return ids, new
@@ -288,7 +288,7 @@ def generate(
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], after: Sequence[int] = ()) -> str:
     """The text of `ids` when it follows the tokens `after`, without special tokens."""
     settings = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    # Decoded alone, the first token could lose the space that it begins with.
+    # Decoded alone, the first token could lose its leading space.
     before = tokenizer.decode(list(after), **settings) if after else ""
     return tokenizer.decode([*after, *ids], **settings)[len(before) :]
 
@@ -313,7 +313,7 @@ class TextStream(BaseStreamer):
 
     def show(self, complete: bool) -> None:
         text = decode(self.tokenizer, self.ids or [], after=self.prompt_ids)
-        text = text if complete else text.rstrip("\ufffd")  # an incomplete character, whose other bytes come later
+        text = text if complete else text.rstrip("\ufffd")  # a character whose other bytes come later
         print(text[self.shown :], end="", flush=True)
         self.shown = max(self.shown, len(text))
 

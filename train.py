@@ -5,7 +5,7 @@
 
 Read it once, downwards: `run` sets up, `loop` trains, `optimizer_step` is one step. `--help` lists every setting.
 
-Exit codes: 0 finished; 2 bad input or a failure, and the message says what to do; 70 a process hung or lost contact
+Exit codes: 0 finished; 2 bad input or a failure, with a message that says what to do; 70 a process hung or lost contact
 with the others; 75 stopped by SIGTERM, SIGUSR1 or SIGHUP after a checkpoint, to be resumed; 130 interrupted by Ctrl-C.
 """
 
@@ -37,7 +37,7 @@ from hgpt.source import check_tokenizer, initialize_from, initialize_radii, load
 
 
 def main(config: RunConfig) -> dict[str, float]:
-    """Train the run that `config` describes; returns the values of the last evaluation, as `Evaluation` does."""
+    """Train the run of `config`; returns the values of the last evaluation (`Validation.values`)."""
     check_country(config.log.energy_country)
     # Processes. The launcher chooses their number, and whether DDP, ZeRO or FSDP trains the model.
     engine = Engine.start(config)
@@ -48,8 +48,8 @@ def main(config: RunConfig) -> dict[str, float]:
 
 
 def run(config: RunConfig, engine: Engine, watchdog: Watchdog, signals: StopSignals) -> Validation:
-    """Set up a run, and train it; returns the last evaluation. What reads files is done by all processes together."""
-    # Data first: most mistakes are in the data settings, and they should show at once.
+    """Set up a run, and train it; returns the last evaluation. `engine.together`: if one process fails, all stop."""
+    # Data first: most mistakes are in the data settings, and should show at once.
     path, vocab_size = config.data.path, config.data.vocab_size
     splits = engine.together(lambda: [TokenShards.open(path, split, vocab_size) for split in SPLITS])
     train_shards, val_shards = splits
@@ -81,8 +81,10 @@ def run(config: RunConfig, engine: Engine, watchdog: Watchdog, signals: StopSign
     # Model and optimiser. Every process draws the same initial weights; dropout then differs between processes.
     watchdog.beat(0, "building the model")
     set_seed(config.train.seed)
-    new_radii = resumed is None and config.model.head.radius == "learned" and config.model.head.radius_init != "zero"
-    log_p = engine.from_main(lambda: unigram_log_p(train_shards)) if new_radii else None
+    unigram_radii = (
+        resumed is None and config.model.head.radius == "learned" and config.model.head.radius_init != "zero"
+    )
+    log_p = engine.from_main(lambda: unigram_log_p(train_shards)) if unigram_radii else None
     model = engine.together(lambda: build_model(config, train_shards, resumed, log_p, engine))
     if config.model.init_from is not None and resumed is None and engine.world_size > 1:
         engine.compare({f"the weights of model.init_from = {config.model.init_from}": weights_fingerprint(model)})
@@ -98,9 +100,9 @@ def run(config: RunConfig, engine: Engine, watchdog: Watchdog, signals: StopSign
 
     # ------------------------------------------------------------------------------------------------------------
     # Print what the run will do, in three lines.
-    hf, tokens_per_step = engine.model_config, config.train.global_batch * config.data.seq_len
+    made, tokens_per_step = engine.model_config, config.train.global_batch * config.data.seq_len
     engine.say(
-        f"{config.name}: {engine.num_parameters:,} parameters, {hf.head_in_words}, vocabulary {hf.vocab_size:,}\n"
+        f"{config.name}: {engine.num_parameters:,} parameters, {made.head_in_words}, vocabulary {made.vocab_size:,}\n"
         f"data: {len(train_shards):,} training and {len(val_shards):,} validation tokens in {config.data.path}\n"
         f"{config.train.steps:,} steps of {tokens_per_step:,} tokens, "
         f"{config.train.steps * tokens_per_step / len(train_shards):.2f} epochs; "
@@ -128,7 +130,7 @@ def build_model(
             for note in [same_tokenizer, *initialize_from(model, config.model.init_from)]:
                 engine.say(f"model.init_from: {note}")
         initialize_radii(model, config.model.head.radius_init, log_p)
-    model.lm_head.label_smoothing = config.train.label_smoothing  # has an effect in training mode only; is not exported
+    model.lm_head.label_smoothing = config.train.label_smoothing  # in training mode only; not exported
     engine.set_up_blocks(model)
     return model
 
@@ -176,8 +178,8 @@ def loop(
             report.stepped(*optimizer_step(step, model, optimizer, batches, engine, report))
             step += 1
 
-            # Losses stay on the device, because reading them is a sync. They are read for a log line, and always before
-            # an evaluation or a checkpoint, so that no diverged model is saved.
+            # Losses stay on the device, because reading them is a sync. They are read for a log line, and before every
+            # evaluation and checkpoint, so that no diverged model is saved.
             logging = report.due(step)
             signals.ask(together=logging)
             if logging or signals.seen or checkpoints.due(step) or step % config.eval.every == 0:
@@ -221,7 +223,7 @@ def optimizer_step(
 def log_line(
     step: int, lr: float, recent: Recent, speed: Speed, config: RunConfig, engine: Engine
 ) -> dict[str, float | None]:
-    """The values of a "train" record of metrics.jsonl and of the trackers; `Report.log` leaves out None."""
+    """The values of a "train" record in metrics.jsonl and the trackers; `Report.log` leaves out None."""
     return {
         "loss": recent.loss,
         "lr": lr,

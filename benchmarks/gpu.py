@@ -8,13 +8,13 @@ The parts run one after the other, each in its own process with a time limit:
     head        loss and gradients of GPT-2 small's head beside those of other libraries: time, memory, errors
     step        the training step of GPT-2 small: harmonic, softmax and a plain GPT-2, micro-batches of 8 to 64
     train       train.py from its start to its end on random tokens
-    tests       the tests that are marked "gpu"
+    tests       the tests marked "gpu"
     generate    tokens per second of generation, and the head's share
-    energy      the energy counter of the card under load, and what hgpt.run.energy measures
+    energy      the card's energy counter under load, compared with hgpt.run.energy
 
-A part that fails, needs a package that is missing, or reaches its limit is reported with the reason; the next one goes
-on. Unused time goes to the parts after it. FOLDER gets gpu.json, rewritten after each part, gpu.txt, the tables, and
-log.txt, what the parts printed. All parts use the first GPU; the tests use all of them.
+A part that fails, lacks a package, or reaches its limit is reported with the reason; the next part goes on. Unused time
+goes to later parts. FOLDER gets gpu.json, rewritten after each part, gpu.txt (the tables), and log.txt (the parts'
+output). All parts use the first GPU; the tests use all GPUs.
 """
 
 import argparse

@@ -35,14 +35,14 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_memory_is_that_of_the_gradients_at_least() -> None:
-    times, memory = head_loss.in_a_process_of_its_own("fused harmonic", SETTINGS, 2)
+    times, memory = head_loss.in_own_process("fused harmonic", SETTINGS, 2)
     assert len(times) == 2 and min(times) > 0
-    _, dense = head_loss.in_a_process_of_its_own("dense harmonic", SETTINGS)
+    _, dense = head_loss.in_own_process("dense harmonic", SETTINGS)
     gradient, matrix = 8192 * 256 * 4, 256 * 8192 * 4
     assert gradient < memory < dense
     assert 3 * matrix < dense < 20 * matrix
     with_cosine = replace(SETTINGS, distances=("cosine",))
-    _, distance = head_loss.in_a_process_of_its_own("harmonic, cosine", with_cosine)
+    _, distance = head_loss.in_own_process("harmonic, cosine", with_cosine)
     assert memory < distance < dense  # normalised centres beside the gradient
 
 
@@ -65,7 +65,7 @@ def test_the_scaling_figure(
         measured.append((name, settings.positions, settings.rows))  # a process of its own takes seconds to start
         return [settings.positions * settings.rows / 1e4] * passes, 2**20
 
-    monkeypatch.setattr(head_scaling, "in_a_process_of_its_own", point)
+    monkeypatch.setattr(head_scaling, "in_own_process", point)
     out = tmp_path / "scaling.svg"
     sizes = ["--first", "64", "--max-positions", "256", "--max-rows", "128", "--positions", "64", "--rows", "64"]
     few = ["--dim", "8", "--rounds", "1", "--threads", "1"]
