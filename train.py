@@ -81,10 +81,8 @@ def run(config: RunConfig, engine: Engine, watchdog: Watchdog, signals: StopSign
     # Model and optimiser. Every process draws the same initial weights; dropout then differs between processes.
     watchdog.beat(0, "building the model")
     set_seed(config.train.seed)
-    unigram_radii = (
-        resumed is None and config.model.head.radius == "learned" and config.model.head.radius_init != "zero"
-    )
-    log_p = engine.from_main(lambda: unigram_log_p(train_shards)) if unigram_radii else None
+    use_unigram = resumed is None and config.model.head.radius == "learned" and config.model.head.radius_init != "zero"
+    log_p = engine.from_main(lambda: unigram_log_p(train_shards)) if use_unigram else None
     model = engine.together(lambda: build_model(config, train_shards, resumed, log_p, engine))
     if config.model.init_from is not None and resumed is None and engine.world_size > 1:
         engine.compare({f"the weights of model.init_from = {config.model.init_from}": weights_fingerprint(model)})
@@ -100,9 +98,10 @@ def run(config: RunConfig, engine: Engine, watchdog: Watchdog, signals: StopSign
 
     # ------------------------------------------------------------------------------------------------------------
     # Print what the run will do, in three lines.
-    made, tokens_per_step = engine.model_config, config.train.global_batch * config.data.seq_len
+    hf_config, tokens_per_step = engine.model_config, config.train.global_batch * config.data.seq_len
     engine.say(
-        f"{config.name}: {engine.num_parameters:,} parameters, {made.head_in_words}, vocabulary {made.vocab_size:,}\n"
+        f"{config.name}: {engine.num_parameters:,} parameters, {hf_config.head_in_words}, "
+        f"vocabulary {hf_config.vocab_size:,}\n"
         f"data: {len(train_shards):,} training and {len(val_shards):,} validation tokens in {config.data.path}\n"
         f"{config.train.steps:,} steps of {tokens_per_step:,} tokens, "
         f"{config.train.steps * tokens_per_step / len(train_shards):.2f} epochs; "
