@@ -180,7 +180,7 @@ def loop(
             # Losses stay on the device, because reading them is a sync. They are read for a log line, and before every
             # evaluation and checkpoint, so that no diverged model is saved.
             logging = report.due(step)
-            signals.ask(together=logging)
+            signals.update(together=logging)
             if logging or signals.seen or checkpoints.due(step) or step % config.eval.every == 0:
                 recent = report.read(step, lr, batches)  # ends the run after too many non-finite steps
                 checkpoints.writer.wait(only_look=True)  # raises the error of writing a checkpoint in the background

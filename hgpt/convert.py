@@ -92,9 +92,9 @@ class Balanced:
 def balance(softmax: Softmax) -> Balanced:
     """T is symmetric, and makes the means of |x|² and |u_i|² equal."""
     w, h = softmax.w.double(), softmax.h.double()
-    of_h, of_w, mean = torch.cov(h.T, correction=0), torch.cov(w.T, correction=0), h.mean(0)
-    half, inverse = root(of_h, 0.5), root(of_h, -0.5)
-    t = root(inverse @ root(half @ of_w @ half, 0.5) @ inverse, 0.5)
+    cov_h, cov_w, mean = torch.cov(h.T, correction=0), torch.cov(w.T, correction=0), h.mean(0)
+    half, inverse = root(cov_h, 0.5), root(cov_h, -0.5)
+    t = root(inverse @ root(half @ cov_w @ half, 0.5) @ inverse, 0.5)
     u = (w - w.mean(0)) @ torch.linalg.inv(t)
     x_sq, u_sq = ((h - mean) @ t).square().sum(1).mean(), u.square().sum(1)
     return Balanced(t=t, mean=mean, u=u, a=softmax.b.double() + w @ mean, x_sq=x_sq, u_sq=u_sq)
@@ -116,10 +116,10 @@ def lift(balanced: Balanced, n: float, flatter: float = 1.0, dtype: torch.dtype 
 
 def best_lift(softmax: Softmax, balanced: Balanced, n: float) -> Lift:
     """The lift with the κ in `FLATTER` that has the least divergence on some of `softmax.h`; in w's dtype."""
-    some, dtype = softmax.h[:: -(-len(softmax.h) // 256)], softmax.w.dtype
+    sample, dtype = softmax.h[:: -(-len(softmax.h) // 256)], softmax.w.dtype
 
     def divergence(flatter: float) -> float:
-        return compare(softmax, lift(balanced, n, flatter, dtype), some)[0]
+        return compare(softmax, lift(balanced, n, flatter, dtype), sample)[0]
 
     found = minimize_scalar(divergence, bounds=FLATTER, method="bounded", options={"xatol": 0.01, "maxiter": 12})
     return lift(balanced, n, found.x, dtype)
@@ -145,7 +145,7 @@ def compare(
 # Models
 
 
-def plain(model: Any) -> Any:
+def with_linear_output(model: Any) -> Any:
     """`model` with a linear output embedding: a backbone with our softmax head gets that head as an `nn.Linear`."""
     if not isinstance(model, HarmonizedForCausalLM):
         return model
@@ -192,14 +192,14 @@ def last_layer(model: Any, h: Tensor) -> Softmax:
 @torch.no_grad()
 def lifted_model(model: Any, found: Lift) -> HarmonizedForCausalLM:
     """`model` with the lift instead of its output embedding. Changes `model` in place."""
-    whole = harmonize(model, found.n, vocab_size=len(found.centres), radius="learned", lift=True)
-    vocab, projection, head = len(found.centres), whole.transformer.ln_f, whole.lm_head
+    lifted = harmonize(model, found.n, vocab_size=len(found.centres), radius="learned", lift=True)
+    vocab, projection, head = len(found.centres), lifted.transformer.ln_f, lifted.lm_head
     projection.weight.copy_(found.matrix)
     projection.bias.copy_(found.offset)
     for parameter, values in ((head.weight, found.centres), (head.log_weight, found.log_weight)):
         parameter.zero_()
         parameter[:vocab] = values
-    return whole
+    return lifted
 
 
 def main(arguments: Sequence[str]) -> str:
@@ -220,7 +220,7 @@ def main(arguments: Sequence[str]) -> str:
     if getattr(source.load_config(), "head", None) == "harmonic":
         raise UserError(f"{options.model} already has a harmonic head: there is nothing to convert")
     model, tokenizer = source.load(torch.float32)
-    model = plain(model.eval())
+    model = with_linear_output(model.eval())
     try:
         causal = not type(model).__name__.endswith("ForMaskedLM")
         check_backbone(model, output_embedding(model), causal=causal)
@@ -236,16 +236,17 @@ def main(arguments: Sequence[str]) -> str:
     balanced = balance(softmax)
     lifts = [best_lift(softmax, balanced, multiple * n) for multiple in MULTIPLES]
     table = report(softmax, lifts, h, targets if causal else None)
-    kl, same, loss = compare(softmax, lifts[0], h, targets)
+    kl, agreement, loss = compare(softmax, lifts[0], h, targets)
     facts = {"converted from": options.model, "data": val.meta.source if val.meta else options.data}
-    facts |= {f"KL from it, {len(h):,} positions of validation": f"{kl:.5f} nats", "top-1 agreement": f"{same:.2%}"}
+    facts |= {f"KL from it, {len(h):,} positions of validation": f"{kl:.5f} nats"}
+    facts |= {"top-1 agreement": f"{agreement:.2%}"}
     facts |= {"loss there": f"{loss:.4f} nats per token"} if causal else {}
-    whole = lifted_model(model, lifts[0])
-    weights = dict(whole.named_parameters())
+    lifted = lifted_model(model, lifts[0])
+    weights = dict(lifted.named_parameters())
     with whole_folder(Path(options.out)) as folder:
-        whole.save_pretrained(folder)
+        lifted.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        card = model_card(whole.config, weights, name=Path(options.out).name, facts=facts, made="made by hgpt.convert")
+        card = model_card(lifted.config, weights, name=Path(options.out).name, facts=facts, made="made by hgpt.convert")
         (folder / "README.md").write_text(card, encoding="utf-8")
     return f"{table}\n\n{options.out} has the model with n = {n:.4g}"
 
@@ -255,11 +256,11 @@ def report(softmax: Softmax, lifts: Sequence[Lift], h: Tensor, targets: Tensor |
     lines = [f"{'n':>8}  {'n/√D':>6}  {'KL, nats':>9}  {'top-1 agreement':>15}  {'loss':>7}"]
     layers: list[Softmax | Lift] = [softmax, *lifts]
     for layer in layers:
-        kl, same, loss = compare(softmax, layer, h, targets)
+        kl, agreement, loss = compare(softmax, layer, h, targets)
         shown = f"{'softmax':>8}  {'':6}"
         if isinstance(layer, Lift):
             shown = f"{layer.n:8.4g}  {layer.n / softmax.w.shape[1] ** 0.5:6.3g}"
-        lines.append(f"{shown}  {kl:9.5f}  {same:15.2%}" + (f"  {loss:7.4f}" if targets is not None else ""))
+        lines.append(f"{shown}  {kl:9.5f}  {agreement:15.2%}" + (f"  {loss:7.4f}" if targets is not None else ""))
     return "\n".join(lines)
 
 

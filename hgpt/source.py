@@ -366,25 +366,25 @@ def initialize_from(model: HGPTForCausalLM, init_from: str) -> list[str]:
         UserError: `init_from` cannot be read, or has another n_layer, n_head, n_embd or vocabulary, or less context.
     """
     if _is_file(init_from):
-        found = _nanogpt(Path(init_from))
+        saved = _nanogpt(Path(init_from))
     else:
         with _naming_the_setting(init_from):
-            found = _gpt2(find_source(init_from))
+            saved = _gpt2(find_source(init_from))
     config = model.config
-    if any(name.startswith(_BACKBONE) for name in found.weights) != isinstance(config, HarmonizedConfig):
+    if any(name.startswith(_BACKBONE) for name in saved.weights) != isinstance(config, HarmonizedConfig):
         raise UserError(
             f"model.init_from = {init_from}: set model.backbone to the same folder if hgpt.convert made it; otherwise "
             "model.backbone must not be set"
         )
     wrong = [
         f"model.{name} = {value} (it is {_shape(config)[name]})"
-        for name, value in found.shape.items()
+        for name, value in saved.shape.items()
         if _shape(config)[name] != value
     ]
     if wrong:
         raise UserError(f"model.init_from = {init_from} has another shape than the model: set {', '.join(wrong)}")
-    weights, parameters = dict(found.weights), dict(model.named_parameters())
-    notes = [f"weights of {found.what}", *_differences(found, config)]
+    weights, parameters = dict(saved.weights), dict(model.named_parameters())
+    notes = [f"weights of {saved.origin}", *_differences(saved, config)]
     if _HEAD in parameters:
         weights = {_HEAD: weights[_TOKENS]} | weights if _TOKENS in weights else weights
     elif _HEAD in weights:  # the model is tied: its only name for these rows is the embedding's
@@ -393,7 +393,7 @@ def initialize_from(model: HGPTForCausalLM, init_from: str) -> list[str]:
             notes.append(f"not used from the checkpoint: {_HEAD} (its embeddings are not tied, the run's are)")
 
     # The weights of a metric are used only for the same distance with the same options.
-    same_distance = all(found.behaviour.get(name) == getattr(config, name) for name in ("distance", "distance_options"))
+    same_distance = all(saved.behaviour.get(name) == getattr(config, name) for name in ("distance", "distance_options"))
     shared = sorted(
         name for name in parameters.keys() & weights.keys() if same_distance or not name.startswith(_METRIC)
     )
@@ -457,10 +457,10 @@ class _Weights:
     """Weights with hgpt's names and layouts, and the settings of their model.
 
     `shape` must agree with the run. Differences in `behaviour` (settings that change what the weights compute) are only
-    reported. `what` describes the origin.
+    reported. `origin`: for messages.
     """
 
-    what: str
+    origin: str
     weights: dict[str, Tensor]
     shape: dict[str, int]
     behaviour: dict[str, Any]
@@ -480,8 +480,8 @@ def _gpt2(source: Source) -> _Weights:
     if _EXPONENT in weights:
         behaviour["exponent"] = float(weights[_EXPONENT].exp())
     step = "" if source.step is None else f", step {source.step:,}"
-    what = f"{source.folder} ({config.model_type}, {behaviour['head']} head{step})"
-    return _Weights(what=what, weights=_clean(weights), shape=_shape(config), behaviour=behaviour)
+    origin = f"{source.folder} ({config.model_type}, {behaviour['head']} head{step})"
+    return _Weights(origin=origin, weights=_clean(weights), shape=_shape(config), behaviour=behaviour)
 
 
 def _gpt2_config(source: Source) -> Any:
@@ -526,9 +526,9 @@ def _nanogpt(path: Path) -> _Weights:
         "scale_attn_by_inverse_layer_idx": arguments.get("scale_attn_by_inverse_layer_idx", False),
     }
     iteration = content.get("iter_num")
-    what = f"{path} (nanoGPT{f', iteration {iteration:,}' if isinstance(iteration, int) else ''})"
+    origin = f"{path} (nanoGPT{f', iteration {iteration:,}' if isinstance(iteration, int) else ''})"
     shape = {name: arguments[name] for name in _SHAPE}
-    return _Weights(what=what, weights=_clean(weights), shape=shape, behaviour=behaviour)
+    return _Weights(origin=origin, weights=_clean(weights), shape=shape, behaviour=behaviour)
 
 
 def _shape(config: Any) -> dict[str, int]:

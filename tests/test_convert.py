@@ -7,8 +7,7 @@ from test_harmonized import CAUSAL, IDS, MASKED, V, plain
 from transformers import AutoModelForCausalLM
 
 import hgpt
-from hgpt.convert import Softmax, balance, best_lift, compare, last_layer, lift, lifted_model, main
-from hgpt.convert import plain as with_linear_output
+from hgpt.convert import Softmax, balance, best_lift, compare, last_layer, lift, lifted_model, main, with_linear_output
 from hgpt.errors import UserError
 from hgpt.interpret.models import loaded
 from hgpt.model.harmonized import output_embedding

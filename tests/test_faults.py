@@ -460,7 +460,7 @@ for name in ("SIGUSR1", "SIGHUP"):
 import train
 from types import SimpleNamespace
 with train.StopSignals(SimpleNamespace(world_size=1)) as signals:
-    assert signals.ask(together=False) == 0
+    assert signals.update(together=False) == 0
 """
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=120)
 

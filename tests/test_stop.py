@@ -21,9 +21,9 @@ def test_the_first_signal_is_seen_when_asked_for_and_a_later_one_stops_at_once(n
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt), StopSignals(SimpleNamespace(world_size=1)) as signals:
         signals.training = True
-        assert signals.ask(together=False) == 0
+        assert signals.update(together=False) == 0
         os.kill(os.getpid(), number)
-        assert signals.seen == 0 and signals.ask(together=False) == number
+        assert signals.seen == 0 and signals.update(together=False) == number
         os.kill(os.getpid(), number)  # a cluster and its launcher may both pass on one signal
         later = time.monotonic() + 3
         monkeypatch.setattr(time, "monotonic", lambda: later)
@@ -37,8 +37,8 @@ def test_several_processes_see_a_signal_only_where_all_ask():
     accelerator = SimpleNamespace(gather=lambda mine: torch.cat([mine, others]))
     engine = SimpleNamespace(world_size=2, device="cpu", accelerator=accelerator)
     with StopSignals(engine) as signals:
-        assert signals.ask(together=False) == 0
-        assert signals.ask(together=True) == signal.SIGTERM
+        assert signals.update(together=False) == 0
+        assert signals.update(together=True) == signal.SIGTERM
 
 
 def test_a_signal_before_the_first_step_ends_the_run_at_once():
@@ -53,7 +53,7 @@ def test_signals_that_are_ignored_and_threads_are_left_alone(monkeypatch):
     try:
         with StopSignals(SimpleNamespace(world_size=1)) as signals:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert signals.ask(together=False) == 0
+            assert signals.update(together=False) == 0
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)

@@ -81,7 +81,7 @@ class TrainState:
 
     def __post_init__(self) -> None:
         loss, at = self.validation_loss, self.validation_step
-        right = {
+        valid = {
             **{name: _is_count(getattr(self, name)) for name in ("step", "tokens", "world_size")},
             "validation_loss": loss is None or (type(loss) in (int, float) and abs(loss) < float("inf")),
             "validation_step": at is None or _is_count(at),
@@ -89,7 +89,7 @@ class TrainState:
             "teacher": self.teacher is None or isinstance(self.teacher, str),
             **{name: isinstance(getattr(self, name), dict) for name in ("settings", "packages")},
         }
-        if wrong := [name for name, holds in right.items() if not holds]:
+        if wrong := [name for name, holds in valid.items() if not holds]:
             raise UserError(f"{wrong[0]} cannot be {getattr(self, wrong[0])!r:.100}")
 
     @property
@@ -170,11 +170,11 @@ class Checkpoints:
         Enter after all input was checked. Collective. Raises UserError if another process trains in the folder, or if
         the folder cannot be written.
         """
-        with ExitStack() as held:
-            self.engine.together(lambda: self._claim(held) if self.engine.is_main else None)
+        with ExitStack() as stack:
+            self.engine.together(lambda: self._claim(stack) if self.engine.is_main else None)
             yield
 
-    def _claim(self, held: ExitStack) -> None:
+    def _claim(self, stack: ExitStack) -> None:
         folder, config, resumed = self.config.run_folder, self.config, self.resumed
         branch = resumed is not None and not _is_of_run(resumed.path, folder)
         if resumed is not None and branch:  # until the first checkpoint, only config.toml names the origin
@@ -182,7 +182,7 @@ class Checkpoints:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             busy = f"another process is training in {folder}: wait for it, or end it, or choose another --name"
-            held.enter_context(folder_lock(folder / LOCK, busy))
+            stack.enter_context(folder_lock(folder / LOCK, busy))
             clean_up(folder / CHECKPOINTS)
             if resumed is not None and not branch:
                 for path in checkpoints(folder):
@@ -194,7 +194,7 @@ class Checkpoints:
             (folder / PREEMPTED).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"the run folder {folder} cannot be written: {error}; choose another --runs_dir") from error
-        held.enter_context(self.writer)
+        stack.enter_context(self.writer)
 
     def due(self, step: int, *, last: bool = False, stopping: bool = False) -> bool:
         """Whether to save after `step` steps; not at the resumed checkpoint's step."""
@@ -223,17 +223,17 @@ class Checkpoints:
     def _write(self, full: FullState, random_states: list[dict[str, Tensor]], state: TrainState) -> None:
         """Write a checkpoint; if the run folder was renamed or deleted during training, into a new one."""
         run_folder = self.config.run_folder
-        mark = run_folder / CONFIG_FILE
+        config_file = run_folder / CONFIG_FILE
         try:
-            if mark.exists():
+            if config_file.exists():
                 return self._write_folder(full, random_states, state)
         except UserError:
-            if mark.exists():
+            if config_file.exists():
                 raise
         _warn(f"{run_folder} was renamed or deleted: checkpoints go to a new folder of this name")
-        with writing(mark):
+        with writing(config_file):
             run_folder.mkdir(parents=True, exist_ok=True)
-            write_toml(self.config, mark)
+            write_toml(self.config, config_file)
         self._write_folder(full, random_states, state)
 
     def _write_folder(self, full: FullState, random_states: list[dict[str, Tensor]], state: TrainState) -> None:

@@ -34,8 +34,8 @@ from hgpt.run.settings import settings
 
 NON_FINITE_FILE = "non_finite.jsonl"
 EXPLANATION = (
-    "Distances go from the model's point to the centre of a token, divided by the median over all tokens: a token at 1 "
-    "is as far as\nan ordinary one. In training the correct token, the target, comes nearer."
+    "Distances are from the hidden state to a token's centre, divided by the median over all tokens. In training the\n"
+    "correct token, the target, comes nearer."
 )
 
 
@@ -105,11 +105,11 @@ class Report:
     def __enter__(self) -> "Report":
         """Collective."""
         config = self.config
-        with ExitStack() as held:
+        with ExitStack() as stack:
             if self.engine.is_main:
                 trackers = build_trackers(config.log, config.run_folder, config.name, self.first_step)
                 self._log = MetricsLog(config.run_folder, trackers, settings(config), self.first_step)
-                held.callback(self._log.close)
+                stack.callback(self._log.close)
             # disable=None: no bar unless standard error is a terminal; `log` prints lines instead.
             self._bar = tqdm(
                 total=config.train.steps,
@@ -119,16 +119,16 @@ class Report:
                 dynamic_ncols=True,
                 smoothing=0.05,
             )
-            held.enter_context(self._bar)
+            stack.enter_context(self._bar)
             if self._energy is not None:
-                held.enter_context(self._energy)
+                stack.enter_context(self._energy)
                 self._write_line(f"energy: {self._energy.method}")
-            self._held = held.pop_all()
+            self._stack = stack.pop_all()
         self._since, self._steps = time.perf_counter(), 0
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._held.close()
+        self._stack.close()
 
     def _write_line(self, line: str) -> None:
         """Print above the bar, on the main process."""

@@ -58,7 +58,7 @@ class StopSignals:
     Signals that are ignored stay ignored (nohup: SIGHUP). A thread other than the main one handles no signals.
 
     Attributes:
-        seen: the number of the signal that was received before the last `ask`; 0 for none.
+        seen: the number of the signal that was received before the last `update`; 0 for none.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -96,7 +96,7 @@ class StopSignals:
             raise KeyboardInterrupt(f"interrupted {when}")
         raise Preempted(f"stopped by {signal.Signals(number).name} {when}")
 
-    def ask(self, *, together: bool) -> int:
+    def update(self, *, together: bool) -> int:
         """Update `seen` and return it. Collective if `together`.
 
         Processes receive a signal at different moments but must stop after the same step: with several processes `seen`
@@ -149,14 +149,14 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self._store is not None:
-            for work in (self._tell, self._watch):
+            for work in (self._publish, self._watch):
                 threading.Thread(target=work, args=(self._store,), name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._end.set()
 
-    def _tell(self, store: dist.Store) -> None:
+    def _publish(self, store: dist.Store) -> None:
         """Write this process's step, and a number that grows as long as the process runs, into the store."""
         alive = 0
         while not self._end.is_set():
@@ -192,7 +192,7 @@ class Watchdog:
         for rank in ranks:
             their_step, doing, alive = now.get(rank, (0, "", 0))
             if rank not in now:
-                phrases.append(f"process {rank} was never heard of")
+                phrases.append(f"process {rank} never reported a step")
             elif alive == before.get(rank, (0, "", 0))[2]:
                 silent = f"has been silent for {2 * self._interval:g} s"
                 phrases.append(f"process {rank} {silent}, since step {their_step} ({doing})")
