@@ -149,7 +149,7 @@ def test_the_message_names_the_step_and_the_processes_that_are_behind(monkeypatc
     assert codes == [EXIT_HUNG]
     message = capfd.readouterr().err
     assert "error: process 0 has waited for 1 s in step 9 (training)" in message
-    assert "process 1 is still in step 8 (saving a checkpoint); process 2 was never heard of" in message
+    assert "process 1 is still in step 8 (saving a checkpoint); process 2 never reported a step" in message
 
 
 def test_a_store_that_does_not_answer_delays_nobody(monkeypatch, capfd):
