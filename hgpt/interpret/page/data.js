@@ -1,4 +1,4 @@
-// What all parts of the page share: packed numbers, elements, colours, and the two models that are shown.
+// Shared by all parts of the page: packed numbers, elements, colours, and the two shown models.
 const get = (id) => document.getElementById(id);
 const load = (id) => JSON.parse(get(id)?.textContent ?? "null");
 
@@ -18,13 +18,13 @@ const element = (kind, properties = {}, ...children) => {
   made.append(...children);
   return made;
 };
-const fillSelect = (select, pairs) => { // pairs of value and title; what was chosen stays chosen
+const fillSelect = (select, pairs) => { // pairs of value and title; keeps the choice
   const kept = select.value;
   select.replaceChildren(
     ...pairs.map(([value, title]) => element("option", { value, selected: value === kept }, title)));
 };
 
-// Each of these tokens holds part of a character, as \xe4; together they may hold all of it.
+// Each of these tokens holds part of a character, as \xe4; together they may be a character.
 const joined = (texts) =>
   texts.join("").replace(/(\\x[0-9a-f]{2})+/g, (escapes) =>
     new TextDecoder().decode(Uint8Array.from(escapes.match(/[0-9a-f]{2}/g), (digits) => parseInt(digits, 16))));

@@ -10,7 +10,7 @@ const vocabulary = () => model().vocabulary;
 
 const pins = [...explorer.pins];
 let chosen = pins[0] ?? null; // the text on the card
-let hits = null; // the tokens that the search found, while it is open
+let hits = null; // the search's tokens, while it is open
 let active = 0; // the active option of the search
 
 const chart = new PointMap(get("map"), {

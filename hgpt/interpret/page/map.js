@@ -96,7 +96,7 @@ class PointMap {
     this.front.forEach(dot);
     this.layer.getContext("2d").putImageData(this.image, 0, 0);
     this.context.clearRect(0, 0, width, height);
-    this.context.drawImage(this.layer, 0, 0); // put directly, the pixels would be missing on paper
+    this.context.drawImage(this.layer, 0, 0); // putImageData would not print
   }
 
   annotate() {
@@ -140,7 +140,7 @@ class PointMap {
     return found;
   }
 
-  // Zoom around the place (x, y) of the canvas.
+  // Zoom around (x, y) of the canvas.
   zoom(factor, x = this.canvas.width / 2, y = this.canvas.height / 2) {
     const before = this.perPixel();
     this.view.zoom = Math.min(Math.max(this.view.zoom * factor, 0.5), 200);

@@ -1,17 +1,17 @@
-// The text browser: one text as two models read it, coloured by a quantity of choice.
-const readings = load("reading-data"); // of each model, null if it read nothing
+// The text browser: one text as two models read it, coloured by a chosen quantity.
+const readings = load("reading-data"); // one per model, null if it read nothing
 const seenBy = (model) => readings[model].seen;
 const sides = () => ["a", "b"].filter((side) => pair[side] !== null && readings[pair[side]]);
 const otherOf = (side) => sides().find((other) => other !== side);
 const sideBox = (side) => document.querySelector(`.side[data-side="${side}"]`);
 const spansOf = (side) => sideBox(side).querySelectorAll("[data-position]");
-const fixed = { a: 0, b: 0 }; // the positions that were chosen last
+const fixed = { a: 0, b: 0 }; // the last chosen positions
 
 // d / d_min at the faint end of the scale: nine in ten targets are nearer.
 const ratios = (readings ?? []).flatMap((reading) => reading?.seen.map((seen) => seen.ratio) ?? []);
 const known = ratios.filter((ratio) => ratio !== null).sort((a, b) => a - b);
 const widest = Math.max(1.01, known[Math.floor(0.9 * known.length)] ?? 0);
-// Quantity → its value at a position, or null; the value's place in a scale of 0 to 1; the words for both ends.
+// Quantity → its value at a position, or null; the value on a scale of 0 to 1; the words for both ends.
 const QUANTITIES = {
   probability: { of: (seen) => seen.p, place: (p) => p, ends: ["0", "1"] },
   "surprise −log p": { of: (seen) => -Math.log(seen.p), place: (loss) => loss / 10, ends: ["0", "10 nats"] },

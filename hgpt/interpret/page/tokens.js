@@ -1,4 +1,4 @@
-// What is known of a token: its kind, the search, and the card with neighbours, relations and contexts.
+// Tokens: their kinds, the search, and the card with neighbours, relations and contexts.
 const KINDS = [
   ["words or their beginnings", /^[ ▁]\p{L}+$/u],
   ["pieces and unspaced words", /^\p{L}[\p{L}'’]*$/u],
@@ -48,7 +48,7 @@ const matches = ({ texts, ranks }, query, most = 30) => {
   return found.sort((a, b) => a[0] - b[0] || a[1] - b[1]).slice(0, most).map((one) => one[2]);
 };
 
-// Pairs of item and value; null for a token that is not among those with neighbours.
+// Pairs of item and value; null for a token without neighbours.
 const nearestOf = (model, kind, token) => {
   const row = model.rowOf.get(token);
   if (row === undefined || !model[kind]) return null;
@@ -62,7 +62,7 @@ const listed = (title, items) =>
     ? [element("h4", {}, title), element("ul", {}, ...items.map((item) => element("li", {}, ...item)))]
     : [];
 
-// The token at a place of the text, marked, and up to 16 tokens before it. A piece of text begins without a loss.
+// The token at an index of the text, marked, and up to 16 tokens before it. A piece of text begins without a loss.
 const passage = ({ text: { ids, losses }, vocabulary: { texts } }, at) => {
   let start = at;
   while (at - start < 16 && !Number.isNaN(losses[start])) start--;
