@@ -5,7 +5,7 @@
 
 The parts run one after the other, each in its own process with a time limit:
 
-    head        loss and gradients of GPT-2 small's head beside those of other libraries: time, memory, errors
+    head        loss and gradients of GPT-2 small's head and of other libraries' heads: time, memory, errors
     step        the training step of GPT-2 small: harmonic, softmax and a plain GPT-2, micro-batches of 8 to 64
     train       train.py from its start to its end on random tokens
     tests       the tests marked "gpu"

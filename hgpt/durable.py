@@ -32,7 +32,7 @@ def sha256(path: Path) -> str:
 def read_json(path: Path, way_out: str) -> Any:
     """The content of a JSON file. Raises FileNotFoundError, and UserError if it is no file or no JSON."""
     try:
-        if not path.is_file() and path.exists():  # opening a FIFO would wait for ever
+        if not path.is_file() and path.exists():  # opening a FIFO would block
             raise UserError(f"{path} is not a file. {way_out}")
         return json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -79,7 +79,7 @@ class Stream:
 
 
 class Reader:
-    """A model that predicts text: `tokenizer` is None if none is saved beside it."""
+    """A model that predicts text: `tokenizer` is None if none is saved with it."""
 
     # Any: transformers' annotations name every kind of model and tokenizer at once.
     def __init__(self, source: Source, seq_len: int | None, device: torch.device) -> None:
@@ -129,14 +129,14 @@ class Reader:
         """
         end = self.tokenizer.eos_token_id
         prefix = end if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
-        before, behind = (prefix, None) if document else (None, end)
+        before, after = (prefix, None) if document else (None, end)
         ids: list[np.ndarray] = [] if before is None else [np.array([before])]
         size: int | None = sum(len(text.encode()) for text in texts)
         for number, text in enumerate(texts):
             tokens, first = self.encode(text)
             if number == 0 and before is None:
                 size = None if size is None or first is None else size - first
-            ids += [tokens] if behind is None else [tokens, np.array([behind])]
+            ids += [tokens] if after is None else [tokens, np.array([after])]
         return Stream(tokens=np.concatenate(ids) if ids else np.array([]), bytes=size, document=document)
 
     def measure(self, streams: Sequence[Stream]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ is computed by the formulas below: bytes on one GPU at the peak of a training st
 P: parameters; B: those of one block; E: those outside the blocks. W: processes (world size). R = 5·10⁸: DeepSpeed's
 reduce bucket. c: bytes of an operand of a matrix product, 2 in bf16 and 4 in fp32. AdamW keeps two float32 numbers per
 parameter; Muon (ddp only) keeps one for the matrices of the blocks. ZeRO keeps float32 master weights. ZeRO-1 also
-accumulates float32 gradients beside the bf16 ones. In fp32, ZeRO-1 has 4 P of gradients, and ZeRO-2 has no
+accumulates float32 gradients besides the bf16 ones. In fp32, ZeRO-1 has 4 P of gradients, and ZeRO-2 has no
 4 min(P, R), a float32 copy of its bucket. ZeRO-2 and 3 allocate whole buckets, even for a small model.
 
     activations            L N (D (2 r + 14 c) + 4 H + 16) + N (D r + 16)
@@ -613,7 +613,7 @@ def main(arguments: Sequence[str]) -> str:
     share = checked(float, "be above 0 and at most 1", lambda mfu: 0 < mfu <= 1)
     add("--mfu", type=share, default=default.mfu, help="expected share of the peak FLOP/s (default: %(default)s)")
     add("--device", default=default.device, help='CUDA\'s name of the GPU, or "cpu" (default: %(default)s)')
-    add("--vocab", type=int, metavar="N", help="tokens of the vocabulary, where the data does not exist yet")
+    add("--vocab", type=int, metavar="N", help="tokens of the vocabulary, if the data does not exist yet")
     size = checked(float, "be more than 0 GiB", lambda gib: gib > 0)
     add("--memory", type=size, metavar="GIB", help="memory of a GPU (default: that of the device)")
     add("--table", nargs="+", metavar="FILE", help="print only a Markdown table: GiB per GPU of these configurations")

@@ -142,7 +142,7 @@ def _state(folder: Path, found: list[Path], steps: float | None, age: float | No
     alive = is_locked(folder / LOCK)
     if alive is None:
         pauses = [later - earlier for earlier, later in pairwise(times)]
-        # A crash and a later restart make a long pause too; hence the upper bound.
+        # A crash and a later restart also make a long pause, hence the upper bound.
         alive = age is not None and age <= min(max(120.0, 3 * max(pauses, default=0.0)), 1800.0)
     if alive:
         return "running"
@@ -340,8 +340,8 @@ def plot(curves: Sequence[Curves], axis: str, target: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if axis == "tokens":
         axes.xaxis.set_major_formatter(lambda value, position: _short(value))
-    beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if many else {}
-    axes.legend(frameon=False, fontsize=7.5 if many else 9, **beside)
+    outside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if many else {}
+    axes.legend(frameon=False, fontsize=7.5 if many else 9, **outside)
     try:
         figure.savefig(target)
     except (OSError, ValueError) as error:  # ValueError: a format that matplotlib does not know

@@ -110,7 +110,7 @@ class Source:
             raise UserError(
                 f"the tokenizer in {self.folder} has {tokens} tokens, but the model's vocab_size is {vocab_size}: they "
                 "do not belong together. Put the tokenizer that the model was trained with (tokenizer.json of its data "
-                "folder) beside the model"
+                "folder) next to the model"
             )
         return model, tokenizer
 

@@ -289,7 +289,7 @@ def test_a_shard_that_is_cut_short_or_deleted_after_it_was_opened(folder):
     with pytest.raises(UserError, match=r"train_000001\.bin ends before token 101: it was cut short"):
         shards.read(0, 351)
     (folder / "train_000004.bin").unlink()
-    with pytest.raises(UserError, match=r"train_000004\.bin cannot be read any more"):
+    with pytest.raises(UserError, match=r"train_000004\.bin can no longer be read"):
         shards.read(1000, 1003)
 
 

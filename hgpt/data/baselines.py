@@ -20,7 +20,7 @@ COUNTS_FILE = "train_counts.json"  # in a data folder: {"shards": digest of the 
 def training_counts(shards: TokenShards) -> np.ndarray:
     """How often each token occurs in the training split, (V,) int64.
 
-    data_prep writes the counts beside the shards. For other folders, and after a change of the shards, the first call
+    data_prep writes the counts next to the shards. For other folders, and after a change of the shards, the first call
     counts, and writes COUNTS_FILE if the folder can be written.
 
     Raises:

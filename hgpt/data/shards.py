@@ -387,12 +387,12 @@ class TokenShards:
         folder = Path(folder)
         if vocab_size is not None:
             check_vocab_size(vocab_size, "vocab_size")
-        beside = None if os.path.isfile(folder / META_FILE) else tokenizer_file(folder)
-        if beside is not None:
-            known = max(token_ids(beside).values()) + 1
-            if beside.name == CHARACTERS_FILE and vocab_size not in (None, known):
+        source = None if os.path.isfile(folder / META_FILE) else tokenizer_file(folder)
+        if source is not None:
+            known = max(token_ids(source).values()) + 1
+            if source.name == CHARACTERS_FILE and vocab_size not in (None, known):
                 raise UserError(
-                    f"vocab_size {vocab_size} does not match {beside}, which has {known} characters. Leave the setting "
+                    f"vocab_size {vocab_size} does not match {source}, which has {known} characters. Leave the setting "
                     f"out, or rename {CHARACTERS_FILE} if the tokens are not those characters."
                 )
             vocab_size = vocab_size or known
@@ -454,7 +454,7 @@ class TokenShards:
                 file = self._open_files.setdefault(shard, open(path, "rb", buffering=0))  # noqa: SIM115
             content = os.pread(file.fileno(), count * dtype.itemsize, header + first * dtype.itemsize)
         except OSError as error:
-            raise UserError(f"{path} cannot be read any more: {error.strerror}. Copy it again.") from error
+            raise UserError(f"{path} can no longer be read: {error.strerror}. Copy it again.") from error
         if len(content) < count * dtype.itemsize:
             raise UserError(
                 f"{path} ends before token {first + count}: it was cut short after it was opened. Copy it again from "
@@ -525,7 +525,7 @@ def _locate(folder: Path, split: str, of_bare: np.dtype) -> tuple[DataMeta | Non
     if present & BARE:
         raise UserError(
             f"data folder {folder} has no {bare.name}. A nanoGPT folder has train.bin and val.bin: "
-            "put the missing one beside the other."
+            "put the missing one next to the other."
         )
     ours = rf"({'|'.join(SPLITS)})_\d+\.bin|{PART_FILE}|{re.escape(UNFINISHED_FOLDER)}"
     if any(re.fullmatch(ours, name) for name in present):
@@ -587,7 +587,7 @@ def _shards_of_others(folder: Path, split: str, found: list[tuple[str, Path]]) -
     if split not in splits:
         raise UserError(
             f"data folder {folder} holds shards of the split {' and '.join(splits)} only, and none with {split!r} "
-            f"in its name (like fineweb_{split}_000000.bin). Put them beside the others."
+            f"in its name (like fineweb_{split}_000000.bin). Put them next to the others."
         )
     files = [(side, check_shard(path)) for side, path in found]
     types = {file.dtype: f"{file.path.name} of {file.dtype.name}" for _, file in files}
@@ -652,7 +652,7 @@ def _beginning(path: Path, way_out: str) -> tuple[int, bytes]:
     """The size of a file, and its first bytes."""
     try:
         state = path.stat()
-        if not stat.S_ISREG(state.st_mode):  # opening a FIFO would wait for ever
+        if not stat.S_ISREG(state.st_mode):  # opening a FIFO would block
             raise UserError(f"{path} is not a file. {way_out}")
         with open(path, "rb") as file:
             return state.st_size, file.read(HEADER_BYTES)

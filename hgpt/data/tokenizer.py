@@ -160,7 +160,7 @@ def load_tokenizer(spec: str, training_texts: Callable[[], Iterable[str]] | None
 def hf_tokenizer(
     tokenizer_json: str | Path, model_max_length: int, end_of_text: int | None = None
 ) -> PreTrainedTokenizerFast:
-    """The Hugging Face tokenizer of a `tokenizer.json` or `meta.pkl`, to be saved beside an exported model.
+    """The Hugging Face tokenizer of a `tokenizer.json` or `meta.pkl`, to be saved with an exported model.
 
     End-of-text (the id `end_of_text`; if None, that of `tokenizer_config.json`, or `<|endoftext|>`) is the bos, eos and
     pad token, as is usual with GPT-2, and the unk token of a tokenizer that has none. Characters have none of these.
@@ -550,13 +550,13 @@ def _end_of_text(path: Path, backend: tokenizers.Tokenizer) -> int:
     if end_of_text is None:
         raise UserError(
             f"{path} has no token {token!r} to end a document with. Name its end-of-text token as eos_token in a "
-            f'tokenizer_config.json beside it, for example {{"eos_token": "</s>"}}.'
+            f'tokenizer_config.json next to it, for example {{"eos_token": "</s>"}}.'
         )
     return end_of_text
 
 
 def _end_of_text_token(path: Path) -> str:
-    """eos_token of the tokenizer_config.json beside `path`, or `<|endoftext|>`."""
+    """eos_token of the tokenizer_config.json next to `path`, or `<|endoftext|>`."""
     config = path.with_name("tokenizer_config.json")
     try:
         content = read_json(config, "Copy it again.")

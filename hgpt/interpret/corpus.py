@@ -50,14 +50,14 @@ class Corpus:
             pass  # `TokenShards` says how to prepare one
         except (OSError, ValueError) as error:  # ValueError: NUL in the name
             raise UserError(f"data folder {folder} cannot be read: {error}. Give another path") from error
-        beside = tokenizer_file(Path(folder))
-        file = beside or next((file for file in tokenizer_files if file.is_file()), None)
+        own_file = tokenizer_file(Path(folder))
+        file = own_file or next((file for file in tokenizer_files if file.is_file()), None)
         tokenizer = vocabulary = None
         if file is not None:
             tokenizer = load_tokenizer(str(file))
             vocabulary = frozenset(token_ids(file).items())
         vocab_size = None
-        if beside is None and not (Path(folder) / META_FILE).is_file():
+        if own_file is None and not (Path(folder) / META_FILE).is_file():
             own = [] if tokenizer is None else [tokenizer.vocab_size]
             vocab_size = _vocab_size(folder, vocab_sizes or own)
         train, val = (TokenShards.open(folder, split, vocab_size) for split in ("train", "val"))

@@ -88,7 +88,7 @@ def grid(count: int, columns: int, *, row_height: float, extra: float, **options
 
 
 def label_edges(axes: np.ndarray, below: str, left: str) -> None:
-    """One axis label below each column of panels, and one beside each row."""
+    """One axis label below each column of panels, and one next to each row."""
     for panel in axes[-1]:
         panel.set_xlabel(below)
     for panel in axes[:, 0]:

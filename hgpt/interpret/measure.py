@@ -232,7 +232,7 @@ class Measure:
     compare: Callable[[ModelResult, ModelResult], Any] = lambda first, other: None
     # Entries of a model's object in results.json; objects of one name from several measures are merged
     rows: Callable[[ModelResult], dict[str, Any]] = lambda model: {}
-    # Entries of results.json beside "models"
+    # Entries of results.json besides "models"
     overall: Callable[[Analysis], dict[str, Any]] = lambda analysis: {}
     # The blocks of the section; no blocks, no section
     section: Callable[[Analysis], Sequence[Block]] = lambda analysis: ()

@@ -19,7 +19,7 @@ from hgpt.model.heads import HarmonicHead
 from hgpt.run.checkpoint import MODEL, checkpoint_step, checkpoints
 from hgpt.source import GPT2_KINDS, Source, find_source
 
-WORKING_BYTES = 1_000_000_000  # beside the weights: blocks of logits, float64 copies of vectors, figures
+WORKING_BYTES = 1_000_000_000  # besides the weights: blocks of logits, float64 copies of vectors, figures
 
 
 def find_sources(names: list[str]) -> list[Source]:

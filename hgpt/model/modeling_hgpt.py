@@ -32,8 +32,8 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 # The versions that the test suite passes with (the bounds in pyproject.toml); written into an export's config.json.
 TRANSFORMERS_TESTED = ">=5.17,<5.25"
 
-# Keywords that transformers 5.17 to 5.24 passes to a text decoder beside the parameters of `forward`. Any other keyword
-# is an error, because ignoring it may change the result.
+# Keywords that transformers 5.17 to 5.24 passes to a text decoder besides the parameters of `forward`. Any other
+# keyword is an error, because ignoring it may change the result.
 FOR_ATTENTION = {  # passed on to the attention function
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),  # rows packed for FlashAttention
     *("max_seqlen_q", "max_seqlen_k"),  # the same in `generate_batch` of transformers 5.17

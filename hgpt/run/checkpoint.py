@@ -341,7 +341,7 @@ def find_checkpoint(config: RunConfig, warn: Callable[[str], None]) -> Path | No
         if config.resume == "auto":
             newest = newest_checkpoint(run_folder, warn)
             if newest is None and checkpoints(run_folder):
-                raise UserError(f"every checkpoint of {run_folder} is damaged: choose another --name to start anew")
+                raise UserError(f"every checkpoint of {run_folder} is damaged: choose another --name to start again")
             return newest or _origin(run_folder)
         checkpoint = Path(config.resume)
         if not checkpoint.is_dir():

@@ -47,7 +47,7 @@ def flops_per_token(config: HGPTConfig, seq_len: int) -> float:
     scores, although causal kernels skip the masked half.
     """
     weights = 12 * config.n_layer * config.n_embd**2 + config.padded_vocab_size * config.n_embd
-    if isinstance(config, HarmonizedConfig):  # the blocks are whatever they are: count them
+    if isinstance(config, HarmonizedConfig):  # count the backbone's own blocks
         with torch.device("meta"):
             blocks = model_class(config)(config).transformer.h
         weights = config.padded_vocab_size * config.n_embd + sum(p.numel() for p in blocks.parameters() if p.ndim > 1)
@@ -246,8 +246,8 @@ class Report:
         """Print the result. `unigram`: the validation loss of a unigram model; None if it was not computed."""
         self._bar.close()
         say = self.engine.say
-        beside = "" if unigram is None else f", of a unigram model {unigram:.4f}"
-        say(f"\nvalidation loss {validation.loss:.4f}{beside}")
+        baseline = "" if unigram is None else f", of a unigram model {unigram:.4f}"
+        say(f"\nvalidation loss {validation.loss:.4f}{baseline}")
         if self._energy is not None and self._spent is not None:
             say(in_words(self._spent, self._energy.method))
         run_folder = self.config.run_folder
@@ -364,7 +364,7 @@ class MetricsLog:
         with writing(self._path):
             self._file.write(json.dumps({"kind": kind, "step": step, "time": time.time(), **finite, **words}) + "\n")
         if track:
-            # Groups are sorted by name: train_seconds/forward comes behind train/loss.
+            # Groups are sorted by name: train_seconds/forward comes after train/loss.
             named = {f"{kind}/{name}".replace("/seconds_", "_seconds/"): value for name, value in values.items()}
             self._track(lambda tracker: tracker.log(named, step=step))
 

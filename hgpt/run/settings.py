@@ -171,7 +171,7 @@ def _read_toml(file: str) -> dict[str, Any]:
 def _merged(given: list[tuple[str, str, Any]], options: Sequence[str]) -> dict[str, Any]:
     """Checked settings from (place, name, value); a later value of a setting replaces an earlier one.
 
-    `options` of the command are suggested beside the settings for an unknown name.
+    `options` of the command are also suggested for an unknown name.
     """
     values: dict[str, Any] = {}
     for place, name, value in given:
@@ -184,7 +184,7 @@ def _merged(given: list[tuple[str, str, Any]], options: Sequence[str]) -> dict[s
             values[name] = value
     for name, (fixed, reason) in removed(values).items():
         if values.get(name) not in (None, fixed):
-            raise UserError(f"{name} = {values[name]!r}: there is no such setting any more, {reason}: remove it")
+            raise UserError(f"{name} = {values[name]!r}: this setting was removed, {reason}: remove it")
         values.pop(name, None)
     required = [name for name, setting in known_settings().items() if setting.default is MISSING]
     if not values.keys() >= set(required):

@@ -135,7 +135,7 @@ def section(analysis: Analysis) -> list[Block]:
         paragraph(
             "Point at a token, or move with the arrow keys, to see the token's probability and the tokens that each "
             "model found most probable at its place. A click keeps the token. The most probable tokens of a harmonic "
-            "head are those with the nearest centres (with radii ρ: the smallest d / ρ); d / d_min stands beside them."
+            "head are those with the nearest centres (with radii ρ: the smallest d / ρ); d / d_min stands next to them."
         ),
         paragraph(f"Text: {source}.", quiet=True),
         Markup(CONTROLS),
