@@ -18,7 +18,7 @@ COUNTS_FILE = "train_counts.json"  # in a data folder: {"shards": digest of the 
 
 
 def training_counts(shards: TokenShards) -> np.ndarray:
-    """How often each token occurs in the training split, (V,) int64.
+    """Count of each token in the training split, (V,) int64.
 
     data_prep writes the counts next to the shards. For other folders, and after a change of the shards, the first call
     counts, and writes COUNTS_FILE if the folder can be written.
@@ -49,7 +49,7 @@ def training_counts(shards: TokenShards) -> np.ndarray:
 
 
 def count_tokens(shards: TokenShards) -> np.ndarray:
-    """How often each token occurs in the split, (V,) int64, by reading all of it; shows progress."""
+    """Count of each token in the split, (V,) int64; reads all of it and shows progress."""
     counts = np.zeros(shards.vocab_size, dtype=np.int64)
     interval = 0.2 if sys.stderr.isatty() else 30  # seconds between lines
     text = f"counting the tokens of {shards.folder}"
@@ -94,7 +94,7 @@ def unigram_loss(train: TokenShards, val: TokenShards) -> float:
 
 
 def target_counts(shards: TokenShards) -> np.ndarray:
-    """How often each token is a target of the split, (V,) int64: the first token is none."""
+    """Count of each token as a target of the split, (V,) int64: the first token is none."""
     counts = count_tokens(shards)
     counts[shards.read(0, 1)] -= 1
     return counts

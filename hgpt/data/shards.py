@@ -467,7 +467,7 @@ class TokenShards:
 
 
 def fingerprint(splits: Sequence[TokenShards], *, whole: bool) -> str:
-    """What identifies data, as words: `same_data` compares the words that two fingerprints share.
+    """Identifies data, as words: `same_data` compares the words that two fingerprints share.
 
     With meta.json: the SHA-256 of the shards' checksums and, if there is a tokenizer, that of its checksum with the
     vocabulary's size and end-of-text. Other folders have no checksums: the SHA-256 of the splits' lengths, that of 256

@@ -26,8 +26,8 @@ TOKENS_AT_ONCE = 1 << 22
 def verify(folder: str | Path, vocab_size: int | None = None) -> None:
     """Read every byte of a data folder; raise one UserError that lists all damage.
 
-    Checked for each shard: what `TokenShards.open` checks, the checksum, and that every token is in the vocabulary.
-    `vocab_size`: as for `TokenShards.open`.
+    Checks of each shard: those of `TokenShards.open`, the checksum, and the range of every token. `vocab_size`: as for
+    `TokenShards.open`.
     """
     damage = [line for split in SPLITS for line in find_damage(folder, split, vocab_size)]
     if damage:

@@ -162,7 +162,7 @@ class Corpus:
         return self.val.vocab_size in (vocab_size, min(vocab_size, len(words)))
 
     def counts(self, vocab_size: int) -> np.ndarray:
-        """How often each token occurs in the training split, (V,); 0 for rows beyond the data's vocabulary."""
+        """Count of each token in the training split, (V,); 0 for rows beyond the data's vocabulary."""
         counts = training_counts(self.train)[:vocab_size]
         return np.pad(counts, (0, vocab_size - len(counts)))
 
@@ -179,7 +179,7 @@ def _vocab_size(folder: str, sizes: Sequence[int]) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class TextPlan:
-    """Which windows of a corpus the models read."""
+    """The windows of a corpus that the models read."""
 
     corpus: Corpus
     seq_len: int  # tokens of a window, in the data's tokens

@@ -166,12 +166,12 @@ class Analysis:
 
 
 def tokens_text(models: Sequence[ModelResult]) -> str:
-    """How many validation tokens the models predicted, as `counts_text`."""
+    """The number of predicted validation tokens, as `counts_text`."""
     return counts_text({model.label: len(model.text.positions.loss) for model in models if model.text is not None})
 
 
 def states_text(models: Sequence[ModelResult], most: int | None = None) -> str:
-    """How many hidden states of each model were sampled, and at most `most` used, as `counts_text`."""
+    """The number of sampled hidden states of each model, at most `most`, as `counts_text`."""
     return counts_text({model.label: len(model.text.sample_at[:most]) for model in models if model.text is not None})
 
 

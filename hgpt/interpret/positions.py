@@ -41,7 +41,7 @@ class Positions:
 
 @dataclass(frozen=True, kw_only=True)
 class TextMeasures:
-    """What `measure_text` returns."""
+    """The result of `measure_text`."""
 
     positions: Positions  # of the whole text
     sample: np.ndarray  # hidden states of each layer, (layers + 1, S, D) float32

@@ -25,7 +25,7 @@ CHECKPOINT_TOKENS, CHECKPOINT_WINDOW, CHECKPOINT_SAMPLE = 2048, 256, 512
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisSettings:
-    """What is measured, and on how much; each field is an option of python -m hgpt.interpret.
+    """The options of python -m hgpt.interpret, one per field.
 
     Args:
         data: data folder written by data_prep; left out: the runs' own
@@ -62,7 +62,7 @@ class AnalysisSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What all models of a report are measured on."""
+    """The settings, relations and text of all models of a report."""
 
     settings: AnalysisSettings
     relations: Sequence[Relation]
@@ -89,9 +89,9 @@ class Read:
     def mean(self, values: np.ndarray, inside: np.ndarray | None = None) -> Estimate:
         """Mean of `values`, (N,), over the positions `inside`, (N,) bool, or over all; windows are resampled."""
         weights = np.ones(len(values)) if inside is None else inside.astype(np.float64)
-        above = self.measures.positions.window_sums(values.astype(np.float64) * weights)
-        below = self.measures.positions.window_sums(weights)
-        return estimate(above.sum() / below.sum(), bootstrap_ratio(above, below, self.counts))
+        numerators = self.measures.positions.window_sums(values.astype(np.float64) * weights)
+        denominators = self.measures.positions.window_sums(weights)
+        return estimate(numerators.sum() / denominators.sum(), bootstrap_ratio(numerators, denominators, self.counts))
 
 
 class Subject:

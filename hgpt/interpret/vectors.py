@@ -81,7 +81,7 @@ class ScoreSettings:
     # The scale is the mean ‖E‖² of the vocabulary or of the relation's words in the plane, or of the unprojected
     # vocabulary.
     normalisation: Literal["vocabulary", "relation", "full_space"] = "vocabulary"
-    words: WordForm = "last"  # which token represents a word
+    words: WordForm = "last"  # the token that represents a word
     vectors: Literal["input", "centres"] = "input"  # rows of the input embedding or of the unembedding
     # Drop pairs of two equal tokens and repeated pairs of tokens. Last tokens often coincide, and equal tokens always
     # form perfect parallelograms.

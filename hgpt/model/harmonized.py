@@ -102,7 +102,7 @@ def _configuration(backbone: Any) -> Any:
         kind = values.pop("model_type", None)
         try:
             backbone = HGPTConfig(**values) if kind == HGPTConfig.model_type else AutoConfig.for_model(kind, **values)
-        except Exception as error:  # what configurations raise for wrong values is open-ended
+        except Exception as error:  # configurations may raise anything for wrong values
             reason = " ".join(str(error).split())[:300]
             raise InvalidSetting("backbone", f"it is no configuration of transformers: {reason}") from error
     if backbone is None or backbone.is_encoder_decoder:

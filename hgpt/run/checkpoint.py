@@ -510,7 +510,7 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except MemoryError:
         raise
-    except Exception as error:  # what libraries raise for wrong content is open-ended
+    except Exception as error:  # libraries may raise anything for wrong content
         what = f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
         raise UserError(
             f"{path} cannot be used: {what:.1000}. It is damaged, or another version of hgpt wrote it: resume an "

@@ -1,4 +1,4 @@
-"""What a run reports: progress bar, metrics.jsonl, trackers, phases, loss spikes, non-finite losses, energy."""
+"""Reports of a run: progress bar, metrics.jsonl, trackers, phases, loss spikes, non-finite losses, energy."""
 
 import json
 import math

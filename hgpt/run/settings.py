@@ -314,7 +314,7 @@ def _in_words(kind: Any) -> str:
 
 
 def _placeholder(kind: Any) -> str:
-    """What --help shows for a value: N, X, TEXT, true|false, adamw|muon."""
+    """The placeholder of a value in --help: N, X, TEXT, true|false, adamw|muon."""
     names = {int: "N", float: "X", bool: "true|false", str: "TEXT", tuple: "LIST", dict: "TABLE"}
     if (name := names.get(get_origin(kind) or kind)) is not None:
         return name

@@ -140,7 +140,7 @@ def conclusions(analysis: Analysis, other: ModelResult) -> list[str]:
 
 
 def _meaning(different: int, shown: int) -> str:
-    """Which significant differences show a relation: in `shown` of them the lower score is also below random pairs."""
+    """A sentence on the significant differences: in `shown` of them the lower score is also below random pairs."""
     if not different:
         return ""
     text = f" In {shown} of these {different} the lower score is also below that of the same words paired at random."

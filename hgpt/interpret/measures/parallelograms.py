@@ -342,7 +342,7 @@ def _every_variant(analysis: Analysis) -> Details:
 
 
 def _pairs_used(analysis: Analysis) -> Details:
-    """How many word pairs of each relation each tokenizer can represent."""
+    """The number of word pairs of each relation that each tokenizer can represent."""
     forms = (BAEK2025, "words of one token", "words of one token after a space", "distinct pairs of tokens")
     tables: dict[tuple[tuple[str, tuple[str, ...]], ...], list[str]] = {}  # one for all models with the same tokenizer
     for model in analysis.models:
