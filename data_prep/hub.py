@@ -88,7 +88,7 @@ def download(repository: str, revision: str) -> Found:
 
     names = sorted(sizes)
     try:
-        files = all_at_once(fetch, names)
+        files = fetch_all(fetch, names)
     except Exception as error:  # of the HTTP client, and a full disk
         raise UserError(
             f"The download of {repository} was interrupted ({type(error).__name__}: {_first_line(error)}). The same "
@@ -131,7 +131,7 @@ def _listing(repository: str, revision: str, alternatives: str) -> tuple[dict[st
     return {file.rfilename: file.size or 0 for file in files if file.rfilename.endswith(".parquet")}, str(info.sha)
 
 
-def all_at_once(fetch: Callable[[str], Path], names: Sequence[str]) -> list[Path]:
+def fetch_all(fetch: Callable[[str], Path], names: Sequence[str]) -> list[Path]:
     """`fetch` each name, DOWNLOADS at a time. After an error running downloads finish, and none begins.
 
     Daemon threads, because after Ctrl-C a ThreadPoolExecutor would wait for all running downloads.

@@ -57,9 +57,9 @@ class OpenWebText(Recipe):
 
     @property
     def source_name(self) -> str:
-        return printable(Path(self.source).resolve().name) if self._is_here() else self.source
+        return printable(Path(self.source).resolve().name) if self._is_local() else self.source
 
-    def _is_here(self) -> bool:
+    def _is_local(self) -> bool:
         try:
             return Path(self.source).exists()
         except OSError as error:
@@ -69,7 +69,7 @@ class OpenWebText(Recipe):
 
     def find_source(self, preparation: Preparation) -> Source:
         """The files of `source`: a folder or file on this machine if it exists, otherwise a data set on the hub."""
-        if self._is_here():
+        if self._is_local():
             return self._local_source()
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.source):
             raise UserError(

@@ -78,7 +78,7 @@ class Preparation(AbstractContextManager["Preparation"]):
             if not (self.folder / "lock").exists():  # the process that held it has finished, and removed it
                 raise UserError(busy)
         except (OSError, ValueError) as error:  # ValueError: NUL in the name
-            self._remove_made()
+            self._remove_created()
             raise UserError(
                 f"--out {self.out} cannot be written: {getattr(error, 'strerror', error)}. Choose another folder, or "
                 "change its permissions."
@@ -114,7 +114,7 @@ class Preparation(AbstractContextManager["Preparation"]):
             for pattern in (f"{split}_*.bin" for split in SPLITS):
                 for path in [*self.out.glob(pattern), *self.out.glob(f".{pattern}.*")]:
                     path.unlink(missing_ok=True)
-            self._remove_made()
+            self._remove_created()
         self._lock.close()
         if isinstance(error, OSError):  # from writing: errors of reading the source have become UserErrors
             raise UserError(
@@ -122,7 +122,7 @@ class Preparation(AbstractContextManager["Preparation"]):
                 "space) and run the same command: it resumes."
             ) from error
 
-    def _remove_made(self) -> None:
+    def _remove_created(self) -> None:
         for folder in self._made:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()

@@ -427,7 +427,7 @@ def _text_of_line(line: bytes | None, where: str, column: str) -> bytes | BadDoc
             f"{where}: cannot be read as JSON ({reason}). Every line must be a JSON object: correct or delete it, or "
             "name the file .txt if it is plain text."
         )
-    way_out = _name_a_text(row)
+    way_out = _suggest_text_field(row)
     while isinstance(row, dict) and column not in row and isinstance(row.get(column.partition(".")[0]), dict):
         outer, _, column = column.partition(".")
         row = row[outer]
@@ -449,7 +449,7 @@ def _text_of_line(line: bytes | None, where: str, column: str) -> bytes | BadDoc
         )
 
 
-def _name_a_text(row: Any) -> str:
+def _suggest_text_field(row: Any) -> str:
     """Advice to name a text field, with the names of those in `row`."""
 
     def texts(value: Any, name: str) -> Iterator[str]:
@@ -487,7 +487,7 @@ def _open_arrow(path: Path) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch
             yield reader.schema, iter(reader)
 
 
-def _way_to(schema: pa.Schema, column: str) -> list[str]:
+def _field_path(schema: pa.Schema, column: str) -> list[str]:
     """The column, and the fields of structs below it: "text.body" → ["text", "body"], unless it is a name itself."""
     return [column] if column in schema.names else column.split(".")
 
@@ -495,8 +495,8 @@ def _way_to(schema: pa.Schema, column: str) -> list[str]:
 def _check_column(path: Path, schema: pa.Schema, column: str) -> None:
     """Raise WrongColumn unless `column` of a table holds text."""
     names = ", ".join(schema.names) or "none"
-    way_out = f"Its columns are {names}. {_name_a_text({field.name: _example(field.type) for field in schema})}"
-    first, *below = _way_to(schema, column)
+    way_out = f"Its columns are {names}. {_suggest_text_field({field.name: _example(field.type) for field in schema})}"
+    first, *below = _field_path(schema, column)
     if first not in schema.names:
         raise WrongColumn(f"{path} has no column {column!r}. {way_out}")
     if (number := schema.names.count(first)) > 1:
@@ -550,7 +550,7 @@ def _table_documents(section: Section, fields: Fields) -> Iterator[bytes | BadDo
     position = 0
     with _batches(section, fields.column) as batches:
         for batch in batches:
-            first, *below = _way_to(batch.schema, fields.column)
+            first, *below = _field_path(batch.schema, fields.column)
             wanted = batch.column(first)[max(0, section.first - position) : max(0, end - position)]
             position += batch.num_rows
             for name in below:

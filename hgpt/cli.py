@@ -206,7 +206,7 @@ def is_command() -> bool:
     return Path(sys.argv[0] if sys.argv else "").resolve() in (checkout / "train.py", checkout / "sample.py")
 
 
-# While a command imports its modules, until `hear_interrupts`, Ctrl-C ends the process without a traceback.
+# While a command imports its modules, until `restore_interrupts`, Ctrl-C ends the process without a traceback.
 COMMAND = is_command()
 if COMMAND and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -228,7 +228,7 @@ def needs(extra: str, *packages: str) -> None:
         raise ModuleNotFoundError(message, name=missing[0])
 
 
-def hear_interrupts() -> None:
+def restore_interrupts() -> None:
     """Let Ctrl-C raise KeyboardInterrupt again."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -249,7 +249,7 @@ def run(
         arguments: default: the command line's.
         interrupted: the message after Ctrl-C, such as how to resume.
     """
-    hear_interrupts()
+    restore_interrupts()
     try:
         text = main(sys.argv[1:] if arguments is None else arguments)
         if text is not None:

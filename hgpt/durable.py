@@ -99,7 +99,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     partial, older = partial_name(target), target.with_name(f".{target.name}.replaced")
     clean_up(target.parent)
     try:
-        _put_back(older, target)
+        _restore(older, target)
         partial.mkdir(parents=True)
         yield partial
         mode = partial.stat().st_mode & 0o666  # a new folder's mode shows the umask, which only os.umask could return
@@ -113,7 +113,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         try:
             publish(partial, target)
         finally:
-            _put_back(older, target)
+            _restore(older, target)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         # Libraries written in Rust (safetensors, tokenizers) raise exceptions that are no OSError.
@@ -125,7 +125,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         raise
 
 
-def _put_back(older: Path, target: Path) -> None:
+def _restore(older: Path, target: Path) -> None:
     """Rename the folder that was replaced to `target` if there is no `target`, otherwise delete it."""
     if older.exists() and not target.exists():
         os.replace(older, target)

@@ -221,7 +221,7 @@ def test_ctrl_c_does_not_wait_for_downloads():
     start = time.perf_counter()
     try:
         with pytest.raises(KeyboardInterrupt):
-            hub_module.all_at_once(fetch, [str(number) for number in range(20)])
+            hub_module.fetch_all(fetch, [str(number) for number in range(20)])
         assert time.perf_counter() - start < 5
         assert all(thread.daemon for thread in set(threading.enumerate()) - before)
     finally:

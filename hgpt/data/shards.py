@@ -245,7 +245,7 @@ class ShardWriter:
         self.dtype = dtype
         self._file: BinaryIO | None = None
         if finished or unfinished:
-            self._go_back()
+            self._reopen_shard()
 
     @property
     def tokens(self) -> int:
@@ -313,7 +313,7 @@ class ShardWriter:
         self.records.append(record)
         self.unfinished = 0
 
-    def _go_back(self) -> None:
+    def _reopen_shard(self) -> None:
         for record in self.records:
             check_shard(self.folder / record.file, record.tokens, self.dtype)
         if self.unfinished:
@@ -521,7 +521,7 @@ def _locate(folder: Path, split: str, of_bare: np.dtype) -> tuple[DataMeta | Non
     matches = [re.fullmatch(rf"[^.].*_({'|'.join(SPLITS)})(_\d+)?\.bin", name) for name in sorted(present)]
     others = [(match[1], folder / match[0]) for match in matches if match]
     if others:
-        return None, _shards_of_others(folder, split, others)
+        return None, _foreign_shards(folder, split, others)
     if present & BARE:
         raise UserError(
             f"data folder {folder} has no {bare.name}. A nanoGPT folder has train.bin and val.bin: "
@@ -581,7 +581,7 @@ def _shards_of_meta(folder: Path, split: str, meta: DataMeta, present: set[str])
     return files
 
 
-def _shards_of_others(folder: Path, split: str, found: list[tuple[str, Path]]) -> list[ShardFile]:
+def _foreign_shards(folder: Path, split: str, found: list[tuple[str, Path]]) -> list[ShardFile]:
     """The shards of `split` among the shards of other tools, (split, path)."""
     splits = dict.fromkeys(side for side, _ in found)
     if split not in splits:

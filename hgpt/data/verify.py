@@ -52,7 +52,7 @@ def find_damage(
         shards = TokenShards.open(folder, split, vocab_size)
     except UserError as error:
         yield from str(error).splitlines()
-        shards = _shards_that_open(Path(folder), split)
+        shards = _intact_shards(Path(folder), split)
         documents = False
     checksums = {} if shards.meta is None else {r.file: r.sha256 for r in shards.meta.splits[split].shards}
     ends = last = 0
@@ -92,7 +92,7 @@ def find_damage(
             )
 
 
-def _shards_that_open(folder: Path, split: str) -> TokenShards:
+def _intact_shards(folder: Path, split: str) -> TokenShards:
     """The intact shards of a split that `TokenShards.open` refuses."""
     files = []
     try:

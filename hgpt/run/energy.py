@@ -80,7 +80,7 @@ class EnergyMeter:
         self._started = False
         self._cause: BaseException | None = None  # codecarbon logs exceptions in place of raising them
         self._said: set[tuple[str, int]] = set()
-        logging.getLogger("codecarbon").addFilter(self._hear)
+        logging.getLogger("codecarbon").addFilter(self._filter_log)
         try:
             self._start(country)
         except Exception as error:
@@ -148,12 +148,12 @@ class EnergyMeter:
         except Exception as error:
             self._fail(error)
         self._tracker = None
-        logging.getLogger("codecarbon").removeFilter(self._hear)
+        logging.getLogger("codecarbon").removeFilter(self._filter_log)
 
     def _fail(self, error: BaseException) -> None:
         self._failure = self._failure or f"{type(error).__name__}: {error}"
 
-    def _hear(self, record: logging.LogRecord) -> bool:
+    def _filter_log(self, record: logging.LogRecord) -> bool:
         """Print each warning of codecarbon once, instead of its log; `method` covers warnings at the start.
 
         A logging filter, because codecarbon replaces its logger's handlers.

@@ -224,7 +224,7 @@ class Engine:
             _fill_zero(self.optimizer.optimizer, model, weights, states)
         elif states:
             for name, parameter in model.named_parameters():
-                state = {kind: _like(value, parameter) for kind, value in states[name].items()}
+                state = {kind: _sharded_like(value, parameter) for kind, value in states[name].items()}
                 self.optimizer.state[parameter] = state
         return prepared, self.optimizer
 
@@ -510,7 +510,7 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _like(value: Tensor, parameter: nn.Parameter) -> Tensor:
+def _sharded_like(value: Tensor, parameter: nn.Parameter) -> Tensor:
     """A copy of a whole tensor on the device of `parameter` and sharded like it; scalars are not sharded."""
     copied = value.to(parameter.device, copy=True)  # `value` may be memory-mapped from a file
     if value.ndim and isinstance(parameter, DTensor):

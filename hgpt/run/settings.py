@@ -249,7 +249,7 @@ def _kind_of(name: str) -> Any:
 def _checked(name: str, value: Any) -> Any:
     """`value` with the setting's type. Raises UserError."""
     try:
-        return _as(value, _kind_of(name))
+        return _converted(value, _kind_of(name))
     except (TypeError, OverflowError) as error:
         shown = "a number of thousands of digits"
         with suppress(ValueError):
@@ -262,7 +262,7 @@ def _from_text(name: str, text: str) -> Any:
     """`text` read as true, false, null or a Python literal if that has the setting's type; otherwise `text` itself."""
     try:
         value = _WORDS[text.lower()] if text.lower() in _WORDS else ast.literal_eval(text)
-        _as(value, _kind_of(name))
+        _converted(value, _kind_of(name))
     except OverflowError:
         return value
     except (TypeError, ValueError, SyntaxError, RecursionError, MemoryError):
@@ -270,13 +270,13 @@ def _from_text(name: str, text: str) -> Any:
     return text if isinstance(value, str) else value
 
 
-def _as(value: Any, kind: Any) -> Any:
+def _converted(value: Any, kind: Any) -> Any:
     """`value` as a value of the type `kind`: whole numbers become floats, lists become tuples. Raises TypeError."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         for part in parts:
             with suppress(TypeError):
-                return _as(value, part)
+                return _converted(value, part)
     if origin is Literal and value in parts:
         return value
     if origin is dict and isinstance(value, dict):
@@ -284,7 +284,7 @@ def _as(value: Any, kind: Any) -> Any:
     if origin is tuple and isinstance(value, list | tuple):
         kinds = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
         if len(kinds) == len(value):
-            return tuple(map(_as, value, kinds))
+            return tuple(map(_converted, value, kinds))
     if kind is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
     if kind is int and type(value) is int and abs(value) >= 2**63:
