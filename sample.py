@@ -4,7 +4,7 @@
     python sample.py runs/quickstart --prompt-file start.txt --num-samples 4 --top-p 0.9
     echo "The with statement" | python sample.py runs/quickstart --prompt - --show-distances
 
-The text goes to standard output, notes go to standard error. Read this file once, downwards.
+The text goes to standard output, notes to standard error.
 """
 
 import argparse

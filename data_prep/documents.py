@@ -3,8 +3,8 @@
     python -m data_prep.documents --out data/mine my_texts/
     python -m data_prep.documents --out data/mine --tokenizer bpe:1024 --val-fraction 0.05 one.txt more.jsonl.gz
 
-Documents are separated by end-of-text and split into train and val by a hash of their words, so that copies of a text
-are in the same split. After an interruption the same command resumes and writes the same bytes.
+Documents are separated by end-of-text and split into train and val by a hash of their words, so copies of a text are
+in the same split. After an interruption the same command resumes and writes the same bytes.
 """
 
 import argparse

@@ -128,7 +128,7 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-column",
         default="text",
-        help="field or column that holds the text, text.body for a field in a field (default: %(default)s)",
+        help="field or column that holds the text, text.body for a nested field (default: %(default)s)",
     )
     parser.add_argument(
         "--skip-bad", action="store_true", help="leave out what cannot be read and name it, instead of stopping"

@@ -28,12 +28,12 @@ class AnalysisSettings:
     """The options of python -m hgpt.interpret, one per field.
 
     Args:
-        data: data folder written by data_prep; left out: the runs' own
-        relations: folder of relation sets, one .json each; left out: the shipped sets
+        data: data folder written by data_prep; default: the runs' own
+        relations: folder of relation sets, one .json each; default: the shipped sets
         tokens: validation tokens that every model predicts, spread evenly over the split; 0: all of them
         bootstrap: resamples per interval
-        text: UTF-8 text to show token by token; left out: the beginning of the validation text
-        words: tokens whose centres to show (quote a leading space: ' the'); left out: frequent words of the text
+        text: UTF-8 text to show token by token; default: the beginning of the validation text
+        words: tokens whose centres to show (quote a leading space: ' the'); default: frequent words of the text
         seed: seed of all random choices: pairs of pairs, resamples, positions
         device: cpu, cuda, cuda:1, mps, ...
     """

@@ -217,7 +217,7 @@ class TrainConfig:
         micro_batch: sequences per forward pass and process; accumulation follows from the number of processes.
         seed: seed of the initial weights, the order of the data and dropout.
         precision: "bf16" (autocast), "fp32", or "auto": bf16 on GPUs that support it, fp32 elsewhere.
-        compile: torch.compile each block.
+        compile: torch.compile the blocks.
         activation_checkpointing: keep only the inputs of blocks and recompute the rest in the backward pass.
         label_smoothing: ε of the training loss −Σ_i q_i log p_i with q_i = (1 − ε) 1[i = target] + ε / vocab_size.
             Logged training losses contain it, validation losses do not.
