@@ -8,7 +8,7 @@ import pytest
 from small_texts import fails, status, texts, write_parquet
 
 from data_prep import openwebtext, verify
-from data_prep.splits import nanogpt_places
+from data_prep.splits import nanogpt_indices
 from hgpt.data.shards import HEADER_BYTES
 
 TEXTS = texts(200)
@@ -44,7 +44,7 @@ def overwrite(path, position, tokens):
 
 
 def test_what_a_folder_holds(prepared, capsys):
-    val = nanogpt_places(200, 0.1, 2357).tolist()
+    val = nanogpt_indices(200, 0.1, 2357).tolist()
     printed = whole(capsys, prepared, "--decode", 2, "--split", "val")
     assert f"{prepared} is whole" in printed
     lines = [line.split() for line in printed.splitlines()[:2]]
