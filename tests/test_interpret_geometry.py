@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
 
 from hgpt.interpret.measures.geometry import (
     effective_rank,
     explained_variance,
+    frequency_correlation,
     isotropy,
     mean_cosine,
     norm_summary,
@@ -93,3 +95,12 @@ def test_unbiased_hsic_by_its_formula():
     assert np.sum(centred_gram(x) * centred_gram(y)) / (n * (n - 3)) == pytest.approx(expected)
     with pytest.raises(ValueError, match="at least 4 vectors; got 3"):
         centred_gram(x[:3])
+
+
+def test_the_correlation_with_frequency_is_of_tokens_that_occur_and_of_distances_from_the_mean() -> None:
+    far_out = np.array([3.0, -3.0, 1.0, -1.0, 0.5, -0.5, 9.0, -9.0])
+    counts = np.array([1, 2, 3, 4, 5, 6, 0, 0])
+    centres = np.stack([far_out * (1 + 1e-3 * np.arange(8)), np.zeros(8)], axis=1)
+    expected = spearmanr(np.abs(centres[:6, 0] - centres[:, 0].mean()), counts[:6]).statistic
+    assert expected < -0.9
+    assert frequency_correlation(centres + np.array([100.0, 7.0]), counts) == pytest.approx(expected)

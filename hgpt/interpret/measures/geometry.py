@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from hgpt.interpret.drawing import finish, line_look, new_figure
 from hgpt.interpret.measure import Analysis, Block, Cell, Curve, ModelResult, Quantity, paragraph, states_text
@@ -85,6 +86,16 @@ def norm_summary(x: np.ndarray) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
+def frequency_correlation(centres: np.ndarray, counts: np.ndarray) -> float:
+    """Spearman's correlation of |w_i − w̄| with the count of token i, over the tokens that occur, (V, D), (V,) → ().
+
+    −1: the rarer the token, the farther out its centre. w̄ is the mean of all centres: neither head changes its
+    predictions if all centres (and, of a harmonic head, the hidden states) are shifted.
+    """
+    far_out = np.linalg.norm(centres - centres.mean(axis=0), axis=1)
+    return float(spearmanr(far_out[counts > 0], counts[counts > 0]).statistic)
+
+
 def geometry(vectors: Matrix) -> dict[str, Any]:
     variances = vectors.principal.variances
     return {
@@ -100,6 +111,8 @@ def geometry(vectors: Matrix) -> dict[str, Any]:
 def compute(subject: Subject) -> dict[str, dict[str, Any]]:
     found = {"input": geometry(subject.input)}
     found["centres"] = found["input"] if subject.model.tied else geometry(subject.centres)
+    if (counts := subject.training_counts) is not None:
+        found["frequency_correlation"] = frequency_correlation(subject.centres.rows, counts)
     if subject.read is not None:
         found["hidden"] = geometry(Matrix(subject.read.measures.sample[-1]))
     return found
@@ -161,6 +174,11 @@ QUANTITIES = (
         "share of the centres' variance in two components",
         lambda model: model.found["geometry"]["centres"]["explained_variance"][1],
         key="explained_2_centres",
+    ),
+    Quantity(
+        "rank correlation of frequency with the centre's distance from the mean centre",
+        lambda model: model.found["geometry"].get("frequency_correlation"),
+        key="frequency_correlation_centres",
     ),
     Quantity("isotropy of the centres", _value("centres", "isotropy")),
     Quantity("mean cosine of two centres", _value("centres", "mean_cosine")),
