@@ -26,15 +26,19 @@ def byte_pairs(size: int) -> tokenizers.Tokenizer:
     return load_tokenizer(f"bpe:{size}", lambda: [TEXT])._backend
 
 
+def trained(backend: tokenizers.Tokenizer, kind: type, size: int, **options: str) -> tokenizers.Tokenizer:
+    special = [UNKNOWN, END_OF_TEXT]
+    backend.train_from_iterator([TEXT], kind(vocab_size=size, special_tokens=special, show_progress=False, **options))
+    return backend
+
+
 def word_pieces(size: int) -> tokenizers.Tokenizer:
     """WordPiece of lower-case words: "##ing" goes on with a word, and spaces are no tokens."""
     backend = tokenizers.Tokenizer(models.WordPiece(unk_token=UNKNOWN))
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=[UNKNOWN, END_OF_TEXT], show_progress=False)
-    backend.train_from_iterator([TEXT], trainer)
-    return backend
+    return trained(backend, trainers.WordPieceTrainer, size)
 
 
 def unigrams(size: int) -> tokenizers.Tokenizer:
@@ -42,11 +46,7 @@ def unigrams(size: int) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=size, special_tokens=[UNKNOWN, END_OF_TEXT], unk_token=UNKNOWN, show_progress=False
-    )
-    backend.train_from_iterator([TEXT], trainer)
-    return backend
+    return trained(backend, trainers.UnigramTrainer, size, unk_token=UNKNOWN)
 
 
 def export(
@@ -64,13 +64,13 @@ def export(
     `rows`: of the embedding, by default one for each token. `settings`: of HGPTConfig.
     """
     torch.manual_seed(seed)
-    sizes = {"vocab_size": rows or backend.get_vocab_size(), "n_positions": context, "n_embd": 32, "n_layer": 2,
-             "n_head": 2}  # fmt: skip
+    shape = {"n_positions": context, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    shape["vocab_size"] = rows or backend.get_vocab_size()
     if head == "gpt2":
-        model = GPT2LMHeadModel(GPT2Config(**sizes))
+        model = GPT2LMHeadModel(GPT2Config(**shape))
     else:
         tied = head == "softmax"
-        model = hgpt.HGPTForCausalLM(hgpt.HGPTConfig(**sizes, head=head, tie_word_embeddings=tied, **settings))
+        model = hgpt.HGPTForCausalLM(hgpt.HGPTConfig(**shape, head=head, tie_word_embeddings=tied, **settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.add_((2 if name.endswith("log_weight") else 0.05) * torch.randn_like(parameter))

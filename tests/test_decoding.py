@@ -40,7 +40,7 @@ def by_transformers(model: HGPTForCausalLM, prompt: Tensor, config: GenerationCo
 
 
 @pytest.mark.parametrize("settings", [{}, {"radius": "learned"}, {"distance": "cosine"}, {"head": "softmax"}], ids=str)
-def test_greedy_tokens_are_those_of_transformers(settings: dict[str, Any]) -> None:
+def test_greedy_tokens_are_those_of_transformers(settings):
     """For a batch whose texts end at different places, and for one that never ends."""
     model, prompt = make_model(**settings), torch.randint(61, (3, 7), device=DEVICE)
     config = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=60)
@@ -60,7 +60,7 @@ def test_greedy_tokens_are_those_of_transformers(settings: dict[str, Any]) -> No
      {"temperature": 1.7, "top_k": 9, "top_p": 0.8, "min_p": 0.1}],
     ids=str,
 )  # fmt: skip
-def test_logits_are_changed_as_by_transformers(limits: dict[str, float]) -> None:
+def test_logits_are_changed_as_by_transformers(limits):
     config = GenerationConfig(max_new_tokens=5, do_sample=True, pad_token_id=0, **({"top_k": 0} | limits))
     options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     prompt = torch.randint(61, (2, 7), device=DEVICE)
@@ -69,7 +69,7 @@ def test_logits_are_changed_as_by_transformers(limits: dict[str, float]) -> None
         torch.testing.assert_close(warpers(config)(prompt, logits.clone()), scores)
 
 
-def test_samples() -> None:
+def test_samples():
     """As many as asked for, different, repeatable by their seed, and out of the tokens that the limits leave."""
     model, prompt = make_model(), torch.randint(61, (1, 7), device=DEVICE)
     config = GenerationConfig(max_new_tokens=NEW, do_sample=True, top_k=4, num_return_sequences=5, pad_token_id=0)
@@ -97,7 +97,7 @@ class Pieces(BaseStreamer):
         self.seen.append("end")
 
 
-def test_a_streamer_gets_what_transformers_gives_it() -> None:
+def test_a_streamer_gets_what_transformers_gives_it():
     model, prompt = make_model(), torch.randint(61, (2, 7), device=DEVICE)
     config = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=60)
     new = by_transformers(model, prompt, config)[:, 7:]
@@ -109,7 +109,7 @@ def test_a_streamer_gets_what_transformers_gives_it() -> None:
     assert ours.seen[-2][0] == 60  # the first text ended before the second one
 
 
-def test_other_models_and_devices_generate_as_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_models_and_devices_generate_as_transformers(monkeypatch):
     model, prompt = make_model().cpu(), torch.randint(61, (1, 7))
     monkeypatch.setattr(decoding, "generate_captured", lambda *_: pytest.fail("captured on a CPU"))
     config = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=60)

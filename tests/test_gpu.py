@@ -24,9 +24,12 @@ TOLERANCE = 2e-3  # of a loss in bf16, where ZeRO keeps the residual stream in b
 
 
 @pytest.fixture(autouse=True)
-def _on_the_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _on_the_device(request, monkeypatch):
     if getattr(request.node, "callspec", None) and request.node.callspec.params.get("device") == "cpu":
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps one precision per process
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def gpu_config(data: Path, runs: Path, name: str, **changes) -> RunConfig:
@@ -38,17 +41,9 @@ def gpu_config(data: Path, runs: Path, name: str, **changes) -> RunConfig:
         "eval": {"every": 12},
         "checkpoint": {"every": 6},
     }
-    config = make_config(
-        data, runs, name=name, **{s: sections.get(s, {}) | changes.get(s, {}) for s in sections | changes}
-    )
+    sections = {s: sections.get(s, {}) | changes.get(s, {}) for s in sections | changes}
+    config = make_config(data, runs, name=name, **sections)
     return replace(config, data=replace(config.data, seq_len=64))
-
-
-@pytest.fixture(autouse=True)
-def _own_precision():
-    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps one precision per process
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("device", CPU_AND_GPU)
@@ -72,13 +67,8 @@ def unlogged_steps(data, tmp_path, monkeypatch):
     """Train, and call one function before the fourth step, and another one before the eighth."""
 
     def trained(begin, end, head=HARMONIC, algorithm="adamw"):
-        own = {
-            "model": {"head": head},
-            "optim": {"algorithm": algorithm},
-            "log": {"every": 12},
-            "checkpoint": {"every": 12},
-        }
-        config = gpu_config(data, tmp_path, "run", **own)
+        own = {"model": {"head": head}, "optim": {"algorithm": algorithm}}
+        config = gpu_config(data, tmp_path, "run", **own, log={"every": 12}, checkpoint={"every": 12})
         at_step(monkeypatch, 3, begin)
         at_step(monkeypatch, 7, end)
         train.main(config)
@@ -128,13 +118,8 @@ def test_the_profiler_sees_no_wait_in_unlogged_steps(unlogged_steps):
     assert [name for name in inside if "Synchronize" in name] == []
 
 
-ENGINES = [
-    "fsdp2",
-    *(
-        pytest.param(name, marks=pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed"))
-        for name in ("zero2", "zero3")
-    ),
-]
+DEEPSPEED = pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed")
+ENGINES = ["fsdp2", *(pytest.param(name, marks=DEEPSPEED) for name in ("zero2", "zero3"))]
 
 
 @pytest.mark.parametrize("processes", PROCESSES)
@@ -144,16 +129,15 @@ ENGINES = [
 def test_an_engine_gives_the_curve_of_one_plain_process(data, tmp_path, device, engine, tied, processes):
     if device == "cpu" and engine == "fsdp2":
         pytest.skip("Accelerate runs FSDP on GPUs only")
-    plain, sharded = (
-        gpu_config(data, tmp_path, name, model={"tie_word_embeddings": tied}) for name in ("plain", engine)
-    )
+    model = {"tie_word_embeddings": tied}
+    plain, sharded = (gpu_config(data, tmp_path, name, model=model) for name in ("plain", engine))
     train.main(plain)
     run(sharded, processes, engine)
     np.testing.assert_allclose(losses(sharded.run_folder), losses(plain.run_folder), rtol=0, atol=TOLERANCE)
     assert len(losses(plain.run_folder)) == 12
 
 
-@pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed")
+@DEEPSPEED
 @pytest.mark.parametrize("device", SLOW_CPU_AND_GPU)
 def test_a_checkpoint_of_zero2_goes_on_in_a_plain_process(data, tmp_path, device):
     whole = gpu_config(data, tmp_path, "whole")

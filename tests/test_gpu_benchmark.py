@@ -17,7 +17,7 @@ WITHOUT_GPU = pytest.mark.skipif(torch.accelerator.is_available(), reason="there
 PARTIAL = {"card": "a card", "shape": [1, 2, 3], "dtype": "float32", "losses": {}, "skipped": {"Liger": "not here"}}
 
 
-def test_time_goes_to_the_parts_in_proportion_and_the_last_are_left_out_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_goes_to_the_parts_in_proportion_and_the_last_are_left_out_first(monkeypatch):
     parts = {"a": (60, 30), "b": (120, 50), "c": (20, 15)}
     monkeypatch.setattr(gpu, "PARTS", {name: gpu.Part(print, *seconds) for name, seconds in parts.items()})
     assert gpu.time_limits(["a", "b", "c"], 400) == {"a": 120, "b": 240, "c": 40}
@@ -28,7 +28,7 @@ def test_time_goes_to_the_parts_in_proportion_and_the_last_are_left_out_first(mo
 
 
 @pytest.mark.parametrize("name", ["head", "step", "generate"])
-def test_a_part_on_the_cpu(name: str, tmp_path: Path) -> None:
+def test_a_part_on_the_cpu(name, tmp_path):
     saved: list[dict] = []
     gpu.PARTS[name].run(gpu.Job("cpu", time.monotonic() + 100, tmp_path, saved.append))
     lines = gpu.TABLES[name](json.loads(json.dumps(saved[-1])))
@@ -48,9 +48,7 @@ def test_a_part_on_the_cpu(name: str, tmp_path: Path) -> None:
         ]
 
 
-def test_a_part_that_fails_or_hangs_is_reported_and_the_rest_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_part_that_fails_or_hangs_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
     """`head` hangs after it has saved something, `train` fails, `tests` is no longer possible, `energy` is done."""
     seconds = {"head": (1, 1), "train": (3, 1), "tests": (50, 50), "energy": (4, 1)}
     monkeypatch.setattr(gpu, "PARTS", {name: gpu.Part(print, *both) for name, both in seconds.items()})
@@ -90,7 +88,7 @@ def test_a_part_that_fails_or_hangs_is_reported_and_the_rest_goes_on(
         ("--device cpu", "has the gpu.json of another call"),
     ],
 )
-def test_bad_input(arguments: str, message: str, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_bad_input(arguments, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "gpu.json").write_text("{}")
     monkeypatch.setattr(gpu, "MARGIN", 25)
     assert cli.run(gpu.main, [*arguments.split(), "--out", str(tmp_path)]) == 2
@@ -98,7 +96,7 @@ def test_bad_input(arguments: str, message: str, tmp_path: Path, monkeypatch, ca
     assert (tmp_path / "gpu.json").read_text() == "{}"
 
 
-def test_the_goals_are_ratios_of_one_run() -> None:
+def test_the_goals_are_ratios_of_one_run():
     harmonic, ratios = {"tokens_per_second": 500, "mfu": 0.5}, {"harmonic / softmax": 0.99, "harmonic / plain": 1.1}
     liger, extra = {"harmonic / this": 0.9, "softmax / this": 0.8}, {"harmonic": 30, "dense harmonic": 1000}
     alone = {"head": "harmonic", "batch": 1, "tokens_per_second": 1000, "share_of_head": 0.07}
@@ -112,7 +110,7 @@ def test_the_goals_are_ratios_of_one_run() -> None:
     assert {value for _, _, value, _ in gpu.goals({"head": {}})} == {None}
 
 
-def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named(monkeypatch):
     def fails() -> None:
         raise ImportError("no module of that name")
 
@@ -125,7 +123,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not {"Liger", "F.linear_cross_entropy"} & set(head_loss.variants(settings))
 
 
-def test_the_tests_of_other_machines_are_not_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tests_of_other_machines_are_not_collected(tmp_path, monkeypatch):
     """On a GPU only the files with tests for it: others may need packages that are not there."""
     asked: list[str] = []
     fake = SimpleNamespace(main=lambda arguments, plugins: asked.extend(arguments) or 0, ExitCode=SimpleNamespace(OK=0))
@@ -136,7 +134,7 @@ def test_the_tests_of_other_machines_are_not_collected(tmp_path: Path, monkeypat
 
 
 @pytest.mark.slow
-def test_every_part_on_the_cpu(tmp_path: Path) -> None:
+def test_every_part_on_the_cpu(tmp_path):
     assert cli.run(gpu.main, ["--device", "cpu", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert {name: record["status"] for name, record in report["parts"].items()} == dict.fromkeys(gpu.PARTS, "done")

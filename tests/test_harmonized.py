@@ -181,7 +181,6 @@ def test_configurations_of_another_version_or_kind_are_refused(folders, tmp_path
         find_source(str(tmp_path)).load_config()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Runs
 
 

@@ -11,7 +11,6 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
 
 import huggingface_hub.constants
 import pytest
@@ -39,14 +38,14 @@ def source(tmp_path_factory):
     return make_source(tmp_path_factory.mktemp("source"))
 
 
+def shards(folder):
+    return {name: content for name, content in contents(folder).items() if name.endswith(".bin")}
+
+
 @pytest.fixture(scope="module")
 def whole(source, tmp_path_factory):
     """The shards of the same files on this machine."""
     return shards(run(source, tmp_path_factory.mktemp("whole") / "out"))
-
-
-def shards(folder):
-    return {name: content for name, content in contents(folder).items() if name.endswith(".bin")}
 
 
 def failed(capsys, out, *options):
@@ -61,60 +60,37 @@ def prepare(out, *options):
 class Hub(http.server.BaseHTTPRequestHandler):
     """What data_prep needs of the Hugging Face hub, over HTTP: one data set, one revision that may move.
 
-    `refused` files are not given, of `cut` ones only the first half at the first time, and `down` is the hub.
+    `files` by name, of which `refused` ones are not given; `asked`: the requests.
     """
 
-    files: ClassVar[dict[str, bytes]] = {}
-    commit = "a" * 40
-    asked: ClassVar[list[str]] = []
-    refused: ClassVar[set[str]] = set()
-    cut: ClassVar[set[str]] = set()
-    down = False
-
-    def do_HEAD(self):
-        self.answer(False)
-
     def do_GET(self):
-        self.answer(True)
-
-    def answer(self, body):
-        self.asked.append(f"{self.command} {self.path} {self.headers.get('Range', '')}")
-        if self.down:
-            return self.send(503, {}, b"", body)
+        self.asked.append(f"{self.command} {self.path}")
         path = self.path.replace("%2F", "/")
-        known = re.fullmatch(r"/api/datasets/Skylion007/openwebtext/revision/(.+?)(\?.*)?", path)
+        known = re.fullmatch(rf"/api/datasets/{NAME}/revision/(.+?)(\?.*)?", path)
         commits = {"refs/pr/20": self.commit, "a" * 40: "a" * 40, PINNED: PINNED}
-        if known and known[1] in commits:
+        match = re.fullmatch(rf"/datasets/{NAME}/resolve/({'|'.join(commits)})/(.+)", path)
+        if self.down:
+            self.send(503, {})
+        elif known and known[1] in commits:
             siblings = [{"rfilename": name, "size": len(content)} for name, content in self.files.items()]
-            info = {"id": "Skylion007/openwebtext", "sha": commits[known[1]], "siblings": siblings, "tags": []}
-            return self.send(200, {"Content-Type": "application/json"}, json.dumps(info).encode(), body)
-        if known:
-            return self.send(404, {"X-Error-Code": "RevisionNotFound"}, b"{}", body)
-        match = re.fullmatch(rf"/datasets/Skylion007/openwebtext/resolve/({'|'.join(commits)})/(.+)", path)
-        if not match:
-            return self.send(404, {"X-Error-Code": "RepoNotFound"}, b"{}", body)
-        commit, name = commits[match[1]], match[2]
-        if body and name in self.refused:
-            return self.send(403, {}, b"", body)
-        content = self.files[name]
-        headers = {"ETag": f'"{Path(name).name}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        if body and name in self.cut:
-            self.cut.remove(name)
-            self.close_connection = True
-            return self.send(200, headers | {"Content-Length": str(len(content))}, content[: len(content) // 2], body)
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if wanted:
-            start = int(wanted[1])
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-            return self.send(206, headers, content[start:], body)
-        return self.send(200, headers, content, body)
+            info = {"id": NAME, "sha": commits[known[1]], "siblings": siblings, "tags": []}
+            self.send(200, {"Content-Type": "application/json"}, json.dumps(info).encode())
+        elif not match:
+            self.send(404, {"X-Error-Code": "RevisionNotFound" if known else "RepoNotFound"}, b"{}")
+        elif self.command == "GET" and match[2] in self.refused:
+            self.send(403, {})
+        else:
+            headers = {"ETag": f'"{Path(match[2]).name}"', "X-Repo-Commit": commits[match[1]]}
+            self.send(200, headers, self.files[match[2]])
 
-    def send(self, status, headers, content, body):
+    do_HEAD = do_GET
+
+    def send(self, status, headers, content=b""):
         self.send_response(status)
-        for name, value in ({"Content-Length": str(len(content))} | headers).items():
+        for name, value in (headers | {"Content-Length": str(len(content))}).items():
             self.send_header(name, value)
         self.end_headers()
-        if body:
+        if self.command == "GET":
             with contextlib.suppress(OSError):
                 self.wfile.write(content)
 
@@ -124,24 +100,25 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    state = {"files": {}, "commit": "a" * 40, "asked": [], "refused": set(), "down": False}
+    handler = type("Served", (Hub,), state)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     point_to(monkeypatch, server.server_address[1], tmp_path / "cache")
     monkeypatch.setattr(openwebtext, "REVISION", "refs/pr/20")  # one that may move
-    for name, value in (("files", {}), ("asked", []), ("refused", set()), ("cut", set())):
-        monkeypatch.setattr(Hub, name, value)
-    yield Hub
+    yield handler
     server.shutdown()
     server.server_close()
 
 
 def point_to(monkeypatch, port, cache):
-    for name, value in (
-        ("HF_HUB_OFFLINE", False),
-        ("ENDPOINT", f"http://127.0.0.1:{port}"),
-        ("HUGGINGFACE_CO_URL_TEMPLATE", f"http://127.0.0.1:{port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"),
-        ("HF_HUB_CACHE", str(cache)),
-    ):
+    hub = f"http://127.0.0.1:{port}"
+    set_hub(monkeypatch, HF_HUB_OFFLINE=False, HF_HUB_CACHE=str(cache), ENDPOINT=hub)
+    set_hub(monkeypatch, HUGGINGFACE_CO_URL_TEMPLATE=f"{hub}/{{repo_id}}/resolve/{{revision}}/{{filename}}")
+
+
+def set_hub(monkeypatch, **constants):
+    for name, value in constants.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
 
 
@@ -167,7 +144,7 @@ def test_from_the_hub(tmp_path, on_hub, whole, monkeypatch):
     on_hub.asked.clear()
     prepare(tmp_path / "again")
     assert not downloads(on_hub)  # from the cache
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    set_hub(monkeypatch, HF_HUB_OFFLINE=True)
     on_hub.asked.clear()
     for number, revision in enumerate(((), ("--revision", "a" * 40))):
         assert contents(prepare(tmp_path / str(number), *revision)) == contents(out)
@@ -187,21 +164,13 @@ def test_a_download_that_was_interrupted_goes_on(tmp_path, on_hub, capsys, monke
     assert "interrupted (HfHubHTTPError: " in message and "--source openwebtext" in message
     assert not (tmp_path / "out").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        set_hub(patch, HF_HUB_OFFLINE=True)
         for revision in ((), ("--revision", "a" * 40)):
             assert "HF_HUB_OFFLINE is set" in failed(capsys, tmp_path / "out", *revision)
     on_hub.refused.clear()
     on_hub.asked.clear()
     prepare(tmp_path / "out")
     assert downloads(on_hub) == [THIRD]
-
-
-def test_a_connection_that_breaks_goes_on_in_the_file(tmp_path, source, on_hub, whole, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
-    on_hub.cut.add(f"plain_text/{THIRD}")
-    assert shards(prepare(tmp_path / "out")) == whole
-    assert downloads(on_hub).count(THIRD) == 2
-    assert f"bytes={(source / THIRD).stat().st_size // 2 // 1000 * 1000}-" in str(on_hub.asked)
 
 
 def test_ctrl_c_does_not_wait_for_downloads():
@@ -235,7 +204,7 @@ def test_ctrl_c_does_not_wait_for_downloads():
 def test_a_preparation_goes_on_with_its_commit(tmp_path, source, on_hub, monkeypatch, capsys):
     """Without the hub, if the cache holds all files."""
     out = interrupt("openwebtext", NAME, tmp_path / "out", monkeypatch)
-    monkeypatch.setattr(on_hub, "commit", "b" * 40)  # the pull request has moved
+    on_hub.commit = "b" * 40  # the pull request has moved
     asked = "another data set on the hub: 'Skylion007/openwebtext at refs/pr/20', now "
     assert asked + "'Skylion007/openwebtext at aaaa" in failed(capsys, out, "--revision", "a" * 40)
     assert asked + "None" in failed(capsys, out, "--source", source)
@@ -248,10 +217,10 @@ def test_a_preparation_goes_on_with_its_commit(tmp_path, source, on_hub, monkeyp
     (blob,) = (tmp_path / "cache").rglob(f"blobs/{THIRD}")
     blob.unlink()
     out = tmp_path / "other"
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    set_hub(monkeypatch, HF_HUB_OFFLINE=True)
     message = failed(capsys, out)
     assert "does not hold all Parquet files" in message and f"--revision {'a' * 40}" in message
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    set_hub(monkeypatch, HF_HUB_OFFLINE=False)
     on_hub.asked.clear()
     prepare(out)
     assert downloads(on_hub) == [THIRD] and read_meta(out).source_revision == "a" * 40
@@ -264,10 +233,10 @@ def test_what_the_hub_does_not_give(tmp_path, hub, capsys, monkeypatch):
     assert "no data set on the hub" in failed(capsys, out, "--source", "Skylion007/openwebtxt")
     hub.files["openwebtext.py"] = b"x"
     assert "holds no Parquet files at revision" in failed(capsys, out)
-    monkeypatch.setattr(hub, "down", True)
+    hub.down = True
     message = failed(capsys, out)
     assert "503" in message and "--source openwebtext" in message
-    monkeypatch.setattr(hub, "down", False)
+    hub.down = False
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     hub.files["plain_text/train-00000-of-00001.parquet"] = b"x" * 100
     assert "must be downloaded to" in failed(capsys, out)
@@ -282,7 +251,7 @@ def test_no_network_is_an_error_within_seconds_that_names_the_local_alternative(
         if kind == "refused":
             server.close()
         if kind == "offline":
-            monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+            set_hub(monkeypatch, HF_HUB_OFFLINE=True)
         start = time.perf_counter()
         message = failed(capsys, tmp_path / "out")
         assert time.perf_counter() - start < 5

@@ -84,9 +84,7 @@ CASES: list[tuple[Kind, float, float, float, dict[str, Any]]] = [
     [(dtype, case) for case in CASES for dtype in (torch.float32, torch.bfloat16)] + [(torch.float16, CASES[2])],
     ids=str,
 )
-def test_no_less_accurate_than_pytorch(
-    dtype: torch.dtype, case: tuple[Kind, float, float, float, dict[str, Any]]
-) -> None:
+def test_no_less_accurate_than_pytorch(dtype, case):
     """Loss and every gradient, with ignored targets."""
     kind, gain, mean, n, options = case
     x, w, targets = small_problem(mean, planted=False)  # float64 clamps small distances later
@@ -116,7 +114,7 @@ def test_no_less_accurate_than_pytorch(
     ids=lambda options: " ".join(options),
 )
 @pytest.mark.parametrize("kind", [HARMONIC, SOFTMAX], ids=str)
-def test_options(kind: Kind, options: dict[str, Any]) -> None:
+def test_options(kind, options):
     """As PyTorch's kernel for every option of the loss, with zero distances, in training and in evaluation."""
     if kind == SOFTMAX and "distance" in options:
         options = {}
@@ -140,7 +138,7 @@ def test_options(kind: Kind, options: dict[str, Any]) -> None:
         torch.testing.assert_close(head_loss(x, w, targets, params), found)
 
 
-def test_rows_without_targets_and_repeated_runs() -> None:
+def test_rows_without_targets_and_repeated_runs():
     """Positions that are all ignored have no gradient, and two runs agree in every bit."""
     problem = small_problem().to(torch.bfloat16)
     ignored = Problem(problem.x, problem.w, torch.full_like(problem.targets, -100))
@@ -150,7 +148,7 @@ def test_rows_without_targets_and_repeated_runs() -> None:
     assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
 
 
-def test_non_finite_operands_show() -> None:
+def test_non_finite_operands_show():
     x, w, targets = small_problem(planted=False).to(torch.float32)
     with torch.no_grad():
         x[7, 3] = math.nan
@@ -159,7 +157,7 @@ def test_non_finite_operands_show() -> None:
         assert losses[7].isnan() and losses[:5].isfinite().all()
 
 
-def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton(monkeypatch):
     """A device on which the kernels fail gets PyTorch's, and one warning says why."""
     monkeypatch.setattr(loss_module.importlib, "import_module", lambda *_: exec("raise ImportError('no triton')"))
     kernel_for_products.cache_clear()
@@ -173,7 +171,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel_for_products.cache_clear()
 
 
-def test_out_of_memory_names_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_names_the_chunk(monkeypatch):
     def full(*_: Any, **__: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 

@@ -183,6 +183,7 @@ class HarmonicHead(_Head):
         log_weight: a_i in nats, (rows,); None without radii.
     """
 
+    # All settings in one call, as torch.nn's layers have them: who replaces an nn.Linear makes no object of settings.
     def __init__(
         self,
         in_features: int,

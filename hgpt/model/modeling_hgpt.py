@@ -301,6 +301,7 @@ class HGPTModel(HGPTPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    # As many parameters as transformers' decoders have: its callers pass them by these names and places.
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -316,7 +317,7 @@ class HGPTModel(HGPTPreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
-        """Hidden states after the final norm, (B, T, D). The signature is that of transformers' decoders.
+        """Hidden states after the final norm, (B, T, D).
 
         Without `position_ids`, positions count attended tokens, so that left padding does not shift them. `cache` is
         the name of `past_key_values` since transformers 5.24. The other arguments are as in any transformers decoder.
@@ -483,6 +484,7 @@ class HGPTForCausalLM(HGPTPreTrainedModel, GenerationMixin):
         with self.lm_head.unchanged_centres() if isinstance(self.lm_head, HarmonicHead) else nullcontext():
             return super().generate(*args, **kwargs)
 
+    # As many parameters as transformers' language models have: its callers pass them by these names and places.
     def forward(
         self,
         input_ids: Tensor | None = None,

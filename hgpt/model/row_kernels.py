@@ -13,8 +13,7 @@ Euclidean distance. Per chunk of C positions, with V classes and target y; score
 
 a_i is the log-weight of class i.
 
-Every sum has a fixed order: the results are the same in every run. The kernels' signatures are long because a kernel
-takes each tensor and each stride as an argument.
+Every sum has a fixed order: the results are the same in every run.
 """
 
 from collections.abc import Sequence
@@ -70,6 +69,8 @@ def _add(POINTER, values, mask):
     tl.store(POINTER, tl.load(POINTER, mask=mask, other=0.0) + values, mask=mask)
 
 
+# This signature and those of the kernels below are long: a Triton kernel takes each pointer, stride and constant as an
+# argument of its own.
 @triton.jit
 def _nearest(
     start_of_row, valid, own, x_sq, floor, W_SQ, classes,
