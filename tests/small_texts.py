@@ -1,19 +1,25 @@
 """Small corpora of generated documents, and what a data folder that was prepared from them holds."""
 
 import json
+import os
 import random
 from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from data_prep import encoding, engine, text_files
+from data_prep.documents import main as prepare_documents
+from data_prep.splits import nanogpt_indices
 from hgpt.cli import run
 from hgpt.data.shards import SPLITS, TokenShards, read_meta
 from hgpt.data.tokenizer import load_tokenizer
+from hgpt.errors import UserError
 
 WORDS = ["distance", "centre", "token", "model", "exponent", "<|endoftext|>", "naïve", "日本", "loss", "norm"]
+SMALL = ("--tokenizer", "bpe:300", "--val-fraction", "0.2", "--workers", "1")
 
 
 def texts(number, seed=0):
@@ -49,6 +55,47 @@ def fails(capsys, main, *arguments):
     message = capsys.readouterr().err
     assert "error: " in message and "Traceback" not in message
     return message[message.index("error: ") :]
+
+
+class Trap:
+    """Its pickle makes a folder when it is loaded as code."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def refused(words, call, *arguments, **options):
+    """The message of the UserError that `call` must raise, which holds `words`: one text, or several."""
+    with pytest.raises(UserError) as error:
+        call(*arguments, **options)
+    for word in words if isinstance(words, tuple) else (words,):
+        assert str(word) in str(error.value)
+    return str(error.value)
+
+
+def prepared(folder, documents, *options):
+    """The data folder of documents, which lie beside it in one file."""
+    source = folder.with_name(f"{folder.name}.jsonl")
+    source.write_bytes(json_lines(documents))
+    assert status(prepare_documents, source, "--out", folder, *SMALL, *options) == 0
+    return folder
+
+
+def as_nanogpt(documents, val_fraction=0.1):
+    """{split: documents} as data_prep.openwebtext splits them; None has a place and is no document."""
+    val = set(nanogpt_indices(len(documents), val_fraction, 2357).tolist())
+    places = {split: [n for n in range(len(documents)) if (n in val) == (split == "val")] for split in SPLITS}
+    return {split: [documents[n] for n in found if documents[n] is not None] for split, found in places.items()}
+
+
+def overwrite(path, position, content):
+    """Write bytes into a file."""
+    data = bytearray(path.read_bytes())
+    data[position : position + len(content)] = content
+    path.write_bytes(data)
 
 
 def contents(folder):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from small_run import Stream
+from small_texts import refused
 
 from hgpt.data.batches import (
     TrainingBatches,
@@ -26,9 +27,8 @@ def stream(tokens: int) -> Stream:
 
 
 def batches(tokens=200, **settings) -> TrainingBatches:
-    return TrainingBatches(
-        stream(tokens), **({"seq_len": SEQ_LEN, "global_batch": 6, "micro_batch": 6, "seed": 1} | settings)
-    )
+    defaults = {"seq_len": SEQ_LEN, "global_batch": 6, "micro_batch": 6, "seed": 1}
+    return TrainingBatches(stream(tokens), **defaults | settings)
 
 
 @pytest.mark.parametrize(("tokens", "windows"), [(0, 0), (1, 0), (7, 0), (8, 1), (14, 1), (15, 2), (200, 28)])
@@ -83,14 +83,10 @@ def test_last_short_window_is_filled_with_ignored_targets():
     assert targets[1].tolist() == shards.tokens[1 : SEQ_LEN + 1].astype(int).tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Reading ahead
+# -------------------------------------------------------------------------------------------------- reading ahead
 
 
-@pytest.mark.parametrize(
-    "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)],
-)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_what_is_read_ahead_is_what_is_asked_for(device):
     plain, ahead = batches(micro_batch=2), batches(micro_batch=2, device=device)
     order = [(step, micro) for step in range(20) for micro in range(3)]
@@ -121,25 +117,20 @@ def test_what_goes_wrong_ahead_is_raised_where_the_batch_is_asked_for():
 
     run.shards.read = read
     run(1, 0)
-    with pytest.raises(UserError, match="beyond the vocabulary"):
-        run(2, 0)
+    refused("beyond the vocabulary", run, 2, 0)
 
 
 def test_data_shorter_than_a_sequence():
     assert batches(SEQ_LEN + 1).windows == 1
-    with pytest.raises(UserError, match=r"the train split has 7 tokens.*data\.seq_len \+ 1 = 8.*lower data\.seq_len"):
-        batches(SEQ_LEN)
+    refused(("the train split has 7 tokens", "data.seq_len + 1 = 8", "lower data.seq_len"), batches, SEQ_LEN)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Batch arithmetic
+# ----------------------------------------------------------------------------------------------- batch arithmetic
 
 
 def test_an_impossible_batch_is_named_with_ways_out():
-    with pytest.raises(UserError) as error:
-        accumulation_steps(480, 11, 8)
-    for word in ("global_batch = 480", "micro_batch = 11", "8 processes", "440 or 528", "train.micro_batch to 10"):
-        assert word in str(error.value)
+    words = ("global_batch = 480", "micro_batch = 11", "8 processes", "440 or 528", "train.micro_batch to 10")
+    refused(words, accumulation_steps, 480, 11, 8)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8, 16])

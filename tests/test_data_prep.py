@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_texts import contents, fails, json_lines, read_back, small_units, status, texts, write_parquet
+from small_texts import SMALL, contents, fails, json_lines, prepared, read_back, small_units, status, texts
 
 from data_prep import python_docs as python_docs_module
 from data_prep.documents import main
@@ -19,16 +19,7 @@ from hgpt.data.shards import SPLITS, TokenShards, read_meta
 from hgpt.data.tokenizer import load_tokenizer
 from hgpt.data.verify import verify
 
-SMALL = ["--tokenizer", "bpe:300", "--val-fraction", "0.2", "--workers", "1"]
 TEXTS = texts(300)
-
-
-def prepared(folder, documents, *options):
-    """The data folder of documents in one file beside it."""
-    source = Path(f"{folder}.jsonl")
-    source.write_bytes(json_lines(documents))
-    assert status(main, source, "--out", folder, *SMALL, *options) == 0
-    return folder
 
 
 def refused(capsys, tmp_path, documents, *options):
@@ -96,55 +87,30 @@ def test_a_split_that_leaves_a_side_empty_says_what_helps(tmp_path, capsys):
         assert "All 3 documents have the same words" in message and "raise" not in message and "lower" not in message
 
 
-def test_bad_paths(tmp_path, capsys):
-    out = ("--out", tmp_path / "out")
-    assert "nowhere does not exist" in fails(capsys, main, *out, tmp_path / "nowhere")
-    assert "holds no text to read" in fails(capsys, main, *out, tmp_path)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ({"<unk>": 1, "a": 1 << 24}, "the id of token 'a' is 16777216"),
-        ({"a": 1}, "has no tokens for some of the text"),
-    ],
-    ids=["too large", "too small"],
-)
-def test_vocabularies_that_do_not_fit(tmp_path, capsys, words, message):
-    vocabulary = {"<|endoftext|>": 0, **words}
+def test_a_vocabulary_that_is_too_large(tmp_path, capsys):
+    vocabulary = {"<|endoftext|>": 0, "<unk>": 1, "a": 1 << 24}
     content = {"model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    assert message in refused(capsys, tmp_path, TEXTS, "--tokenizer", tmp_path)
+    assert "the id of token 'a' is 16777216" in refused(capsys, tmp_path, TEXTS, "--tokenizer", tmp_path)
 
 
-def test_command_line(tmp_path, capsys):
-    pq.write_table(pa.table({"content": [*TEXTS, "", None, "  "]}), tmp_path / "a.parquet")
-    (tmp_path / "README.md").touch()
-    arguments = [*SMALL, "--text-column", "content", "--workers", "2"]
-    assert status(main, "--out", tmp_path / "data", *arguments, tmp_path) == 0
+def test_files_of_every_kind_are_taken_together(tmp_path, capsys):
+    (source := tmp_path / "source").mkdir()
+    pq.write_table(pa.table({"content": [*TEXTS[:100], "", None, "  "]}), source / "a.parquet")
+    (source / "b.jsonl").write_bytes(json_lines(TEXTS[100:200]).replace(b'"text": ', b'"content": '))
+    (source / "c.txt").write_text("\n---\n".join(TEXTS[200:]))
+    for name in ("d.txt", "README.md"):
+        (source / name).touch()
+    options = [*SMALL, "--text-column", "content", "--separator", r"\n---\n", "--workers", "2"]
+    assert status(main, "--out", tmp_path / "out", *options, source) == 0
     printed = capsys.readouterr()
     rows = {line.split("  ")[0]: line for line in printed.out.splitlines()}
-    assert rows["documents"].split()[-1] == "300" and "3 documents" in rows["skipped, empty"]
+    assert rows["documents"].split()[-1] == "300" and "4 documents" in rows["skipped, empty"]
     assert "documents/s" in printed.out and "tokens/s" in printed.out and "MB/s" in printed.out
     assert "left out 1 files of other kinds: README.md" in printed.err
-    found = read_back(tmp_path / "data")
-    assert sorted(found["train"] + found["val"]) == sorted(TEXTS)
-    described = read_meta(tmp_path / "data").preparation
-    assert described["skipped_empty_documents"] == 3 and described["text_column"] == "content"
-
-
-def test_files_of_every_kind_are_taken_together(tmp_path):
-    (tmp_path / "source").mkdir()
-    write_parquet(tmp_path / "source" / "a.parquet", TEXTS[:100])
-    (tmp_path / "source" / "b.jsonl").write_bytes(json_lines(TEXTS[100:200]))
-    (tmp_path / "source" / "c.txt").write_text("\n---\n".join(TEXTS[200:]))
-    (tmp_path / "source" / "d.txt").touch()
-    out = tmp_path / "out"
-    assert status(main, "--out", out, *SMALL, "--separator", r"\n---\n", tmp_path / "source") == 0
-    assert read_meta(out).preparation["skipped_empty_documents"] == 1
-    expected = read_back(prepared(tmp_path / "data", TEXTS))
-    assert read_back(out) == expected
+    described = read_meta(tmp_path / "out").preparation
+    assert described["skipped_empty_documents"] == 4 and described["text_column"] == "content"
+    assert read_back(tmp_path / "out") == read_back(prepared(tmp_path / "data", TEXTS))
 
 
 def test_invalid_utf8_is_replaced_and_counted(tmp_path, capsys):
@@ -225,4 +191,3 @@ def test_python_docs_command_line(tmp_path, capsys, corpus, monkeypatch):
     before = contents(tmp_path / "data")
     assert status(python_docs_module.main, "--out", tmp_path / "data", "--tokenizer", "bpe:500") == 0
     assert "was already prepared" in capsys.readouterr().out and contents(tmp_path / "data") == before
-    assert "already holds prepared data" in fails(capsys, python_docs_module.main, "--out", tmp_path / "data")

@@ -103,8 +103,7 @@ def test_a_deletion_that_fails_leaves_no_half_folder(tmp_path, monkeypatch):
     assert not (tmp_path / "x").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The lock
+# ------------------------------------------------------------------------------------------------------- the lock
 
 
 def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):

@@ -1,4 +1,4 @@
-"""Settings and files of a run that are changed at random: a run ends well or with a UserError, and never hangs."""
+"""Settings and files that are changed at random: what uses them ends well or with a UserError, and never hangs."""
 
 import json
 import random
@@ -9,18 +9,23 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+from small_models import byte_pairs, export
 from small_run import make_config
-from test_fuzz_data import bent
+from small_texts import prepared, texts
 
+import sample
 import train
 from hgpt import compare, runs
+from hgpt.data.shards import SPLITS, TokenShards
+from hgpt.data.tokenizer import hf_tokenizer, load_tokenizer
+from hgpt.data.verify import find_damage
 from hgpt.errors import UserError
 from hgpt.run.checkpoint import MANIFEST, checkpoints, write_manifest
 from hgpt.run.settings import known_settings, load_run_config, settings
 from hgpt.run.stop import explain
 
 pytestmark = pytest.mark.slow
-SETTINGS, FILES, SECONDS = 300, 150, 60  # test_fuzz_data.py damages 150 files more
+SETTINGS, FILES, SECONDS = 300, 150, 60
 # Values of every type at and beyond each limit. 10**7 is a size that no small machine has memory for.
 VALUES = [
     None, True, False, 0, 1, -1, 2, 3, 7, 10**7, 2**31, 2**63 - 1, 2**63, 10**400, 0.0, -0.5, 1.5, 1e-300, 1e300, 1e-9,
@@ -28,6 +33,9 @@ VALUES = [
     [1], [0.9, 0.95], [[]], {}, {"p": 3}, "[" * 500, "muon", "cosine", "linear", "minkowski",
     "mahalanobis", "/dev/null",
 ]  # fmt: skip
+# Values of a file of JSON.
+ODD = (None, True, -1, 0, 3, 2**31, 4 * 10**9, 10**30, 10**400, 0.5, 1e308, float("nan"), "", "x", "\ud800", "../x", [],
+       {}, [1], {"x": 1})  # fmt: skip
 # These would train for long or wait on purpose.
 LEFT_OUT = {"train.steps", "log.energy_country", "model.head.distance_file", "train.compile", "train.compile_loss"}
 LEFT_OUT |= {"runs_dir"}  # which is written to
@@ -48,8 +56,8 @@ def in_time(case: object):
         signal.signal(signal.SIGALRM, before)
 
 
-def survives(case: object, work: Callable[[], object]) -> bool:
-    """Whether `work` succeeds. Any error but one with exit code 2 or less memory than needed fails the test."""
+def survives(case: object, work: Callable[[], object], memory: bool = True) -> bool:
+    """Whether `work` succeeds. Any error but one with exit code 2 fails the test; `memory`: but for lack of memory."""
     with in_time(case):
         try:
             work()
@@ -59,8 +67,53 @@ def survives(case: object, work: Callable[[], object]) -> bool:
                 message, code = explain(error)
             except BaseException as unexpected:
                 raise AssertionError(f"{case}: {type(unexpected).__name__}: {unexpected}") from unexpected
-            assert code == 2 and len(message) > 20, case
+            assert code == 2 and len(message) > 20 and (memory or isinstance(error, UserError)), case
             return False
+
+
+def use_model(folder):
+    sample.main(["--checkpoint", str(folder), "--prompt", "with", "--greedy", "--max-new-tokens", "2", "--no-stream"])
+
+
+def use_data(folder):
+    for split in SPLITS:
+        list(find_damage(folder, split, documents=True))
+        shards = TokenShards.open(folder, split)
+        list(shards.chunks())
+        load_tokenizer(str(folder)).encode_batch(["with a file"])
+        hf_tokenizer(folder / "tokenizer.json", 16, shards.end_of_text)("with a file")
+
+
+def bent(content, rng):
+    """Another content: bits, ranges, digits or values changed."""
+    start, end = sorted(rng.choices(range(len(content) + 1), k=2))
+    way = rng.randrange(7)
+    if way == 0:
+        place = rng.randrange(len(content))
+        return content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :]
+    if way == 1:
+        return content[:start]
+    if way == 2:
+        return content[:start] + content[end:]
+    if way == 3:
+        return content[:start] + rng.randbytes(rng.randint(1, 9)) + content[start:]
+    if way == 4:
+        return rng.choice([b"", b"[" * 100_000, b'{"a":' * 100_000, b"\x80\x04K\x01.", b"null", b"[]", b"\xff\xfe{}"])
+    digits = [place for place, byte in enumerate(content[:4000]) if byte in b"0123456789"]
+    if way == 5 and digits:
+        place = rng.choice(digits)
+        return content[:place] + str(rng.randrange(10)).encode() + content[place + 1 :]
+    try:
+        tree = json.loads(content)
+    except ValueError:
+        return content[:start] + bytes(end - start) + content[end:]
+    node = tree
+    while True:
+        key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
+        if not isinstance(node[key], dict | list) or not node[key] or rng.random() < 0.3:
+            node[key] = rng.choice(ODD)
+            return json.dumps(tree).encode()
+        node = node[key]
 
 
 def test_settings(data, tmp_path):
@@ -109,3 +162,21 @@ def test_files_of_a_run(data, tmp_path):
             except UserError as error:
                 assert str(config.run_folder) in str(error)
     assert FILES / 3 < done < FILES
+
+
+@pytest.mark.parametrize(("kind", "tries"), [("model", 50), ("gpt2", 25), ("data", 75)])
+def test_damaged_files(tmp_path, kind, tries):
+    """Of an exported model, or of a data folder."""
+    if kind == "data":
+        whole, use = prepared(tmp_path / "whole", texts(60)), use_data
+    else:
+        whole, use = export(tmp_path / "whole", byte_pairs(300), kind.replace("model", "harmonic")), use_model
+    done = 0
+    for seed in range(tries):
+        rng = random.Random(f"{kind} {seed}")
+        folder = shutil.copytree(whole, tmp_path / str(seed))
+        file = rng.choice(sorted(path for path in folder.iterdir() if path.suffix in (".json", ".bin", ".safetensors")))
+        file.write_bytes(bent(file.read_bytes(), rng))
+        done += survives((kind, seed, file), lambda folder=folder: use(folder), memory=False)
+        shutil.rmtree(folder)
+    assert done < 2 * tries / 3

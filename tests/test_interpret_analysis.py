@@ -85,15 +85,20 @@ def test_scores_are_those_of_the_weights(tmp_path):
     assert accuracy["centres"] > 0.7 and accuracy["input"] < 0.2
 
 
-def test_words_that_a_tokenizer_does_not_know_are_left_out_and_counted(tmp_path):
-    folder = export(tmp_path / "model", word_pieces(300), "harmonic")
+def test_a_tokenizer_with_unknown_words_and_an_unknown_number_of_bytes(tmp_path):
+    backend = word_pieces(300)
+    data = bare(tmp_path / "data", encode(backend, TEXT))
+    run = run_of(tmp_path / "run", f'path = "{data}"\nvocab_size = 300', backend, {10: 24}, "harmonic")
     strange = [("with", "日本"), ("Ω", "the")]
     relation_set(tmp_path / "relations", PAIRS + strange, "mixed")
     relations = relation_set(tmp_path / "relations", PAIRS[:3] + strange, "mostly strange")
-    model = analyse([str(folder)], replace(FEW, relations=relations)).models[0]
-    found = parallelograms.baek2025_scores(model)
-    assert {name: (r.pairs, r.dropped) for name, r in found.items()} == {"mixed": (5, 2)}
+    found = analyse([str(run)], replace(FEW, relations=relations, tokens=200))
+    (model,) = found.models
+    scores = parallelograms.baek2025_scores(model)
+    assert {name: (r.pairs, r.dropped) for name, r in scores.items()} == {"mixed": (5, 2)}
     assert f"{BAEK2025}: fewer than 4 pairs can be used of mostly strange (3 of 5)" in model.skipped
+    assert "bits_per_byte" not in quality(model) and "loss" in quality(model)
+    assert any(note.startswith("run has no bits per byte") for note in found.notes)
 
 
 def test_a_run_on_a_folder_of_nanogpt_says_itself_how_large_its_vocabulary_is(tmp_path):
@@ -114,15 +119,6 @@ def test_a_run_on_a_folder_of_nanogpt_says_itself_how_large_its_vocabulary_is(tm
     assert any("that of twin, so the same tokens are assumed" in note for note in found.notes)
     unread = f"foreign predicts 280 tokens, and the vocabulary of {data} has 300: nothing was measured on text"
     assert any(unread in note for note in found.notes)
-
-
-def test_bits_per_byte_are_left_out_where_nothing_says_how_many_bytes_there_are(tmp_path):
-    backend = word_pieces(300)
-    data = bare(tmp_path / "data", encode(backend, TEXT))
-    run = run_of(tmp_path / "run", f'path = "{data}"\nvocab_size = 300', backend, {10: 24})
-    found = analyse([str(run)], replace(FEW, tokens=200))
-    assert "bits_per_byte" not in quality(found.models[0]) and "loss" in quality(found.models[0])
-    assert any(note.startswith("run has no bits per byte") for note in found.notes)
 
 
 def test_models_of_the_hub_and_of_this_disk_read_the_same_windows(tmp_path, monkeypatch):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from small_models import TEXT, bare, byte_pairs, encode, export, prepare, unigrams, word_pieces
+from small_texts import refused
 
 from hgpt.data.tokenizer import END_OF_TEXT
-from hgpt.errors import UserError
 from hgpt.interpret.corpus import Corpus
 from hgpt.interpret.measure import Analysis
 from hgpt.interpret.models import find_sources, loaded
@@ -45,9 +45,8 @@ def test_data_fits_the_models_of_its_tokenizer(places, tmp_path):
     corpora = {name: Corpus.open(places[name][0]) for name in ("bytes", "pieces", "unigrams")}
     for model_name, (_, folder) in {**places, "bytes padded": (None, padded)}.items():
         with opened(folder) as model:
-            assert {name for name, corpus in corpora.items() if corpus.fits(model)} == {model_name.split()[0]} - {
-                "other"
-            }
+            fitting = {name for name, corpus in corpora.items() if corpus.fits(model)}
+            assert fitting == {model_name.split()[0]} - {"other"}
             assert Corpus.open(str(unknown)).fits(model) == named.fits(model) == model_name.startswith("bytes")
             if model_name == "bytes padded":
                 counts = corpora["bytes"].counts(model.vocab_size)
@@ -125,7 +124,6 @@ def test_the_vocabulary_of_a_bare_folder_is_the_smallest_that_holds_its_tokens(t
     folder = str(bare(tmp_path / "bare", np.array([5, 299, 7, 9])))
     assert Corpus.open(folder, vocab_sizes=[320, 300, 299]).val.vocab_size == 300
     assert Corpus.open(folder, vocab_sizes=[50257]).val.vocab_size == 50257
-    with pytest.raises(UserError, match="token 299 at position 1 is beyond the vocabulary of 200"):
-        Corpus.open(folder, vocab_sizes=[100, 200]).val.read(0, 4)
-    with pytest.raises(UserError, match=r"state vocab_size"):
-        Corpus.open(folder)
+    too_small = Corpus.open(folder, vocab_sizes=[100, 200])
+    refused("token 299 at position 1 is beyond the vocabulary of 200", too_small.val.read, 0, 4)
+    refused("state vocab_size", Corpus.open, folder)

@@ -12,19 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from small_models import relation_score
 
-from hgpt.interpret import report
+from hgpt.interpret import measure, report
 from hgpt.interpret.drawing import inline_svg, look, measure_against_loss, save_figure, swatch
-from hgpt.interpret.measure import (
-    Analysis,
-    Details,
-    Drawing,
-    Measure,
-    ModelResult,
-    Quantity,
-    Table,
-    bullets,
-    paragraph,
-)
 from hgpt.interpret.measures import MEASURES, planes
 from hgpt.interpret.measures.differences import conclusions
 from hgpt.interpret.measures.parallelograms import BAEK2025, score_distributions, scores_by_relation
@@ -35,8 +24,6 @@ from hgpt.interpret.vectors import Projection
 
 RNG = np.random.default_rng(0)
 UNKNOWN = Estimate(value=np.nan, low=np.nan, high=np.nan)
-
-
 POINTS, NAMES = RNG.normal(size=(2, 12, 2)), tuple((f"in{i}", f"out{i}") for i in range(12))
 
 
@@ -44,7 +31,7 @@ def in_planes(points=POINTS, names=NAMES):
     return names, dict.fromkeys(("relation", "vocabulary"), Projection(*points, 1.0, 0.2, 0.2))
 
 
-def model(label, scores, *, history=(), checkpoints=()) -> ModelResult:
+def model(label, scores, *, history=(), checkpoints=()):
     """A softmax model with `scores`, relation → RelationScore."""
     shape = {"effective_rank": 2.0, "participation_ratio": 2.0, "isotropy": 0.5, "mean_cosine": 0.1,
              "norms": {"mean": 1.0}, "explained_variance": [0.5, 0.8, 1.0]}  # fmt: skip
@@ -54,29 +41,29 @@ def model(label, scores, *, history=(), checkpoints=()) -> ModelResult:
         "geometry": {"input": shape, "centres": shape},
         "training": list(history),
     }
-    return ModelResult(source=Source(label=label, folder=label), description="softmax, tied", harmonic=False,
-                       exponent=None, parameters=1000, tied=True, vocabulary=frozenset(), found=found,
-                       checkpoints=list(checkpoints))  # fmt: skip
+    return measure.ModelResult(source=Source(label=label, folder=label), description="softmax, tied", harmonic=False,
+                               exponent=None, parameters=1000, tied=True, vocabulary=frozenset(), found=found,
+                               checkpoints=list(checkpoints))  # fmt: skip
 
 
-def analysis(*models: ModelResult, **rest) -> Analysis:
-    curves = [curve for measure in MEASURES for curve in measure.curves]
-    return Analysis(settings=AnalysisSettings(bootstrap=200), models=list(models), curves=curves, **rest)
+def analysis(*models, **rest):
+    curves = [curve for one in MEASURES for curve in one.curves]
+    return measure.Analysis(settings=AnalysisSettings(bootstrap=200), models=list(models), curves=curves, **rest)
 
 
-def drawn(found: Analysis, *names: str) -> dict[str, Drawing]:
+def drawn(found, *names):
     """The figures of some measures."""
-    measures = [measure for measure in MEASURES if measure.name in names]
-    return {drawing.name: drawing for measure in measures for drawing in report.drawings(measure.section(found))}
+    measures = [one for one in MEASURES if one.name in names]
+    return {drawing.name: drawing for one in measures for drawing in report.drawings(one.section(found))}
 
 
-def prose_of_planes(found: Analysis) -> str:
+def prose_of_planes(found):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planes, "draw", lambda *rest: Drawing(name="", title="", figure=Figure()))
+        patch.setattr(planes, "draw", lambda *rest: measure.Drawing(name="", title="", figure=Figure()))
         return " ".join(block for block in planes.section(found) if isinstance(block, str))
 
 
-def legend(figure: Figure) -> list[str]:
+def legend(figure):
     return [entry.get_text() for entry in figure.legends[0].get_texts()]
 
 
@@ -217,19 +204,15 @@ def test_ten_arms_can_be_told_apart_and_nothing_is_cut_off(tmp_path):
 
 def test_a_new_measure_is_one_entry(monkeypatch):
     """Its numbers are in the JSON, in the summary, in hgpt.compare's columns and in a section that is escaped."""
-    new = Measure(
+    folded = [measure.paragraph("folded"), measure.Table(head=["x"], rows=[("y", [UNKNOWN])])]
+    quantity = measure.Quantity("the answer", lambda model: model.found["answer"], "higher", key="answer", axis="a")
+    new = measure.Measure(
         name="answer",
         title="The <answer>",
         group="mine",
         rows=lambda model: {"answer": model.found["answer"], "quality": {"answer": np.float32(0.5)}},
-        section=lambda found: [
-            bullets(["one", "<two>"]),
-            Details(
-                title="more",
-                blocks=[paragraph("folded"), Table(head=["x"], rows=[("y", [UNKNOWN])])],
-            ),
-        ],
-        quantities=(Quantity("the answer", lambda model: model.found["answer"], "higher", key="answer", axis="a"),),
+        section=lambda found: [measure.bullets(["one", "<two>"]), measure.Details(title="more", blocks=folded)],
+        quantities=(quantity,),
     )
     monkeypatch.setattr(report, "MEASURES", (*MEASURES, new))
     first = model("a", {"x": relation_score(1.0)})

@@ -1,16 +1,14 @@
 """hgpt/interpret/models.py: what it refuses before memory and time are spent on it, and the text of tokens."""
 
-from types import SimpleNamespace
-
 import numpy as np
-import psutil
 import pytest
 import torch
 from small_models import byte_pairs, export, unigrams, word_pieces
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoConfig, GPTNeoForCausalLM
+from small_texts import refused
+from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
 from hgpt.errors import UserError
-from hgpt.interpret.models import WORKING_BYTES, LoadedModel, find_sources, loaded, outlines
+from hgpt.interpret.models import LoadedModel, find_sources, loaded, outlines
 from hgpt.source import Source
 
 CPU = torch.device("cpu")
@@ -31,16 +29,13 @@ def test_gpt_neo_is_refused_though_it_has_the_same_parts(tmp_path):
     )  # fmt: skip
     neo = GPTNeoForCausalLM(config)
     assert hasattr(neo.base_model, "ln_f")
-    message = r"is a GPTNeoForCausalLM; hgpt\.interpret reads models of hgpt and GPT-2 models of transformers"
-    with pytest.raises(UserError, match=message):
-        LoadedModel(Source(label="neo", folder="neo"), neo, None, CPU)
+    message = "is a GPTNeoForCausalLM; hgpt.interpret reads models of hgpt and GPT-2 models of transformers"
+    refused(message, LoadedModel, Source(label="neo", folder="neo"), neo, None, CPU)
     config.architectures = ["GPTNeoForCausalLM"]
     config.save_pretrained(tmp_path / "neo")  # config.json is enough to refuse it
     source = find_sources([str(tmp_path / "neo")])[0]
-    with pytest.raises(UserError, match=message):
-        outlines([source])
-    with pytest.raises(UserError, match=message), loaded(source, CPU):
-        pass
+    refused(message, outlines, [source])
+    refused(message, loaded(source, CPU).__enter__)
 
 
 def test_memory_that_runs_out_while_a_model_is_loaded_or_measured(tmp_path, monkeypatch):
@@ -51,21 +46,7 @@ def test_memory_that_runs_out_while_a_model_is_loaded_or_measured(tmp_path, monk
     with pytest.raises(RuntimeError, match="something else"), loaded(source, CPU):
         raise RuntimeError("something else")
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: torch.empty(10**16))
-    with pytest.raises(UserError, match="ran out of memory with"), loaded(source, CPU):
-        pass
-
-
-def test_a_model_on_the_hub_that_would_not_fit_is_refused_before_it_is_downloaded(monkeypatch):
-    """GPT-2 small: 124,439,808 parameters of 4 bytes, and 1 GB to work with."""
-    found = "loaded", {"missing_keys": [], "unexpected_keys": []}
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: found)
-    monkeypatch.setattr(Source, "load_config", lambda self: GPT2Config())
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1.49e9))
-    source = Source(label="gpt2", folder="somebody/gpt2")
-    with pytest.raises(UserError, match=r"somebody/gpt2 needs about 1\.5 GB of memory .*, and 1\.5 GB are free"):
-        source.load_model(torch.float32, WORKING_BYTES)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1.51e9))
-    assert source.load_model(torch.float32, WORKING_BYTES) == "loaded"
+    refused("ran out of memory with", loaded(source, CPU).__enter__)
 
 
 def test_outlines_know_what_the_models_know(tmp_path):

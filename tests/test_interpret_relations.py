@@ -1,15 +1,11 @@
 """hgpt/interpret/relations.py: the shipped sets, the format, and which words have a token."""
 
 import json
-import subprocess
-import sys
-import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
+from small_texts import refused
 
-from hgpt.errors import UserError
 from hgpt.interpret.relations import (
     SHIPPED,
     Relation,
@@ -20,9 +16,7 @@ from hgpt.interpret.relations import (
     token_pairs,
     word_token,
 )
-from hgpt.interpret.report import SCRIPTS
 
-ROOT = Path(__file__).parent.parent
 # A tokenizer of the words "a" 1, "b" 2, "cd" → 3 4, " a" 5; everything else is unknown, 0, and "" has no token.
 TOKENS = {"a": [1], "b": [2], "cd": [3, 4], " a": [5], " b": [6], "": []}
 
@@ -43,39 +37,24 @@ def test_shipped_sets_are_large_and_clean():
         assert len({first for first, _ in relation.pairs}) >= 0.9 * len(relation.pairs)
 
 
-@pytest.mark.slow
-def test_an_installed_hgpt_has_the_sets_and_the_page(tmp_path):
-    options = ["--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options], check=True, capture_output=True)
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        names = set(wheel.namelist())
-    expected = {f"hgpt/interpret/relation_sets/{path.name}" for path in SHIPPED.glob("*.json")}
-    expected |= {f"hgpt/interpret/page/{name}" for name in ("report.html", "style.css", *SCRIPTS)}
-    assert expected | {"hgpt/interpret/measures/geometry.py"} <= names
-
-
 @pytest.mark.parametrize(
     "content, found",
     [
         ('{"input": "a"}', 'got {"input": "a"}'),
-        ('[["a", "b"]]', r'entry 1 is \["a", "b"\]'),
+        ('[["a", "b"]]', 'entry 1 is ["a", "b"]'),
         ('[{"input": "a", "output": "b"}, {"input": "a", "output": 3}]', "entry 2 is"),
         ('[{"input": "a"}]', "entry 1 is"),
         ('[{"input": "", "output": "b"}]', "entry 1 is"),
-        ("[", "cannot be read as JSON"),
     ],
 )
 def test_wrong_shapes_are_named(tmp_path, content, found):
     (path := tmp_path / "broken.json").write_text(content)
-    with pytest.raises(UserError, match=rf"broken\.json.*{found}"):
-        read_relation(path)
+    refused(("broken.json", found), read_relation, path)
 
 
 def test_files_and_folders(tmp_path):
-    with pytest.raises(UserError, match=r"holds no \.json file"):
-        load_relations(tmp_path)
-    with pytest.raises(UserError, match="there is no such folder; leave it out"):
-        load_relations(tmp_path / "none")
+    refused("holds no .json file", load_relations, tmp_path)
+    refused("there is no such folder; leave it out", load_relations, tmp_path / "none")
     path = tmp_path / "x.json"
     path.write_text('[{"input": " a", "output": "b"}, {"input": "a", "output": "b "}, {"input": "b", "output": "a"}]')
     assert load_relations(tmp_path) == [Relation(name="x", pairs=(("a", "b"), ("b", "a")))]

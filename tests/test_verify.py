@@ -5,10 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
-from small_texts import fails, status, texts, write_parquet
+from small_texts import as_nanogpt, fails, overwrite, status, texts, write_parquet
 
 from data_prep import openwebtext, verify
-from data_prep.splits import nanogpt_indices
 from hgpt.data.shards import HEADER_BYTES
 
 TEXTS = texts(200)
@@ -35,31 +34,22 @@ def whole(capsys, folder, *options):
     return capsys.readouterr().out
 
 
-def overwrite(path, position, tokens):
-    content = bytearray(path.read_bytes())
-    part = np.array(tokens, dtype="<u2").tobytes()
-    start = HEADER_BYTES + 2 * position if position >= 0 else len(content) + 2 * position
-    content[start : start + len(part)] = part
-    path.write_bytes(content)
-
-
 def test_what_a_folder_holds(prepared, capsys):
-    val = nanogpt_indices(200, 0.1, 2357).tolist()
+    documents = as_nanogpt(TEXTS)
     printed = whole(capsys, prepared, "--decode", 2, "--split", "val")
     assert f"{prepared} is whole" in printed
     lines = [line.split() for line in printed.splitlines()[:2]]
     assert [(line[0], *line[3:5]) for line in lines] == [("train", "180", "documents"), ("val", "20", "documents")]
     for number in (0, 1):
-        text = TEXTS[val[number]]
+        text = documents["val"][number]
         assert f"--- val, document {number}: {len(text):,} characters\n{text}\n" in printed
     assert "document 2" not in printed
-    train = [text for place, text in enumerate(TEXTS) if place not in val]
     printed = whole(capsys, prepared, "--decode", 1000)
-    assert printed.count("--- train, document") == 180 and all(text in printed for text in train)
+    assert printed.count("--- train, document") == 180 and all(text in printed for text in documents["train"])
 
 
 def test_everything_that_is_damaged_is_named(folder, capsys):
-    overwrite(folder / "train_000000.bin", 100, [65535])
+    overwrite(folder / "train_000000.bin", HEADER_BYTES + 2 * 100, b"\xff\xff")
     path = folder / "train_000001.bin"
     path.write_bytes(path.read_bytes()[:-100])
     message = fails(capsys, verify.main, folder)
@@ -67,7 +57,8 @@ def test_everything_that_is_damaged_is_named(folder, capsys):
     assert "train_000000.bin: checksum failure" in message  # the shards that open are read all the same
 
     path.write_bytes(path.read_bytes() + bytes(100))
-    overwrite(folder / "val_000000.bin", -1, [5])
+    val = (folder / "val_000000.bin").read_bytes()
+    (folder / "val_000000.bin").write_bytes(val[:-2] + b"\5\0")
     message = fails(capsys, verify.main, folder)
     for expected in (
         "train_000000.bin: checksum failure",
@@ -89,7 +80,7 @@ def test_end_of_text_is_checked_where_the_checksum_is_right(folder, capsys):
     assert "holds 20 end-of-text tokens, and meta.json counts 21" in message and "checksum" not in message
 
 
-def test_shards_without_a_meta(tmp_path, capsys):
+def test_shards_without_a_meta_and_no_folder(tmp_path, capsys):
     for split in ("train", "val"):
         np.arange(100, dtype="<u2").tofile(tmp_path / f"{split}.bin")
     assert "state vocab_size (50257" in fails(capsys, verify.main, tmp_path)
@@ -98,8 +89,5 @@ def test_shards_without_a_meta(tmp_path, capsys):
     assert "token 99 at position 99" in fails(capsys, verify.main, tmp_path, "--vocab-size", 99)
     message = fails(capsys, verify.main, tmp_path, "--vocab-size", 100, "--decode", 1)
     assert "--decode needs" in message and "tokenizer.json" in message
-
-
-def test_no_folder(tmp_path, capsys):
     message = fails(capsys, verify.main, tmp_path / "nowhere")
     assert "nowhere does not exist" in message and "whole" not in message
