@@ -20,9 +20,7 @@ from hgpt.run.config import RunConfig
 
 ENGINES = {
     "ddp": {"ACCELERATE_USE_CPU": "true"},
-    "zero1": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
-    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
-    "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    **{f"zero{n}": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(n)} for n in (1, 2, 3)},
 }
 
 # Forked from a server that has imported everything already, so that a process starts in a moment. With a GPU, which a
@@ -136,8 +134,8 @@ def _train(
     config: RunConfig,
     environment: dict[str, str],
     log: Path | None,
-    folder: Path | None = None,
-    at_build: Callable[[], None] | None = None,
+    folder: Path | None,
+    at_build: Callable[[], None] | None,
 ) -> None:
     os.environ.update(environment)
     if log is not None:

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
+from small_run import write_data
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import hgpt
-from hgpt.data.shards import DataMeta, ShardWriter, SplitMeta, write_meta
 from hgpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 from hgpt.run.checkpoint import LATEST, MODEL
 
@@ -94,23 +94,8 @@ def encode(backend: tokenizers.Tokenizer, text: str) -> np.ndarray:
 
 def prepare(folder: Path, backend: tokenizers.Tokenizer, text: str = TEXT) -> Path:
     """A data folder as data_prep writes it, `text` being both of its splits."""
-    folder.mkdir(parents=True)
     tokens = encode(backend, text)
-    splits = {}
-    for split in ("train", "val"):
-        with ShardWriter(folder, split) as writer:
-            writer.write(tokens)
-            splits[split] = SplitMeta(tokens=len(tokens), documents=1, bytes=len(text.encode()), shards=writer.close())
-    backend.save(str(folder / "tokenizer.json"))
-    meta = DataMeta(
-        tokenizer="a test's",
-        vocab_size=backend.get_vocab_size(),
-        end_of_text=backend.token_to_id(END_OF_TEXT),
-        splits=splits,
-        source="help topics",
-    )
-    write_meta(folder, meta)
-    return folder
+    return write_data(folder, tokens, tokens, backend, len(text.encode()))
 
 
 def bare(folder: Path, tokens: np.ndarray) -> Path:

@@ -6,12 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import tokenizers
 import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from hgpt.data.shards import DataMeta, ShardWriter, SplitMeta, write_meta
-from hgpt.data.tokenizer import load_tokenizer
+from hgpt.data.tokenizer import END_OF_TEXT, load_tokenizer
 from hgpt.history import records
 from hgpt.run.config import (
     CheckpointConfig,
@@ -40,26 +41,31 @@ def markov_tokens(count: int, seed: int) -> np.ndarray:
     return tokens
 
 
-def write_data(folder: Path, train_tokens: np.ndarray, val_tokens: np.ndarray) -> Path:
+def write_data(
+    folder: Path,
+    train_tokens: np.ndarray,
+    val_tokens: np.ndarray,
+    backend: tokenizers.Tokenizer | None = None,
+    size: int | None = None,
+) -> Path:
+    """A data folder as data_prep writes it, by default with a BPE of VOCAB tokens. `size`: bytes of a split's text."""
     folder.mkdir(parents=True)
     splits = {}
     for split, tokens in (("train", train_tokens), ("val", val_tokens)):
         with ShardWriter(folder, split) as writer:
             writer.write(tokens)
-            records = writer.close()
-        splits[split] = SplitMeta(tokens=len(tokens), documents=1, bytes=len(tokens), shards=records)
+            meta = SplitMeta(tokens=len(tokens), documents=1, bytes=size or len(tokens), shards=writer.close())
+        splits[split] = meta
     text = [f"{word} {number}" for word in ("distance", "centre", "harmonic", "score") for number in range(300)]
-    tokenizer = load_tokenizer(f"bpe:{VOCAB}", lambda: text)
-    assert tokenizer.vocab_size == VOCAB
-    tokenizer.save(folder)
-    meta = DataMeta(
-        tokenizer=tokenizer.name, vocab_size=VOCAB, end_of_text=tokenizer.end_of_text, splits=splits, source="a test"
-    )
-    write_meta(folder, meta)
+    backend = backend or load_tokenizer(f"bpe:{VOCAB}", lambda: text)._backend
+    backend.save(str(folder / "tokenizer.json"))
+    vocab_size, end_of_text = backend.get_vocab_size(), backend.token_to_id(END_OF_TEXT)
+    about = {"tokenizer": "a test's", "source": "a test"}
+    write_meta(folder, DataMeta(vocab_size=vocab_size, end_of_text=end_of_text, splits=splits, **about))
     return folder
 
 
-def make_config(data: Path, runs: Path, head: HeadConfig = HARMONIC, name: str = "run", **sections) -> RunConfig:
+def make_config(data: Path, runs: Path, /, head: HeadConfig = HARMONIC, name: str = "run", **sections) -> RunConfig:
     """A run of 6 steps of 8 sequences with dropout; `sections` replace settings, `optim={"lr": ...}`."""
     config = RunConfig(
         name=name,
@@ -72,14 +78,26 @@ def make_config(data: Path, runs: Path, head: HeadConfig = HARMONIC, name: str =
         checkpoint=CheckpointConfig(every=3, keep_last=0),
         log=LogConfig(every=1, trackers=()),
     )
+    return altered(config, **sections)
+
+
+def altered(config: RunConfig, **sections) -> RunConfig:
+    """The run with other settings, `name="x"` or those of a section, `optim={"lr": ...}`."""
     for section, values in sections.items():
-        changed = replace(getattr(config, section), **values) if isinstance(values, dict) else values
-        config = replace(config, **{section: changed})
+        new = replace(getattr(config, section), **values) if isinstance(values, dict) else values
+        config = replace(config, **{section: new})
     return config
 
 
 def losses(run_folder: Path) -> list[float]:
     return [record["loss"] for record in records(run_folder, "train")]
+
+
+def steps_in(run_folder: Path) -> list[int]:
+    """The steps of its checkpoints."""
+    from hgpt.run.checkpoint import checkpoint_step, checkpoints  # takes seconds, and every test imports this module
+
+    return [checkpoint_step(path) for path in checkpoints(run_folder)]
 
 
 def assert_same_checkpoint(a: Path, b: Path) -> None:
@@ -90,9 +108,12 @@ def assert_same_checkpoint(a: Path, b: Path) -> None:
             assert torch.equal(left[key], right[key]), f"{name}: {key}"
 
 
-def set_back(config: RunConfig, steps: int, **changes: str) -> RunConfig:
-    """A copy of a finished run as it was when the checkpoint of `steps` steps had been renamed, but not yet linked."""
-    copied = replace(config, resume="auto", **changes)
+def set_back(config: RunConfig, steps: int, **sections) -> RunConfig:
+    """A copy of a finished run as it was when the checkpoint of `steps` steps had been renamed, but not yet linked.
+
+    `sections`: other settings of the copy, as for `altered`.
+    """
+    copied = altered(config, resume="auto", **sections)
     shutil.copytree(config.run_folder, copied.run_folder, symlinks=True)
     for later in (copied.run_folder / "checkpoints").iterdir():
         if int(later.name[5:]) > steps:
@@ -136,7 +157,7 @@ class Stream:
 
 def at_step(monkeypatch, step: int, action) -> None:
     """Call `action` when train.py asks for the learning rate of `step`; if it returns a number, that is the rate."""
-    import train  # not at the top: every test imports this module
+    import train  # as above
 
     original = train.learning_rate
 

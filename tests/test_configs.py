@@ -51,22 +51,22 @@ def test_config_builds_its_model(name):
     assert model.config.head == config.model.head.type
 
 
+def differences(one: RunConfig, other: RunConfig) -> set[str]:
+    ours, theirs = settings(one), settings(other)
+    return {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)} - {"name"}
+
+
 @pytest.mark.parametrize("pair", ["quickstart quickstart_softmax", "gpt2_small_harmonic gpt2_small_softmax"])
 def test_twins_differ_in_the_head_only(pair):
-    harmonic, softmax = (settings(load(name)) for name in pair.split())
-    different = {name for name in harmonic.keys() | softmax.keys() if harmonic.get(name) != softmax.get(name)}
-    different -= {"name"}
-    assert "model.head.type" in different
-    assert all(name.startswith("model.head.") for name in different)
+    different = differences(*map(load, pair.split()))
+    assert "model.head.type" in different and all(name.startswith("model.head.") for name in different)
 
 
 @pytest.mark.parametrize("file", sorted((CONFIGS / "distances").glob("*.toml")), ids=lambda path: path.stem)
 def test_configs_of_distances_are_the_quickstart_with_another_distance(file):
-    config, quickstart = load_run_config(["--config", str(file)]), load("quickstart")
-    there, expected = settings(config), settings(quickstart)
-    different = {name for name in there.keys() | expected.keys() if there.get(name) != expected.get(name)}
-    own = {name for name in different if name.startswith("model.head.distance_options.")}
-    assert different - own == {"name", "model.head.distance"}
+    config = load_run_config(["--config", str(file)])
+    different = differences(config, load("quickstart"))
+    assert {name for name in different if ".distance_options." not in name} == {"model.head.distance"}
     assert config.name == f"quickstart_{file.stem}"
     with torch.device("meta"):
         model = hgpt.HGPTForCausalLM(config.model.to_hf(vocab_size=2048, seq_len=config.data.seq_len))

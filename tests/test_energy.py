@@ -30,8 +30,7 @@ from hgpt.runs import find_runs, read_run
 GERMANY = {"energy_country": "DEU"}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Settings
+# -------------------------------------------------------------------------------------------------------- Settings
 
 
 def test_a_country_that_is_not_known():
@@ -48,8 +47,7 @@ def test_codecarbon_that_is_not_installed(data, tmp_path, monkeypatch):
     assert not config.run_folder.exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# codecarbon itself
+# ----------------------------------------------------------------------------------------------- codecarbon itself
 
 # Python reports every file that is opened and every address that is looked up or connected to, whoever asks for it.
 WATCHED = """
@@ -97,15 +95,9 @@ def test_nothing_is_sent_or_written_and_the_units_are_right(tmp_path):
     hostile = dict(f"CODECARBON_{setting}".split("=") for setting in hostile.split())
     (tmp_path / ".codecarbon.config").write_text("[codecarbon]\nsave_to_file = true\noutput_dir = /tmp\n")
     place = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", WATCHED, str(Path(train.__file__).parent / "hgpt")],
-        cwd=tmp_path,
-        env=os.environ | hostile | place,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+    command = [sys.executable, "-c", WATCHED, str(Path(train.__file__).parent / "hgpt")]
+    result = subprocess.run(command, cwd=tmp_path, env=os.environ | hostile | place, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == ""
     said = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
     kinds = dict(said)
     assert kinds.keys() <= {"PROGRAM", "SECONDS", "METHOD", "READING"}, result.stdout
@@ -129,18 +121,15 @@ def test_counters_that_measure(tmp_path, monkeypatch):
     for name, value in (("name", "package-0"), ("energy_uj", "1000000"), ("max_energy_range_uj", "262143328850")):
         (package / name).write_text(value)
     millijoules = [5_000_000, 9_000_000]
+    of_a_gpu = {
+        **{"HandleByIndex": lambda index: index, "TotalEnergyConsumption": lambda index: millijoules[index]},
+        **{"Name": lambda index: "a GPU", "UUID": lambda index: f"GPU-{index}"},
+        **{"MemoryInfo": lambda index: SimpleNamespace(total=0), "EnforcedPowerLimit": lambda index: 0},
+        **{"Count": lambda: 2, "UtilizationRates": lambda index: SimpleNamespace(gpu=0)},
+    }
     nvml = SimpleNamespace(
-        NVMLError=OSError,
-        NVMLError_NotSupported=OSError,
-        nvmlInit=lambda: None,
-        nvmlDeviceGetCount=lambda: 2,
-        nvmlDeviceGetHandleByIndex=lambda index: index,
-        nvmlDeviceGetTotalEnergyConsumption=lambda index: millijoules[index],
-        nvmlDeviceGetName=lambda index: "a GPU",
-        nvmlDeviceGetUUID=lambda index: f"GPU-{index}",
-        nvmlDeviceGetMemoryInfo=lambda index: SimpleNamespace(total=0),
-        nvmlDeviceGetEnforcedPowerLimit=lambda index: 0,
-        nvmlDeviceGetUtilizationRates=lambda index: SimpleNamespace(gpu=0),
+        **{"NVMLError": OSError, "NVMLError_NotSupported": OSError, "nvmlInit": lambda: None},
+        **{f"nvmlDeviceGet{name}": value for name, value in of_a_gpu.items()},
     )
     monkeypatch.setattr("codecarbon.core.gpu_nvidia.pynvml", nvml)
     monkeypatch.setattr("codecarbon.core.gpu.PYNVML_AVAILABLE", True)
@@ -171,8 +160,7 @@ def test_counters_that_measure(tmp_path, monkeypatch):
     assert describe([cpu]) == "CPU estimated from its load and a rated power of 65 W, no RAM, no GPU"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Arithmetic, with a tracker that is told what to say
+# ------------------------------------------------------------- Arithmetic, with a tracker that is told what to say
 
 
 class Tracker:
@@ -249,7 +237,6 @@ def test_tokens_per_joule_and_resuming(tracker):
     # Of a run that measured nothing before, tokens from before do not count.
     with RunEnergy("DEU", OneOf(), tokens=7200, before=None) as late:
         assert late.read(7201)["tokens"] == 1
-    assert [made.stopped for made in tracker.made] == [1, 1, 1]
 
 
 def test_energy_records_without_numbers_do_not_count(tmp_path):
@@ -275,15 +262,7 @@ def test_the_sum_over_machines(tracker):
     assert second.sent == [None, Reading()] and len(tracker.made) == 1
 
 
-def test_a_failure_is_said_once_and_nothing_is_raised(tracker, monkeypatch):
-    monkeypatch.setattr(tracker, "fails_at", 2)
-    engine = OneOf()
-    with RunEnergy("DEU", engine, tokens=0, before=None) as run:
-        assert run.read(1) is not None
-        assert run.read(2) is None and run.read(3) is None
-    (said,) = engine.said
-    assert "(process 0: OSError: the meter burnt)" in said
-    assert tracker.made[0].stopped == 1
+def test_a_meter_that_cannot_start_raises_nothing(tracker, monkeypatch):
     monkeypatch.setattr(tracker, "__init__", lambda self, **settings: 1 / 0)
     meter = EnergyMeter("DEU")
     assert meter.read() == meter.read() == "ZeroDivisionError: division by zero"
@@ -302,8 +281,7 @@ def test_a_warning_while_it_measures_is_shown_once(tracker, capsys):
     assert capsys.readouterr().err == "\nenergy: a counter went backwards\n"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Runs
+# ------------------------------------------------------------------------------------------------------------ Runs
 
 
 def spent(config) -> list[tuple[int, float, int]]:
@@ -317,13 +295,9 @@ def test_a_run_that_really_measures(data, tmp_path, capsys):
     lines = records(config.run_folder, "energy")
     assert [line["step"] for line in lines] == [0, 3, 6]
     last = lines[-1]
-    assert last["energy_kwh"] == pytest.approx(last["cpu_kwh"] + last["gpu_kwh"] + last["ram_kwh"])
     assert 0 < lines[0]["energy_kwh"] <= lines[1]["energy_kwh"] <= last["energy_kwh"]  # a reading may be 50 ms old
-    watts = 3.6e6 * last["energy_kwh"] / (time.time() - start)
-    assert 1 < watts < 20_000
+    assert 1 < 3.6e6 * last["energy_kwh"] / (time.time() - start) < 20_000  # W
     assert last["tokens"] == 6 * 8 * SEQ_LEN
-    assert last["tokens_per_joule"] == pytest.approx(last["tokens"] / (3.6e6 * last["energy_kwh"]))
-    assert last["emissions_kg"] == pytest.approx(0.38095 * last["energy_kwh"], rel=1e-6)  # Germany in 2023
     out = capsys.readouterr().out
     assert out.count(f"energy: {last['method']}\n") == 1 and "CPU " in last["method"]
     assert f"energy {last['energy_kwh']:.3g} kWh ({last['method']})" in out
@@ -372,5 +346,6 @@ def test_a_run_outlives_its_meter(data, tmp_path, tracker, monkeypatch, capsys):
     config = make_config(data, tmp_path, log=GERMANY)
     train.main(config)
     assert [r["step"] for r in records(config.run_folder, "eval")] == [0, 3, 6]
-    assert [step for step, *_ in spent(config)] == [0]
-    assert capsys.readouterr().out.count("the meter burnt") == 1
+    assert [step for step, *_ in spent(config)] == [0] and tracker.made[0].stopped == 1
+    out = capsys.readouterr().out
+    assert out.count("the meter burnt") == out.count("(process 0: OSError: the meter burnt)") == 1

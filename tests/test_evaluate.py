@@ -154,10 +154,7 @@ def test_tokens_without_a_tokenizer(folder, tmp_path):
         ("words --data blank", "blank: its val split holds no token that words could predict"),
         ("harmonic --data one", "one: the val split has 1 tokens, and at least 2 are needed"),
         ("harmonic --text latin.txt", "latin.txt cannot be read as UTF-8"),
-        (
-            "harmonic larger --data bare",
-            "harmonic predicts 300 tokens, and bare has a vocabulary of 400: with",
-        ),
+        ("harmonic larger --data bare", "harmonic predicts 300 tokens, and bare has a vocabulary of 400: with"),
         ("bert --text long.txt", "bert is no causal language model"),
         ("harmonic --data data --seq-len 25", "--seq-len 25 is more than the context of harmonic, 24 tokens"),
         ("harmonic --data data --seq-len 0", "--seq-len: must be at least 1"),

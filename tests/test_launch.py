@@ -15,7 +15,6 @@ from test_engines import curve, engine_config
 
 import train
 from hgpt.run.checkpoint import checkpoints
-from hgpt.run.config import RunConfig
 from hgpt.run.settings import write_toml
 
 ROOT = Path(__file__).parent.parent
@@ -49,27 +48,18 @@ def test_the_batch_script_is_shell_and_names_real_options():
     assert options <= known and {"--config_file", "--machine_rank", "--main_process_ip"} <= options
 
 
-def accelerate_launch(config: RunConfig, launcher: str, tmp_path: Path, *options: object) -> subprocess.Popen:
-    toml = tmp_path / f"{config.name}.toml"
-    write_toml(config, toml)
-    file = ROOT / "configs" / "accelerate" / f"{launcher}.yaml"
-    command = ["accelerate", "launch", "--config_file", file, *options, "train.py", "--config", toml]
-    return subprocess.Popen(
-        list(map(str, command)),
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def launch_as_alone(data: Path, tmp_path: Path, launcher: str, micro_batch: int, *nodes: tuple) -> str:
     """Launch the shipped file on each node, with these options, and compare with one process; what was printed."""
     alone, config = (engine_config(data, tmp_path, n, train={"micro_batch": micro_batch}) for n in ("alone", launcher))
     train.main(alone)
-    printed = ""
-    for process in [accelerate_launch(config, launcher, tmp_path, *options) for options in nodes]:
+    toml, file = tmp_path / "run.toml", ROOT / "configs" / "accelerate" / f"{launcher}.yaml"
+    write_toml(config, toml)
+    started, printed = [], ""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    for options in nodes:
+        command = ["accelerate", "launch", "--config_file", file, *options, "train.py", "--config", toml]
+        started.append(subprocess.Popen(list(map(str, command)), cwd=ROOT, env=ENVIRONMENT, **streams))
+    for process in started:
         printed += process.communicate(timeout=400)[0]
         assert process.returncode == 0, printed[-5000:]
     # DeepSpeed's Adam on the CPU is another implementation of the same formula.

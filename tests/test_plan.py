@@ -69,8 +69,7 @@ class Allocations(TorchDispatchMode):
         self.live -= size
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Parameters, gradients, optimiser
+# -------------------------------------------------------------------------------- Parameters, gradients, optimiser
 
 
 @pytest.mark.parametrize(("tied", "bias"), [(True, False), (False, True)])
@@ -109,8 +108,7 @@ def test_parameters_gradients_and_optimiser_of_a_real_model(shipped, algorithm, 
     assert planned.memory("ddp")[:5] == (weights, gradients, sum(state), 0, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Activations
+# ----------------------------------------------------------------------------------------------------- Activations
 
 
 @pytest.mark.parametrize("activation_function", ["gelu", "gelu_pytorch_tanh"])
@@ -146,8 +144,7 @@ def test_dropout_keeps_masks():
     assert masked - plain == 10 * 128 * (2 * 3 + 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The head's loss
+# ------------------------------------------------------------------------------------------------- The head's loss
 
 
 @pytest.mark.parametrize("radius", ["none", "learned"])
@@ -202,8 +199,7 @@ def test_memory_of_heads_that_need_more():
     assert manhattan.chunk == 512 * 2**20
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Engines
+# --------------------------------------------------------------------------------------------------------- Engines
 
 
 def test_bytes_per_parameter_under_each_engine(shipped):
@@ -233,8 +229,7 @@ def test_bytes_per_parameter_under_each_engine(shipped):
         assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The command
+# ----------------------------------------------------------------------------------------------------- The command
 
 
 def test_report(shipped):

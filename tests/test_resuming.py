@@ -44,17 +44,8 @@ def source(tmp_path_factory):
 
 def command(name, source, out, *options):
     """The main function of a command and its arguments."""
-    if name == "documents":
-        return documents.main, str(source), "--out", str(out), *SMALL, *options
-    return openwebtext.main, "--source", str(source), "--out", str(out), *SMALL, *options
-
-
-def restore(files, out):
-    """A data folder with these contents."""
-    out.mkdir(exist_ok=True)
-    for name, content in files.items():
-        (out / name).write_bytes(content)
-    return out
+    main, *first = (documents.main,) if name == "documents" else (openwebtext.main, "--source")
+    return main, *first, str(source), "--out", str(out), *SMALL, *options
 
 
 def prepare(name, source, out, *options):
@@ -76,13 +67,19 @@ def units_done(out):
     return json.loads(progress.read_text())["units"] if progress.exists() else 0
 
 
-def go_on(name, source, out, monkeypatch):
-    """Finish a run that was stopped; returns how many units were encoded for it."""
-    encoded = []
-    encode = encoding.Encoder.__call__
+def units_encoded(name, source, out, monkeypatch, interrupt_at=None):
+    """Run a command, with Ctrl-C before the unit of this number; how many units it encoded."""
+    encoded, encode = [], encoding.Encoder.__call__
+
+    def count(self, unit):
+        if len(encoded) == interrupt_at:
+            raise KeyboardInterrupt
+        encoded.append(unit)
+        return encode(self, unit)
+
     with monkeypatch.context() as patch:
-        patch.setattr(encoding.Encoder, "__call__", lambda self, unit: encoded.append(unit) or encode(self, unit))
-        prepare(name, source, out)
+        patch.setattr(encoding.Encoder, "__call__", count)
+        assert status(*command(name, source, out)) == (0 if interrupt_at is None else 130)
     return len(encoded)
 
 
@@ -114,35 +111,32 @@ def start(out, kill_at, *command):
     return process
 
 
-def kill_everywhere(name, tmp_path, source, whole, monkeypatch, kills):
-    """Kill at each of `kills`, until there is no more work on files; returns how often it was killed."""
-    units = go_on(name, source, tmp_path / "counted", monkeypatch)
+@pytest.mark.parametrize(
+    ("name", "kills"),
+    [
+        *(("documents", [9, 77]), ("openwebtext", [111])),
+        # Before every work on a file, until there is no more.
+        *(pytest.param(name, range(1, 10_000), marks=pytest.mark.slow) for name in ("documents", "openwebtext")),
+    ],
+    ids=str,
+)
+def test_killed_it_ends_with_the_same_bytes(tmp_path, source, whole, monkeypatch, name, kills):
+    units = units_encoded(name, source, tmp_path / "counted", monkeypatch)
     assert units > 10
-    for number, kill_at in enumerate(kills):
+    for kill_at in kills:
         out = tmp_path / f"killed_{kill_at}"
         process = start(out, kill_at, *command(name, source, out))
         process.join()
         if process.exitcode == 0:
-            return number
+            assert kill_at > 100
+            break
         assert process.exitcode == -signal.SIGKILL
         if (out / "meta.json").exists():  # at most the last tidying is missing
             assert not (out / ".preparation").exists() or status(*command(name, source, out)) == 0
         else:
             done = units_done(out)
-            assert go_on(name, source, out, monkeypatch) == units - done
+            assert units_encoded(name, source, out, monkeypatch) == units - done
         assert contents(out) == whole[name], kill_at
-    return len(kills)
-
-
-@pytest.mark.parametrize(("name", "kills"), [("documents", [9, 77]), ("openwebtext", [111])])
-def test_killed_it_ends_with_the_same_bytes(tmp_path, source, whole, monkeypatch, name, kills):
-    assert kill_everywhere(name, tmp_path, source, whole, monkeypatch, kills) == len(kills)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["documents", "openwebtext"])
-def test_killed_at_every_file_operation_it_ends_with_the_same_bytes(tmp_path, source, whole, monkeypatch, name):
-    assert kill_everywhere(name, tmp_path, source, whole, monkeypatch, range(1, 10_000)) > 100
 
 
 @pytest.mark.slow
@@ -161,28 +155,11 @@ def test_killed_while_several_workers_are_at_it(tmp_path, source, whole, capsys,
     assert "documents are already encoded" in capsys.readouterr().err
 
 
-def interrupt(name, source, out, monkeypatch):
-    """Ctrl-C before the tenth unit is encoded."""
-    encode = encoding.Encoder.__call__
-    done = []
-
-    def interrupted(self, unit):
-        if len(done) == 9:
-            raise KeyboardInterrupt
-        done.append(unit)
-        return encode(self, unit)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(encoding.Encoder, "__call__", interrupted)
-        assert status(*command(name, source, out)) == 130
-    return out
-
-
 @pytest.mark.parametrize("name", ["documents", "openwebtext"])
 def test_ctrl_c_keeps_what_is_finished(tmp_path, source, whole, monkeypatch, capsys, name):
-    out = interrupt(name, source, tmp_path / "out", monkeypatch)
-    assert units_done(out) == 9
-    assert "interrupted: " in capsys.readouterr().err
+    out = tmp_path / "out"
+    units_encoded(name, source, out, monkeypatch, interrupt_at=9)
+    assert units_done(out) == 9 and "interrupted: " in capsys.readouterr().err
     with pytest.raises(UserError, match="has not finished"):
         TokenShards.open(out, "train")
     assert contents(prepare(name, source, out)) == whole[name]
@@ -193,25 +170,24 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, source, whole, monkeypatch, cap
 
 def test_nothing_stays_of_a_run_of_a_few_seconds(tmp_path, source, monkeypatch):
     monkeypatch.setattr(engine, "SAVE_SECONDS", 60)
-    interrupt("documents", source, tmp_path / "a" / "out", monkeypatch)
+    units_encoded("documents", source, tmp_path / "a" / "out", monkeypatch, interrupt_at=9)
     assert not (tmp_path / "a").exists()
 
 
-def test_going_on_needs_the_same_settings_and_files(tmp_path, source, monkeypatch, capsys):
+def test_going_on_needs_the_same_settings_shards_and_files(tmp_path, source, monkeypatch, capsys):
     shutil.copytree(source, tmp_path / "source")
-    out = interrupt("documents", tmp_path / "source", tmp_path / "out", monkeypatch)
+    out = tmp_path / "out"
+    units_encoded("documents", tmp_path / "source", out, monkeypatch, interrupt_at=9)
     again = command("documents", tmp_path / "source", out)
     assert "begun with another seed: 0, now 1" in fails(capsys, *again, "--seed", "1")
     assert "another tokenizer: 'bpe:300', now 'bpe:301'" in fails(capsys, *again, "--tokenizer", "bpe:301")
+    for name in ("train_000000.bin", ".val_000000.bin.partial"):
+        recorded = (out / name).read_bytes()
+        os.truncate(out / name, len(recorded) - 2)
+        assert name in fails(capsys, *again)
+        (out / name).write_bytes(recorded)
     os.rename(tmp_path / "source" / "1.jsonl", tmp_path / "source" / "2.jsonl")
     assert "begun with another source" in fails(capsys, *again)
-
-
-@pytest.mark.parametrize("name", ["train_000000.bin", ".val_000000.bin.partial"])
-def test_going_on_needs_the_shards_that_were_recorded(tmp_path, source, monkeypatch, capsys, name):
-    out = interrupt("documents", source, tmp_path / "out", monkeypatch)
-    (out / name).write_bytes((out / name).read_bytes()[:-2])
-    assert name in fails(capsys, *command("documents", source, out))
 
 
 # ------------------------------------------------------------------------------------------- workers and processes
@@ -266,7 +242,9 @@ def test_out_is_never_overwritten(tmp_path, source, whole, capsys):
     out = tmp_path / "out"
     with Preparation(out):
         assert "another process is preparing data" in fails(capsys, *command("documents", source, out))
-    restore(whole["documents"], out)
+    out.mkdir(exist_ok=True)
+    for name, content in whole["documents"].items():
+        (out / name).write_bytes(content)
     assert "already holds prepared data" in fails(capsys, *command("documents", source, out, "--seed", "1"))
     assert contents(out) == whole["documents"]
     (out / "meta.json").unlink()
@@ -355,20 +333,16 @@ def test_folders_that_permissions_close(closed, capsys, main, arguments, message
 # ------------------------------------------------------------------------------------------------------- memory
 
 
-def memory_grown(source, out):
-    """By how many MB the peak memory of a process grows while it prepares a source."""
-    script = (
-        "from data_prep.openwebtext import main\n"
-        "from hgpt.data.tokenizer import load_tokenizer\n"
-        "load_tokenizer('gpt2')\n"
-        "def peak(): return next(int(line.split()[1]) for line in open('/proc/self/status') if 'VmHWM' in line)\n"
-        "before = peak()\n"
-        f"main(['--source', {str(source)!r}, '--out', {str(out)!r}, '--workers', '1'])\n"
-        "print('grown', peak() - before)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    return int(result.stdout.split()[-1]) / 1e3
+MEMORY_GROWN = """
+import sys
+from data_prep.openwebtext import main
+from hgpt.data.tokenizer import load_tokenizer
+load_tokenizer("gpt2")
+def peak(): return next(int(line.split()[1]) for line in open("/proc/self/status") if "VmHWM" in line)
+before = peak()
+main(["--source", sys.argv[1], "--out", sys.argv[2], "--workers", "1"])
+print("grown", peak() - before)
+"""
 
 
 @pytest.mark.slow
@@ -391,5 +365,7 @@ def test_memory(tmp_path, kind, documents):
     else:
         for number, text in enumerate(found):
             (folder / f"{number}.txt").write_text(text)
-    assert memory_grown(folder, tmp_path / "out") < limit
+    command = [sys.executable, "-c", MEMORY_GROWN, folder, tmp_path / "out"]
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True).stdout
+    assert int(printed.split()[-1]) / 1e3 < limit  # MB
     assert sum(len(TokenShards.open(tmp_path / "out", split)) for split in SPLITS) > 1e7

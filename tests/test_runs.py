@@ -62,8 +62,7 @@ def unknown(name: str, **values) -> Run:
     return Run(**dict.fromkeys(field.name for field in fields(Run)) | given)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# One run
+# -------------------------------------------------------------------------------------------------------- One run
 
 
 @pytest.mark.parametrize(
@@ -102,21 +101,11 @@ def test_preempted(tmp_path):
     assert read(folder).state == "running"
 
 
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("model/model.safetensors", b"123"),
-        ("state.json", None),
-        ("manifest.json", None),
-        ("manifest.json", b'{"fil'),
-        ("manifest.json", b'{"files": ["a"]}'),
-    ],
-)
+@pytest.mark.parametrize("content", [None, b"123", b'{"files": ["a"]}'])
+@pytest.mark.parametrize("file", ["model/model.safetensors", "manifest.json"])
 def test_damaged(tmp_path, file, content):
     path = make_run(tmp_path / "x", checkpoint=100, age=1e4) / "checkpoints" / "step_0000100" / file
-    path.unlink()
-    if content is not None:
-        path.write_bytes(content)
+    path.unlink() if content is None else path.write_bytes(content)
     assert read(tmp_path / "x").state == "damaged"
 
 
@@ -132,8 +121,7 @@ def test_losses_that_are_not_finite_are_left_out(tmp_path):
 def test_nothing_but_a_folder(tmp_path):
     (tmp_path / "a" / "checkpoints").mkdir(parents=True)
     run = read(tmp_path / "a")
-    assert run == unknown("a", folder=tmp_path / "a", state="no checkpoint")
-    assert "-/?" in table([run])
+    assert run == unknown("a", folder=tmp_path / "a", state="no checkpoint") and "-/?" in table([run])
 
 
 @pytest.mark.parametrize("config", ["", "no toml [", "train = 3", '[train]\nsteps = "many"', "\xff"])
@@ -170,8 +158,7 @@ def test_only_the_end_of_a_long_file_is_parsed(tmp_path, monkeypatch):
     assert [x for x, _ in curves.validation] == [0, 10_000, 20_000, 30_000, 40_000]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Many runs
+# ------------------------------------------------------------------------------------------------------- Many runs
 
 
 @pytest.fixture
@@ -181,11 +168,9 @@ def folder(tmp_path) -> Path:
     make_run(tmp_path / "b", steps=60, checkpoint=50, age=30.0 - now)
     make_run(tmp_path / "a", checkpoint=100, age=8000.0 - now)
     make_run(tmp_path / "sweep" / "lr" / "c", steps=30, age=90000.0 - now)
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "todo.txt").write_text("x")
-    (tmp_path / "file").write_text("x")
-    (tmp_path / ".cache").mkdir()
-    (tmp_path / ".cache" / "metrics.jsonl").write_text("")
+    for name in ("notes/todo.txt", ".cache/metrics.jsonl", "file"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
     (tmp_path / "again").symlink_to(tmp_path / "sweep")
     return tmp_path
 
@@ -213,15 +198,14 @@ def test_unknown_values_come_last():
     assert [entry.name for entry in sort_runs(found, "age")] == ["a", "x", "y", "z"]
 
 
-def test_table_fits(tmp_path):
-    long = make_run(tmp_path / ("harmonic-" + "gain0.05-" * 12 + "seed1337"), steps=600_000, every=60_000, of=600_000)
-    lines = table([read(long)]).splitlines()
+def test_table_fits():
+    long = unknown("harmonic-" + "gain0.05-" * 12 + "seed1337", step=600_000, steps=600_000)
+    _, row = lines = table([long]).splitlines()
     assert max(map(len, lines)) <= 120
-    assert lines[1].startswith("harmonic-gain0.05") and "…" in lines[1] and "seed1337  600000/600000" in lines[1]
+    assert row.startswith("harmonic-gain0.05") and "…" in row and "seed1337  600000/600000" in row
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Plots
+# ----------------------------------------------------------------------------------------------------------- Plots
 
 
 def test_curves_over_tokens_and_steps(folder):
@@ -245,7 +229,6 @@ def test_plot(folder):
     target = folder / "losses.png"
     assert main([str(folder), "--plot", str(target), "--x", "steps"]).endswith(f"plotted 9 runs in {target}")
     image = imread(target)
-    assert image.shape[0] >= 500 and image.shape[1] >= 800
     for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)):
         assert (np.rint(image[..., :3] * 255) == colour).all(-1).any()
 

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import small_models
 import torch
-from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GenerationConfig
 
 import hgpt
 import sample
 from hgpt import cli
-from hgpt.data.tokenizer import load_tokenizer
 from hgpt.interpret.token_distances import TokenDistances, distance_table, measure, visible, width
 
 ROOT = Path(__file__).parent.parent
@@ -27,12 +26,12 @@ PROMPT = "The with statement é"
 END = VOCAB - 1  # end-of-text
 
 
-def export(folder: Path, head: str = "harmonic", **settings: str) -> Path:
+def export(folder: Path, head: str = "harmonic", **settings) -> Path:
     return small_models.export(folder, small_models.byte_pairs(VOCAB), head, context=CONTEXT, **settings)
 
 
 @pytest.fixture(scope="module")
-def harmonic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def harmonic(tmp_path_factory) -> Path:
     return export(tmp_path_factory.mktemp("harmonic"))
 
 
@@ -42,15 +41,29 @@ def loaded(harmonic: Path) -> tuple[hgpt.HGPTForCausalLM, AutoTokenizer]:
 
 
 @pytest.fixture
-def write(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def write(capsys) -> Callable[..., str]:
     """The text that a command line writes; `write.notes` is what it said on standard error."""
 
     def run(folder: Path, *argv: str) -> str:
         capsys.readouterr()
         sample.main(["--checkpoint", str(folder), "--device", "cpu", *argv])
-        captured = capsys.readouterr()
-        run.notes = captured.err
-        return captured.out
+        text, run.notes = capsys.readouterr()
+        return text
+
+    return run
+
+
+@pytest.fixture
+def complaint(capsys) -> Callable[..., str]:
+    """The error of a command line, which must be one line with status 2, and no text."""
+
+    def run(*argv: str) -> str:
+        capsys.readouterr()
+        assert cli.run(sample.main, argv) == 2
+        text, notes = capsys.readouterr()
+        (line,) = [line for line in notes.splitlines() if not re.match("(model|prompt|sampling|length) ", line)]
+        assert text == "" and line.startswith("error: ")
+        return line
 
     return run
 
@@ -69,8 +82,7 @@ def float64_distances(model: hgpt.HGPTForCausalLM, ids: list[int]) -> torch.Tens
         return torch.cdist(hidden.double(), model.lm_head.weight[:VOCAB].double())  # (T, V)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Distances
+# ------------------------------------------------------------------------------------------------------- Distances
 
 
 @pytest.mark.parametrize("radius", ["none", "learned"])
@@ -155,8 +167,7 @@ def test_tokens_are_visible(loaded) -> None:
     assert [visible(loaded[1], token) for token in loaded[1]("é").input_ids] == [r"\xc3", r"\xa9"]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Text
+# ------------------------------------------------------------------------------------------------------------ Text
 
 
 def test_same_seed_same_text_and_the_printed_seed_repeats_it(harmonic: Path, write) -> None:
@@ -179,7 +190,7 @@ def test_streaming_prints_the_same_text_and_several_samples_are_several_texts(ha
     assert all(text.startswith(PROMPT) for text in texts)
 
 
-def test_stream_holds_back_a_character_that_is_not_complete(loaded, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stream_holds_back_a_character_that_is_not_complete(loaded, capsys) -> None:
     tokenizer = loaded[1]
     prompt_ids, (first, second) = tokenizer("caf").input_ids, tokenizer("é").input_ids
     stream = sample.TextStream(tokenizer, prompt_ids)
@@ -188,8 +199,7 @@ def test_stream_holds_back_a_character_that_is_not_complete(loaded, capsys: pyte
         stream.put(torch.tensor(value))
         shown.append(capsys.readouterr().out)
     stream.end()
-    assert shown == ["", "", "é"]
-    assert capsys.readouterr().out == ""
+    assert shown == ["", "", "é"] and capsys.readouterr().out == ""
 
 
 def test_temperature_0_and_cuts_to_one_token_are_greedy(loaded, harmonic: Path, write) -> None:
@@ -233,23 +243,18 @@ def test_padding_is_never_sampled_and_a_text_stops_at_its_first_end_of_text(load
     assert sample.decode(tokenizer, [*tokenizer(" b").input_ids, END], after=tokenizer("a").input_ids) == " b"
 
 
-def test_a_gpt2_folder_works_and_its_sampling_defaults_do_not_leak(tmp_path: Path, harmonic: Path, write) -> None:
-    # Rows of padding, as many models on the hub have.
-    sizes = {"vocab_size": VOCAB + 19, "n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
-    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=END, eos_token_id=END))
-    model.generation_config = GenerationConfig(do_sample=True, top_k=1, repetition_penalty=5.0, eos_token_id=END)
-    model.save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(harmonic).save_pretrained(tmp_path)
+def test_a_gpt2_folder_works_and_its_sampling_defaults_do_not_leak(tmp_path: Path, write) -> None:
+    export(tmp_path, "gpt2", rows=VOCAB + 19)  # of padding, as many models on the hub have
+    GenerationConfig(do_sample=True, top_k=1, repetition_penalty=5.0, eos_token_id=END).save_pretrained(tmp_path)
     argv = ("--prompt", "The ", "--max-new-tokens", "12")
     assert write(tmp_path, *argv, "--seed", "1") != write(tmp_path, *argv, "--seed", "2")
     assert "softmax" in write.notes and "n/T" not in write.notes
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Prompt
+# ---------------------------------------------------------------------------------------------------------- Prompt
 
 
-def test_prompt_from_option_file_and_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompt_from_option_file_and_standard_input(tmp_path: Path, monkeypatch) -> None:
     assert sample.read_prompt(options("any", "--prompt", PROMPT)) == PROMPT
     assert sample.read_prompt(options("any")) == ""
     for content in (PROMPT, PROMPT + "\n", PROMPT + "\r\n", "\ufeff" + PROMPT):
@@ -281,7 +286,7 @@ def test_no_prompt_starts_at_end_of_text_and_a_long_one_keeps_its_end(harmonic: 
         (30, 500, (30, 70), ["length"]),  # and the text ends where the context ends
     ],
 )
-def test_fit_context(capsys: pytest.CaptureFixture[str], prompt: int, new: int, expected, notes) -> None:
+def test_fit_context(capsys, prompt: int, new: int, expected, notes) -> None:
     ids = list(range(prompt))
     kept, length = sample.fit_context(ids, new, context=100)
     assert (kept, length) == (ids[-expected[0] :], expected[1])
@@ -290,34 +295,20 @@ def test_fit_context(capsys: pytest.CaptureFixture[str], prompt: int, new: int, 
     assert sample.fit_context(ids, new, context=None) == (ids, new)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Bad input
+# ------------------------------------------------------------------------------------------------------- Bad input
 
 
-def complaint(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The error of a command line that must fail with one line and status 2, and write nothing."""
-    capsys.readouterr()
-    assert cli.run(sample.main, argv) == 2
-    captured = capsys.readouterr()
-    (line,) = [line for line in captured.err.splitlines() if not re.match("(model|prompt|sampling|length) ", line)]
-    assert captured.out == "" and line.startswith("error: ")
-    return line
+# Of these, the message says the option and the value.
+WRONG_VALUES = """
+    --temperature -1.0, --temperature nan, --top-p 0.0, --top-p 1.5, --min-p -0.1, --min-p 2.0, --top-k -1,
+    --num-samples 0, --max-new-tokens 0, --seed -1, --dtype int8, --device toaster
+"""
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ("--temperature -1", "--temperature -1.0"),
-        ("--temperature nan", "--temperature nan"),
-        ("--top-p 0", "--top-p 0.0"),
-        ("--top-p 1.5", "--top-p 1.5"),
-        ("--min-p -0.1", "--min-p -0.1"),
-        ("--min-p 2", "--min-p 2.0"),
-        ("--top-k -1", "--top-k -1"),
-        ("--num-samples 0", "--num-samples 0"),
-        ("--max-new-tokens 0", "--max-new-tokens 0"),
-        ("--seed -1", "--seed -1"),
-        ("--dtype int8", "--dtype int8"),
+        *((argv.strip(), argv) for argv in WRONG_VALUES.split(",")),
         ("--show-distances --nearest 0", "--nearest 0"),
         ("--nearest 3", "--nearest --show-distances"),
         ("--greedy --temperature 0.5", "--temperature --greedy"),
@@ -328,48 +319,45 @@ def complaint(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ("--prompt a --prompt-file b", "--prompt-file --prompt"),
         ("--prompt-file /no/such/file", "/no/such/file"),
         ("--prompt a\udcfc", "--prompt UTF-8 0xfc"),
-        ("--device toaster", "--device toaster"),
         ("--checkpoint runs/no_such_run", "runs/no_such_run"),
         ("--distance-file /no/such/file.py", "--distance-file"),
     ],
 )
-def test_bad_options(capsys: pytest.CaptureFixture[str], harmonic: Path, argv: str, words: str) -> None:
-    message = complaint(capsys, "--checkpoint", str(harmonic), *argv.split())
+def test_bad_options(complaint, harmonic: Path, argv: str, words: str) -> None:
+    message = complaint("--checkpoint", str(harmonic), *argv.split())
     assert all(word in message for word in words.split())
 
 
-def test_bad_prompts(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "--checkpoint" in complaint(capsys, "--prompt", "a")
+def test_bad_prompts(complaint, tmp_path: Path, monkeypatch) -> None:
+    assert "--checkpoint" in complaint("--prompt", "a")
     file = tmp_path / "prompt.txt"
     for content, fault in ((b"", "empty"), (b"\n", "empty"), ("Grüße".encode("latin1"), "byte 2 is 0xfc")):
         file.write_bytes(content)
-        message = complaint(capsys, "any", "--prompt-file", str(file))
+        message = complaint("any", "--prompt-file", str(file))
         assert str(file) in message and fault in message
-    assert f"{tmp_path} cannot be read" in complaint(capsys, "any", "--prompt-file", str(tmp_path))
+    assert f"{tmp_path} cannot be read" in complaint("any", "--prompt-file", str(tmp_path))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
-    assert "standard input is empty" in complaint(capsys, "any", "--prompt", "-")
+    assert "standard input is empty" in complaint("any", "--prompt", "-")
 
 
-def test_a_tokenizer_that_is_another_one_or_missing(capsys, harmonic: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_that_is_another_one_or_missing(complaint, harmonic: Path, tmp_path: Path) -> None:
     """tests/test_source.py has damaged models."""
     folder = shutil.copytree(harmonic, tmp_path / "model")
     for size in (290, 310):
-        load_tokenizer(f"bpe:{size}", lambda: [small_models.TEXT]).save(folder)
-        message = complaint(capsys, "--checkpoint", str(folder))
-        assert f"has {size} tokens, but the model's vocab_size is {VOCAB}" in message
+        small_models.byte_pairs(size).save(str(folder / "tokenizer.json"))
+        assert f"has {size} tokens, but the model's vocab_size is {VOCAB}" in complaint(str(folder))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    assert f"no tokenizer can be loaded from {folder}" in complaint(capsys, "--checkpoint", str(folder))
+    assert f"no tokenizer can be loaded from {folder}" in complaint(str(folder))
 
 
-def test_distances_need_a_harmonic_head(capsys: pytest.CaptureFixture[str], tmp_path: Path, write) -> None:
+def test_distances_need_a_harmonic_head(complaint, tmp_path: Path, write) -> None:
     softmax = export(tmp_path, "softmax")
-    assert "--show-distances" in complaint(capsys, "--checkpoint", str(softmax), "--show-distances")
+    assert "--show-distances" in complaint(str(softmax), "--show-distances")
     assert write(softmax, "--prompt", "The", "--max-new-tokens", "3").startswith("The")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# As a program
+# ---------------------------------------------------------------------------------------------------- As a program
 
 
 @pytest.mark.slow

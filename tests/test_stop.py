@@ -4,7 +4,6 @@ import errno
 import io
 import os
 import signal
-import threading
 import time
 from types import SimpleNamespace
 
@@ -48,7 +47,8 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once():
             time.sleep(1)
 
 
-def test_signals_that_are_ignored_and_threads_are_left_alone(monkeypatch):
+def test_signals_that_are_ignored_are_left_alone():
+    """tests/test_faults.py trains in a thread, which can handle none."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
         with StopSignals(SimpleNamespace(world_size=1)) as signals:
@@ -57,16 +57,6 @@ def test_signals_that_are_ignored_and_threads_are_left_alone(monkeypatch):
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
-    handlers = []
-
-    def in_a_thread():
-        with StopSignals(SimpleNamespace(world_size=1)):
-            handlers.append(signal.getsignal(signal.SIGTERM))
-
-    thread = threading.Thread(target=in_a_thread)
-    thread.start()
-    thread.join()
-    assert handlers == [signal.getsignal(signal.SIGTERM)]
 
 
 @pytest.mark.parametrize("code", [errno.EPIPE, errno.EIO, errno.ENOSPC])
@@ -90,10 +80,12 @@ def test_output_outlives_its_reader(tmp_path, code):
 
 def test_what_a_run_that_did_not_finish_says(monkeypatch):
     monkeypatch.setenv("RANK", "3")
+    with pytest.raises(RuntimeError) as torch_out_of_memory:
+        torch.empty(2**60)
     for error, message, code in (
         (UserError("no such file"), "error: no such file", 2),
         (torch.OutOfMemoryError("CUDA out of memory.\nMore"), "error: out of memory: CUDA out of memory. Lower tr", 2),
-        (cpu_out_of_memory(), "error: out of memory: ", 2),
+        (torch_out_of_memory.value, "error: out of memory: ", 2),
         (MemoryError(), "error: out of memory: ", 2),
         (Preempted("stopped by SIGTERM"), "stopped by SIGTERM", EXIT_PREEMPTED),
         (dist.DistBackendError("NCCL\nmore"), "error: process 3 lost contact with another one: NCCL The", EXIT_HUNG),
@@ -107,15 +99,7 @@ def test_what_a_run_that_did_not_finish_says(monkeypatch):
         explain(ZeroDivisionError())
 
 
-def cpu_out_of_memory() -> RuntimeError:
-    """What torch raises for 4 EB."""
-    with pytest.raises(RuntimeError) as raised:
-        torch.empty(2**60)
-    return raised.value
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The watchdog; tests/test_engines.py stops a process of a real run
+# ----------------------------------------------- The watchdog; tests/test_engines.py stops a process of a real run
 
 
 def test_a_process_alone_is_not_watched():
