@@ -16,7 +16,7 @@ import huggingface_hub.constants
 import pytest
 from small_texts import contents, fails, small_units, status
 from test_openwebtext import SMALL, make_source, run
-from test_resuming import interrupt
+from test_resuming import units_encoded
 
 from data_prep import hub as hub_module
 from data_prep import openwebtext
@@ -203,7 +203,8 @@ def test_ctrl_c_does_not_wait_for_downloads():
 
 def test_a_preparation_goes_on_with_its_commit(tmp_path, source, on_hub, monkeypatch, capsys):
     """Without the hub, if the cache holds all files."""
-    out = interrupt("openwebtext", NAME, tmp_path / "out", monkeypatch)
+    out = tmp_path / "out"
+    units_encoded("openwebtext", NAME, out, monkeypatch, interrupt_at=9)
     on_hub.commit = "b" * 40  # the pull request has moved
     asked = "another data set on the hub: 'Skylion007/openwebtext at refs/pr/20', now "
     assert asked + "'Skylion007/openwebtext at aaaa" in failed(capsys, out, "--revision", "a" * 40)
