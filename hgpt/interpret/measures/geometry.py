@@ -109,7 +109,7 @@ def geometry(vectors: Matrix) -> dict[str, Any]:
 
 
 def compute(subject: Subject) -> dict[str, Any]:
-    found = {"input": geometry(subject.input)}
+    found: dict[str, Any] = {"input": geometry(subject.input)}
     found["centres"] = found["input"] if subject.model.tied else geometry(subject.centres)
     if (counts := subject.training_counts) is not None:
         found["frequency_correlation"] = frequency_correlation(subject.centres.rows, counts)
