@@ -39,8 +39,7 @@ from hgpt.source import check_tokenizer, initialize_from, initialize_radii, load
 def main(config: RunConfig) -> dict[str, float]:
     """Train the run of `config`; returns the values of the last evaluation (`Validation.values`)."""
     check_country(config.log.energy_country)
-    # Processes. The launcher chooses their number, and whether DDP, ZeRO or FSDP trains the model.
-    engine = Engine.start(config)
+    engine = Engine.start(config)  # the launcher chooses the processes, and whether DDP, ZeRO or FSDP trains the model
     with Watchdog(config.train.hang_timeout) as watchdog, StopSignals(engine) as signals:
         validation = run(config, engine, watchdog, signals)
     engine.end()
