@@ -1,15 +1,18 @@
 """hgpt/run/engines.py with processes on gloo: whatever the engine, the same losses, and a run that resumes exactly."""
 
 import functools
+import io
 import json
 import os
 import shutil
 import signal
+import sys
 import time
 from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -105,6 +108,13 @@ AUTO = dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size", "gra
 # ZeRO-3 that keeps no parameter whole for a moment longer than it has to; by default it keeps small models' for good.
 KEEPS = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
 STRICT_ZERO3 = AUTO | {"zero_optimization": {"stage": 3} | {f"stage3_{name}": 0 for name in KEEPS}}
+
+
+def test_a_line_reaches_a_pipe_at_once(monkeypatch):
+    pipe = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(pipe)))
+    Engine.say(SimpleNamespace(accelerator=SimpleNamespace(print=print)), "step 1")
+    assert pipe.getvalue() == b"step 1\n"
 
 
 def test_a_distance_may_read_parameters_that_zero3_keeps_in_pieces(data, tmp_path):

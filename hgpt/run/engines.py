@@ -280,8 +280,8 @@ class Engine:
         return full if self.is_main else None
 
     def say(self, line: str) -> None:
-        """Print on the first process of each node."""
-        self.accelerator.print(line)
+        """Print on the first process of each node, at once also into a file or a pipe."""
+        self.accelerator.print(line, flush=True)
 
     def gather_objects(self, mine: Any) -> list[Any]:
         """`mine` of every process, by rank. Collective."""
