@@ -499,3 +499,9 @@ def test_config_errors(setting, value, message):
     """Those that a run's settings do not reach; test_settings has the others."""
     with pytest.raises(ValueError, match=f"{setting} {message}"):
         HGPTConfig(**(SIZES | {setting: value}))
+
+
+@pytest.mark.parametrize(("setting", "value"), [("distance", "cosine"), ("learn_exponent", True)])
+def test_settings_of_the_harmonic_head_are_refused_with_softmax(setting, value):
+    with pytest.raises(ValueError, match=f"{setting} has no effect with head"):
+        HGPTConfig(head="softmax", **{setting: value})

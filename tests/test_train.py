@@ -211,7 +211,7 @@ def test_what_a_resumed_run_may_not_change(tmp_path, finished):
     for changed, message in (
         (
             altered(finished(SOFTMAX), resume=str(checkpoints(config.run_folder)[0])),
-            r"softmax exists already and .*step_0000003 is not its checkpoint",
+            r"softmax already exists and .*step_0000003 is not its checkpoint",
         ),
         (altered(config, model={"n_embd": 64}), r"model\.n_embd: 32 in the checkpoint, 64 now"),
         (altered(config, data={"path": str(other)}), "is not the data it was trained on"),

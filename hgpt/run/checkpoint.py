@@ -356,7 +356,7 @@ def find_checkpoint(config: RunConfig, warn: Callable[[str], None]) -> Path | No
     if fault := damage(checkpoint):
         raise UserError(f"{checkpoint} is damaged: {fault}; choose another one, or --resume auto")
     if occupied and not _is_of_run(checkpoint, run_folder) and checkpoint.resolve() != _origin(run_folder):
-        raise UserError(f"{run_folder} exists already and {checkpoint} is not its checkpoint: choose another --name")
+        raise UserError(f"{run_folder} already exists and {checkpoint} is not its checkpoint: choose another --name")
     return checkpoint
 
 
